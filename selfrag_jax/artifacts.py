@@ -1,0 +1,116 @@
+"""Artifacts of stages: what made them, whether they are finished, and whether they are still what was asked for.
+
+A stage writes its artifact (a file or a folder) and, last of all, a manifest: the stage's name, its config, the hashes
+of its inputs, versions and counts. A manifest is thus the mark of a finished artifact. Asked again for the same, a
+stage does nothing; asked for something else under the same name, it refuses and says what differs, so that nothing
+finished is ever overwritten by accident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax.records import BadInput, read_json, write_json
+
+_VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
+
+
+def manifest_path(artifact: str | Path) -> Path:
+    """`folder/manifest.json`, or `file.manifest.json` beside a file (told apart by a suffix in the name)."""
+    artifact = Path(artifact)
+    return artifact.with_name(artifact.name + ".manifest.json") if artifact.suffix else artifact / "manifest.json"
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash of an input: a file's content, or a finished folder's manifest. Raises BadInput when it isn't there."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    manifest = manifest_path(path)
+    if manifest.is_file():
+        made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return hashlib.sha256("".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files).encode()).hexdigest()[:16]
+    raise BadInput(f"{path}: no such file or folder")
+
+
+def require_finished(path: str | Path, stage: str) -> Path:
+    """Raises BadInput when the artifact of an earlier stage is missing or unfinished; returns its path."""
+    path = Path(path)
+    if not manifest_path(path).is_file():
+        state = "is unfinished" if path.exists() else "does not exist"
+        raise BadInput(f"{path}: {state}; run `selfrag {stage}` first (it continues where it was)")
+    return path
+
+
+def _made(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dict[str, Any]:
+    config = asdict(config) if is_dataclass(config) else dict(config)
+    made = {"stage": stage, "config": config, "inputs": {k: fingerprint(p) for k, p in inputs.items()}}
+    return json.loads(json.dumps(made, sort_keys=True, default=str))
+
+
+def identity(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> str:
+    """A short hash of what an artifact is made from; names the parts of an unfinished one."""
+    made = _made(stage, config, inputs)
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remove(folder: str | Path) -> None:
+    """Removes the parts of an artifact that is finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_finished(artifact: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> bool:
+    """True when `artifact` was already made by this stage, config and inputs.
+
+    Raises BadInput naming the first difference when it was made by others.
+    """
+    path = manifest_path(artifact)
+    if not path.is_file():
+        return False
+    old, new = read_json(path), _made(stage, config, inputs)
+    for part in ("stage", "config", "inputs"):
+        if old.get(part) != new[part]:
+            raise BadInput(
+                f"{artifact}: is already there, made with another {part} ({_difference(old.get(part), new[part])}). "
+                "Choose another output, or remove it to make it anew."
+            )
+    return True
+
+
+def _difference(old: Any, new: Any, at: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+    return f"{at}: {old!r} there, {new!r} asked for"
+
+
+def finish(artifact: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path], counts: Mapping[str, Any]) -> None:
+    """Writes the manifest: from now on the artifact counts as finished."""
+    write_json(
+        manifest_path(artifact),
+        _made(stage, config, inputs)
+        | {"counts": dict(counts), "versions": _versions(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")},
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

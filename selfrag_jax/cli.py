@@ -1,0 +1,405 @@
+"""The command line: `selfrag STAGE --flags`. Imports only the stage that is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+
+from selfrag_jax.records import BadInput
+
+_CONFIG = "tiny"
+
+
+@dataclass(frozen=True)
+class Flag:
+    name: str
+    help: str
+    default: str | int | bool | None = None  # None: may be left out, or `required`
+    required: bool = False
+    type: Callable = str
+
+
+@dataclass(frozen=True)
+class Stage:
+    summary: str
+    example: str
+    flags: tuple[Flag, ...]
+    run: Callable[[dict, list[str]], None]
+    positional: str = ""  # what a positional argument is, if one is taken
+
+
+def _config_flag(default: str = _CONFIG) -> Flag:
+    return Flag("config", "an installed config, e.g. tiny or tiny:smoke, or a path; change a field with --config.section.field=value", default)
+
+
+def _load(values: dict):
+    from selfrag_jax import config
+
+    return config.override(config.load(values["config"]), values["overrides"])
+
+
+def _section(values: dict, cls, name: str):
+    from selfrag_jax import config
+
+    loaded = _load(values)
+    if name not in loaded:
+        raise BadInput(f"--config={values['config']}: has no section {name!r}; sections: {', '.join(sorted(loaded))}")
+    return config.build(cls, loaded[name], name)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+def _quickstart(v: dict, _) -> None:
+    from selfrag_jax.evaluation import report
+    from selfrag_jax.world import quickstart
+
+    rows = quickstart.run(_load(v), v["workdir"])
+    print(report.markdown(rows))
+    w = v["workdir"]
+    print(f"Results: {w}/report/results.json and {w}/report/index.html")
+    print(f'Ask: selfrag ask --workdir={w} "{quickstart.sample_question(Path(w))}"')
+
+
+def _world(v: dict, _) -> None:
+    from selfrag_jax.world import quickstart
+
+    config = _load(v)
+    if v["seed"] is not None:
+        config.world.seed = v["seed"]
+    quickstart.make_world(config, Path(v["out"]))
+    print(f"{v['out']}: passages.tsv, instructions.jsonl, teacher.jsonl, eval/")
+
+
+def _collect(v: dict, _) -> None:
+    from selfrag_jax.critique import collect
+
+    config = _section(v, collect.CollectConfig, "collect")
+    collect.collect(v["input"], v["truth"], config, v["out"])
+    print(v["out"])
+
+
+def _train(v: dict, _) -> None:
+    from selfrag_jax.training.stage import train_stage
+
+    train_stage(_load(v), v["role"], v["data"], v["workdir"], v["role"])
+    print(v["workdir"])
+
+
+def _embed(v: dict, _) -> None:
+    from selfrag_jax.retrieval import embed
+
+    n = embed.embed_corpus(v["passages"], _section(v, embed.EncoderConfig, "encoder"), v["out"])
+    print(f"{v['out']}: {n} passages")
+
+
+def _index(v: dict, _) -> None:
+    from selfrag_jax.retrieval import embed, index
+
+    embeddings = v["embeddings"]
+    if bool(embeddings) == bool(v["passages"]):
+        raise BadInput("give either --embeddings, made by `selfrag embed`, or --passages to do both steps in one")
+    if v["passages"]:
+        embeddings = Path(v["out"]).with_name(Path(v["out"]).name + "_embeddings")
+        embed.embed_corpus(v["passages"], _section(v, embed.EncoderConfig, "encoder"), embeddings)
+    n = index.build(embeddings, _section(v, index.IndexConfig, "index"), v["out"])
+    print(f"{v['out']}: {n} passages")
+
+
+def _retrieve(v: dict, _) -> None:
+    from selfrag_jax.retrieval.retriever import retrieve_file
+
+    retrieve_file(v["index"], v["input"], v["out"], v["k"])
+    print(v["out"])
+
+
+def _label(v: dict, _) -> None:
+    from selfrag_jax.critique import label
+
+    label.label(v["critic"], v["input"], _section(v, label.LabelConfig, "label"), v["out"])
+    print(v["out"])
+
+
+_SEARCH_FLAGS = (
+    Flag("mode", "adaptive_retrieval, always_retrieve or no_retrieval"),
+    Flag("threshold", "retrieve when p(retrieve) exceeds it", type=float),
+    Flag("w_rel", "weight of IsRel", type=float),
+    Flag("w_sup", "weight of IsSup", type=float),
+    Flag("w_use", "weight of IsUse", type=float),
+    Flag("beam_width", "segments kept at each step", type=int),
+    Flag("max_depth", "segments of an answer at most", type=int),
+    Flag("ndocs", "passages per retrieval", type=int),
+)
+
+
+def _changes(v: dict) -> dict:
+    return {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
+
+
+def _rag(v: dict):
+    from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
+
+    model, index = v["model"], v["index"]
+    if v["workdir"]:
+        model, index = model or Path(v["workdir"]) / "generator", index or Path(v["workdir"]) / "index"
+    if not model:
+        raise BadInput("give --model (a training workdir or a Hugging Face folder) or --workdir of a finished quickstart")
+    if v["workdir"] and not Path(model).exists():
+        raise BadInput(f"{v['workdir']}: holds no finished quickstart; run `selfrag quickstart --workdir={v['workdir']}` first")
+    return SelfRAG.load(model, index, _section(v, AnswerConfig, "answer"))
+
+
+def _ask(v: dict, positional: list[str]) -> None:
+    import json
+
+    from selfrag_jax.decoding.show import show
+
+    question = " ".join(positional).strip()
+    if not question:
+        raise BadInput('ask what? For example: selfrag ask --workdir=W "Where was Marvin Tellock born?"')
+    [answer] = _rag(v).answer([question], **_changes(v))
+    print(json.dumps(answer.to_row(), ensure_ascii=False)) if v["json"] else show(answer)
+
+
+def _answer(v: dict, _) -> None:
+    from selfrag_jax.decoding.batch import answer_file
+
+    n = answer_file(_rag(v), v["input"], v["out"], v["task"], _changes(v))
+    print(f"{v['out']}: {n} answers")
+
+
+def _evaluate(v: dict, _) -> None:
+    from selfrag_jax.evaluation.evaluate import evaluate_file
+
+    out = v["out"] or str(Path(v["predictions"]).with_suffix(".metrics.json"))
+    for row in evaluate_file(v["task"], v["predictions"], v["judge"], out, v["seed"]):
+        print(f"{row['metric']:<20} {100 * row['value']:.1f}  ({100 * row['low']:.1f}–{100 * row['high']:.1f}, n = {row['n']})")
+    print(out)
+
+
+def _report(v: dict, _) -> None:
+    from selfrag_jax.evaluation import report
+    from selfrag_jax.world import quickstart
+
+    w = Path(v["workdir"])
+    rows = report.read_results(w / "report" / "results.json")
+    report.write(rows, quickstart.examples(w, v["examples"]), w / "report", "Self-RAG in the synthetic world")
+    print(report.markdown(rows))
+    print(f"{w}/report/index.html")
+
+
+_MODEL_FLAGS = (
+    Flag("workdir", "of a finished quickstart: stands for --model=W/generator --index=W/index"),
+    Flag("model", "a training workdir or a Hugging Face folder"),
+    Flag("index", "made by `selfrag index`; without one, the passages (ctxs) of the questions are used"),
+)
+
+STAGES: dict[str, Stage] = {
+    "quickstart": Stage(
+        "Makes Self-RAG from nothing in a small synthetic world and measures it.",
+        "selfrag quickstart --workdir=W",
+        (Flag("workdir", "where everything is written; started again, it continues", required=True), _config_flag()),
+        _quickstart,
+    ),
+    "world": Stage(
+        "Writes the synthetic world: passages, instructions, the teacher's truth, evaluation files.",
+        "selfrag world --out=W/world",
+        (Flag("out", "folder to write", required=True), Flag("seed", "of the world", type=int), _config_flag()),
+        _world,
+    ),
+    "collect": Stage(
+        "Collects a teacher's critiques of instructions and passages: training data for the critic.",
+        "selfrag collect --input=W/retrieved/instructions.jsonl --truth=W/world/teacher.jsonl --out=W/critic_data.jsonl",
+        (
+            Flag("input", "instructions with ctxs, as `selfrag retrieve` writes them", required=True),
+            Flag("truth", "the world's teacher.jsonl", required=True),
+            Flag("out", "critic data (JSON lines)", required=True),
+            _config_flag(),
+        ),
+        _collect,
+    ),
+    "train": Stage(
+        "Trains a critic or a generator; killed and started again, it continues.",
+        "selfrag train --role=critic --data=W/critic_data.jsonl --workdir=W/critic",
+        (
+            Flag("role", "critic or generator", required=True),
+            Flag("data", "critic or generator data (JSON lines)", required=True),
+            Flag("workdir", "for checkpoints and logs", required=True),
+            _config_flag(),
+        ),
+        _train,
+    ),
+    "embed": Stage(
+        "Embeds a corpus of passages.",
+        "selfrag embed --passages=passages.tsv --out=W/embeddings",
+        (
+            Flag("passages", ".tsv (columns id, text, title) or .jsonl (id, title, text)", required=True),
+            Flag("out", "folder to write", required=True),
+            _config_flag(),
+        ),
+        _embed,
+    ),
+    "index": Stage(
+        "Builds a ScaNN index over embeddings, or straight from passages.",
+        "selfrag index --passages=passages.tsv --out=W/index",
+        (
+            Flag("embeddings", "made by `selfrag embed`"),
+            Flag("passages", "a corpus to embed and index in one step"),
+            Flag("out", "folder to write", required=True),
+            _config_flag(),
+        ),
+        _index,
+    ),
+    "retrieve": Stage(
+        "Adds the best passages (ctxs) to each row of a question or instruction file.",
+        "selfrag retrieve --index=W/index --input=questions.jsonl --out=with_passages.jsonl --k=5",
+        (
+            Flag("index", "made by `selfrag index`", required=True),
+            Flag("input", "JSON lines with question or instruction", required=True),
+            Flag("out", "JSON lines", required=True),
+            Flag("k", "passages per row", 5, type=int),
+        ),
+        _retrieve,
+    ),
+    "label": Stage(
+        "Lets the critic label instructions with passages and reflection tokens: training data for the generator.",
+        "selfrag label --critic=W/critic --input=W/retrieved/instructions.jsonl --out=W/generator_data.jsonl",
+        (
+            Flag("critic", "workdir of a trained critic", required=True),
+            Flag("input", "instructions with outputs and ctxs", required=True),
+            Flag("out", "generator data in the published format (JSON lines)", required=True),
+            _config_flag(),
+        ),
+        _label,
+    ),
+    "ask": Stage(
+        "Answers one question, with its passages, their critiques and citations.",
+        'selfrag ask --workdir=W "Where was Marvin Tellock born?"',
+        (*_MODEL_FLAGS, *_SEARCH_FLAGS, Flag("json", "print the record instead", False, type=bool), _config_flag()),
+        _ask,
+        "question",
+    ),
+    "answer": Stage(
+        "Answers a file of questions; interrupted, it continues without answering a row twice.",
+        "selfrag answer --model=W/generator --index=W/index --input=questions.jsonl --out=answers.jsonl",
+        (
+            *_MODEL_FLAGS,
+            Flag("input", "questions in a published format", required=True),
+            Flag("out", "answers (JSON lines)", required=True),
+            Flag("task", "name of the task; default: the input file's name"),
+            *_SEARCH_FLAGS,
+            _config_flag(),
+        ),
+        _answer,
+    ),
+    "evaluate": Stage(
+        "Scores answers against the gold of a question file.",
+        "selfrag evaluate --task=questions.jsonl --predictions=answers.jsonl",
+        (
+            Flag("task", "the question file with gold answers", required=True),
+            Flag("predictions", "written by `selfrag answer`", required=True),
+            Flag("judge", "of citations: none, or world (the synthetic world's truth)", "none"),
+            Flag("seed", "of the bootstrap", 0, type=int),
+            Flag("out", "default: beside the predictions, as .metrics.json"),
+        ),
+        _evaluate,
+    ),
+    "report": Stage(
+        "Writes the report of a quickstart again: Markdown and HTML.",
+        "selfrag report --workdir=W",
+        (Flag("workdir", "of a finished quickstart", required=True), Flag("examples", "questions to show", 6, type=int)),
+        _report,
+    ),
+}
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+def _overview() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items()]
+    return "selfrag STAGE --flags\n\n" + "\n".join(lines) + "\n\n`selfrag STAGE --help` explains a stage. Start with: selfrag quickstart --workdir=W"
+
+
+def _help(name: str, stage: Stage) -> str:
+    lines = [stage.summary, "", f"  {stage.example}", ""]
+    for f in stage.flags:
+        note = " (required)" if f.required else "" if f.default is None else f" (default: {f.default})"
+        lines.append(f"  --{f.name:<12} {f.help}{note}")
+    return "\n".join(lines)
+
+
+def define(name: str) -> flags.FlagValues:
+    """The absl flags of a stage, in a FlagValues of their own: only the stage that runs has any."""
+    values = flags.FlagValues()
+    define_as = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean}
+    for f in STAGES[name].flags:
+        define_as[f.type](f.name, f.default, f.help, flag_values=values)
+    return values
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[dict, list[str]]:
+    """Flag values (also `overrides`, the --config.x.y=z assignments) and positional arguments.
+
+    Raises BadInput for an unknown flag, naming the one that was probably meant, a bad value, or a missing flag.
+    """
+    stage, parser = STAGES[name], define(name)
+    has_config = any(f.name == "config" for f in stage.flags)
+    overrides = [a.removeprefix("--config.") for a in arguments if has_config and a.startswith("--config.")]
+    rest = [a for a in arguments if not (has_config and a.startswith("--config."))]
+    try:
+        positional = parser([name, *rest])[1:]
+    except flags.UnrecognizedFlagError as e:
+        close = e.flagname and difflib.get_close_matches(e.flagname, [f.name for f in stage.flags], 1, 0.5)
+        hint = f"did you mean --{close[0]}?" if close else f"flags: {', '.join('--' + f.name for f in stage.flags)}"
+        raise BadInput(f"unknown flag --{e.flagname}; {hint}") from None
+    except flags.Error as e:
+        raise BadInput(str(e)) from None
+    values = {f.name: parser[f.name].value for f in stage.flags} | {"overrides": overrides}
+    if missing := [f.name for f in stage.flags if f.required and not values[f.name]]:
+        raise BadInput(f"missing {', '.join('--' + m for m in missing)}; for example: {stage.example}")
+    if positional and not stage.positional:
+        raise BadInput(f"unexpected argument {positional[0]!r}; flags start with --, for example: {stage.example}")
+    return values, positional
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    name, arguments = argv[0], argv[1:]
+    if name not in STAGES:
+        close = difflib.get_close_matches(name, STAGES, 1)
+        print(f"selfrag: unknown stage {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + "\n", file=sys.stderr)
+        print(_overview(), file=sys.stderr)
+        return 2
+    if any(a in ("--help", "-h") for a in arguments):
+        print(_help(name, STAGES[name]))
+        return 0
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        values, positional = parse(name, arguments)
+        _compilation_cache()
+        STAGES[name].run(values, positional)
+    except BadInput as e:
+        print(f"selfrag {name}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _compilation_cache() -> None:
+    """Compiled programs are kept between runs: a second start takes seconds less."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfrag_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

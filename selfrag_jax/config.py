@@ -1,0 +1,119 @@
+"""Configs: Python files that return an ml_collections.ConfigDict, turned once into frozen dataclasses.
+
+A config names every number; unknown fields are errors with the field that was probably meant. Nothing here, and no
+leaf function, supplies a number that a config left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from selfrag_jax.records import BadInput
+
+T = TypeVar("T")
+
+
+def load(spec: str) -> ConfigDict:
+    """A config from `tiny`, `tiny:smoke` (an installed config and its variant) or a path such as `my/config.py:variant`.
+
+    Raises BadInput when there is no such file or variant, listing those that there are.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        path = _folder() / f"{path.stem}.py"
+    if not path.is_file():
+        known = sorted(p.stem for p in _folder().glob("*.py") if p.stem != "__init__")
+        close = difflib.get_close_matches(Path(name).stem, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadInput(f"--config={spec}: no such config{hint} (installed: {', '.join(known)}; or a path to a .py file)")
+    module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        config = module.get_config(variant) if variant else module.get_config()
+    except ValueError as e:
+        raise BadInput(f"--config={spec}: {e}") from None
+    config.lock()
+    return config
+
+
+def _folder() -> Path:
+    try:
+        import selfrag_jax.configs as installed
+
+        return Path(installed.__file__).parent
+    except ImportError:  # run from a checkout without installation
+        return Path(__file__).parent.parent / "configs"
+
+
+def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDict:
+    """Applies `section.field=value` assignments. Raises BadInput on an unknown field or a value of another type."""
+    for assignment in assignments:
+        key, eq, value = assignment.partition("=")
+        if not eq:
+            raise BadInput(f"--config.{assignment}: expected --config.{key}=VALUE")
+        node, parts = config, key.split(".")
+        for i, part in enumerate(parts):
+            if not isinstance(node, ConfigDict) or part not in node:
+                raise BadInput(f"--config.{key}: no field {'.'.join(parts[: i + 1])!r}{_meant(part, node)}")
+            if i < len(parts) - 1:
+                node = node[part]
+        node[parts[-1]] = _parse(f"--config.{key}", value, node[parts[-1]])
+    return config
+
+
+def _parse(flag: str, value: str, old: Any) -> Any:
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[value.lower()]
+        if old is None or isinstance(old, float):
+            return None if value.lower() == "none" else float(value)
+        if isinstance(old, int):
+            return int(value)
+    except (KeyError, ValueError):
+        raise BadInput(f"{flag}={value}: expected a value like {old!r}") from None
+    if isinstance(old, str):
+        return value
+    raise BadInput(f"{flag}: set the fields inside this section one by one")
+
+
+def _meant(name: str, known: Any) -> str:
+    known = list(known) if known is not None else []
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f" (fields: {', '.join(sorted(known))})"
+
+
+def build(cls: type[T], section: Any, name: str) -> T:
+    """A frozen dataclass from a config section, nested dataclasses included.
+
+    Raises BadInput naming an unknown or a missing field.
+    """
+    values = dict(section.items()) if isinstance(section, ConfigDict) else dict(section)
+    types = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise BadInput(f"config {name}: unknown field {key!r}{_meant(key, fields)}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise BadInput(f"config {name}: lacks {', '.join(missing)}")
+    out = {}
+    for key, value in values.items():
+        kind = types[key]
+        if dataclasses.is_dataclass(kind):
+            out[key] = build(kind, value, f"{name}.{key}")
+        else:
+            out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
+    return cls(**out)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value

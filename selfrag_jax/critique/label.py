@@ -1,0 +1,212 @@
+"""The critic labels training data for the generator (paper, Section 3.2.2, Algorithm 2).
+
+For each instruction: is retrieval needed? If so, for each segment of the output the critic judges retrieved passages
+for relevance and support; one of them is put in front of the segment together with its critiques. Mostly it is the
+passage that supports the segment best; sometimes another, so that the generator also learns what it looks like when a
+passage is irrelevant or does not support the segment.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from selfrag_jax import artifacts, prompts, reflection
+from selfrag_jax.critique.sentences import split
+from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding.segments import group_distribution, prefill
+from selfrag_jax.models import checkpoints
+from selfrag_jax.progress import progress
+from selfrag_jax.prompts import CritiqueQuery
+from selfrag_jax.records import (
+    GeneratorExample,
+    Instruction,
+    Passage,
+    generator_example_from,
+    instruction_from,
+    read_records,
+    read_rows,
+    write_jsonl,
+)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    batch: int  # queries judged together
+    length_bucket: int  # prompts are padded to a multiple of it
+    brief: bool  # the prompts' wording, as the critic was trained
+
+
+class Critic:
+    """A trained critic: distributions over a group's tokens for critique queries."""
+
+    def __init__(self, loaded: checkpoints.LoadedModel, config: CriticConfig):
+        self.loaded, self.config = loaded, config
+        self.ids = loaded.tokenizer.reflection_ids()
+        self._forward = jax.jit(partial(self._logits, loaded.model, self.ids))
+
+    @staticmethod
+    def _logits(model, ids, params, tokens, valid):
+        _, logits = prefill(model, params, tokens, valid, tokens.shape[1])
+        return {group: group_distribution(logits, ids.group(group)) for group in reflection.GROUPS}
+
+    def judge(self, queries: Sequence[CritiqueQuery]) -> list[np.ndarray]:
+        """For each query the distribution over its group's tokens, in the order of reflection.GROUPS."""
+        tokenizer, c = self.loaded.tokenizer, self.config
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompts.critique(q, c.brief))] for q in queries]
+        out: list[np.ndarray] = [np.empty(0)] * len(queries)
+        order = sorted(range(len(queries)), key=lambda i: len(ids[i]))
+        for at in range(0, len(order), c.batch):
+            chunk = order[at : at + c.batch]
+            length = -(-max(len(ids[i]) for i in chunk) // c.length_bucket) * c.length_bucket
+            tokens = np.full((c.batch, length), tokenizer.pad_id, np.int32)
+            valid = np.zeros((c.batch, length), bool)
+            valid[:, 0] = True
+            for row, i in enumerate(chunk):
+                tokens[row, : len(ids[i])], valid[row, : len(ids[i])] = ids[i], True
+            groups = {g: np.asarray(p) for g, p in self._forward(self.loaded.params, tokens, valid).items()}
+            for row, i in enumerate(chunk):
+                out[i] = groups[queries[i].group][row]
+        return out
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    seed: int
+    critic: CriticConfig
+    passages: int  # judged for each segment: the best-ranked ones and one drawn from the rest
+    variants: int  # examples made of each instruction
+    best_rate: float  # how often the best-supported passage is taken rather than another
+    chunk: int  # instructions labelled between two saves
+
+
+@dataclass
+class _Draft:
+    """An example in the making: the output so far, and what its next segment rests on."""
+
+    row: Instruction
+    rng: random.Random
+    segments: list[str]
+    best_only: bool
+    output: str = ""
+    evidence: Passage | None = None
+    at: int = 0
+    retrieving: bool = True
+
+    @property
+    def preceding(self) -> str:
+        return " ".join(self.segments[: self.at])
+
+
+def label_rows(critic: Critic, rows: Sequence[Instruction], config: LabelConfig) -> list[GeneratorExample]:
+    """Labelled examples of the rows, `config.variants` of each (one where no retrieval is needed)."""
+    needs = critic.judge([CritiqueQuery("retrieve", r.instruction) for r in rows])
+    utilities = critic.judge([CritiqueQuery("isuse", r.instruction, output=r.output) for r in rows])
+    drafts: list[_Draft] = []
+    for row, p in zip(rows, needs, strict=True):
+        retrieving = p.argmax() == 1 and bool(row.ctxs)
+        for v in range(config.variants if retrieving else 1):
+            rng = random.Random(f"label-{config.seed}-{row.id}-{v}")
+            segments = split(row.output) if retrieving else [row.output.strip()]
+            drafts.append(_Draft(row, rng, segments, rng.random() < config.best_rate, retrieving=retrieving))
+    use = {r.id: reflection.ISUSE[int(p.argmax())] for r, p in zip(rows, utilities, strict=True)}
+
+    for d in drafts:
+        if not d.retrieving:
+            d.output = reflection.NO_RETRIEVAL + prompts.defuse(d.segments[0])
+            d.at = len(d.segments)
+    while open_drafts := [d for d in drafts if d.at < len(d.segments)]:
+        _add_segment(critic, open_drafts, config)
+    return [
+        GeneratorExample(
+            id=f"{d.row.id}-{i}",
+            instruction=d.row.instruction,
+            input=d.row.input,
+            output=d.output + use[d.row.id],
+            dataset_name=d.row.dataset_name,
+        )
+        for i, d in enumerate(drafts)
+    ]
+
+
+def _add_segment(critic: Critic, drafts: list[_Draft], config: LabelConfig) -> None:
+    """Adds the next segment to each draft, with its Retrieve token, passage and critiques."""
+    later = [d for d in drafts if d.at > 0]
+    again = critic.judge([CritiqueQuery("retrieve", d.row.instruction, d.preceding, d.evidence) for d in later])
+    action = {id(d): reflection.RETRIEVE[int(p.argmax())] for d, p in zip(later, again, strict=True)}
+    action |= {id(d): reflection.RETRIEVAL for d in drafts if d.at == 0}
+
+    pool: list[tuple[_Draft, Passage]] = []
+    for d in drafts:
+        if action[id(d)] == reflection.RETRIEVAL:
+            pool += [(d, p) for p in _candidates(d, config)]
+        elif action[id(d)] == reflection.CONTINUE:
+            pool.append((d, d.evidence))
+    relevance = critic.judge([CritiqueQuery("isrel", d.row.instruction, evidence=p) for d, p in pool])
+    support = critic.judge(
+        [CritiqueQuery("issup", d.row.instruction, evidence=p, output=d.segments[d.at]) for d, p in pool]
+    )
+    judged: dict[int, list[tuple[Passage, np.ndarray, np.ndarray]]] = {}
+    for (d, p), rel, sup in zip(pool, relevance, support, strict=True):
+        judged.setdefault(id(d), []).append((p, rel, sup))
+
+    for d in drafts:
+        text = prompts.defuse(d.segments[d.at])
+        kind = action[id(d)]
+        if kind == reflection.NO_RETRIEVAL:
+            d.output += kind + text
+        else:
+            options = judged[id(d)]
+            best = max(options, key=lambda o: scoring.s_sup(o[2]) + scoring.s_rel(o[1]))
+            others = [o for o in options if o is not best]
+            passage, rel, sup = best if d.best_only or not others else d.rng.choice(others)
+            d.evidence = passage
+            d.output += kind
+            if kind == reflection.RETRIEVAL:
+                d.output += prompts.format_passage(passage) + reflection.ISREL[int(rel.argmax())]
+            d.output += text + reflection.ISSUP[int(sup.argmax())]
+        d.at += 1
+
+
+def _candidates(d: _Draft, config: LabelConfig) -> list[Passage]:
+    """The best-ranked passages, and one drawn from the rest."""
+    top, rest = list(d.row.ctxs[: config.passages - 1]), d.row.ctxs[config.passages - 1 :]
+    return top + ([d.rng.choice(rest)] if rest else [])
+
+
+def label(critic_path: str | Path, input_path: str | Path, config: LabelConfig, out: str | Path) -> int:
+    """Labels all rows of `input_path` (instructions with ctxs) and writes generator data in the published format.
+
+    Interrupted, it continues behind the last finished chunk. Returns the number of examples.
+    """
+    inputs = {"critic": critic_path, "input": input_path}
+    artifacts.require_finished(critic_path, "train")
+    if artifacts.is_finished(out, "label", config, inputs):
+        return 0
+    rows = read_records(input_path, instruction_from)
+    critic = Critic(checkpoints.load(critic_path), config.critic)
+    parts = Path(out).with_name(Path(out).name + ".parts")
+    # Parts belong to exactly this critic, config and input; anything else starts anew.
+    parts = parts / artifacts.identity("label", config, inputs)
+    chunks = range(0, len(rows), config.chunk)
+    with progress("label", len(rows), "instructions") as bar:
+        for at in chunks:
+            part = parts / f"{at:08d}.jsonl"
+            if not part.is_file():
+                write_jsonl(part, label_rows(critic, rows[at : at + config.chunk], config))
+            else:
+                bar.first += len(rows[at : at + config.chunk])
+            bar.advance(len(rows[at : at + config.chunk]))
+    examples = [
+        generator_example_from(where, row) for at in chunks for where, row in read_rows(parts / f"{at:08d}.jsonl")
+    ]
+    n = write_jsonl(out, examples)
+    artifacts.finish(out, "label", config, inputs, {"examples": n})
+    artifacts.remove(parts.parent)
+    return n

@@ -1,0 +1,250 @@
+"""The public object: questions in, answers with citations and critiques out.
+
+    rag = SelfRAG.load("W/generator", index="W/index")
+    for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
+        print(answer.answer, answer.citations)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax import prompts
+from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
+from selfrag_jax.decoding.citations import Citation, cite
+from selfrag_jax.models import checkpoints
+from selfrag_jax.records import BadInput, Passage, Question
+from selfrag_jax.reflection import ISREL, ISSUP, ISUSE
+from selfrag_jax.retrieval.retriever import OnlineRetriever, Retriever, StaticRetriever
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    search: SearchConfig
+    batch: int  # questions searched together
+    max_length: int  # tokens of a prompt, and of a passage
+    closed_set: bool  # sum the scores of passages that give the same option, take the best option
+
+
+# The paper's settings for long-form answers; short-form tasks use max_depth=1.
+DEFAULT = AnswerConfig(
+    search=SearchConfig(
+        mode="adaptive_retrieval",
+        threshold=0.2,
+        normalise="yes_no",
+        weights=scoring.Weights(),
+        beam_width=2,
+        max_depth=7,
+        ndocs=5,
+        max_new_tokens=100,
+        length_bucket=32,
+    ),
+    batch=16,
+    max_length=512,
+    closed_set=True,
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    text: str
+    passage: Passage | None
+    action: str
+    p_retrieve: float
+    isrel: dict[str, float]
+    issup: dict[str, float]
+    isuse: dict[str, float]
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question. `passages` are those cited; `tree` holds every segment that was generated."""
+
+    id: str
+    question: str
+    answer: str
+    segments: tuple[Segment, ...]
+    citations: tuple[Citation, ...]
+    passages: tuple[Passage, ...]
+    retrieved: bool
+    p_retrieve: float
+    score: float
+    tree: tuple[dict[str, Any], ...]
+    notices: tuple[str, ...] = ()
+    task: str = ""
+    error: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        """The record of `selfrag answer`."""
+        row = asdict(self)
+        row["scores"] = [s["score"] for s in row["segments"]]
+        row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
+        return json.loads(json.dumps(row))
+
+
+def question_text(q: Question) -> str:
+    """The instruction of a question; options follow it where it has any."""
+    if not q.choices:
+        return q.question
+    return q.question + " " + " ".join(f"{label}: {text}" for label, text in q.choices)
+
+
+@dataclass
+class SelfRAG:
+    """A generator with its tokenizer and, for questions without passages of their own, an index."""
+
+    loaded: checkpoints.LoadedModel
+    retriever: Retriever | None
+    config: AnswerConfig
+    _searches: dict[SearchConfig, BeamSearch] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, model: str | Path, index: str | Path | None = None, config: AnswerConfig | None = None) -> SelfRAG:
+        """model: a training workdir or a Hugging Face folder; index: a folder made by `selfrag index`.
+
+        Raises BadInput when either is missing, unfinished, or the tokenizer has no reflection tokens.
+        """
+        loaded = checkpoints.load(model)
+        try:
+            loaded.tokenizer.reflection_ids()
+        except ValueError as e:
+            raise BadInput(f"{model}: {e}") from None
+        return cls(loaded, OnlineRetriever(index) if index else None, config or DEFAULT)
+
+    def answer(
+        self, questions: Sequence[str | Question], on_batch: Callable[[list[Answer]], None] | None = None, **changes: Any
+    ) -> list[Answer]:
+        """Answers in the order of the questions.
+
+        changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
+        threshold=0.5, w_sup=2.0. on_batch is called with the answers of each finished batch. Raises BadInput on an
+        unknown field.
+        """
+        rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
+        out: list[Answer] = []
+        for answers in self.batches(rows, **changes):
+            out += answers
+            if on_batch:
+                on_batch(answers)
+        return out
+
+    def batches(self, questions: Sequence[Question], **changes: Any) -> Iterator[list[Answer]]:
+        """Answers batch by batch. Every batch has the same shape: the last one is filled up and cut."""
+        search = self._search(changes)
+        size = min(self.config.batch, max(1, len(questions)))
+        for i in range(0, len(questions), size):
+            chunk = list(questions[i : i + size])
+            filled = chunk + [chunk[-1]] * (size - len(chunk))
+            yield self._batch(search, filled)[: len(chunk)]
+
+    def _search(self, changes: dict[str, Any]) -> BeamSearch:
+        base = self.config.search
+        weights = {k: changes.pop(k) for k in list(changes) if k in scoring.Weights.__dataclass_fields__}
+        unknown = [k for k in changes if k not in SearchConfig.__dataclass_fields__ or k == "weights"]
+        if unknown:
+            known = sorted({*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__} - {"weights"})
+            raise BadInput(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        config = replace(base, weights=replace(base.weights, **weights), **changes)
+        if config not in self._searches:
+            loaded = self.loaded
+            self._searches[config] = BeamSearch(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
+        return self._searches[config]
+
+    def _batch(self, search: BeamSearch, rows: list[Question]) -> list[Answer]:
+        notices: list[list[str]] = [[] for _ in rows]
+        ids = []
+        for notice, q in zip(notices, rows, strict=True):
+            tokens = [self.loaded.tokenizer.bos_id, *self.loaded.tokenizer.encode(prompts.instruction(question_text(q)))]
+            if len(tokens) > self.config.max_length:
+                notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
+                tokens = tokens[: self.config.max_length]
+            ids.append(tokens)
+
+        def retrieve(queries):
+            static = [rows[q].ctxs for q, _ in queries]
+            texts = [prompts.query_for(rows[q].question, previous) for q, previous in queries]
+            with_own = StaticRetriever().passages(static, texts, search.config.ndocs)
+            if self.retriever is None:
+                return with_own
+            missing = [i for i, own in enumerate(with_own) if not own]
+            found = self.retriever.passages([()] * len(missing), [texts[i] for i in missing], search.config.ndocs)
+            for i, passages in zip(missing, found, strict=True):
+                with_own[i] = passages
+            return with_own
+
+        searches = search.run(ids, retrieve)
+        return [self._answer(search, q, s, n) for q, s, n in zip(rows, searches, notices, strict=True)]
+
+    def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
+        best = outcome.best()
+        if self.config.closed_set and q.choices:
+            best = _vote(search, outcome, q) or best
+        path = outcome.path(best)
+        passages, citations = cite(path)
+        return Answer(
+            id=q.id,
+            question=q.question,
+            answer=" ".join(search.text(n.tokens) for n in path),
+            segments=tuple(_segment(search, n) for n in path),
+            citations=tuple(citations),
+            passages=tuple(passages),
+            retrieved=any(n.action == "retrieve" for n in path),
+            p_retrieve=path[0].p_retrieve,
+            score=best.total,
+            tree=tuple(_tree_node(search, n, path) for n in outcome.nodes),
+            notices=(*notices, *outcome.notices),
+            task=q.task,
+        )
+
+
+def _segment(search: BeamSearch, n: Node) -> Segment:
+    named = lambda names, p: {k: round(v, 4) for k, v in zip(names, p, strict=True)}  # noqa: E731
+    return Segment(
+        text=search.text(n.tokens),
+        passage=n.passage,
+        action=n.action,
+        p_retrieve=round(n.p_retrieve, 4),
+        isrel=named(ISREL, n.isrel) if n.passage is not None else {},
+        issup=named(ISSUP, n.issup) if n.passage is not None else {},
+        isuse=named(ISUSE, n.isuse),
+        score=round(n.score, 4),
+    )
+
+
+def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
+    rounded = lambda p: [round(v, 4) for v in p]  # noqa: E731
+    return {
+        "id": n.id,
+        "parent": n.parent,
+        "action": n.action,
+        "passage": None if n.passage is None else {"id": n.passage.id, "title": n.passage.title, "text": n.passage.text},
+        "text": search.text(n.tokens),
+        "p_segment": round(n.p_segment, 4),
+        "isrel": rounded(n.isrel),
+        "issup": rounded(n.issup),
+        "isuse": rounded(n.isuse),
+        "score": round(n.score, 4),
+        "chosen": n in path,
+    }
+
+
+def _vote(search: BeamSearch, outcome: Search, q: Question):
+    """Closed-set voting (paper, Section 3.3): the option whose beams' scores sum highest, and its best beam."""
+    labels = [label for label, _ in q.choices]
+    sums: Counter[str] = Counter()
+    for node in outcome.nodes:
+        option = search.text(node.tokens).rstrip(".")
+        if node.depth == 0 and option in labels:
+            sums[option] += node.score
+    if not sums:
+        return None
+    option = max(sums, key=lambda o: sums[o])
+    node = max((n for n in outcome.nodes if search.text(n.tokens).rstrip(".") == option), key=lambda n: n.score)
+    return Beam(node, outcome.beams[0].retrieve, 0)

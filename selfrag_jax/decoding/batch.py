@@ -1,0 +1,61 @@
+"""The `answer` stage: a file of questions in, a file of answers out, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax import artifacts
+from selfrag_jax.decoding.answer import SelfRAG
+from selfrag_jax.evaluation.tasks import read_questions
+from selfrag_jax.progress import progress
+from selfrag_jax.records import BadInput, read_rows, write_jsonl
+
+
+def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str | None, changes: dict[str, Any]) -> int:
+    """Answers all questions of a file; returns how many.
+
+    Answers are kept in `out`.partial as they come; an interrupted run answers only the remaining questions. Raises
+    BadInput for a file without questions, for ids that occur twice, and for questions without passages when there is
+    no index.
+    """
+    questions = read_questions(input_path, task or "")
+    ids = [q.id for q in questions]
+    if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
+        raise BadInput(f"{input_path}: id {twice!r} occurs more than once")
+    if rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval":
+        if without := [q.id for q in questions if not q.ctxs]:
+            raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
+    config = {"changes": changes, "answer": json.loads(json.dumps(rag.config, default=vars))}
+    inputs = {"input": input_path}
+    if artifacts.is_finished(out, "answer", config, inputs):
+        return len(questions)
+    partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
+    done = {row["id"]: row for row in _whole_rows(partial)}
+    remaining = [q for q in questions if q.id not in done]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with progress("answer", len(questions), "questions", len(done)) as bar, open(partial, "a", encoding="utf-8") as f:
+
+        def keep(answers) -> None:
+            for a in answers:
+                done[a.id] = a.to_row()
+                f.write(json.dumps(done[a.id], ensure_ascii=False) + "\n")
+            f.flush()
+            bar.advance(len(answers))
+
+        rag.answer(remaining, on_batch=keep, **changes)
+    write_jsonl(out, (done[i] for i in ids))
+    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids)})
+    partial.unlink()
+    return len(ids)
+
+
+def _whole_rows(partial: Path) -> list[dict[str, Any]]:
+    """Rows of an interrupted run; a last line that was cut off is dropped from the file."""
+    if not partial.is_file():
+        return []
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        partial.write_text("".join(lines[:-1]), encoding="utf-8")
+    return [row for _, row in read_rows(partial)]

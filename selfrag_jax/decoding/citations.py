@@ -1,0 +1,36 @@
+"""Citations: which sentence of an answer rests on which passage. Every index points into the answer's own passage list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfrag_jax import reflection
+from selfrag_jax.decoding.beam_search import Node
+from selfrag_jax.records import Passage
+
+
+@dataclass(frozen=True)
+class Citation:
+    segment: int  # index into the answer's segments
+    passage: int  # index into the answer's passages
+    support: str  # the most likely IsSup token
+
+
+def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
+    """The distinct passages that a path's segments rest on, in order of first use, and one citation per such segment.
+
+    A segment that its own passage does not support, by the model's own judgement, cites nothing.
+    """
+    passages: list[Passage] = []
+    citations = []
+    for i, node in enumerate(path):
+        if node.passage is None:
+            continue
+        support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
+        if support == reflection.NO_SUPPORT:
+            continue
+        if node.passage not in passages:
+            passages.append(node.passage)
+        citations.append(Citation(i, passages.index(node.passage), support))
+    return passages, citations

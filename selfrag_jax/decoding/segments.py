@@ -1,0 +1,175 @@
+"""Jitted generation of one segment for a batch of branches.
+
+A branch continues a prefix with given tokens (a Retrieve token and a passage, or a whole prompt) and then generates
+greedily until its segment ends: before a Retrieve token, at [Utility:k] or end of text, or at the length limit. At
+each position only the group distributions leave the loop, never the vocabulary's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from selfrag_jax.models.llama import Cache, Model, Params
+from selfrag_jax.reflection import ReflectionIds
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """Token ids that steer generation; static for jit. Without `reflection`, only end of text ends a segment."""
+
+    eos: int
+    pad: int
+    reflection: ReflectionIds | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Segment:
+    """What a batch of B branches generated; M is the length limit."""
+
+    tokens: jax.Array  # [B, M] int32: generated tokens, the pad id behind the end
+    length: jax.Array  # [B] int32
+    log_prob: jax.Array  # [B] f32: sum over text tokens
+    text_tokens: jax.Array  # [B] int32: how many of the tokens are text
+    isrel: jax.Array  # [B, 2] f32: distribution within the group at the first generated position
+    issup: jax.Array  # [B, 3] f32: where an IsSup token was generated, else at the end
+    isuse: jax.Array  # [B, 5] f32: at the end of the segment
+    retrieve: jax.Array  # [B, 3] f32: at the end of the segment
+    finished: jax.Array  # [B] bool: the answer is complete (Utility token or end of text)
+    complete: jax.Array  # [B] bool: ended by a token, not by the length limit
+    next_position: jax.Array  # [B] int32: position of the token that would follow
+
+
+def group_distribution(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Softmax within a group of token ids. logits: [B, V] -> [B, len(ids)]."""
+    return jax.nn.softmax(logits[:, jnp.array(ids)], axis=-1)
+
+
+def _member(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    return (token[:, None] == jnp.array(ids)).any(1)
+
+
+@partial(jax.jit, static_argnames=("model", "length"))
+def prefill(model: Model, params: Params, tokens: jax.Array, valid: jax.Array, length: int):
+    """Runs prompts into a fresh cache of `length` slots.
+
+    tokens: [B, T] int32, padded on the right; valid: [B, T] bool. Returns the cache and the logits [B, V] at each
+    row's last real token.
+    """
+    cache = Cache.empty(model.config, tokens.shape[0], length)
+    positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+    hidden, cache = model.hidden(params, tokens, positions, valid, cache)
+    last = jnp.take_along_axis(hidden, (valid.sum(1) - 1)[:, None, None], axis=1)[:, 0]
+    return cache, model.logits(params, last)
+
+
+@partial(jax.jit, static_argnames=("model", "rules", "max_new"))
+def generate(
+    model: Model,
+    params: Params,
+    rules: TokenRules,
+    prefix: Cache | None,
+    start: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+    max_new: int,
+) -> tuple[Segment, Cache]:
+    """Feeds `tokens` after the prefix and generates up to `max_new` tokens.
+
+    prefix: R rows, shared by the B / R branches of each; start: [B] position of the first fed token; tokens: [B, T],
+    padded on the right; valid: [B, T]. Returns the segment and the branch's own cache of T + max_new slots, in which
+    the fed and the generated tokens are written (not the Retrieve token before which a segment ended).
+    """
+    B, T = tokens.shape
+    cache = Cache.empty(model.config, B, T + max_new)
+    positions = start[:, None] + jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+    hidden, cache = model.hidden(params, tokens, positions, valid, cache, prefix)
+    fed = valid.sum(1)
+    last = jnp.take_along_axis(hidden, jnp.maximum(fed - 1, 0)[:, None, None], axis=1)[:, 0]
+
+    r = rules.reflection
+    sizes = (2, 3, 5, 3)
+    state = {
+        "step": jnp.int32(0),
+        "hidden": last,
+        "cache": cache,
+        "done": fed == 0,  # branches without input are not used
+        "tokens": jnp.full((B, max_new), rules.pad, jnp.int32),
+        "length": jnp.zeros(B, jnp.int32),
+        "log_prob": jnp.zeros(B, jnp.float32),
+        "text_tokens": jnp.zeros(B, jnp.int32),
+        "groups": tuple(jnp.full((B, n), 1.0 / n, jnp.float32) for n in sizes),
+        "sup_seen": jnp.zeros(B, bool),
+        "finished": jnp.zeros(B, bool),
+        "complete": jnp.zeros(B, bool),
+    }
+
+    def body(s):
+        logits = model.logits(params, s["hidden"])
+        logits = logits.at[:, rules.pad].set(-1e30)
+        token = logits.argmax(-1).astype(jnp.int32)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        live = ~s["done"]
+        groups, sup_seen = s["groups"], s["sup_seen"]
+        if r is None:
+            ends_before = jnp.zeros(B, bool)
+            last_token = is_control = token == rules.eos
+        else:
+            ends_before = _member(token, r.retrieve)
+            last_token = (token == rules.eos) | _member(token, r.isuse)
+            is_control = _member(token, r.all) | (token == rules.eos)
+            is_sup, ending = _member(token, r.issup), ends_before | last_token
+            new = [group_distribution(logits, ids) for ids in (r.isrel, r.issup, r.isuse, r.retrieve)]
+            # IsSup without its token: the distribution where the segment ends.
+            when = (s["step"] == 0, is_sup | (ending & ~sup_seen), ending | (s["step"] == max_new - 1), ending)
+            groups = tuple(jnp.where((live & w)[:, None], n, g) for n, g, w in zip(new, groups, when, strict=True))
+            sup_seen = sup_seen | (live & is_sup)
+        writes = live & ~ends_before
+        column = jnp.arange(max_new) == s["length"][:, None]
+        tokens_out = jnp.where(column & writes[:, None], token[:, None], s["tokens"])
+        is_text = writes & ~is_control
+        next_position = start + fed + s["length"]
+        hidden, cache = model.hidden(params, token[:, None], next_position[:, None], writes[:, None], s["cache"], prefix)
+        return {
+            "step": s["step"] + 1,
+            "hidden": hidden[:, 0],
+            "cache": cache,
+            "done": s["done"] | ends_before | last_token,
+            "tokens": tokens_out,
+            "length": s["length"] + writes,
+            "log_prob": s["log_prob"] + jnp.where(is_text, log_prob, 0.0),
+            "text_tokens": s["text_tokens"] + is_text,
+            "groups": groups,
+            "sup_seen": sup_seen,
+            "finished": s["finished"] | (live & last_token),
+            "complete": s["complete"] | (live & (last_token | ends_before)),
+        }
+
+    s = jax.lax.while_loop(lambda s: (s["step"] < max_new) & ~s["done"].all(), body, state)
+    isrel, issup, isuse, retrieve = s["groups"]
+    segment = Segment(
+        s["tokens"], s["length"], s["log_prob"], s["text_tokens"], isrel, issup, isuse, retrieve, s["finished"],
+        s["complete"], start + fed + s["length"],
+    )  # fmt: skip
+    return segment, s["cache"]
+
+
+@partial(jax.jit, static_argnames=("rules",))
+def retrieve_distribution(logits: jax.Array, rules: TokenRules) -> jax.Array:
+    """[B, V] -> [B, 3] over the Retrieve tokens."""
+    return group_distribution(logits, rules.reflection.retrieve)
+
+
+@jax.jit
+def append_branches(prefix: Cache, branches: Cache, parent: jax.Array, branch: jax.Array) -> Cache:
+    """The prefix of each new beam: its parent's, followed by the branch that won. parent, branch: [R'] row indices."""
+    return Cache(
+        k=jnp.concatenate([prefix.k[:, parent], branches.k[:, branch]], axis=2),
+        v=jnp.concatenate([prefix.v[:, parent], branches.v[:, branch]], axis=2),
+        valid=jnp.concatenate([prefix.valid[parent], branches.valid[branch]], axis=1),
+        cursor=prefix.cursor + branches.cursor,
+    )

@@ -1,0 +1,41 @@
+"""An answer as a readable table on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from selfrag_jax.decoding.answer import Answer
+
+
+def show(answer: Answer, console: Console | None = None) -> None:
+    """Prints the answer, its citations, and for each passage what the model thought of it."""
+    console = console or Console()
+    marks = {c.segment: c.passage + 1 for c in answer.citations}
+    cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]
+    console.print(f"\n[bold]{escape(' '.join(cited))}[/bold]")
+    for i, p in enumerate(answer.passages, 1):
+        console.print(escape(f"  [{i}] {p.title}: {p.text}"))
+    decision = "retrieved" if answer.retrieved else "answered from memory"
+    console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
+    if answer.retrieved and not answer.citations:
+        console.print("No retrieved passage supports this answer: take it as a guess.", style="yellow")
+    table = Table(show_lines=False, header_style="bold")
+    for name in ("", "passage", "segment", "Relevant", "Fully supported", "Utility 5", "p(segment)", "score"):
+        table.add_column(name)
+    for n in answer.tree:
+        passage = n["passage"]
+        judged = (f"{n['isrel'][1]:.2f}", f"{n['issup'][0]:.2f}") if passage else ("", "")
+        table.add_row(
+            "►" if n["chosen"] else "",
+            escape(passage["text"]) if passage else "(none)",
+            escape(n["text"]),
+            *judged,
+            f"{n['isuse'][4]:.2f}",
+            f"{n['p_segment']:.2f}",
+            f"{n['score']:.2f}",
+        )
+    console.print(table)
+    for notice in answer.notices:
+        console.print(f"note: {escape(notice)}", style="yellow")

@@ -1,0 +1,67 @@
+"""Evaluation files in their published formats, read into one record.
+
+  short form       question | instruction, answers | answer | output, ctxs | top_contexts | docs
+  multiple choice  question, choices {label, text}, answerKey (ARC; labels may be 1-4, three or five options)
+  several parts    question, qa_pairs [{short_answers}] (ALCE)
+  biographies      input, topic, cat (FactScore); our world adds its facts
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax.records import BadInput, Question, passages_from, read_records, text_field
+
+
+def read_questions(path: str | Path, task: str = "") -> list[Question]:
+    """All questions of a file. Raises BadInput naming file, line and field; also for a file without questions."""
+    task = task or Path(path).stem
+    number = iter(range(1 << 62))
+    return read_records(path, lambda where, row: _question(where, row, task, next(number)))
+
+
+def _question(where: str, row: dict[str, Any], task: str, number: int) -> Question:
+    text = text_field(where, row, ("question", "instruction", "input"))
+    if not text.strip():
+        raise BadInput(f"{where}: the question is empty")
+    extra = {k: row[k] for k in ("qa_pairs", "facts", "topic", "cat", "annotations") if k in row}
+    choices, answers = _choices(where, row), _answers(where, row)
+    if choices:
+        key = text_field(where, row, ("answerKey", "answer"), "")
+        if key and key not in [label for label, _ in choices]:
+            raise BadInput(f"{where}: answerKey {key!r} is none of the labels {', '.join(c for c, _ in choices)}")
+        answers = (key,) if key else ()
+    return Question(
+        id=text_field(where, row, ("id", "q_id"), f"{task}-{number}"),
+        question=text,
+        answers=answers,
+        ctxs=passages_from(where, row),
+        choices=choices,
+        task=task,
+        extra=extra,
+    )
+
+
+def _choices(where: str, row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    choices = row.get("choices")
+    if not choices:
+        return ()
+    if not isinstance(choices, dict) or not isinstance(choices.get("label"), list) or not isinstance(choices.get("text"), list):
+        raise BadInput(f"{where}: field 'choices' must be an object with the lists label and text")
+    if len(choices["label"]) != len(choices["text"]):
+        raise BadInput(f"{where}: choices has {len(choices['label'])} labels for {len(choices['text'])} texts")
+    return tuple((str(label), str(text)) for label, text in zip(choices["label"], choices["text"], strict=True))
+
+
+def _answers(where: str, row: dict[str, Any]) -> tuple[str, ...]:
+    for name in ("answers", "answer", "output"):
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (list, tuple)):
+            if any(isinstance(v, (list, dict)) for v in value):
+                raise BadInput(f"{where}: field {name!r} must be a list of texts")
+            return tuple(map(str, value))
+        return (str(value),)
+    return ()

@@ -1,0 +1,80 @@
+"""Passages on disk: DPR's tab-separated format (header `id text title`, quoted fields) or JSON lines.
+
+A corpus is read into memory as records; ids are kept as they stand in the file and must be unique.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from selfrag_jax.records import BadInput, Passage, atomic_write, passage_from, read_rows
+
+COLUMNS = ("id", "text", "title")
+
+
+def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
+    """Writes DPR's format; returns the number of passages."""
+    n = 0
+    with atomic_write(path) as f:
+        writer = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for p in passages:
+            writer.writerow((p.id, p.text, p.title))
+            n += 1
+    return n
+
+
+def read(path: str | Path) -> list[Passage]:
+    """All passages of a .tsv, .jsonl or .json file.
+
+    Raises BadInput naming file and line: a missing column or field, an empty text, a duplicate id, an empty corpus.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; expected passages as .tsv (columns id, text, title) or .jsonl")
+    rows = _read_json(path) if path.suffix in (".jsonl", ".json") else _read_tsv(path)
+    passages: list[Passage] = []
+    seen: dict[str, str] = {}
+    for where, p in rows:
+        if not p.text.strip():
+            raise BadInput(f"{where}: the passage has no text")
+        if p.id in seen:
+            raise BadInput(f"{where}: id {p.id!r} was already used at {seen[p.id]}")
+        seen[p.id] = where
+        passages.append(p)
+    if not passages:
+        raise BadInput(f"{path}: holds no passages")
+    return passages
+
+
+def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        reader = csv.reader(f, delimiter="\t")
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            missing = [c for c in ("id", "text") if c not in header]
+            if missing:
+                raise BadInput(f"{path}:1: the header lacks {' and '.join(missing)}; expected the columns id, text, title")
+            column = {name: i for i, name in enumerate(header)}
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise BadInput(f"{where}: {len(row)} columns where the header has {len(header)}; quote fields that hold tabs")
+                yield where, Passage(row[column["id"]], row[column["title"]] if "title" in column else "", row[column["text"]])
+        except UnicodeDecodeError as e:
+            raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        except csv.Error as e:
+            raise BadInput(f"{path}:{reader.line_num}: {e}") from None
+
+
+def _read_json(path: Path) -> Iterable[tuple[str, Passage]]:
+    for i, (where, row) in enumerate(read_rows(path)):
+        yield where, passage_from(where, row, i)

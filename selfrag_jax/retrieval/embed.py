@@ -1,0 +1,116 @@
+"""Encoders from text to unit vectors, and the embeddings of a corpus on disk.
+
+`hashed` is a lexical encoder: words and character trigrams, weighted by their rarity in the corpus, are hashed into a
+few hundred signed dimensions. It needs no training and suits small corpora and names; its one fitted part, the
+document frequency of each hash bucket, is stored beside the embeddings, so queries are encoded alike.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from selfrag_jax import artifacts
+from selfrag_jax.progress import progress
+from selfrag_jax.records import BadInput, Passage, atomic_write, read_json, write_json
+from selfrag_jax.retrieval import corpus
+
+EMBEDDINGS, ENCODER, PASSAGES = "embeddings.npy", "encoder.json", "passages.tsv"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    name: str  # "hashed"
+    dim: int
+    word_weight: float  # of whole words against trigrams
+
+    def __post_init__(self):
+        if self.name != "hashed":
+            raise BadInput(f"--encoder={self.name!r}: unknown; available: hashed")
+        if self.dim < 8:
+            raise BadInput(f"encoder dim={self.dim}: must be at least 8")
+
+
+_BUCKETS = 1 << 16
+
+
+class HashedEncoder:
+    """Signed feature hashing of words and trigrams with inverse document frequencies."""
+
+    def __init__(self, config: EncoderConfig, idf: np.ndarray):
+        self.config, self.idf = config, idf
+
+    @classmethod
+    def fit(cls, config: EncoderConfig, texts: Iterable[str]) -> HashedEncoder:
+        seen, n = np.zeros(_BUCKETS, np.int64), 0
+        for text in texts:
+            seen[list({h % _BUCKETS for h, _ in _features(text, config.word_weight)})] += 1
+            n += 1
+        return cls(config, np.log((n + 1) / (seen + 1)).astype(np.float32) + 0.05)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """[n, dim] float32 rows of unit length (a text without a letter gives a fixed unit vector)."""
+        out = np.zeros((len(texts), self.config.dim), np.float32)
+        for row, text in zip(out, texts, strict=True):
+            for h, weight in _features(text, self.config.word_weight):
+                sign = 1.0 if h & (1 << 31) else -1.0
+                row[(h >> 3) % self.config.dim] += sign * weight * self.idf[h % _BUCKETS]
+        norm = np.linalg.norm(out, axis=1, keepdims=True)
+        out[norm[:, 0] == 0, 0] = 1.0
+        return out / np.where(norm == 0, 1.0, norm)
+
+    def save(self, folder: Path) -> None:
+        rare = {str(i): round(float(v), 5) for i, v in enumerate(self.idf) if v != self.idf.max()}
+        write_json(folder / ENCODER, {"config": vars(self.config), "default": float(self.idf.max()), "idf": rare})
+
+    @classmethod
+    def load(cls, folder: Path) -> HashedEncoder:
+        row = read_json(folder / ENCODER)
+        idf = np.full(_BUCKETS, row["default"], np.float32)
+        for i, v in row["idf"].items():
+            idf[int(i)] = v
+        return cls(EncoderConfig(**row["config"]), idf)
+
+
+def _features(text: str, word_weight: float) -> Iterable[tuple[int, float]]:
+    """(hash, weight) of the words and trigrams of `text`."""
+    for word in re.findall(r"\w+", text.lower()):
+        yield zlib.crc32(f"w:{word}".encode()), word_weight
+        marked = f"^{word}$"
+        for i in range(len(marked) - 2):
+            yield zlib.crc32(f"t:{marked[i : i + 3]}".encode()), 1.0
+
+
+def passage_key(p: Passage) -> str:
+    """The text by which a passage is found."""
+    return f"{p.title} {p.text}" if p.title else p.text
+
+
+def embed_corpus(passages_path: str | Path, config: EncoderConfig, out: str | Path) -> int:
+    """Embeds a corpus: embeddings.npy [n, dim] float32, encoder.json, and the passages; returns n.
+
+    Finished already, it does nothing.
+    """
+    out, inputs = Path(out), {"passages": passages_path}
+    passages = corpus.read(passages_path)
+    if artifacts.is_finished(out, "embed", config, inputs):
+        return len(passages)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = HashedEncoder.fit(config, (passage_key(p) for p in passages))
+    chunks = []
+    with progress("embed", len(passages), "passages") as bar:
+        for i in range(0, len(passages), 512):
+            chunk = passages[i : i + 512]
+            chunks.append(encoder.encode([passage_key(p) for p in chunk]))
+            bar.advance(len(chunk))
+    with atomic_write(out / EMBEDDINGS, "wb") as f:
+        np.save(f, np.concatenate(chunks))
+    encoder.save(out)
+    corpus.write_tsv(out / PASSAGES, passages)
+    artifacts.finish(out, "embed", config, inputs, {"passages": len(passages)})
+    return len(passages)

@@ -1,0 +1,59 @@
+"""What a training step reports: loss per loss group, gradient norm, throughput; to TensorBoard and the progress bar."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selfrag_jax.data.batches import LOSS_GROUPS
+
+
+def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: jax.Array) -> dict[str, jax.Array]:
+    """Sums per loss group. losses, correct, weights, groups: [M]. Returns [G] arrays: loss, correct, count."""
+    used = (weights > 0).astype(jnp.float32)
+    member = jax.nn.one_hot(groups, len(LOSS_GROUPS)) * used[:, None]
+    return {"loss": losses @ member, "correct": correct @ member, "count": member.sum(0)}
+
+
+class Log:
+    """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`."""
+
+    def __init__(self, workdir: str | Path):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(Path(workdir) / "logs"))
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+        self.tokens, self.steps, self.start = 0, 0, time.monotonic()
+
+    def add(self, step_metrics: dict[str, Any], tokens: int) -> None:
+        for name, value in step_metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
+        self.tokens += tokens
+        self.steps += 1
+
+    def report(self, step: int) -> str:
+        """Writes the averages since the last report; returns a short line for the progress bar."""
+        count = np.maximum(self.sums["count"], 1)
+        loss, accuracy = self.sums["loss"] / count, self.sums["correct"] / count
+        rate = self.tokens / (time.monotonic() - self.start)
+        scalars = {"tokens_per_second": rate, "gradient_norm": float(self.sums["gradient_norm"] / self.steps)}
+        parts = []
+        for i, group in enumerate(LOSS_GROUPS):
+            if self.sums["count"][i]:
+                scalars[f"loss/{group}"], scalars[f"accuracy/{group}"] = loss[i], accuracy[i]
+                parts.append(f"{group} {loss[i]:.2f}")
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.reset()
+        return f"loss: {', '.join(parts)}; {rate:.0f} tokens/s"
+
+    def close(self) -> None:
+        self.writer.close()

@@ -1,0 +1,67 @@
+"""The `train` stage: data and a starting model in, a workdir with checkpoints out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from selfrag_jax import artifacts, config as configs
+from selfrag_jax.data.critic import CriticSource
+from selfrag_jax.data.generator import GeneratorSource
+from selfrag_jax.models import checkpoints
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.records import BadInput
+from selfrag_jax.training.train import TrainConfig, train
+
+ROLES = ("critic", "generator")
+
+
+def embedded_base() -> Path:
+    """The folder of the small base model that is shipped with the package."""
+    return Path(str(resources.files("selfrag_jax") / "world" / "base_model"))
+
+
+def starting_model(c: ConfigDict) -> checkpoints.LoadedModel:
+    """The model that training starts from, its vocabulary grown by the reflection tokens.
+
+    c.base: "embedded", "scratch" (the embedded tokenizer, random weights of the architecture c.scratch), or a path.
+    """
+    if c.base != "scratch":
+        loaded = checkpoints.load(embedded_base() if c.base == "embedded" else c.base)
+        tokenizer = loaded.tokenizer.with_reflection_tokens()
+        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size)
+        return checkpoints.LoadedModel(Model(config), params, tokenizer)
+    tokenizer = checkpoints.load(embedded_base()).tokenizer.with_reflection_tokens()
+    fields = c.scratch.to_dict()
+    std = fields.pop("embed_std")
+    extra = dict(vocab_size=tokenizer.vocab_size, dtype="float32", remat=False, scan_unroll=fields["num_layers"])
+    model = Model(configs.build(LlamaConfig, fields | extra, "scratch"))
+    return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer)
+
+
+def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
+    """Trains `role` ("critic" or "generator") on `data`. Finished already, it does nothing.
+
+    Raises BadInput for a role that the config has no section for.
+    """
+    if role not in ROLES or role not in c:
+        raise BadInput(f"--role={role}: must be one of {', '.join(r for r in ROLES if r in c) or 'none in this config'}")
+    section = configs.build(TrainConfig, c[role], role)
+    weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
+    made: dict[str, Any] = {"role": role, "train": asdict(section), "base": c.base, "weights": weights}
+    inputs = {"data": data}
+    if artifacts.is_finished(workdir, "train", made, inputs):
+        return
+    start = starting_model(c)
+    if role == "critic":
+        source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
+    else:
+        source = GeneratorSource.read(data, start.tokenizer, weights)
+    result = train(section, start.model, start.params, source, start.tokenizer, workdir, name)
+    counts = {k: result[k] for k in ("steps", "examples", "truncated")}
+    artifacts.finish(workdir, "train", made, inputs, counts)

@@ -1,0 +1,247 @@
+"""Training data of the small base model: reading skills on worlds that last for one document.
+
+The paper starts from Llama-2; the quickstart starts from a small Llama of ours. It learns to read, to match names that
+look alike, to copy a value out of a passage and to check a statement against a passage, without any reflection token
+and without any fact to memorise: every document draws its own entities from the `base` vocabulary, whose words share
+morphemes with quickstart worlds but no whole name and no whole value. Verdicts are plain words (yes, partly, no), and a
+document holds many of them, because a single verdict per document teaches checking far too slowly.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from selfrag_jax.data.batches import Example, build_example
+from selfrag_jax.records import Passage
+from selfrag_jax.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part, Tokenizer, train
+from selfrag_jax.world import language, questions
+from selfrag_jax.world.encyclopedia import Entity, World, WorldConfig, draw_entity, entity_passages
+from selfrag_jax.world.language import KINDS, Relation
+
+YES, PARTLY, NO = "yes", "partly", "no"
+Segments = list[tuple[list[Part], float]]
+
+
+@dataclass(frozen=True)
+class BaseDataConfig:
+    seed: int
+    vocabulary: str  # "base"; tests read "world" words to measure how the skills carry over
+    family_weights: tuple[tuple[str, float], ...]  # see _FAMILIES
+    verdict_weight: float  # loss weight of verdicts; everything else learned has 1
+    passages: int  # per document
+    statements: int  # checked statements per passage
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """The vocabulary of the language: morphemes, words, bytes for everything else."""
+    morphemes, words = [".", "?", ",", ":"], []
+    for starts, ends in language.MORPHEMES.values():
+        words += starts
+        morphemes += ends
+    words += [*language.PLACE_NOUNS, *language.ORGANISATION_NOUNS, *language.WORK_NOUNS]
+    texts = [t for k in KINDS.values() for r in k.relations for t in (r.phrase, *r.questions)]
+    texts += [t for qs, answer in language.COMMON_KNOWLEDGE for t in (*qs, answer)]
+    texts += ["Is it true that True False and Tell me about yes partly no A B C D"]
+    texts += ["retrieval relevant supported useful same"]
+    for text in texts:
+        words += re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", text))
+    return train(morphemes, words, vocab_size)
+
+
+def _fresh_world(vocabulary: str) -> World:
+    """A frame for the helpers of world.questions: all words of the vocabulary as values, no entities."""
+    config = WorldConfig(0, vocabulary, 0, 0, 0, 0, 0, 0.6, 0.0, 0, 0.0, 0, 0.0)
+    kinds = {r.value for k in KINDS.values() for r in k.relations}
+    return World(config, (), (), {kind: language.words(kind, vocabulary) for kind in sorted(kinds)})
+
+
+class BaseSource:
+    """An unbounded source of documents; document i depends on the seed and i alone."""
+
+    size = 0
+
+    def __init__(self, config: BaseDataConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.world = _fresh_world(config.vocabulary)
+        self.families = [_FAMILIES[name] for name, _ in config.family_weights]
+        self.weights = [w for _, w in config.family_weights]
+
+    def segments(self, i: int) -> Segments:
+        rng = random.Random(f"base-{self.config.seed}-{i}")
+        return rng.choices(self.families, self.weights)[0](self, rng)
+
+    def example(self, i: int) -> Example:
+        return build_example(self.tokenizer, self.segments(i), {})
+
+    # ---- pieces ----------------------------------------------------------------------------------------------------
+    def entity(self, rng: random.Random, kind: str, words: tuple[str, str] | None = None) -> Entity:
+        words = words or language.draw_name(rng, kind, self.config.vocabulary)
+        return draw_entity(rng, kind, words, self.world.values, "")
+
+    def verdict(self, word: str) -> tuple[list[Part], float]:
+        return [word], self.config.verdict_weight
+
+    def near_value(self, rng: random.Random, relation: Relation, right: str) -> str:
+        """A wrong value; half of the time one that shares a morpheme with the right one."""
+        pool = [v for v in self.world.values[relation.value] if v != right]
+        close = [v for v in pool if v[:3] == right[:3] or v[-3:] == right[-3:]]
+        return rng.choice(close if close and rng.random() < 0.5 else pool)
+
+    def statement(self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]]) -> tuple[list[str], str]:
+        """A statement about `entity` of one or two facts, and whether a passage with the `stated` facts supports it.
+
+        A third is true; the others hold another attribute's value, a near value or a fact that the passage lacks.
+        """
+        facts, right = [], 0
+        relations = rng.sample(KINDS[entity.kind].relations, 2 if rng.random() < 0.25 else 1)
+        if rng.random() < 0.75:  # mostly of what the passage tells about
+            relations = rng.sample([r for r, _ in stated], min(len(relations), len(stated)))
+        known = {r.name: v for r, v in stated}
+        for relation in relations:
+            value = entity.value(relation.name)
+            if rng.random() < 0.5:
+                others = [v for r, v in entity.facts if KINDS[entity.kind].relation(r).value == relation.value and v != value]
+                value = rng.choice(others) if others and rng.random() < 0.4 else self.near_value(rng, relation, value)
+            facts.append((relation, value))
+            right += known.get(relation.name) == value
+        verdict = YES if right == len(facts) else PARTLY if right else NO
+        return [language.sentence(entity.name, facts)], verdict
+
+
+def _passage(p: Passage) -> list[Part]:
+    return [p.title, Control(NEWLINE), p.text, Control(NEWLINE)]
+
+
+def _stated(entity: Entity, half: int) -> list[tuple[Relation, str]]:
+    return entity.halves()[half]
+
+
+def _kind(rng: random.Random) -> str:
+    return "person" if rng.random() < 0.6 else rng.choice(("place", "organisation", "work"))
+
+
+def _statements(source: BaseSource, rng: random.Random) -> Segments:
+    """A passage, then statements, each with its verdict."""
+    entity = source.entity(rng, _kind(rng))
+    half = rng.randrange(2)
+    out: Segments = [(_passage(entity_passages(rng, entity)[half]), 0.0)]
+    for _ in range(source.config.statements + 2):
+        text, verdict = source.statement(rng, entity, _stated(entity, half))
+        out += [(text, 0.0), source.verdict(verdict)]
+    return out
+
+
+def _quiz(source: BaseSource, rng: random.Random) -> Segments:
+    """A question, then passages about it, its look-alikes and others: is it about the same name, and what does it say?"""
+    entity = source.entity(rng, _kind(rng))
+    half = rng.randrange(2)
+    relation = rng.choice(_stated(entity, half))[0]
+    question = rng.choice(relation.questions).format(n=entity.name)
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    for _ in range(source.config.passages):
+        draw = rng.random()
+        if draw < 0.55:
+            about, at = entity, half if rng.random() < 0.7 else 1 - half
+        elif draw < 0.85:
+            words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
+            about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
+        else:
+            about, at = source.entity(rng, _kind(rng)), rng.randrange(2)
+        stated = _stated(about, at)
+        out.append((_passage(entity_passages(rng, about)[at]), 0.0))
+        out.append(source.verdict(YES if about is entity else NO))
+        out += _answer(source, rng, entity, relation, stated if about is entity else [])
+        for _ in range(source.config.statements):
+            text, verdict = source.statement(rng, about, stated)
+            out += [(text, 0.0), source.verdict(verdict)]
+    return out
+
+
+def _answer(source: BaseSource, rng: random.Random, entity: Entity, relation: Relation, stated) -> Segments:
+    """The answer to the question and its verdict. Right answers that the passage holds are learned, others only read."""
+    value, holds = entity.value(relation.name), any(r is relation for r, _ in stated)
+    if rng.random() < 0.3:
+        value, right = source.near_value(rng, relation, value), False
+    else:
+        right = True
+    text = [language.sentence(entity.name, [(relation, value)])]
+    return [(text, 1.0 if right and holds else 0.0), source.verdict(YES if right and holds else NO)]
+
+
+def _claim(source: BaseSource, rng: random.Random) -> Segments:
+    """Passage and claims, answered True. or False."""
+    entity = source.entity(rng, _kind(rng))
+    half = rng.randrange(2)
+    out: Segments = []
+    for i in range(2):
+        relation, value = rng.choice(_stated(entity, half))
+        holds = rng.random() < 0.5
+        claimed = value if holds else source.near_value(rng, relation, value)
+        out.append(([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0))
+        if i == 0:
+            out.append((_passage(entity_passages(rng, entity)[half]), 0.0))
+        out.append(([language.TRUE if holds else language.FALSE], source.config.verdict_weight))
+    return out
+
+
+def _choice(source: BaseSource, rng: random.Random) -> Segments:
+    """A question with four options, a passage, and the letter."""
+    entity = source.entity(rng, _kind(rng))
+    half = rng.randrange(2)
+    relation, right = rng.choice(_stated(entity, half))
+    options = rng.sample([v for v in source.world.values[relation.value] if v != right], 3) + [right]
+    rng.shuffle(options)
+    choices = list(zip(language.CHOICE_LABELS, options, strict=True))
+    question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
+    letter = next(label for label, text in choices if text == right)
+    return [
+        ([Control(INSTRUCTION), question, Control(RESPONSE), *_passage(entity_passages(rng, entity)[half])], 0.0),
+        ([f"{letter}."], source.config.verdict_weight),
+    ]
+
+
+def _common(source: BaseSource, rng: random.Random) -> Segments:
+    """Common knowledge, which every world shares."""
+    out: Segments = []
+    for asked, answer in rng.sample(language.COMMON_KNOWLEDGE, 2):
+        out += [([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0), ([answer, Control(NEWLINE)], 1.0)]
+    return out
+
+
+def _repeat(source: BaseSource, rng: random.Random) -> Segments:
+    """A list of words and names, and the same list again: teaches to look back and copy, at every token."""
+    kinds = list(source.world.values)
+    words = [rng.choice(source.world.values[rng.choice(kinds)]) for _ in range(rng.randint(3, 14))]
+    words += [" ".join(language.draw_name(rng, _kind(rng), source.config.vocabulary)) for _ in range(4)]
+    rng.shuffle(words)
+    return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], 1.0)]
+
+
+def _compare(source: BaseSource, rng: random.Random) -> Segments:
+    """Words listed, then words each with a verdict: did it stand in the list?"""
+    kinds = list(source.world.values)
+
+    def draw() -> str:
+        if rng.random() < 0.3:
+            return " ".join(language.draw_name(rng, "person", source.config.vocabulary))
+        return rng.choice(source.world.values[rng.choice(kinds)])
+
+    listed = [draw() for _ in range(rng.randint(1, 8))]
+    out: Segments = [([", ".join(listed), Control(NEWLINE)], 0.0)]
+    for _ in range(8):
+        word = rng.choice(listed) if rng.random() < 0.5 else draw()
+        out += [([word], 0.0), source.verdict(YES if word in listed else NO)]
+    return out
+
+
+_FAMILIES = {
+    "quiz": _quiz,
+    "statements": _statements,
+    "claim": _claim,
+    "choice": _choice,
+    "common": _common,
+    "repeat": _repeat,
+    "compare": _compare,
+}

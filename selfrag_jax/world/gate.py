@@ -1,0 +1,86 @@
+"""Measures what a base model must be able to do before anything is built on it: copy, match, check.
+
+  copy    the answer to a question, every token of it, out of the passage that holds it
+  match   whether a passage is about the asked name or about one that looks alike (half and half)
+  check   whether a passage supports a statement about an attribute that it holds (half are wrong: a value that shares
+          a morpheme, one of another attribute of the same entity, or any other)
+  missing whether a statement about an attribute that the passage does not hold is refused
+
+All on the `world` vocabulary and unseen seeds: no name and no value of the training documents occurs.
+"""
+
+from __future__ import annotations
+
+import random
+
+import jax
+import numpy as np
+
+from selfrag_jax.data.batches import Example, build_example
+from selfrag_jax.models.checkpoints import LoadedModel
+from selfrag_jax.models.llama import causal_mask
+from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
+from selfrag_jax.world import language
+from selfrag_jax.world.base import NO, YES, BaseDataConfig, BaseSource, Segments, _kind, _passage, _stated
+from selfrag_jax.world.encyclopedia import entity_passages
+from selfrag_jax.world.language import KINDS
+
+SKILLS = ("copy", "match", "check", "missing")
+
+
+def cases(source: BaseSource, rng: random.Random, skill: str) -> Segments:
+    """One document whose only learned segment is what the skill must predict."""
+    entity = source.entity(rng, _kind(rng))
+    half = rng.randrange(2)
+    stated = _stated(entity, half)
+    passage = _passage(entity_passages(rng, entity)[half])
+    relation, value = rng.choice(stated)
+    question = [Control(INSTRUCTION), rng.choice(relation.questions).format(n=entity.name), Control(RESPONSE)]
+    answer = [language.sentence(entity.name, [(relation, value)])]
+    if skill == "copy":
+        return [([*question, *passage], 0.0), ([YES], 0.0), (answer, 1.0)]
+    if skill == "match":
+        if rng.random() < 0.5:
+            return [([*question, *passage], 0.0), ([YES], 1.0)]
+        other = source.entity(rng, entity.kind, language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
+        return [([*question, *_passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
+    if skill == "missing":
+        relation, value = rng.choice(_stated(entity, 1 - half))
+        return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
+    if rng.random() < 0.5:
+        return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
+    others = [v for r, v in entity.facts if KINDS[entity.kind].relation(r).value == relation.value and v != value]
+    wrong = rng.choice(others) if others and rng.random() < 0.3 else source.near_value(rng, relation, value)
+    return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
+
+
+def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
+    """The share of `n` cases of each skill in which the model's first choice is right at every learned token."""
+    source = BaseSource(BaseDataConfig(seed, "world", (), 1.0, 0, 0), loaded.tokenizer)
+
+    @jax.jit
+    def right(params, tokens, doc_ids, positions):
+        hidden, _ = loaded.model.hidden(params, tokens, positions, causal_mask(doc_ids))
+        return loaded.model.logits(params, hidden[:, :-1]).argmax(-1) == tokens[:, 1:]
+
+    scores = {}
+    for skill in SKILLS:
+        rng = random.Random(f"gate-{skill}-{seed}")
+        examples = [build_example(loaded.tokenizer, cases(source, rng, skill), {}) for _ in range(n)]
+        length = max(96, *(len(e.tokens) for e in examples))
+        tokens, learned = np.zeros((n, length), np.int32), np.zeros((n, length), bool)
+        doc_ids = np.zeros((n, length), np.int32)
+        for i, e in enumerate(examples):
+            _fill(i, e, tokens, learned, doc_ids)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), (n, length))
+        hits = np.concatenate(
+            [np.asarray(right(loaded.params, tokens[i : i + 100], doc_ids[i : i + 100], positions[i : i + 100]))
+             for i in range(0, n, 100)]
+        )  # fmt: skip
+        scores[skill] = float((hits | ~learned[:, 1:]).all(1).mean())
+    return scores
+
+
+def _fill(i: int, e: Example, tokens: np.ndarray, learned: np.ndarray, doc_ids: np.ndarray) -> None:
+    k = len(e.tokens)
+    tokens[i, :k], learned[i, :k], doc_ids[i, :k] = e.tokens, e.weight > 0, 1

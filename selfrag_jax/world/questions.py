@@ -1,0 +1,227 @@
+"""Instructions with outputs for training, and evaluation files, about a world, in the published file formats.
+
+Some outputs are wrong on purpose: sources of instructions are, and a critic that never sees a wrong output learns
+that fluent means supported. Wrong values are drawn, where possible, from what another attribute of the same entity
+holds (lives in a town, was born in a town), so that only a look at the passage tells.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax.records import Instruction, write_json, write_jsonl
+from selfrag_jax.world import language
+from selfrag_jax.world.encyclopedia import Entity, World
+from selfrag_jax.world.language import KINDS, Relation
+
+# Shares of the forms among the instructions of training.
+FORMS: dict[str, float] = {
+    "long_tail": 0.48,
+    "well_known": 0.14,
+    "no_need": 0.10,
+    "claims": 0.08,
+    "multiple_choice": 0.06,
+    "two_part": 0.07,
+    "biography": 0.07,
+}
+TASKS = tuple(FORMS)
+
+
+def _relation(rng: random.Random, entity: Entity) -> Relation:
+    return rng.choice(KINDS[entity.kind].relations)
+
+
+def wrong_value(rng: random.Random, world: World, entity: Entity, relation: Relation) -> str:
+    """A wrong value of the right sort; half of the time one that another attribute of the entity really has."""
+    right = entity.value(relation.name)
+    tempting = [v for r in KINDS[entity.kind].relations if r.value == relation.value and (v := entity.value(r.name)) != right]
+    if tempting and rng.random() < 0.5:
+        return rng.choice(tempting)
+    return rng.choice([v for v in world.values[relation.value] if v != right])
+
+
+def choice_text(question: str, choices: list[tuple[str, str]]) -> str:
+    return question + " " + " ".join(f"{label}: {text}" for label, text in choices)
+
+
+def _choices(rng: random.Random, world: World, entity: Entity, relation: Relation) -> tuple[list[tuple[str, str]], str]:
+    """Four labelled options and the right label."""
+    right = entity.value(relation.name)
+    options = rng.sample([v for v in world.values[relation.value] if v != right], 3) + [right]
+    rng.shuffle(options)
+    choices = list(zip(language.CHOICE_LABELS, options, strict=True))
+    return choices, next(label for label, text in choices if text == right)
+
+
+def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+    relation = _relation(rng, entity)
+    question = rng.choice(relation.questions).format(n=entity.name)
+    name, told, value = entity.name, relation, entity.value(relation.name)
+    if wrong:
+        how = rng.random()
+        if how < 0.7:
+            value = wrong_value(rng, world, entity, relation)
+        elif how < 0.9:  # answers another question about the entity
+            told = rng.choice([r for r in KINDS[entity.kind].relations if r != relation])
+            value = entity.value(told.name)
+        else:  # tells of another entity
+            name = " ".join(language.look_alike(rng, entity.kind, world.config.vocabulary, entity.words))
+    return question, language.sentence(name, [(told, value)])
+
+
+def _claim(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+    relation = _relation(rng, entity)
+    holds = rng.random() < 0.5
+    value = entity.value(relation.name) if holds else wrong_value(rng, world, entity, relation)
+    return language.claim(entity.name, relation, value), language.TRUE if holds != wrong else language.FALSE
+
+
+def _choice(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+    relation = _relation(rng, entity)
+    choices, right = _choices(rng, world, entity, relation)
+    label = rng.choice([c for c, _ in choices if c != right]) if wrong else right
+    return choice_text(rng.choice(relation.questions).format(n=entity.name), choices), f"{label}."
+
+
+def _two_part(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+    pair = [rng.choice(half) for half in entity.halves()]
+    rng.shuffle(pair)
+    questions = [rng.choice(r.questions).format(n=entity.name) for r, _ in pair]
+    sentences = [language.sentence(entity.name, [fact]) for fact in pair]
+    if wrong and rng.random() < 0.5:
+        return language.two_part(*questions), sentences[0]
+    if wrong:
+        i = rng.randrange(2)
+        relation = pair[i][0]
+        sentences[i] = language.sentence(entity.name, [(relation, wrong_value(rng, world, entity, relation))])
+    return language.two_part(*questions), " ".join(sentences)
+
+
+def biography_sentences(facts: list[tuple[Relation, str]], name: str) -> list[str]:
+    """The facts of one passage in two sentences: the first alone, then the rest."""
+    return [language.sentence(name, facts[:1]), language.sentence(name, facts[1:])]
+
+
+def _biography(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+    halves = [list(half) for half in entity.halves()]
+    if wrong:
+        half = rng.choice(halves)
+        i = rng.randrange(len(half))
+        half[i] = (half[i][0], wrong_value(rng, world, entity, half[i][0]))
+    text = " ".join(s for half in halves for s in biography_sentences(half, entity.name))
+    return f"Tell me about {entity.name}.", text
+
+
+def _common(rng: random.Random, world: World, entity: Entity | None, wrong: bool) -> tuple[str, str]:
+    questions, answer = rng.choice(language.COMMON_KNOWLEDGE)
+    if wrong:
+        same = [a for _, a in language.COMMON_KNOWLEDGE if a != answer and a[:8] == answer[:8]]
+        answer = rng.choice(same)
+    return rng.choice(questions), answer
+
+
+_BUILD: dict[str, Callable[..., tuple[str, str]]] = {
+    "long_tail": _fact,
+    "well_known": _fact,
+    "no_need": _common,
+    "claims": _claim,
+    "multiple_choice": _choice,
+    "two_part": _two_part,
+    "biography": _biography,
+}
+
+
+def instructions(world: World, group: str = "train", n: int | None = None) -> list[Instruction]:
+    """Instructions with outputs about the entities of `group`, shuffled; `n` as the config says, if not given.
+
+    Well-known entities and common knowledge never get wrong outputs.
+    """
+    rng = random.Random(f"instructions-{world.config.seed}-{group}")
+    train, known = world.group(group), world.group("known")
+    n = world.config.instructions if n is None else n
+    rows = []
+    for form, share in FORMS.items():
+        for i in range(round(share * n)):
+            if form == "well_known":
+                if not known:
+                    break
+                entity = known[i % len(known)]
+            else:
+                entity = rng.choice([e for e in train if form != "biography" or e.kind == "person"])
+            wrong = form not in ("well_known", "no_need") and rng.random() < world.config.wrong_output_rate
+            instruction, output = _BUILD[form](rng, world, entity, wrong)
+            rows.append(Instruction(id=f"{form}-{i}", instruction=instruction, output=output, dataset_name=form))
+    rng.shuffle(rows)
+    return rows
+
+
+def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each evaluation task, about test entities (well-known ones for `well_known`)."""
+    rng = random.Random(f"evaluation-{world.config.seed}")
+    test, known = world.group("test"), world.group("known")
+    persons = [e for e in test if e.kind == "person"]
+    out: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
+
+    def ask(task: str, entity: Entity, relation: Relation) -> None:
+        question = rng.choice(relation.questions).format(n=entity.name)
+        out[task].append({"id": f"{task}-{len(out[task])}", "question": question, "answers": [entity.value(relation.name)]})
+
+    for entity in test:
+        for relation in rng.sample(KINDS[entity.kind].relations, min(world.config.questions_per_test_entity, 4)):
+            ask("long_tail", entity, relation)
+        relation = _relation(rng, entity)
+        choices, right = _choices(rng, world, entity, relation)
+        out["multiple_choice"].append(
+            {
+                "id": f"multiple_choice-{len(out['multiple_choice'])}",
+                "question": rng.choice(relation.questions).format(n=entity.name),
+                "choices": {"label": [c for c, _ in choices], "text": [t for _, t in choices]},
+                "answerKey": right,
+            }
+        )
+        question, answer = _claim(rng, world, entity, wrong=False)
+        out["claims"].append({"id": f"claims-{len(out['claims'])}", "question": question, "answers": [answer]})
+    for entity in known:
+        for relation in KINDS[entity.kind].relations:
+            ask("well_known", entity, relation)
+    for questions, answer in language.COMMON_KNOWLEDGE:
+        value = answer.rstrip(".").split()[-1]
+        out["no_need"].append({"id": f"no_need-{len(out['no_need'])}", "question": rng.choice(questions), "answers": [value]})
+    for entity in test[: max(1, len(test) // 2)]:
+        (a, value_a), (b, value_b) = (rng.choice(half) for half in entity.halves())
+        question = language.two_part(*(rng.choice(r.questions).format(n=entity.name) for r in (a, b)))
+        pairs = [{"question": r.name, "short_answers": [v]} for r, v in ((a, value_a), (b, value_b))]
+        out["two_part"].append({"id": f"two_part-{len(out['two_part'])}", "question": question, "qa_pairs": pairs})
+    for entity in persons[: max(1, len(test) // 4)]:
+        out["biography"].append(
+            {
+                "id": f"biography-{len(out['biography'])}",
+                "input": f"Tell me about {entity.name}.",
+                "topic": entity.name,
+                "cat": [entity.kind],
+                "facts": [list(f) for f in entity.facts],
+            }
+        )
+    return out
+
+
+def write(world: World, out: str | Path) -> dict[str, int]:
+    """Writes passages.tsv, instructions.jsonl, teacher.jsonl and eval/*.jsonl under `out`; returns row counts."""
+    from dataclasses import asdict
+
+    from selfrag_jax.retrieval.corpus import write_tsv
+
+    out = Path(out)
+    counts = {"passages": write_tsv(out / "passages.tsv", world.passages)}
+    counts["instructions"] = write_jsonl(out / "instructions.jsonl", instructions(world))
+    teacher = ({"entity": e.name, "kind": e.kind, "group": e.group, "facts": dict(e.facts)} for e in world.entities)
+    counts["teacher"] = write_jsonl(out / "teacher.jsonl", teacher)
+    # For measuring the critic: instructions about entities that it has not seen.
+    counts["eval/critic"] = write_jsonl(out / "eval" / "critic.jsonl", instructions(world, "test", 2 * len(world.group("test"))))
+    for task, rows in evaluation(world).items():
+        counts[f"eval/{task}"] = write_jsonl(out / "eval" / f"{task}.jsonl", rows)
+    write_json(out / "world.json", asdict(world.config))
+    return counts

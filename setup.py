@@ -1,0 +1,36 @@
+"""Installs the package, the `selfrag` command, and the configs as selfrag_jax.configs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="selfrag-jax",
+    version="0.1.0",
+    description="Self-RAG on JAX, Flax and TPUs: retrieve, generate and critique through self-reflection",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["selfrag_jax", "selfrag_jax.*"]), "selfrag_jax.configs"],
+    package_dir={"selfrag_jax": "selfrag_jax", "selfrag_jax.configs": "configs"},
+    package_data={"selfrag_jax": ["world/base_model/*"]},
+    entry_points={"console_scripts": ["selfrag=selfrag_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "scann>=1.4.2",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "ml-collections>=1.1",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "pysbd>=0.3.4",
+        "rich>=14",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1"],
+    },
+)
