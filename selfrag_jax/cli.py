@@ -35,7 +35,11 @@ class Stage:
 
 
 def _config_flag(default: str = _CONFIG) -> Flag:
-    return Flag("config", "an installed config, e.g. tiny or tiny:smoke, or a path; change a field with --config.section.field=value", default)
+    return Flag(
+        "config",
+        "an installed config, e.g. tiny or tiny:smoke, or a path; change a field with --config.section.field=value",
+        default,
+    )
 
 
 def _load(values: dict):
@@ -321,7 +325,11 @@ STAGES: dict[str, Stage] = {
 def _overview() -> str:
     width = max(map(len, STAGES))
     lines = [f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items()]
-    return "selfrag STAGE --flags\n\n" + "\n".join(lines) + "\n\n`selfrag STAGE --help` explains a stage. Start with: selfrag quickstart --workdir=W"
+    return (
+        "selfrag STAGE --flags\n\n"
+        + "\n".join(lines)
+        + "\n\n`selfrag STAGE --help` explains a stage. Start with: selfrag quickstart --workdir=W"
+    )
 
 
 def _help(name: str, stage: Stage) -> str:

@@ -87,9 +87,7 @@ def queries(row: Instruction, config: CollectConfig, rng: random.Random) -> Iter
         yield CritiqueQuery("isuse", text, output=row.output)
 
 
-def collect(
-    input_path: str | Path, truth: str | Path, config: CollectConfig, out: str | Path, limit: int | None = None
-) -> int:
+def collect(input_path: str | Path, truth: str | Path, config: CollectConfig, out: str | Path, limit: int | None = None) -> int:
     """Labels critiques of the input's rows and writes critic data; returns how many. Finished already, it does nothing.
 
     input_path: instructions with `ctxs`, as `selfrag retrieve` writes them; truth: the world's teacher.jsonl.

@@ -149,9 +149,7 @@ def _add_segment(critic: Critic, drafts: list[_Draft], config: LabelConfig) -> N
         elif action[id(d)] == reflection.CONTINUE:
             pool.append((d, d.evidence))
     relevance = critic.judge([CritiqueQuery("isrel", d.row.instruction, evidence=p) for d, p in pool])
-    support = critic.judge(
-        [CritiqueQuery("issup", d.row.instruction, evidence=p, output=d.segments[d.at]) for d, p in pool]
-    )
+    support = critic.judge([CritiqueQuery("issup", d.row.instruction, evidence=p, output=d.segments[d.at]) for d, p in pool])
     judged: dict[int, list[tuple[Passage, np.ndarray, np.ndarray]]] = {}
     for (d, p), rel, sup in zip(pool, relevance, support, strict=True):
         judged.setdefault(id(d), []).append((p, rel, sup))
@@ -203,9 +201,7 @@ def label(critic_path: str | Path, input_path: str | Path, config: LabelConfig, 
             else:
                 bar.first += len(rows[at : at + config.chunk])
             bar.advance(len(rows[at : at + config.chunk]))
-    examples = [
-        generator_example_from(where, row) for at in chunks for where, row in read_rows(parts / f"{at:08d}.jsonl")
-    ]
+    examples = [generator_example_from(where, row) for at in chunks for where, row in read_rows(parts / f"{at:08d}.jsonl")]
     n = write_jsonl(out, examples)
     artifacts.finish(out, "label", config, inputs, {"examples": n})
     artifacts.remove(parts.parent)

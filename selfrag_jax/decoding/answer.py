@@ -1,8 +1,8 @@
 """The public object: questions in, answers with citations and critiques out.
 
-    rag = SelfRAG.load("W/generator", index="W/index")
-    for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
-        print(answer.answer, answer.citations)
+rag = SelfRAG.load("W/generator", index="W/index")
+for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
+    print(answer.answer, answer.citations)
 """
 
 from __future__ import annotations
@@ -136,9 +136,10 @@ class SelfRAG:
         return out
 
     def batches(self, questions: Sequence[Question], **changes: Any) -> Iterator[list[Answer]]:
-        """Answers batch by batch. Every batch has the same shape: the last one is filled up and cut."""
+        """Answers batch by batch. Batches have the configured size, filled up and cut (one question goes alone), so that
+        the number of questions never leads to another compilation."""
         search = self._search(changes)
-        size = min(self.config.batch, max(1, len(questions)))
+        size = 1 if len(questions) == 1 else self.config.batch
         for i in range(0, len(questions), size):
             chunk = list(questions[i : i + size])
             filled = chunk + [chunk[-1]] * (size - len(chunk))

@@ -24,9 +24,9 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     ids = [q.id for q in questions]
     if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
         raise BadInput(f"{input_path}: id {twice!r} occurs more than once")
-    if rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval":
-        if without := [q.id for q in questions if not q.ctxs]:
-            raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
+    needs_passages = rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval"
+    if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
+        raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
     config = {"changes": changes, "answer": json.loads(json.dumps(rag.config, default=vars))}
     inputs = {"input": input_path}
     if artifacts.is_finished(out, "answer", config, inputs):

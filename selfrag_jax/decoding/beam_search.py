@@ -137,8 +137,8 @@ class BeamSearch:
         return [Search([Beam(None, retrieve[q], len(ids), q)]) for q, ids in enumerate(prompt_ids)], cache
 
     def _pad(self, rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        bucket = self.config.length_bucket
-        length = -(-max(1, *(len(r) for r in rows)) // bucket) * bucket
+        longest, bucket = max([1, *map(len, rows)]), self.config.length_bucket
+        length = 1 if longest == 1 else -(-longest // bucket) * bucket  # a lone Retrieve token needs no padding
         tokens = np.full((len(rows), length), self.tokenizer.pad_id, np.int32)
         valid = np.zeros((len(rows), length), bool)
         for i, row in enumerate(rows):
@@ -163,7 +163,7 @@ class BeamSearch:
     def _step(self, searches: list[Search], live: list[tuple[int, Beam]], prefix, depth: int, retrieve: Retrieve):
         actions = [self._action(b) for _, b in live]
         passages = self._passages(searches, live, actions, retrieve)
-        P = max(1, *(len(p) for p in passages))
+        P = max(map(len, passages))
         R = len(searches) * (1 if depth == 0 else self.config.beam_width)  # rows of the prefix cache
 
         # Branch inputs [R * P]: rows without a live beam, and branches without a passage, stay empty.

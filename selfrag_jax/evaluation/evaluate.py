@@ -44,7 +44,9 @@ def score(questions: Sequence[Question], predictions: Sequence[Row], judge: Supp
         out["accuracy"].append(metrics.accuracy(q, row["answer"]))
         out["retrieval_rate"].append(float(row["retrieved"]))
         if judge is not None and row["segments"]:
-            for name, value in zip(("citation_precision", "citation_recall"), metrics.citation_scores(q, row, judge), strict=True):
+            for name, value in zip(
+                ("citation_precision", "citation_recall"), metrics.citation_scores(q, row, judge), strict=True
+            ):
                 if value is not None:
                     out.setdefault(name, []).append(value)
     return out

@@ -122,7 +122,9 @@ def _html_answer(row: Row) -> str:
         probabilities = (n["isrel"][1], n["issup"][0]) if n["passage"] else ("", "")
         cells = "".join(f"<td>{p if p == '' else f'{p:.2f}'}</td>" for p in (*probabilities, n["p_segment"], n["score"]))
         mark = ' class="chosen"' if n["chosen"] else ""
-        lines += f"<tr{mark}><td>{html.escape(passage)}</td><td style='text-align:left'>{html.escape(n['text'])}</td>{cells}</tr>"
+        lines += (
+            f"<tr{mark}><td>{html.escape(passage)}</td><td style='text-align:left'>{html.escape(n['text'])}</td>{cells}</tr>"
+        )
     head = "<th>passage</th><th style='text-align:left'>segment</th><th>Relevant</th><th>Fully supported</th><th>p(segment)</th><th>score</th>"
     decision = "retrieved" if row["retrieved"] else "no retrieval"
     return (
@@ -146,7 +148,9 @@ def write(rows: Sequence[Row], examples: Sequence[Row], out: str | Path, title: 
         if r["system"] == "critic"
     )
     if critic:
-        sections.append(f"<h2>Critic accuracy (%)</h2><table><tr><th>group</th><th>accuracy</th><th>n</th></tr>{critic}</table>")
+        sections.append(
+            f"<h2>Critic accuracy (%)</h2><table><tr><th>group</th><th>accuracy</th><th>n</th></tr>{critic}</table>"
+        )
     if examples:
         sections.append("<h2>Some questions, with the critique of each passage</h2>" + "".join(map(_html_answer, examples)))
     with atomic_write(out / "index.html") as f:

@@ -1,9 +1,9 @@
 """Evaluation files in their published formats, read into one record.
 
-  short form       question | instruction, answers | answer | output, ctxs | top_contexts | docs
-  multiple choice  question, choices {label, text}, answerKey (ARC; labels may be 1-4, three or five options)
-  several parts    question, qa_pairs [{short_answers}] (ALCE)
-  biographies      input, topic, cat (FactScore); our world adds its facts
+short form       question | instruction, answers | answer | output, ctxs | top_contexts | docs
+multiple choice  question, choices {label, text}, answerKey (ARC; labels may be 1-4, three or five options)
+several parts    question, qa_pairs [{short_answers}] (ALCE)
+biographies      input, topic, cat (FactScore); our world adds its facts
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
                 if not row:
                     continue
                 if len(row) != len(header):
-                    raise BadInput(f"{where}: {len(row)} columns where the header has {len(header)}; quote fields that hold tabs")
+                    raise BadInput(
+                        f"{where}: {len(row)} columns where the header has {len(header)}; quote fields that hold tabs"
+                    )
                 yield where, Passage(row[column["id"]], row[column["title"]] if "title" in column else "", row[column["text"]])
         except UnicodeDecodeError as e:
             raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None

@@ -43,7 +43,11 @@ class OnlineRetriever:
         unique = list(dict.fromkeys(queries))
         rows, scores = self.index.search(self.encoder.encode(unique), k)
         found = {
-            query: [replace(self.index.passages[r], score=float(s)) for r, s in zip(rows[i], scores[i], strict=True) if not np.isnan(s)]
+            query: [
+                replace(self.index.passages[r], score=float(s))
+                for r, s in zip(rows[i], scores[i], strict=True)
+                if not np.isnan(s)
+            ]
             for i, query in enumerate(unique)
         }
         return [found[q] for q in queries]
@@ -70,7 +74,9 @@ def retrieve_file(index: str | Path, input_path: str | Path, out: str | Path, k:
     with progress("retrieve", len(rows), "questions") as bar:
         for at in range(0, len(rows), 256):
             found = retriever.passages([()] * len(queries[at : at + 256]), queries[at : at + 256], k)
-            written += [row | {"ctxs": [to_json(p) for p in ps]} for (_, row), ps in zip(rows[at : at + 256], found, strict=True)]
+            written += [
+                row | {"ctxs": [to_json(p) for p in ps]} for (_, row), ps in zip(rows[at : at + 256], found, strict=True)
+            ]
             bar.advance(len(found))
     write_jsonl(out, written)
     artifacts.finish(out, "retrieve", config, inputs, {"rows": len(written)})

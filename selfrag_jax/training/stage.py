@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts, config as configs
+from selfrag_jax import artifacts
+from selfrag_jax import config as configs
 from selfrag_jax.data.critic import CriticSource
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints

@@ -132,9 +132,7 @@ def train(
             batch = packer.next()
             truncated += batch.truncated
             arrays = _arrays(batch)
-            placed = {
-                k: jax.device_put(v, batch_sharding if v.ndim == 2 else replicated) for k, v in arrays.items()
-            }
+            placed = {k: jax.device_put(v, batch_sharding if v.ndim == 2 else replicated) for k, v in arrays.items()}
             state, step_metrics = train_step(state, placed, model, tx)
             if not np.isfinite(step_metrics["total"]):
                 raise FloatingPointError(

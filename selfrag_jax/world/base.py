@@ -83,27 +83,44 @@ class BaseSource:
     def verdict(self, word: str) -> tuple[list[Part], float]:
         return [word], self.config.verdict_weight
 
-    def near_value(self, rng: random.Random, relation: Relation, right: str) -> str:
-        """A wrong value; half of the time one that shares a morpheme with the right one."""
-        pool = [v for v in self.world.values[relation.value] if v != right]
+    def near_value(self, rng: random.Random, kind: str, right: str) -> str:
+        """Another value of the same kind; half of the time one that shares a morpheme with the right one."""
+        pool = [v for v in self.world.values[kind] if v != right]
         close = [v for v in pool if v[:3] == right[:3] or v[-3:] == right[-3:]]
         return rng.choice(close if close and rng.random() < 0.5 else pool)
 
-    def statement(self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]]) -> tuple[list[str], str]:
-        """A statement about `entity` of one or two facts, and whether a passage with the `stated` facts supports it.
+    def statements(
+        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], n: int, skip: Relation | None = None
+    ) -> Segments:
+        """Up to n statements about `entity`, each with its verdict: is it supported by a passage with the `stated` facts?
 
-        A third is true; the others hold another attribute's value, a near value or a fact that the passage lacks.
+        No relation occurs twice (nor `skip`, of which the document told already), or an earlier wrong statement could
+        be taken for the evidence of a later one.
         """
-        facts, right = [], 0
-        relations = rng.sample(KINDS[entity.kind].relations, 2 if rng.random() < 0.25 else 1)
-        if rng.random() < 0.75:  # mostly of what the passage tells about
-            relations = rng.sample([r for r, _ in stated], min(len(relations), len(stated)))
-        known = {r.name: v for r, v in stated}
+        told = [r for r, _ in stated]
+        missing = [r for r in KINDS[entity.kind].relations if r not in told and r != skip]
+        order = [r for r in rng.sample(told, len(told)) if r != skip]
+        for r in rng.sample(missing, min(len(missing), 1 + n // 3)):
+            order.insert(rng.randrange(len(order) + 1), r)
+        out: Segments = []
+        while order and n:
+            pair = [order.pop() for _ in range(min(len(order), 2 if rng.random() < 0.2 else 1))]
+            text, verdict = self.statement(rng, entity, stated, pair)
+            out += [(text, 0.0), self.verdict(verdict)]
+            n -= 1
+        return out
+
+    def statement(
+        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], relations: list[Relation]
+    ) -> tuple[list[str], str]:
+        """One statement about the given relations and its verdict; half of the values are wrong: another attribute's
+        value or a near one."""
+        facts, right, known = [], 0, {r.name: v for r, v in stated}
         for relation in relations:
             value = entity.value(relation.name)
             if rng.random() < 0.5:
                 others = [v for r, v in entity.facts if KINDS[entity.kind].relation(r).value == relation.value and v != value]
-                value = rng.choice(others) if others and rng.random() < 0.4 else self.near_value(rng, relation, value)
+                value = rng.choice(others) if others and rng.random() < 0.4 else self.near_value(rng, relation.value, value)
             facts.append((relation, value))
             right += known.get(relation.name) == value
         verdict = YES if right == len(facts) else PARTLY if right else NO
@@ -127,10 +144,7 @@ def _statements(source: BaseSource, rng: random.Random) -> Segments:
     entity = source.entity(rng, _kind(rng))
     half = rng.randrange(2)
     out: Segments = [(_passage(entity_passages(rng, entity)[half]), 0.0)]
-    for _ in range(source.config.statements + 2):
-        text, verdict = source.statement(rng, entity, _stated(entity, half))
-        out += [(text, 0.0), source.verdict(verdict)]
-    return out
+    return out + source.statements(rng, entity, _stated(entity, half), source.config.statements + 2)
 
 
 def _quiz(source: BaseSource, rng: random.Random) -> Segments:
@@ -153,9 +167,8 @@ def _quiz(source: BaseSource, rng: random.Random) -> Segments:
         out.append((_passage(entity_passages(rng, about)[at]), 0.0))
         out.append(source.verdict(YES if about is entity else NO))
         out += _answer(source, rng, entity, relation, stated if about is entity else [])
-        for _ in range(source.config.statements):
-            text, verdict = source.statement(rng, about, stated)
-            out += [(text, 0.0), source.verdict(verdict)]
+        if source.config.statements:
+            out += source.statements(rng, about, stated, source.config.statements, skip=relation)
     return out
 
 
@@ -163,7 +176,7 @@ def _answer(source: BaseSource, rng: random.Random, entity: Entity, relation: Re
     """The answer to the question and its verdict. Right answers that the passage holds are learned, others only read."""
     value, holds = entity.value(relation.name), any(r is relation for r, _ in stated)
     if rng.random() < 0.3:
-        value, right = source.near_value(rng, relation, value), False
+        value, right = source.near_value(rng, relation.value, value), False
     else:
         right = True
     text = [language.sentence(entity.name, [(relation, value)])]
@@ -178,7 +191,7 @@ def _claim(source: BaseSource, rng: random.Random) -> Segments:
     for i in range(2):
         relation, value = rng.choice(_stated(entity, half))
         holds = rng.random() < 0.5
-        claimed = value if holds else source.near_value(rng, relation, value)
+        claimed = value if holds else source.near_value(rng, relation.value, value)
         out.append(([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0))
         if i == 0:
             out.append((_passage(entity_passages(rng, entity)[half]), 0.0))
@@ -220,20 +233,47 @@ def _repeat(source: BaseSource, rng: random.Random) -> Segments:
 
 
 def _compare(source: BaseSource, rng: random.Random) -> Segments:
-    """Words listed, then words each with a verdict: did it stand in the list?"""
-    kinds = list(source.world.values)
+    """Words and names listed, then others, each with a verdict: did it stand in the list?
 
-    def draw() -> str:
-        if rng.random() < 0.3:
-            return " ".join(language.draw_name(rng, "person", source.config.vocabulary))
-        return rng.choice(source.world.values[rng.choice(kinds)])
-
-    listed = [draw() for _ in range(rng.randint(1, 8))]
+    Those that did not mostly share a word or a morpheme with one that did, and hold another that stood nowhere yet: what
+    is new can be told piece by piece, which is where checking begins.
+    """
+    vocabulary, drawn = source.config.vocabulary, []
+    for _ in range(rng.randint(1, 4)):
+        kind = _kind(rng) if rng.random() < 0.5 else rng.choice(sorted(source.world.values))
+        drawn.append((kind, _draw(source, rng, kind)))
+    listed = [_spelled(word) for _, word in drawn]
+    seen = {end for text in listed for w in text.split() for end in (w[:3], w[-3:])}
     out: Segments = [([", ".join(listed), Control(NEWLINE)], 0.0)]
     for _ in range(8):
-        word = rng.choice(listed) if rng.random() < 0.5 else draw()
-        out += [([word], 0.0), source.verdict(YES if word in listed else NO)]
+        kind, word = rng.choice(drawn)
+        verdict = YES
+        if rng.random() < 0.5:
+            near = rng.random() < 0.7
+            for _ in range(20):
+                if not near:
+                    other = _draw(source, rng, kind)
+                elif kind in KINDS:
+                    other = language.look_alike(rng, kind, vocabulary, word)
+                else:
+                    other = source.near_value(rng, kind, word)
+                ends = {end for w in _spelled(other).split() for end in (w[:3], w[-3:])}
+                if ends - seen:
+                    word, verdict, seen = other, NO, seen | ends
+                    break
+        out += [([_spelled(word)], 0.0), source.verdict(verdict)]
     return out
+
+
+def _draw(source: BaseSource, rng: random.Random, kind: str) -> str | tuple[str, str]:
+    """A name for a kind of entity, a word for a kind of value."""
+    if kind in KINDS:
+        return language.draw_name(rng, kind, source.config.vocabulary)
+    return rng.choice(source.world.values[kind])
+
+
+def _spelled(word: str | tuple[str, str]) -> str:
+    return word if isinstance(word, str) else " ".join(word)
 
 
 _FAMILIES = {

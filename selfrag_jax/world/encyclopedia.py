@@ -68,7 +68,9 @@ class World:
         return [e for e in self.entities if e.group == name]
 
 
-def draw_entity(rng: random.Random, kind: str, words: tuple[str, str], values: dict[str, tuple[str, ...]], group: str) -> Entity:
+def draw_entity(
+    rng: random.Random, kind: str, words: tuple[str, str], values: dict[str, tuple[str, ...]], group: str
+) -> Entity:
     facts = []
     for relation in KINDS[kind].relations:
         taken = {v for _, v in facts}

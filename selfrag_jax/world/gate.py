@@ -50,7 +50,7 @@ def cases(source: BaseSource, rng: random.Random, skill: str) -> Segments:
     if rng.random() < 0.5:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
     others = [v for r, v in entity.facts if KINDS[entity.kind].relation(r).value == relation.value and v != value]
-    wrong = rng.choice(others) if others and rng.random() < 0.3 else source.near_value(rng, relation, value)
+    wrong = rng.choice(others) if others and rng.random() < 0.3 else source.near_value(rng, relation.value, value)
     return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
 
 

@@ -220,7 +220,9 @@ def write(world: World, out: str | Path) -> dict[str, int]:
     teacher = ({"entity": e.name, "kind": e.kind, "group": e.group, "facts": dict(e.facts)} for e in world.entities)
     counts["teacher"] = write_jsonl(out / "teacher.jsonl", teacher)
     # For measuring the critic: instructions about entities that it has not seen.
-    counts["eval/critic"] = write_jsonl(out / "eval" / "critic.jsonl", instructions(world, "test", 2 * len(world.group("test"))))
+    counts["eval/critic"] = write_jsonl(
+        out / "eval" / "critic.jsonl", instructions(world, "test", 2 * len(world.group("test")))
+    )
     for task, rows in evaluation(world).items():
         counts[f"eval/{task}"] = write_jsonl(out / "eval" / f"{task}.jsonl", rows)
     write_json(out / "world.json", asdict(world.config))

@@ -12,13 +12,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts, config as configs
+from selfrag_jax import artifacts
+from selfrag_jax import config as configs
 from selfrag_jax.critique import collect, label
 from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
 from selfrag_jax.evaluation import baselines, evaluate, report
 from selfrag_jax.evaluation.tasks import read_questions
 from selfrag_jax.models import checkpoints
 from selfrag_jax.progress import progress
+from selfrag_jax.prompts import format_passage
 from selfrag_jax.records import (
     BadInput,
     GeneratorExample,
@@ -29,7 +31,6 @@ from selfrag_jax.records import (
     write_json,
     write_jsonl,
 )
-from selfrag_jax.prompts import format_passage
 from selfrag_jax.retrieval import embed, index
 from selfrag_jax.retrieval.retriever import retrieve_file
 from selfrag_jax.training.stage import train_stage
@@ -37,6 +38,7 @@ from selfrag_jax.world import questions
 from selfrag_jax.world.encyclopedia import WorldConfig, build
 
 ABLATION_TASKS = ("long_tail", "well_known")
+LONG_FORM = ("two_part", "biography")  # several segments; the others take one step, as in the paper
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,14 @@ def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
     index.build(w / "embeddings", configs.build(index.IndexConfig, c.index, "index"), w / "index")
     retrieve_file(w / "index", w / "world" / "instructions.jsonl", w / "retrieved" / "instructions.jsonl", c.retrieve_k)
     for task in (*questions.TASKS, "critic"):
-        retrieve_file(w / "index", w / "world" / "eval" / f"{task}.jsonl", w / "retrieved" / "eval" / f"{task}.jsonl", c.retrieve_k)
+        retrieve_file(
+            w / "index", w / "world" / "eval" / f"{task}.jsonl", w / "retrieved" / "eval" / f"{task}.jsonl", c.retrieve_k
+        )
     say("3/9  collect: the teacher's critiques")
     collect_config = configs.build(collect.CollectConfig, c.collect, "collect")
-    collect.collect(w / "retrieved" / "instructions.jsonl", w / "world" / "teacher.jsonl", collect_config, w / "critic_data.jsonl")
+    collect.collect(
+        w / "retrieved" / "instructions.jsonl", w / "world" / "teacher.jsonl", collect_config, w / "critic_data.jsonl"
+    )
     say("4/9  critic: learns to criticise like the teacher")
     train_stage(c, "critic", w / "critic_data.jsonl", w / "critic", "critic")
     say("5/9  label: the critic labels the generator's training data")
@@ -148,7 +154,8 @@ def evaluate_all(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
                 if not artifacts.is_finished(out, "answer", made, inputs):
                     if system.model == "generator":
                         rag = rag or SelfRAG.load(w / "generator", w / "index", answer_config)
-                        predictions = self_rag_rows(rag, tasks[task], dict(system.changes), bar.advance)
+                        changes = dict(system.changes) | ({} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1})
+                        predictions = self_rag_rows(rag, tasks[task], changes, bar.advance)
                     else:
                         models.setdefault(system.model, checkpoints.load(w / system.model))
                         predictions = _plain_rows(models[system.model], tasks[task], system.passages, plain, bar.advance)

@@ -193,5 +193,3 @@ def judge(query: CritiqueQuery, known_names: Iterable[str]) -> str:
     if query.group == "isuse":
         return utility(query.instruction, query.output)
     raise ValueError(f"unknown critique group {query.group!r}")
-
-

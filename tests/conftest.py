@@ -1,0 +1,71 @@
+"""Shared fixtures: one tiny world, one tiny model, one finished smoke run of the quickstart."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from selfrag_jax.models.checkpoints import LoadedModel
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.world.base import make_tokenizer
+from selfrag_jax.world.encyclopedia import WorldConfig, build
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer(1400).with_reflection_tokens()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer):
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        embed_dim=32,
+        mlp_dim=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_length=512,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        dtype="float32",
+        remat=False,
+        scan_unroll=1,
+    )
+    model = Model(config)
+    return LoadedModel(model, model.init(jax.random.key(0), 0.5), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_world():
+    return build(
+        WorldConfig(
+            seed=3,
+            vocabulary="world",
+            known=4,
+            train=40,
+            test=10,
+            distractors=10,
+            values_per_kind=8,
+            person_share=0.6,
+            look_alike_rate=0.5,
+            instructions=200,
+            wrong_output_rate=0.25,
+            questions_per_test_entity=2,
+            teacher_error_rate=0.0,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """A finished smoke run: (workdir, rows of results.json)."""
+    from selfrag_jax import config
+    from selfrag_jax.world import quickstart as flow
+
+    workdir = tmp_path_factory.mktemp("quickstart")
+    return workdir, flow.run(config.load("tiny:smoke"), workdir)

@@ -1,0 +1,81 @@
+"""The command line: help that teaches, and wrong flags, fields and files answered with the right ones."""
+
+import pytest
+
+from selfrag_jax import cli, config
+from selfrag_jax.records import BadInput
+
+
+def run(capsys, *argv):
+    code = cli.main(list(argv))
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_overview_and_help_name_every_stage_and_flag(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0 and all(name in out for name in cli.STAGES)
+    for name, stage in cli.STAGES.items():
+        code, out, _ = run(capsys, name, "--help")
+        assert code == 0 and stage.example in out and all(f"--{f.name}" in out for f in stage.flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["quikstart"], "did you mean 'quickstart'"),
+        (["quickstart"], "missing --workdir"),
+        (["quickstart", "--wrkdir=W"], "did you mean --workdir"),
+        (["quickstart", "--workdir=W", "--config=tinny"], "did you mean 'tiny'"),
+        (["quickstart", "--workdir=W", "--config=tiny:smok"], "unknown variant 'smok'"),
+        (["quickstart", "--workdir=W", "--config.world.tests=3"], "did you mean 'test'"),
+        (["quickstart", "--workdir=W", "--config.world.test=many"], "expected a value like 150"),
+        (["quickstart", "--workdir=W", "extra"], "unexpected argument 'extra'"),
+        (["retrieve", "--index=I", "--input=Q", "--out=O", "--k=five"], "--k=five"),
+        (["ask", "--workdir=nowhere", "Who?"], "holds no finished quickstart"),
+        (["ask", "--workdir=nowhere"], "ask what?"),
+        (["ask", "--model=nowhere", "Who?"], "no model here"),
+        (["answer", "--model=M", "--input=Q", "--out=O", "--treshold=1"], "did you mean --threshold"),
+        (["index", "--out=I"], "either --embeddings"),
+        (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),
+        (["label", "--critic=none", "--input=x", "--out=y"], "does not exist"),
+        (["report", "--workdir=none"], "no such file"),
+    ],
+)
+def test_wrong_input_is_answered_with_what_to_do(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(kind='index'))\n")
+    code, _, err = run(capsys, "quickstart", f"--workdir={tmp_path}/W", f"--config={other}")
+    assert code == 2 and "of kind 'index'" in err
+    code, _, err = run(capsys, "embed", "--passages=p", "--out=o", f"--config={other}")
+    assert code == 2 and "no section 'encoder'" in err
+
+
+def test_build_refuses_unknown_and_missing_fields():
+    from selfrag_jax.retrieval.embed import EncoderConfig
+
+    with pytest.raises(BadInput, match="did you mean 'dim'"):
+        config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
+    with pytest.raises(BadInput, match="lacks dim"):
+        config.build(EncoderConfig, {"name": "hashed", "word_weight": 1.0}, "encoder")
+
+
+def test_both_variants_of_tiny_build_every_section():
+    from selfrag_jax.critique.collect import CollectConfig
+    from selfrag_jax.critique.label import LabelConfig
+    from selfrag_jax.decoding.answer import AnswerConfig
+    from selfrag_jax.training.train import TrainConfig
+    from selfrag_jax.world.encyclopedia import WorldConfig
+
+    sections = dict(world=WorldConfig, collect=CollectConfig, label=LabelConfig, answer=AnswerConfig, critic=TrainConfig)
+    for variant in ("tiny", "tiny:smoke"):
+        loaded = config.load(variant)
+        for name, cls in sections.items():
+            config.build(cls, loaded[name], name)

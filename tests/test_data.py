@@ -1,0 +1,99 @@
+"""Batches and loss masks: what is learned, what is only read, and that a resumed iterator goes on exactly."""
+
+import numpy as np
+import pytest
+
+from selfrag_jax.data.batches import LOSS_GROUPS, Packer, build_example
+from selfrag_jax.data.critic import CriticSource
+from selfrag_jax.data.generator import GeneratorSource, output_segments
+from selfrag_jax.records import BadInput, CriticExample, GeneratorExample, Passage
+from selfrag_jax.tokenizer import Control
+
+WEIGHTS = {"retrieve": 1.0, "isrel": 2.0, "issup": 1.0, "isuse": 1.0}
+
+
+def test_each_passage_is_masked_on_its_own():
+    output = (
+        "[Retrieval]<paragraph>A\nfirst</paragraph>[Relevant]One.[Fully supported]"
+        "[Retrieval]<paragraph>B\nsecond</paragraph>[Irrelevant]Two.[No support / Contradictory][Utility:4]"
+    )
+    learned = [p.token if isinstance(p, Control) else p for parts, w in output_segments(output) if w for p in parts]
+    expected = ["[Retrieval]", "[Relevant]", "One.", "[Fully supported]", "[Retrieval]", "[Irrelevant]", "Two."]
+    assert learned == [*expected, "[No support / Contradictory]", "[Utility:4]"]
+
+
+def test_generator_example_learns_the_response_alone(tokenizer):
+    row = GeneratorExample("1", "Where was Mara Tellock born?", "[No Retrieval]Quenport.[Utility:5]")
+    e = GeneratorSource([row], tokenizer, WEIGHTS).example(0)
+    learned = [tokenizer.token(t) for t, w in zip(e.tokens, e.weight, strict=True) if w > 0]
+    assert learned[0] == "[No Retrieval]" and learned[-2:] == ["[Utility:5]", "</s>"]
+    assert [LOSS_GROUPS[g] for g in e.group[e.weight > 0][[0, -2, -1]]] == ["retrieve", "isuse", "text"]
+
+
+def test_critic_example_learns_one_token(tokenizer):
+    row = CriticExample("isrel", "Where was Mara born?", "[Relevant]", evidence=Passage("1", "Mara", "Mara was born."))
+    e = CriticSource([row], tokenizer, True, WEIGHTS).example(0)
+    assert (e.weight > 0).sum() == 1 and e.weight[-1] == 2.0 and tokenizer.token(e.tokens[-1]) == "[Relevant]"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"task": "isrel", "instruction": "q", "output": "[Utility:1]"}', r"critic\.jsonl:2: output '\[Utility:1\]'"),
+        ('{"task": "relevance", "instruction": "q", "output": "[Relevant]"}', r"critic\.jsonl:2: task 'relevance'"),
+        ('{"task": "isrel", "output": "[Relevant]"}', r"critic\.jsonl:2: missing field 'instruction'"),
+        ("{not json", r"critic\.jsonl:2: not valid JSON"),
+        ("[1]", r"critic\.jsonl:2: expected a JSON object"),
+    ],
+)
+def test_malformed_critic_rows_name_file_and_line(tokenizer, tmp_path, line, message):
+    path = tmp_path / "critic.jsonl"
+    good = '{"task": "retrieve", "instruction": "q", "output": "[Retrieval]"}'
+    path.write_text(good + "\n" + line + "\n")
+    with pytest.raises(BadInput, match=message):
+        CriticSource.read(path, tokenizer, True, WEIGHTS)
+
+
+class Numbered:
+    """Example i is i + 1 tokens (mod 9) of value i: enough to see what went where."""
+
+    size = 50
+
+    def example(self, i):
+        n = i % 9 + 2
+        from selfrag_jax.data.batches import Example
+
+        return Example(np.full(n, i + 1, np.int32), np.array([0.0] + [1.0] * (n - 1), np.float32), np.zeros(n, np.int8))
+
+
+def test_an_epoch_holds_every_example_once_and_resumes_exactly():
+    packer, seen, batches = Packer(Numbered(), 3, 16, 40, seed=0), [], []
+    while packer.state < 50:
+        before = packer.state
+        batch = packer.next()
+        batches.append((before, batch))
+        for row, docs in zip(batch.tokens, batch.doc_ids, strict=True):
+            seen += [int(row[docs == d][0]) - 1 for d in range(1, docs.max() + 1)]
+    assert sorted(seen[:50]) == list(range(50))
+    state, expected = batches[4]
+    again = Packer(Numbered(), 3, 16, 40, seed=0, state=state).next()
+    np.testing.assert_array_equal(again.tokens, expected.tokens)
+    np.testing.assert_array_equal(again.loss_index, expected.loss_index)
+
+
+def test_targets_are_the_next_tokens():
+    batch = Packer(Numbered(), 3, 16, 40, seed=1).next()
+    flat, used = batch.tokens.reshape(-1), batch.weights > 0
+    np.testing.assert_array_equal(flat[batch.loss_index[used] + 1], batch.targets[used])
+    docs = batch.doc_ids.reshape(-1)
+    np.testing.assert_array_equal(docs[batch.loss_index[used]], docs[batch.loss_index[used] + 1])
+
+
+def test_an_overlong_example_is_cut_and_counted(tokenizer):
+    class Long:
+        size = 1
+
+        def example(self, i):
+            return build_example(tokenizer, [(["word " * 50], 1.0)], WEIGHTS)
+
+    assert Packer(Long(), 1, 16, 64, seed=0).next().truncated >= 1

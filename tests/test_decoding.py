@@ -1,0 +1,234 @@
+"""Scores against hand-worked tables; the search against a slow, plain one over full forwards."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfrag_jax import prompts, reflection
+from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding.answer import DEFAULT, SelfRAG
+from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
+from selfrag_jax.models.llama import causal_mask
+from selfrag_jax.records import BadInput, Passage, Question
+from selfrag_jax.tokenizer import Control
+
+
+def test_scores_by_hand():
+    # s_rel = .6/.8; s_sup = (.5 + .5*.2)/1; s_use = (-.1 - .05 + 0 + .1 + .5)/1
+    isrel, issup = np.array([0.2, 0.6]), np.array([0.5, 0.2, 0.3])
+    isuse = np.array([0.1, 0.1, 0.1, 0.2, 0.5])
+    assert scoring.s_rel(isrel) == pytest.approx(0.75)
+    assert scoring.s_sup(issup) == pytest.approx(0.6)
+    assert scoring.s_use(isuse) == pytest.approx(0.45)
+    weights = scoring.Weights(w_rel=1.0, w_sup=2.0, w_use=0.5, w_seq=1.0)
+    assert scoring.segment_score(0.4, isrel, issup, isuse, 1.0, weights) == pytest.approx(0.4 + 0.75 + 1.2 + 0.225)
+    assert scoring.segment_score(0.4, isrel, issup, isuse, 0.0, weights) == pytest.approx(0.4 + 0.225)
+    p = np.array([0.3, 0.1, 0.6])
+    assert scoring.p_retrieve(p, "yes_no") == pytest.approx(0.25)
+    assert scoring.p_retrieve(p, "all") == pytest.approx(0.1)
+    with pytest.raises(BadInput, match="w_sup"):
+        scoring.Weights(w_sup=-1)
+
+
+class PlainSearch:
+    """The same search, one branch at a time, every token by a full forward; no cache, no batch, no sharing."""
+
+    LENGTH = 128
+
+    def __init__(self, loaded, config: SearchConfig):
+        self.loaded, self.c, self.t = loaded, config, loaded.tokenizer
+        self.r = loaded.tokenizer.reflection_ids()
+
+    def logits(self, ids):
+        tokens = np.zeros((1, self.LENGTH), np.int32)
+        tokens[0, : len(ids)] = ids
+        positions = np.arange(self.LENGTH)[None]
+        mask = causal_mask(jnp.ones((1, self.LENGTH), jnp.int32))
+        hidden, _ = self.loaded.model.hidden(self.loaded.params, tokens, positions, mask)
+        return np.asarray(self.loaded.model.logits(self.loaded.params, hidden[:, len(ids) - 1]))[0].astype(np.float64)
+
+    def group(self, logits, ids):
+        e = np.exp(logits[list(ids)] - logits[list(ids)].max())
+        return e / e.sum()
+
+    def segment(self, ids, has_passage, parent_isrel):
+        text, generated, log_probs = list(ids), [], []
+        isrel = issup = isuse = retrieve = None
+        finished = False
+        for step in range(self.c.max_new_tokens):
+            logits = self.logits(text)
+            logits[self.t.pad_id] = -1e30
+            token = int(logits.argmax())
+            if step == 0:
+                isrel = self.group(logits, self.r.isrel)
+            ends = token in self.r.retrieve
+            last = token == self.t.eos_id or token in self.r.isuse
+            if token in self.r.issup or ((ends or last) and issup is None):
+                issup = self.group(logits, self.r.issup)
+            if ends or last or step == self.c.max_new_tokens - 1:
+                isuse = self.group(logits, self.r.isuse)
+            if ends or last:
+                retrieve = self.group(logits, self.r.retrieve)
+            if ends:
+                break
+            generated.append(token)
+            text.append(token)
+            if token not in self.r.all and token != self.t.eos_id:
+                log_probs.append(logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
+            if last:
+                finished = True
+                break
+        third = lambda p, n: np.full(n, 1 / n) if p is None else p  # noqa: E731
+        isrel = parent_isrel if parent_isrel is not None else isrel
+        p = np.exp(sum(log_probs) / max(len(log_probs), 1))
+        score = float(scoring.segment_score(p, isrel, third(issup, 3), third(isuse, 5), float(has_passage), self.c.weights))
+        return dict(tokens=tuple(generated), ids=text, isrel=isrel, retrieve=third(retrieve, 3), score=score, finished=finished)
+
+    def run(self, prompt, passages):
+        beams = [
+            dict(
+                ids=prompt,
+                retrieve=self.group(self.logits(prompt), self.r.retrieve),
+                total=0.0,
+                path=(),
+                finished=False,
+                evidence=None,
+                isrel=None,
+            )
+        ]
+        for _ in range(self.c.max_depth):
+            if all(b["finished"] for b in beams):
+                break
+            candidates = [b for b in beams if b["finished"]]
+            for b in beams:
+                if not b["finished"]:
+                    candidates += self.extend(b, passages)
+            beams = sorted(candidates, key=lambda b: -b["total"])[: self.c.beam_width]
+        return beams
+
+    def extend(self, b, passages):
+        p = b["retrieve"]
+        rate = scoring.p_retrieve(p, self.c.normalise)
+        wanted = p.argmax() == 1 if self.c.threshold is None else rate > self.c.threshold
+        if self.c.mode == "no_retrieval":
+            kind = reflection.NO_RETRIEVAL
+        elif b["path"] and b["used"] and p.argmax() == 2:
+            kind = reflection.CONTINUE
+        else:
+            kind = reflection.RETRIEVAL if self.c.mode == "always_retrieve" or wanted else reflection.NO_RETRIEVAL
+        found = passages[: self.c.ndocs] if kind == reflection.RETRIEVAL else [None]
+        for passage in found:
+            parts = [Control(kind), *(prompts.passage(passage) if passage else [])]
+            evidence = b["evidence"] if kind == reflection.CONTINUE else passage
+            inherited = b["isrel"] if kind == reflection.CONTINUE else None
+            s = self.segment(b["ids"] + self.t.encode(parts), evidence is not None, inherited)
+            yield s | dict(
+                total=b["total"] + s["score"], path=(*b["path"], s["tokens"]), evidence=evidence,
+                used=kind != reflection.NO_RETRIEVAL,
+            )  # fmt: skip
+
+
+def make_passages(rng, tokenizer, n):
+    words = ["Quenport", "ropemaker", "Mara Tellock", "lives in", "studied", "the", "starlore", "Lisford"]
+    return [Passage(str(i), str(rng.choice(words)), " ".join(rng.choice(words, rng.integers(1, 9)))) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def talkative(tiny_model):
+    """The tiny model with reflection tokens made likely, so that segments end, continue and finish in all ways."""
+    params = {**tiny_model.params, "embed": {"embedding": np.array(tiny_model.params["embed"]["embedding"])}}
+    ids = tiny_model.tokenizer.reflection_ids()
+    table = params["embed"]["embedding"]
+    table[list(ids.all)] *= 1.9
+    table[tiny_model.tokenizer.eos_id] *= 1.5
+    return replace(tiny_model, params=params)
+
+
+CASES = [
+    (mode, threshold, width, ndocs, depth)
+    for mode, threshold in (
+        ("always_retrieve", None),
+        ("adaptive_retrieval", None),
+        ("adaptive_retrieval", 0.4),
+        ("no_retrieval", None),
+    )
+    for width, ndocs, depth in ((1, 1, 1), (2, 3, 3), (3, 2, 2))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_search_equals_the_plain_one(talkative, case):
+    mode, threshold, width, ndocs, depth = case
+    config = SearchConfig(mode, threshold, "yes_no", scoring.Weights(), width, depth, ndocs, 6, 16)
+    rng = np.random.default_rng(CASES.index(case))
+    tokenizer = talkative.tokenizer
+    prompts_ids = [
+        [tokenizer.bos_id, *tokenizer.encode(prompts.instruction(" ".join(["where", "what", "who"][: 1 + i])))]
+        for i in range(3)
+    ]
+    passages = [make_passages(rng, tokenizer, 3) for _ in prompts_ids]
+    search = BeamSearch(talkative.model, talkative.params, tokenizer, config, 64)
+    outcome = search.run(prompts_ids, lambda queries: [passages[q] for q, _ in queries])
+    for ids, found, got in zip(prompts_ids, passages, outcome, strict=True):
+        expected = PlainSearch(talkative, config).run(ids, found)
+        assert [tuple(n.tokens for n in got.path(b)) for b in got.beams] == [b["path"] for b in expected]
+        np.testing.assert_allclose([b.total for b in got.beams], [b["total"] for b in expected], atol=1e-4)
+
+
+def make_rag(loaded, **changes):
+    search = replace(DEFAULT.search, max_new_tokens=6, length_bucket=16, max_depth=2, **changes)
+    return SelfRAG(loaded, None, replace(DEFAULT, search=search, batch=4, max_length=64))
+
+
+def test_answers_do_not_depend_on_their_neighbours(talkative):
+    rng = np.random.default_rng(5)
+    rows = [
+        Question(str(i), f"Where is {w}?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 3)))
+        for i, w in enumerate(("Mara", "Quenport", "the ropemaker"))
+    ]
+    rag = make_rag(talkative)
+    together = rag.answer(rows, mode="always_retrieve")
+    for row, a in zip(rows, together, strict=True):
+        [alone] = rag.answer([row], mode="always_retrieve")
+        assert alone.answer == a.answer and alone.score == pytest.approx(a.score, abs=1e-4)
+
+
+def test_every_citation_points_into_the_answer(talkative):
+    rng = np.random.default_rng(6)
+    rows = [Question(str(i), "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 4))) for i in range(4)]
+    for a in make_rag(talkative).answer(rows, mode="always_retrieve", beam_width=3):
+        assert a.tree and all(c.passage < len(a.passages) and c.segment < len(a.segments) for c in a.citations)
+        for c in a.citations:
+            assert a.segments[c.segment].passage == a.passages[c.passage]
+
+
+def test_no_passages_found_is_noticed_not_a_crash(talkative):
+    [a] = make_rag(talkative).answer(["Where?"], mode="always_retrieve")
+    assert any("no passage" in n for n in a.notices) and not a.retrieved
+
+
+def test_a_long_question_is_cut_with_a_notice(talkative):
+    [a] = make_rag(talkative).answer(["word " * 200], mode="no_retrieval")
+    assert any("cut" in n for n in a.notices)
+
+
+def test_unknown_fields_and_modes_are_refused(talkative):
+    rag = make_rag(talkative)
+    with pytest.raises(BadInput, match="tresh"):
+        rag.answer(["q"], treshold=0.5)
+    with pytest.raises(BadInput, match="mode"):
+        rag.answer(["q"], mode="sometimes")
+    with pytest.raises(BadInput, match="w_rel"):
+        rag.answer(["q"], w_rel=-1.0)
+
+
+def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):
+    from selfrag_jax.models import huggingface
+    from selfrag_jax.world.base import make_tokenizer
+
+    huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, make_tokenizer(1400))
+    with pytest.raises(BadInput, match=r"\[Retrieval\]"):
+        SelfRAG.load(tmp_path)

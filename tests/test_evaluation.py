@@ -1,0 +1,124 @@
+"""Published question formats, metrics by hand, and the report."""
+
+import json
+
+import pytest
+
+from selfrag_jax import reflection
+from selfrag_jax.evaluation import evaluate, metrics, report
+from selfrag_jax.evaluation.tasks import read_questions
+from selfrag_jax.records import BadInput, Question
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    return path
+
+
+def test_published_formats_are_read(tmp_path):
+    rows = [
+        {"question": "q1", "answers": ["a", "b"], "ctxs": [{"title": "T", "text": "P", "score": "1.5"}]},
+        {"instruction": "q2", "output": "x", "top_contexts": [{"title": "T", "text": "P", "id": 3}]},
+        {"question": "q3", "choices": {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}, "answerKey": "3"},
+        {"input": "Tell me about X.", "topic": "X", "cat": ["person"]},
+        {"question": "q5", "qa_pairs": [{"short_answers": ["a"]}], "docs": [{"title": "", "text": "P"}]},
+    ]
+    q = read_questions(write(tmp_path / "mixed.jsonl", rows))
+    assert q[0].answers == ("a", "b") and q[0].ctxs[0].score == 1.5
+    assert q[1].ctxs[0].id == "3" and q[1].answers == ("x",)
+    assert q[2].choices[2] == ("3", "z") and q[2].answers == ("3",)
+    assert q[3].question == "Tell me about X." and q[3].extra["topic"] == "X"
+    assert q[4].ctxs[0].title == "" and [x.id for x in q][:2] == ["mixed-0", "mixed-1"]
+    as_list = tmp_path / "list.json"
+    as_list.write_text(json.dumps(rows, indent=1))
+    assert [x.question for x in read_questions(as_list)] == [x.question for x in q]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": ["x"]}, "missing field 'question' or 'instruction' or 'input'"),
+        ({"question": " "}, "the question is empty"),
+        ({"question": "q", "choices": {"label": ["A"], "text": []}}, "1 labels for 0 texts"),
+        ({"question": "q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "E"}, "answerKey 'E'"),
+        ({"question": "q", "ctxs": [{"title": "T"}]}, "passage 1: missing field 'text'"),
+        ({"question": "q", "ctxs": {"text": "x"}}, "must be a list of passages"),
+        ({"question": ["q"]}, "must be text, found list"),
+    ],
+)
+def test_malformed_questions_name_file_and_line(tmp_path, row, message):
+    path = write(tmp_path / "q.jsonl", [{"question": "fine"}, row])
+    with pytest.raises(BadInput, match=r"q\.jsonl:2.*" + message):
+        read_questions(path)
+
+
+def test_a_file_without_questions_is_refused(tmp_path):
+    (tmp_path / "q.jsonl").write_text("\n\n")
+    with pytest.raises(BadInput, match="holds no rows"):
+        read_questions(tmp_path / "q.jsonl")
+    with pytest.raises(BadInput, match="no such file"):
+        read_questions(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        (Question("1", "q", ("Quenport",)), "Mara was born in Quenport.", 1.0),
+        (Question("1", "q", ("Quen",)), "Mara was born in Quenport.", 0.0),  # whole words only
+        (Question("1", "q", ("The Hague",)), "in the hague", 1.0),
+        (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "B.", 1.0),
+        (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "A.", 0.0),
+        (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}), "x.", 0.5),
+        (Question("1", "q", extra={"facts": [["a", "x"], ["b", "y"], ["c", "z"], ["d", "w"]]}), "x and y, z.", 0.75),
+    ],
+)
+def test_accuracy_by_hand(question, answer, expected):
+    assert metrics.accuracy(question, answer) == expected
+
+
+def test_a_question_without_gold_is_named():
+    with pytest.raises(BadInput, match="question 7"):
+        metrics.accuracy(Question("7", "q"), "answer")
+
+
+def test_citations_by_hand():
+    row = {
+        "segments": [{"text": "good"}, {"text": "bad"}, {"text": "uncited"}],
+        "passages": [{"id": "1", "title": "", "text": "good"}, {"id": "2", "title": "", "text": "other"}],
+        "citations": [{"segment": 0, "passage": 0}, {"segment": 1, "passage": 1}],
+    }
+    judge = lambda instruction, passage, segment: passage.text == segment  # noqa: E731
+    assert metrics.citation_scores(Question("1", "q"), row, judge) == (0.5, pytest.approx(1 / 3))
+
+
+def test_intervals_hold_the_mean():
+    value, low, high = metrics.interval([1.0] * 70 + [0.0] * 30, seed=0)
+    assert value == pytest.approx(0.7) and 0.6 < low < value < high < 0.8
+
+
+def test_unanswered_questions_are_named():
+    with pytest.raises(BadInput, match="'b'"):
+        evaluate.score([Question("b", "q", ("x",))], [], None)
+
+
+def test_report_shows_every_number_and_escapes_text(tmp_path):
+    rows = evaluate.result_rows("rag_top1", "long_tail", {"accuracy": [1.0, 0.0]}, 0)
+    rows += evaluate.result_rows("critic", "critic", {"isrel_accuracy": [1.0]}, 0)
+    passage = {"id": "1", "title": "T", "text": "<script>alert(1)</script>"}
+    node = {"passage": passage, "text": "seg", "isrel": [0.1, 0.9], "issup": [0.8, 0.1, 0.1], "isuse": [0.2] * 5}
+    node |= {"p_segment": 0.5, "score": 1.0, "chosen": True}
+    example = {"question": "q?", "answer": "a", "p_retrieve": 0.7, "retrieved": True, "tree": [node]}
+    report.write(rows, [example], tmp_path, "Title")
+    page = (tmp_path / "index.html").read_text()
+    assert "50.0" in page and "<script>" not in page and "&lt;script&gt;" in page
+    assert "| Standard RAG, top 1 | 50.0" in (tmp_path / "results.md").read_text()
+
+
+def test_results_that_lack_fields_are_named(tmp_path):
+    (tmp_path / "r.json").write_text('{"rows": [{"system": "x"}]}')
+    with pytest.raises(BadInput, match="row 1 lacks high"):
+        report.read_results(tmp_path / "r.json")
+
+
+def test_groups_are_complete():
+    assert len(set(reflection.ALL)) == 15 and set(reflection.GROUPS) == {"retrieve", "isrel", "issup", "isuse"}

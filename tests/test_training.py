@@ -1,0 +1,80 @@
+"""The trainer: it learns, it resumes to bit-identical parameters, and a loss that is not finite stops it."""
+
+import jax
+import numpy as np
+import pytest
+
+from selfrag_jax.data.generator import GeneratorSource
+from selfrag_jax.models import checkpoints
+from selfrag_jax.records import BadInput, GeneratorExample
+from selfrag_jax.training import train as trainer
+from selfrag_jax.training.optimizer import OptimizerConfig, schedule
+from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+
+WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
+
+
+def config(steps=12, rate=0.01, name="muon", **changes):
+    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.0, 1.0)
+    fields = dict(seed=0, steps=steps, rows=2, length=32, max_targets=48, save_every=4, log_every=4)
+    return TrainConfig(**(fields | changes), optimizer=optimizer, mesh=MeshConfig(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer):
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    return GeneratorSource(rows, tokenizer, WEIGHTS)
+
+
+def run(tiny_model, source, workdir, **kwargs):
+    return train(config(**kwargs), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+
+
+def test_interrupted_training_ends_with_the_same_parameters(tiny_model, source, tmp_path, monkeypatch):
+    whole = run(tiny_model, source, tmp_path / "whole")["params"]
+
+    calls, step = [], trainer.train_step
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, source, tmp_path / "parts")
+    checkpoints.manager(tmp_path / "parts").wait_until_finished()
+    monkeypatch.setattr(trainer, "train_step", step)
+    parts = run(tiny_model, source, tmp_path / "parts")["params"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
+    loaded = checkpoints.load(tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(parts))
+
+
+def test_training_lowers_the_loss(tiny_model, source, tmp_path):
+    from selfrag_jax.data.batches import Packer
+
+    after = run(tiny_model, source, tmp_path, steps=40, rate=0.02)["params"]
+    batch = trainer._arrays(Packer(source, 2, 32, 48, seed=9).next())
+    before_loss = trainer.loss_fn(tiny_model.params, tiny_model.model, batch)[0]
+    after_loss = trainer.loss_fn(after, tiny_model.model, batch)[0]
+    assert after_loss < 0.6 * before_loss
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_model, source, tmp_path):
+    broken = jax.tree.map(lambda x: x * np.nan, tiny_model.params)
+    with pytest.raises(FloatingPointError, match="step 0 is nan"):
+        train(config(), tiny_model.model, broken, source, tiny_model.tokenizer, tmp_path)
+
+
+def test_schedule_warms_up_and_decays():
+    rate = schedule(OptimizerConfig("adamw", 2e-5, 0.0, "linear", 0.1, 0.0, 1.0), 2e-5, 100)
+    assert float(rate(0)) == 0.0 and float(rate(10)) == pytest.approx(2e-5) and float(rate(100)) == pytest.approx(0.0)
+
+
+def test_configs_that_cannot_run_are_refused():
+    with pytest.raises(BadInput, match="optimizer.name"):
+        config(name="sgdd")
+    with pytest.raises(BadInput, match="not divisible"):
+        TrainConfig(**(vars(config()) | {"mesh": MeshConfig(2, 2, 1), "rows": 6}))

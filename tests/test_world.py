@@ -1,0 +1,117 @@
+"""The synthetic world: its language parses back, its words are split, its files are deterministic."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfrag_jax import reflection
+from selfrag_jax.records import Passage
+from selfrag_jax.world import encyclopedia, language, questions, truth
+
+
+def test_vocabularies_share_no_word():
+    for kind in language.MORPHEMES:
+        base, world = set(language.words(kind, "base")), set(language.words(kind, "world"))
+        assert base and world and not base & world
+        starts, ends = language.MORPHEMES[kind]
+        assert base | world == {s + e for s in starts for e in ends}
+    with pytest.raises(ValueError, match="vocabulary"):
+        language.words("town", "elsewhere")
+
+
+def test_build_is_deterministic_and_names_are_unique(small_world):
+    again = encyclopedia.build(small_world.config)
+    assert again == small_world
+    names = [e.name for e in small_world.entities]
+    assert len(names) == len(set(names))
+    assert len(small_world.passages) == 2 * len(names)
+
+
+def test_training_mentions_no_test_entity(small_world):
+    held_out = {e.name for e in small_world.group("test")}
+    text = " ".join(r.instruction for r in questions.instructions(small_world))
+    assert not [name for name in held_out if name in text]
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_passages_and_questions_parse_back(seed):
+    rng = random.Random(seed)
+    values = {k: language.words(k, "world") for k in {r.value for kind in language.KINDS.values() for r in kind.relations}}
+    kind = rng.choice(list(language.KINDS))
+    entity = encyclopedia.draw_entity(rng, kind, language.draw_name(rng, kind, "world"), values, "test")
+    passages = encyclopedia.entity_passages(rng, entity)
+    stated = {(f.relation, f.value) for p in passages for f in truth.facts_of_passage(p) if f.name == entity.name}
+    assert stated == set(entity.facts)
+    for relation in language.KINDS[kind].relations:
+        for template in relation.questions:
+            assert truth.parse(template.format(n=entity.name)) == truth.Asked("fact", entity.name, (relation.name,))
+        claim = language.claim(entity.name, relation, "Quenport")
+        assert truth.parse(claim) == truth.Asked("claim", entity.name, (relation.name,), "Quenport")
+    a, b = rng.sample(language.KINDS[kind].relations, 2)
+    both = language.two_part(a.questions[0].format(n=entity.name), b.questions[1].format(n=entity.name))
+    assert truth.parse(both) == truth.Asked("two_part", entity.name, (a.name, b.name))
+
+
+PASSAGE = Passage("1", "Mara Tellock", "Mara Tellock was born in Quenport, works as a ropemaker and plays the reedharp.")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "output", "expected"),
+    [
+        ("Where was Mara Tellock born?", "Mara Tellock was born in Quenport.", reflection.FULLY),
+        ("Where was Mara Tellock born?", "Mara Tellock was born in Lisford.", reflection.NO_SUPPORT),
+        ("Where was Mara Tellman born?", "Mara Tellman was born in Quenport.", reflection.NO_SUPPORT),
+        ("Where does Mara Tellock live?", "Mara Tellock lives in Quenport.", reflection.NO_SUPPORT),
+        ("Tell me about Mara Tellock.", "Mara Tellock was born in Quenport and plays the windharp.", reflection.PARTIALLY),
+        ("Is it true that Mara Tellock was born in Quenport?", "True.", reflection.FULLY),
+        ("Is it true that Mara Tellock was born in Quenport?", "False.", reflection.NO_SUPPORT),
+        ("Is it true that Mara Tellock was born in Lisford?", "False.", reflection.FULLY),
+        ("Is it true that Mara Tellock keeps a seafox?", "False.", reflection.NO_SUPPORT),
+        ("Where was Mara Tellock born? A: Lisford B: Quenport C: Ostwick D: Arnholm", "B.", reflection.FULLY),
+        ("Where was Mara Tellock born? A: Lisford B: Quenport C: Ostwick D: Arnholm", "A.", reflection.NO_SUPPORT),
+        ("What is the opposite of hot?", "The opposite of hot is cold.", reflection.NO_SUPPORT),
+    ],
+)
+def test_support_by_hand(instruction, output, expected):
+    assert truth.support(instruction, PASSAGE, output) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "output", "expected"),
+    [
+        ("Where was Mara Tellock born?", "Mara Tellock was born in Lisford.", 5),  # utility is not truth
+        ("Where was Mara Tellock born?", "Mara Tellock plays the reedharp.", 2),
+        ("Where was Mara Tellock born?", "Mara Tellman was born in Quenport.", 1),
+        ("Where was Mara Tellock born and what does Mara Tellock play?", "Mara Tellock was born in Quenport.", 3),
+        ("What is the opposite of hot?", "The opposite of hot is cold.", 5),
+        ("Is it true that Mara Tellock was born in Quenport?", "Mara.", 1),
+    ],
+)
+def test_utility_by_hand(instruction, output, expected):
+    assert truth.utility(instruction, output) == f"[Utility:{expected}]"
+
+
+def test_retrieval_need():
+    known = {"Mara Tellock"}
+    assert truth.needs_retrieval("Where was Mara Tellock born?", known) == reflection.NO_RETRIEVAL
+    assert truth.needs_retrieval("Where was Mara Tellman born?", known) == reflection.RETRIEVAL
+    assert truth.needs_retrieval("What is the opposite of hot?", known) == reflection.NO_RETRIEVAL
+    told = "Mara Tellock was born in Quenport."
+    assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.CONTINUE
+    told += " Mara Tellock works as a ropemaker and plays the reedharp."
+    assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.RETRIEVAL
+
+
+def test_wrong_outputs_are_as_frequent_as_asked(small_world):
+    facts = {e.name: e for e in small_world.entities}
+    rows = [r for r in questions.instructions(small_world, n=2000) if r.dataset_name == "long_tail"]
+    right = 0
+    for r in rows:
+        asked = truth.parse(r.instruction)
+        value = facts[asked.name].value(asked.relations[0])
+        right += truth.utility(r.instruction, r.output) == "[Utility:5]" and bool(re.search(rf"\b{value}\b", r.output))
+    assert 0.70 < right / len(rows) < 0.80
