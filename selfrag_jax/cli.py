@@ -69,6 +69,14 @@ def _quickstart(v: dict, _) -> None:
     print(f'Ask: selfrag ask --workdir={w} "{quickstart.sample_question(Path(w))}"')
 
 
+def _base(v: dict, _) -> None:
+    from selfrag_jax.world.make_base import make
+
+    for skill, score in make(_load(v), v["workdir"], v["out"]).items():
+        print(f"{skill:<10} {100 * score:.1f}")
+    print(v["out"])
+
+
 def _world(v: dict, _) -> None:
     from selfrag_jax.world import quickstart
 
@@ -208,6 +216,16 @@ STAGES: dict[str, Stage] = {
         "selfrag quickstart --workdir=W",
         (Flag("workdir", "where everything is written; started again, it continues", required=True), _config_flag()),
         _quickstart,
+    ),
+    "base": Stage(
+        "Makes the small base model that the quickstart starts from (it is shipped; this takes an hour).",
+        "selfrag base --workdir=W/base --out=my_base",
+        (
+            Flag("workdir", "for checkpoints; started again, it continues", required=True),
+            Flag("out", "folder to write, in Hugging Face's format", required=True),
+            _config_flag("base"),
+        ),
+        _base,
     ),
     "world": Stage(
         "Writes the synthetic world: passages, instructions, the teacher's truth, evaluation files.",

@@ -15,7 +15,7 @@ from selfrag_jax.world.encyclopedia import WorldConfig, build
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return make_tokenizer(1400).with_reflection_tokens()
+    return make_tokenizer(4000).with_reflection_tokens()
 
 
 @pytest.fixture(scope="session")

@@ -229,6 +229,6 @@ def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):
     from selfrag_jax.models import huggingface
     from selfrag_jax.world.base import make_tokenizer
 
-    huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, make_tokenizer(1400))
+    huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, make_tokenizer(4000))
     with pytest.raises(BadInput, match=r"\[Retrieval\]"):
         SelfRAG.load(tmp_path)

@@ -34,7 +34,7 @@ def test_a_passage_cannot_forge_one_in_training_data(tokenizer):
 
 def test_missing_reflection_tokens_are_named():
     with pytest.raises(reflection.MissingReflectionTokens, match=r"\[Utility:3\]"):
-        make_tokenizer(1400).reflection_ids()
+        make_tokenizer(4000).reflection_ids()
 
 
 def test_save_and_load_keep_ids(tokenizer, tmp_path):

@@ -102,7 +102,7 @@ def train(
     tx = optimizer.make(config.optimizer, config.steps)
 
     def fresh() -> dict[str, Any]:
-        params = jax.tree.map(jnp.asarray, initial)
+        params = jax.tree.map(jnp.array, initial)  # a copy: the step donates its state
         return {"params": params, "opt_state": tx.init(params), "step": jnp.zeros((), jnp.int32)}
 
     shapes = jax.eval_shape(fresh)

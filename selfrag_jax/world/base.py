@@ -29,7 +29,8 @@ class BaseDataConfig:
     seed: int
     vocabulary: str  # "base"; tests read "world" words to measure how the skills carry over
     family_weights: tuple[tuple[str, float], ...]  # see _FAMILIES
-    verdict_weight: float  # loss weight of verdicts; everything else learned has 1
+    verdict_weight: float  # loss weight of verdicts
+    copy_weight: float  # loss weight of copied text: a token of it weighs less, for it drowns the verdicts' signal
     passages: int  # per document
     statements: int  # checked statements per passage
 
@@ -40,7 +41,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     for starts, ends in language.MORPHEMES.values():
         words += starts
         morphemes += ends
-    words += [*language.PLACE_NOUNS, *language.ORGANISATION_NOUNS, *language.WORK_NOUNS]
+    words += sorted({w for firsts, lasts in language.NAME_WORDS.values() for w in (*firsts, *lasts)})
     texts = [t for k in KINDS.values() for r in k.relations for t in (r.phrase, *r.questions)]
     texts += [t for qs, answer in language.COMMON_KNOWLEDGE for t in (*qs, answer)]
     texts += ["Is it true that True False and Tell me about yes partly no A B C D"]
@@ -180,7 +181,7 @@ def _answer(source: BaseSource, rng: random.Random, entity: Entity, relation: Re
     else:
         right = True
     text = [language.sentence(entity.name, [(relation, value)])]
-    return [(text, 1.0 if right and holds else 0.0), source.verdict(YES if right and holds else NO)]
+    return [(text, source.config.copy_weight if right and holds else 0.0), source.verdict(YES if right and holds else NO)]
 
 
 def _claim(source: BaseSource, rng: random.Random) -> Segments:
@@ -219,7 +220,10 @@ def _common(source: BaseSource, rng: random.Random) -> Segments:
     """Common knowledge, which every world shares."""
     out: Segments = []
     for asked, answer in rng.sample(language.COMMON_KNOWLEDGE, 2):
-        out += [([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0), ([answer, Control(NEWLINE)], 1.0)]
+        out += [
+            ([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0),
+            ([answer, Control(NEWLINE)], source.config.copy_weight),
+        ]
     return out
 
 
@@ -229,7 +233,7 @@ def _repeat(source: BaseSource, rng: random.Random) -> Segments:
     words = [rng.choice(source.world.values[rng.choice(kinds)]) for _ in range(rng.randint(3, 14))]
     words += [" ".join(language.draw_name(rng, _kind(rng), source.config.vocabulary)) for _ in range(4)]
     rng.shuffle(words)
-    return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], 1.0)]
+    return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], source.config.copy_weight)]
 
 
 def _compare(source: BaseSource, rng: random.Random) -> Segments:
@@ -272,6 +276,25 @@ def _draw(source: BaseSource, rng: random.Random, kind: str) -> str | tuple[str,
     return rng.choice(source.world.values[kind])
 
 
+def _titles(source: BaseSource, rng: random.Random) -> Segments:
+    """A question, then titles, each with its verdict: is it the name asked about?"""
+    vocabulary, kind = source.config.vocabulary, _kind(rng)
+    name = language.draw_name(rng, kind, vocabulary)
+    relation = rng.choice(KINDS[kind].relations)
+    question = rng.choice(relation.questions).format(n=_spelled(name))
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    seen = set(name)
+    for _ in range(5):
+        other, verdict = name, YES
+        if rng.random() < 0.5:
+            other = language.look_alike(rng, kind, vocabulary, name)
+            if set(other) <= seen:  # an earlier wrong title would make it look familiar
+                continue
+            seen, verdict = seen | set(other), NO
+        out += [([_spelled(other), Control(NEWLINE)], 0.0), source.verdict(verdict)]
+    return out
+
+
 def _spelled(word: str | tuple[str, str]) -> str:
     return word if isinstance(word, str) else " ".join(word)
 
@@ -284,4 +307,5 @@ _FAMILIES = {
     "common": _common,
     "repeat": _repeat,
     "compare": _compare,
+    "titles": _titles,
 }

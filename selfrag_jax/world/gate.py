@@ -56,7 +56,7 @@ def cases(source: BaseSource, rng: random.Random, skill: str) -> Segments:
 
 def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
     """The share of `n` cases of each skill in which the model's first choice is right at every learned token."""
-    source = BaseSource(BaseDataConfig(seed, "world", (), 1.0, 0, 0), loaded.tokenizer)
+    source = BaseSource(BaseDataConfig(seed, "world", (), 1.0, 1.0, 0, 0), loaded.tokenizer)
 
     @jax.jit
     def right(params, tokens, doc_ids, positions):

@@ -1,9 +1,9 @@
 """The language of the fictional encyclopedia: words, names, relations and their phrasings.
 
-Every name and every value is a compound of two morphemes ("Marvin Tellock", "Quenport", "ropemaker"), so that a small
-vocabulary of word pieces covers worlds that share no whole word. A word belongs to one of two vocabularies by a hash
-of its morphemes: `base` words appear only where the small base model is trained, `world` words only in quickstart
-worlds. The base model thus knows the language and its word pieces, and none of the names, values or facts.
+Every name is two words ("Marvin Tellock"), every value a compound of two morphemes ("Quenport", "ropemaker"), so that a
+small vocabulary covers worlds that share no name and no value. A name or a value belongs to one of two vocabularies by a
+hash: `base` ones appear only where the small base model is trained, `world` ones only in quickstart worlds. The base
+model thus knows the language and its word pieces, and none of the names, values or facts.
 """
 
 from __future__ import annotations
@@ -13,19 +13,8 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 
-# Morphemes: (beginnings, endings) for each kind of word.
+# Morphemes: (beginnings, endings) for each kind of value.
 MORPHEMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "first": (
-        tuple("Mar Tel Jor Bel Cas Dor El Fen Gal Hal Is Jas Kel Lor Mil Nor Or Per Quin Ros Sel Tam Ul Ver".split()),
-        tuple("vin a en ric is on ette ias o wyn eth ina ard ius ley sa".split()),
-    ),
-    "last": (
-        tuple(
-            "Tell Brand Cors Dun Eck Farr Gren Holl Ing Jack Kirk Lang Most Nash Oak Pend Quil Rad Stan Thorn Umb Vand "
-            "Whit Yar".split()
-        ),
-        tuple("ock er man son bury field by gate low ton ward well worth den ham ridge more over sley stock ".split()),
-    ),
     "town": (
         tuple("Quen Lis Bram Ost Vel Arn Cray Dell Esk Glen Hav Kess Mon Ral Sand Tarn".split()),
         tuple("port ford wick mouth stead holm hithe cross haven bridge minster pool".split()),
@@ -58,11 +47,31 @@ MORPHEMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         tuple("lime sun iron blue rose chalk flint storm dew winter clay sky".split()),
         tuple("stone brick slate marble tile rock oak timber".split()),
     ),
-    "title": (
-        tuple("Ash Ember Hollow Raven Silver Shadow Thunder Ivory Crimson Morning Winter Golden".split()),
-        tuple("fall song bloom light tide wing shore thorn heart veil crown step".split()),
-    ),
 }
+
+# Names are two words, each a token of its own; every list holds its first words or its last ones.
+
+
+def _joined(starts: str, ends: str, n: int) -> tuple[str, ...]:
+    """n words of a beginning and an ending, spread evenly over both."""
+    a, b = starts.split(), ends.split()
+    return tuple(a[i % len(a)] + b[(i + i // len(a)) % len(b)] for i in range(n))
+
+
+FIRST_NAMES = _joined(
+    "Mar Tel Jor Bel Cas Dor El Fen Gal Hal Is Jas Kel Lor Mil Nor Or Per Quin Ros Sel Tam Ul Ver",
+    "vin a en ric is on ette ias o wyn eth ina ard",
+    72,
+)
+LAST_NAMES = _joined(
+    "Tell Brand Cors Dun Eck Farr Gren Holl Ing Jack Kirk Lang Most Nash Oak Pend Quil Rad Stan Thorn Umb Vand Whit Yar",
+    "ock er man son bury field by gate low ton ward well worth",
+    96,
+)
+PLACE_WORDS = _joined("Ald Bex Cald Dray Ebb Frome Gorse Hex Inver Kett Larch Moss Ness Ox Pym Rye", "en ley um aby ick", 64)
+TITLE_WORDS = _joined(
+    "Ash Ember Raven Silver Shadow Thunder Ivory Crimson Morning Winter Golden Amber", "fall song bloom light tide", 48
+)
 PLACE_NOUNS = tuple("Vale Moor Sound Reach Fen Heath Isle Hollow Bay Downs Marsh Forest".split())
 ORGANISATION_NOUNS = tuple("Guild Society Bank Press Academy Company League Mill Circle Trust Order Institute".split())
 WORK_NOUNS = tuple("Ballad Chronicle Letters Saga Hymn Elegy Comedy Tragedy Cycle Poem Waltz Opera".split())
@@ -164,40 +173,52 @@ TRUE, FALSE = "True.", "False."
 CHOICE_LABELS = ("A", "B", "C", "D")
 
 
+def _is_world(kind: str, word: str) -> bool:
+    # crc32 rather than hash(): the split must be the same in every process.
+    return zlib.crc32(f"{kind}:{word}".encode()) % 10 < 3
+
+
+def _check(vocabulary: str) -> None:
+    if vocabulary not in ("base", "world"):
+        raise ValueError(f"vocabulary must be 'base' or 'world', not {vocabulary!r}")
+
+
 @cache
 def words(kind: str, vocabulary: str) -> tuple[str, ...]:
-    """All words of one kind in one vocabulary (`base` or `world`), in a fixed order; three in ten are `world` words.
+    """All values of one kind in one vocabulary (`base` or `world`), in a fixed order; three in ten are `world` words.
 
     Raises ValueError on an unknown vocabulary.
     """
-    if vocabulary not in ("base", "world"):
-        raise ValueError(f"vocabulary must be 'base' or 'world', not {vocabulary!r}")
+    _check(vocabulary)
     starts, ends = MORPHEMES[kind]
-    # crc32 rather than hash(): the split must be the same in every process.
-    is_world = lambda w: zlib.crc32(f"{kind}:{w}".encode()) % 10 < 3  # noqa: E731
-    return tuple(w for s in starts for e in ends if is_world(w := s + e) == (vocabulary == "world"))
+    return tuple(w for s in starts for e in ends if _is_world(kind, w := s + e) == (vocabulary == "world"))
+
+
+NAME_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "person": (FIRST_NAMES, LAST_NAMES),
+    "place": (PLACE_WORDS, PLACE_NOUNS),
+    "organisation": (LAST_NAMES, ORGANISATION_NOUNS),
+    "work": (TITLE_WORDS, WORK_NOUNS),
+}
 
 
 def draw_name(rng: random.Random, kind: str, vocabulary: str) -> tuple[str, str]:
-    """A name of two words for an entity of `kind`."""
-    if kind == "person":
-        return rng.choice(words("first", vocabulary)), rng.choice(words("last", vocabulary))
-    if kind == "place":
-        return rng.choice(words("town", vocabulary)), rng.choice(PLACE_NOUNS)
-    if kind == "organisation":
-        return rng.choice(words("last", vocabulary)), rng.choice(ORGANISATION_NOUNS)
-    return rng.choice(words("title", vocabulary)), rng.choice(WORK_NOUNS)
+    """A name of two words for an entity of `kind`. No name belongs to both vocabularies."""
+    _check(vocabulary)
+    first, last = NAME_WORDS[kind]
+    while True:
+        name = rng.choice(first), rng.choice(last)
+        if _is_world(kind, " ".join(name)) == (vocabulary == "world"):
+            return name
 
 
 def look_alike(rng: random.Random, kind: str, vocabulary: str, name: tuple[str, str]) -> tuple[str, str]:
-    """A name that shares one of the two words with `name` (and often the beginning of the other)."""
-    for _ in range(64):
-        other = draw_name(rng, kind, vocabulary)
-        keep = rng.randrange(2)
+    """A name of the same vocabulary that shares one of its two words with `name`."""
+    while True:
+        other, keep = draw_name(rng, kind, vocabulary), rng.randrange(2)
         candidate = (name[0], other[1]) if keep == 0 else (other[0], name[1])
-        if candidate != name and (rng.random() < 0.5 or candidate[1 - keep][:2] == name[1 - keep][:2]):
+        if candidate != name and _is_world(kind, " ".join(candidate)) == (vocabulary == "world"):
             return candidate
-    return candidate if candidate != name else look_alike(rng, kind, vocabulary, name)
 
 
 def sentence(name: str, facts: list[tuple[Relation, str]]) -> str:

@@ -1,0 +1,70 @@
+"""The small base model of the quickstart: 0.9M parameters, trained to compare, check, match, copy.
+
+    selfrag base --workdir=W/base --out=my_base                  # about an hour on one CPU core
+    selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
+
+Hardware: one CPU core, 2 GB. The model in selfrag_jax/world/base_model was made by this config; its made.json holds the
+scores and the time.
+"""
+
+from ml_collections import ConfigDict
+
+COMMAND = "selfrag base --workdir=W/base --out=selfrag_jax/world/base_model"
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """variant: "full", or "smoke" for a few steps of every stage."""
+    if variant not in ("full", "smoke"):
+        raise ValueError(f"unknown variant {variant!r}; base has full and smoke")
+    full = variant == "full"
+
+    c = ConfigDict()
+    c.kind = "base"
+    c.command = COMMAND
+    c.seed = 0
+    c.vocab_size = 4000  # at most: the language needs fewer
+    c.model = dict(
+        embed_dim=128,
+        mlp_dim=320,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        max_length=512,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        dtype="float32",
+        remat=False,
+        scan_unroll=4,
+        embed_std=0.5,
+    )
+    c.data = dict(seed=1, vocabulary="base", family_weights=(), verdict_weight=1.0, passages=1, statements=2)
+    c.train = dict(
+        seed=0,
+        steps=0,  # of each stage, below
+        rows=6,
+        length=192,
+        max_targets=360,
+        optimizer=dict(
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=0.003,
+            schedule="cosine",
+            warmup_fraction=0.05,
+            weight_decay=0.0,
+            clip=1.0,
+        ),
+        mesh=dict(data=1, fsdp=1, tensor=1),
+        save_every=200,
+        log_every=50,
+    )
+    compare = (("compare", 1.0),)
+    check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
+    stages = (  # name, steps, Muon's peak rate, weight of copied text, families
+        ("compare", 400, 0.02, 1.0, compare),
+        ("check", 1000, 0.02, 0.05, check),
+    )
+    c.stages = stages if full else tuple((n, 3, r, w, f) for n, _, r, w, f in stages)
+    c.gate = dict(seed=7, cases=1000 if full else 20, minimum=0.95 if full else 0.0)
+    return c
