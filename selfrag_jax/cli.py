@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from absl import flags
@@ -90,7 +90,7 @@ def _world(v: dict, _) -> None:
 def _collect(v: dict, _) -> None:
     from selfrag_jax.critique import collect
 
-    config = _section(v, collect.CollectConfig, "collect")
+    config = replace(_section(v, collect.CollectConfig, "collect"), teacher=v["teacher"])
     collect.collect(v["input"], v["truth"], config, v["out"])
     print(v["out"])
 
@@ -105,7 +105,8 @@ def _train(v: dict, _) -> None:
 def _embed(v: dict, _) -> None:
     from selfrag_jax.retrieval import embed
 
-    n = embed.embed_corpus(v["passages"], _section(v, embed.EncoderConfig, "encoder"), v["out"])
+    encoder = replace(_section(v, embed.EncoderConfig, "encoder"), name=v["encoder"])
+    n = embed.embed_corpus(v["passages"], encoder, v["out"])
     print(f"{v['out']}: {n} passages")
 
 
@@ -238,6 +239,7 @@ STAGES: dict[str, Stage] = {
         "selfrag collect --input=W/retrieved/instructions.jsonl --truth=W/world/teacher.jsonl --out=W/critic_data.jsonl",
         (
             Flag("input", "instructions with ctxs, as `selfrag retrieve` writes them", required=True),
+            Flag("teacher", "rule: judges by the synthetic world's truth", "rule"),
             Flag("truth", "the world's teacher.jsonl", required=True),
             Flag("out", "critic data (JSON lines)", required=True),
             _config_flag(),
@@ -260,6 +262,7 @@ STAGES: dict[str, Stage] = {
         "selfrag embed --passages=passages.tsv --out=W/embeddings",
         (
             Flag("passages", ".tsv (columns id, text, title) or .jsonl (id, title, text)", required=True),
+            Flag("encoder", "hashed: words and trigrams, no training", "hashed"),
             Flag("out", "folder to write", required=True),
             _config_flag(),
         ),

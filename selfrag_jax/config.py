@@ -54,6 +54,13 @@ def _folder() -> Path:
         return Path(__file__).parent.parent / "configs"
 
 
+def require_kind(config: ConfigDict, kind: str, example: str) -> None:
+    """Raises BadInput when a config was made for something else."""
+    found = config.kind if "kind" in config else "unknown"
+    if found != kind:
+        raise BadInput(f"this config is of kind {found!r}; here one of kind {kind!r} is needed, like {example}")
+
+
 def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDict:
     """Applies `section.field=value` assignments. Raises BadInput on an unknown field or a value of another type."""
     for assignment in assignments:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,13 +42,18 @@ class PlainSearch:
         self.loaded, self.c, self.t = loaded, config, loaded.tokenizer
         self.r = loaded.tokenizer.reflection_ids()
 
+        def forward(params, tokens, last):
+            positions = jnp.arange(self.LENGTH)[None]
+            mask = causal_mask(jnp.ones((1, self.LENGTH), jnp.int32))
+            hidden, _ = loaded.model.hidden(params, tokens, positions, mask)
+            return loaded.model.logits(params, hidden[0, last])
+
+        self.forward = jax.jit(forward)
+
     def logits(self, ids):
         tokens = np.zeros((1, self.LENGTH), np.int32)
         tokens[0, : len(ids)] = ids
-        positions = np.arange(self.LENGTH)[None]
-        mask = causal_mask(jnp.ones((1, self.LENGTH), jnp.int32))
-        hidden, _ = self.loaded.model.hidden(self.loaded.params, tokens, positions, mask)
-        return np.asarray(self.loaded.model.logits(self.loaded.params, hidden[:, len(ids) - 1]))[0].astype(np.float64)
+        return np.asarray(self.forward(self.loaded.params, tokens, len(ids) - 1)).astype(np.float64)
 
     def group(self, logits, ids):
         e = np.exp(logits[list(ids)] - logits[list(ids)].max())
@@ -172,8 +178,9 @@ def test_search_equals_the_plain_one(talkative, case):
     passages = [make_passages(rng, tokenizer, 3) for _ in prompts_ids]
     search = BeamSearch(talkative.model, talkative.params, tokenizer, config, 64)
     outcome = search.run(prompts_ids, lambda queries: [passages[q] for q, _ in queries])
+    plain = PlainSearch(talkative, config)
     for ids, found, got in zip(prompts_ids, passages, outcome, strict=True):
-        expected = PlainSearch(talkative, config).run(ids, found)
+        expected = plain.run(ids, found)
         assert [tuple(n.tokens for n in got.path(b)) for b in got.beams] == [b["path"] for b in expected]
         np.testing.assert_allclose([b.total for b in got.beams], [b["total"] for b in expected], atol=1e-4)
 

@@ -21,6 +21,7 @@ from selfrag_jax.world.encyclopedia import Entity, World, WorldConfig, draw_enti
 from selfrag_jax.world.language import KINDS, Relation
 
 YES, PARTLY, NO = "yes", "partly", "no"
+_NAME_WORDS = sorted({w for firsts, lasts in language.NAME_WORDS.values() for w in (*firsts, *lasts)})
 Segments = list[tuple[list[Part], float]]
 
 
@@ -41,7 +42,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     for starts, ends in language.MORPHEMES.values():
         words += starts
         morphemes += ends
-    words += sorted({w for firsts, lasts in language.NAME_WORDS.values() for w in (*firsts, *lasts)})
+    words += _NAME_WORDS
     texts = [t for k in KINDS.values() for r in k.relations for t in (r.phrase, *r.questions)]
     texts += [t for qs, answer in language.COMMON_KNOWLEDGE for t in (*qs, answer)]
     texts += ["Is it true that True False and Tell me about yes partly no A B C D"]
@@ -236,6 +237,12 @@ def _repeat(source: BaseSource, rng: random.Random) -> Segments:
     return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], source.config.copy_weight)]
 
 
+def _echo(source: BaseSource, rng: random.Random) -> Segments:
+    """Words in random order, each once, and all again: the plainest text that teaches to look back and copy."""
+    words = rng.sample(_NAME_WORDS, rng.randint(8, 40))
+    return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], source.config.copy_weight)]
+
+
 def _compare(source: BaseSource, rng: random.Random) -> Segments:
     """Words and names listed, then others, each with a verdict: did it stand in the list?
 
@@ -305,6 +312,7 @@ _FAMILIES = {
     "claim": _claim,
     "choice": _choice,
     "common": _common,
+    "echo": _echo,
     "repeat": _repeat,
     "compare": _compare,
     "titles": _titles,

@@ -8,7 +8,7 @@ statements, and copying joins when comparing works.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.models import checkpoints, huggingface
 from selfrag_jax.models.llama import LlamaConfig, Model, count_parameters
-from selfrag_jax.records import BadInput, write_json
+from selfrag_jax.records import BadInput, read_json, write_json
 from selfrag_jax.training.train import TrainConfig, train
 from selfrag_jax.world import gate
 from selfrag_jax.world.base import BaseDataConfig, BaseSource, make_tokenizer
@@ -39,26 +39,34 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
 
     Raises BadInput when a skill stays below the gate's minimum: nothing is written then.
     """
-    if c.get("kind") != "base":
-        raise BadInput(f"this config is of kind {c.get('kind')!r}; `selfrag base` needs one like configs/base.py")
-    workdir, started = Path(workdir), time.process_time()
+    configs.require_kind(c, "base", "configs/base.py")
+    workdir = Path(workdir)
     tokenizer = make_tokenizer(c.vocab_size)
     fields = c.model.to_dict() | dict(vocab_size=tokenizer.vocab_size)
     std = fields.pop("embed_std")
     model = Model(configs.build(LlamaConfig, fields, "model"))
     params: Any = model.init(jax.random.key(c.seed), std)
-    for i, (name, steps, rate, copy_weight, families) in enumerate(c.stages):
+    previous: Path | None = None
+    seconds = 0
+    for i, (name, steps, rows, rate, copy_weight, families) in enumerate(c.stages):
         folder = workdir / f"{i}_{name}"
         section = configs.build(TrainConfig, c.train, "train")
-        section = replace(section, seed=c.seed + i, steps=steps, optimizer=replace(section.optimizer, learning_rate=rate))
+        learner = replace(section.optimizer, learning_rate=rate)
+        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=60 * rows, optimizer=learner)
         fields = c.data.to_dict() | dict(seed=c.data.seed + i, copy_weight=copy_weight, family_weights=families)
         data = configs.build(BaseDataConfig, fields, "data")
-        made = {"stage": name, "config": c.to_json_best_effort()}
-        if artifacts.is_finished(folder, "base", made, {}):
+        made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
+        inputs = {"previous": previous} if previous else {}
+        previous = folder
+        if artifacts.is_finished(folder, "base", made, inputs):
+            seconds += read_json(artifacts.manifest_path(folder))["counts"]["cpu_seconds"]
             params = checkpoints.load(folder).params
             continue
+        started = time.process_time()
         params = train(section, model, params, BaseSource(data, tokenizer), tokenizer, folder, f"base: {name}")["params"]
-        artifacts.finish(folder, "base", made, {}, {"steps": steps})
+        spent = round(time.process_time() - started)
+        artifacts.finish(folder, "base", made, inputs, {"steps": steps, "cpu_seconds": spent})
+        seconds += spent
     gate_config = configs.build(GateConfig, c.gate, "gate")
     scores = gate.measure(checkpoints.LoadedModel(model, params, tokenizer), gate_config.seed, gate_config.cases)
     low = {k: v for k, v in scores.items() if v < gate_config.minimum}
@@ -67,7 +75,7 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
     huggingface.save(out, model.config, jax.device_get(params), tokenizer)
     record = {
         "command": c.command,
-        "cpu_seconds": round(time.process_time() - started),
+        "cpu_seconds": seconds,
         "scores": scores,
         "cases": gate_config.cases,
         "parameters": count_parameters(params),

@@ -22,7 +22,6 @@ from selfrag_jax.models import checkpoints
 from selfrag_jax.progress import progress
 from selfrag_jax.prompts import format_passage
 from selfrag_jax.records import (
-    BadInput,
     GeneratorExample,
     Question,
     instruction_from,
@@ -71,8 +70,7 @@ SYSTEMS = (
 
 def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
     """Runs all stages and returns the rows of results.json."""
-    if c.get("kind") != "quickstart":
-        raise BadInput(f"this config is of kind {c.get('kind')!r}; quickstart needs one like configs/tiny.py")
+    configs.require_kind(c, "quickstart", "configs/tiny.py")
     w, started = Path(workdir), time.monotonic()
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
 
