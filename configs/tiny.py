@@ -62,7 +62,6 @@ def get_config(variant: str = "full") -> ConfigDict:
         instructions=pick(2400, 120),
         wrong_output_rate=0.22,
         questions_per_test_entity=2,
-        teacher_error_rate=0.02,
     )
     c.encoder = dict(name="hashed", dim=384, word_weight=2.0)
     c.index = dict(brute_force_below=20_000, leaves_search_fraction=0.2, dimensions_per_block=2, reorder=100)
@@ -110,7 +109,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             beam_width=2,
             max_depth=4,
             ndocs=5,
-            max_new_tokens=24,
+            accumulate="mean",
+            max_new_tokens=56,
             length_bucket=32,
         ),
         batch=pick(50, 12),

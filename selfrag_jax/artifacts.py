@@ -24,9 +24,10 @@ _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
 def manifest_path(artifact: str | Path) -> Path:
-    """`folder/manifest.json`, or `file.manifest.json` beside a file (told apart by a suffix in the name)."""
+    """`folder/manifest.json`, or `file.manifest.json` beside a file (what isn't there yet is told by its suffix)."""
     artifact = Path(artifact)
-    return artifact.with_name(artifact.name + ".manifest.json") if artifact.suffix else artifact / "manifest.json"
+    is_file = artifact.is_file() or (bool(artifact.suffix) and not artifact.is_dir())
+    return artifact.with_name(artifact.name + ".manifest.json") if is_file else artifact / "manifest.json"
 
 
 def fingerprint(path: str | Path) -> str:
@@ -45,12 +46,21 @@ def fingerprint(path: str | Path) -> str:
     raise BadInput(f"{path}: no such file or folder")
 
 
-def require_finished(path: str | Path, stage: str) -> Path:
-    """Raises BadInput when the artifact of an earlier stage is missing or unfinished; returns its path."""
+def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
+    """The path of an earlier stage's artifact. Raises BadInput when it is missing, unfinished, or of another stage.
+
+    role: of a trained model, "critic" or "generator".
+    """
     path = Path(path)
     if not manifest_path(path).is_file():
         state = "is unfinished" if path.exists() else "does not exist"
         raise BadInput(f"{path}: {state}; run `selfrag {stage}` first (it continues where it was)")
+    made = read_json(manifest_path(path))
+    if made.get("stage") != stage:
+        raise BadInput(f"{path}: was made by `selfrag {made.get('stage')}`; something made by `selfrag {stage}` is needed here")
+    found = made.get("config", {}).get("role", role)
+    if role and found != role:
+        raise BadInput(f"{path}: is a {found}; a {role} is needed here")
     return path
 
 
@@ -58,6 +68,18 @@ def _made(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dict[str
     config = asdict(config) if is_dataclass(config) else dict(config)
     made = {"stage": stage, "config": config, "inputs": {k: fingerprint(p) for k, p in inputs.items()}}
     return json.loads(json.dumps(made, sort_keys=True, default=str))
+
+
+def claim(folder: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:
+    """Marks an unfinished folder as this stage's, config's and inputs' own, so that only the same may continue it.
+
+    Raises BadInput naming the first difference when it was begun with others.
+    """
+    path, new = Path(folder) / "started.json", _made(stage, config, inputs)
+    if not path.is_file():
+        write_json(path, new)
+    elif (old := read_json(path)) != new:
+        raise BadInput(f"{folder}: was begun with something else ({_difference(old, new)}); remove it or choose another")
 
 
 def identity(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> str:
@@ -77,7 +99,7 @@ def is_finished(artifact: str | Path, stage: str, config: Any, inputs: Mapping[s
     Raises BadInput naming the first difference when it was made by others.
     """
     path = manifest_path(artifact)
-    if not path.is_file():
+    if not path.is_file() or not Path(artifact).exists():
         return False
     old, new = read_json(path), _made(stage, config, inputs)
     for part in ("stage", "config", "inputs"):

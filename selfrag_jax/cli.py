@@ -417,6 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 2
+    except (FloatingPointError, OSError) as e:
+        print(f"selfrag {name}: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where it was", file=sys.stderr)
         return 130

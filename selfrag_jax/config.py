@@ -27,7 +27,8 @@ def load(spec: str) -> ConfigDict:
     """
     name, _, variant = spec.partition(":")
     path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+    bare = path.parent == Path(".") or path.parent == Path("configs")
+    if not path.is_file() and bare:
         path = _folder() / f"{path.stem}.py"
     if not path.is_file():
         known = sorted(p.stem for p in _folder().glob("*.py") if p.stem != "__init__")
@@ -36,7 +37,12 @@ def load(spec: str) -> ConfigDict:
         raise BadInput(f"--config={spec}: no such config{hint} (installed: {', '.join(known)}; or a path to a .py file)")
     module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise BadInput(f"--config={spec}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    if not hasattr(module, "get_config"):
+        raise BadInput(f"--config={spec}: {path} has no function get_config(variant)")
     try:
         config = module.get_config(variant) if variant else module.get_config()
     except ValueError as e:

@@ -66,14 +66,6 @@ def defuse(text: str) -> str:
     return _CONTROL.sub(lambda m: m.group()[0] + " " + m.group()[1:], text)
 
 
-def strip_control(text: str) -> str:
-    """An output without its passages and control tokens: what a reader sees."""
-    text = re.sub(
-        re.escape(reflection.PARAGRAPH_OPEN) + ".*?" + re.escape(reflection.PARAGRAPH_CLOSE), "", text, flags=re.DOTALL
-    )
-    return re.sub(r"\s+", " ", _CONTROL.sub(" ", text)).strip()
-
-
 @dataclass(frozen=True)
 class CritiqueQuery:
     """One question to the critic or the teacher. Fields that a group does not use stay empty (see CRITIQUES)."""

@@ -40,6 +40,11 @@ class Instruction:
     dataset_name: str = ""
     ctxs: tuple[Passage, ...] = ()
 
+    @property
+    def asked(self) -> str:
+        """Instruction and input as one text: what is retrieved for and judged."""
+        return f"{self.instruction} {self.input}".strip()
+
 
 @dataclass(frozen=True)
 class CriticExample:
@@ -133,12 +138,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
+    number = 0
     with open(path, encoding="utf-8-sig") as f:
-        head = f.read(1)
-        while head.isspace():
-            head = f.read(1)
-        f.seek(0)
         try:
+            head = f.read(1)
+            while head.isspace():
+                head = f.read(1)
+            f.seek(0)
             if head == "[":
                 for i, row in enumerate(json.load(f)):
                     yield _object(f"{path}: item {i + 1}", row)

@@ -56,7 +56,6 @@ def small_world():
             instructions=200,
             wrong_output_rate=0.25,
             questions_per_test_entity=2,
-            teacher_error_rate=0.0,
         )
     )
 

@@ -111,7 +111,8 @@ class PlainSearch:
             for b in beams:
                 if not b["finished"]:
                     candidates += self.extend(b, passages)
-            beams = sorted(candidates, key=lambda b: -b["total"])[: self.c.beam_width]
+            length = (lambda b: len(b["path"])) if self.c.accumulate == "mean" else (lambda b: 1)
+            beams = sorted(candidates, key=lambda b: -b["total"] / length(b))[: self.c.beam_width]
         return beams
 
     def extend(self, b, passages):
@@ -168,7 +169,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_search_equals_the_plain_one(talkative, case):
     mode, threshold, width, ndocs, depth = case
-    config = SearchConfig(mode, threshold, "yes_no", scoring.Weights(), width, depth, ndocs, 6, 16)
+    accumulate = ("sum", "mean")[CASES.index(case) % 2]
+    config = SearchConfig(mode, threshold, "yes_no", scoring.Weights(), width, depth, ndocs, accumulate, 6, 16)
     rng = np.random.default_rng(CASES.index(case))
     tokenizer = talkative.tokenizer
     prompts_ids = [
@@ -217,9 +219,16 @@ def test_no_passages_found_is_noticed_not_a_crash(talkative):
     assert any("no passage" in n for n in a.notices) and not a.retrieved
 
 
-def test_a_long_question_is_cut_with_a_notice(talkative):
-    [a] = make_rag(talkative).answer(["word " * 200], mode="no_retrieval")
-    assert any("cut" in n for n in a.notices)
+def test_a_long_question_and_a_long_passage_are_cut_with_a_notice(talkative):
+    rag = make_rag(talkative)
+    seen = []
+    search = rag._search({"mode": "always_retrieve"})
+    search.run, run = (lambda ids, retrieve: seen.extend(ids) or run(ids, retrieve)), search.run
+    long = Passage("p7", "Long", " ".join(["word"] * 300))
+    [a] = rag.answer([Question("1", "word " * 200, ctxs=(long,))], mode="always_retrieve")
+    assert any("question was cut" in n for n in a.notices) and any("passage p7 was cut" in n for n in a.notices)
+    heading = talkative.tokenizer.id("\n\n### Response:\n")
+    assert len(seen[0]) == 64 and seen[0][-1] == heading
 
 
 def test_unknown_fields_and_modes_are_refused(talkative):

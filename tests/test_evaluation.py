@@ -28,7 +28,7 @@ def test_published_formats_are_read(tmp_path):
     assert q[1].ctxs[0].id == "3" and q[1].answers == ("x",)
     assert q[2].choices[2] == ("3", "z") and q[2].answers == ("3",)
     assert q[3].question == "Tell me about X." and q[3].extra["topic"] == "X"
-    assert q[4].ctxs[0].title == "" and [x.id for x in q][:2] == ["mixed-0", "mixed-1"]
+    assert q[4].ctxs[0].title == "" and [x.id for x in q][:2] == ["0", "1"]
     as_list = tmp_path / "list.json"
     as_list.write_text(json.dumps(rows, indent=1))
     assert [x.question for x in read_questions(as_list)] == [x.question for x in q]

@@ -48,8 +48,3 @@ def test_save_and_load_keep_ids(tokenizer, tmp_path):
 def test_load_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
-
-
-def test_strip_control_leaves_what_a_reader_sees():
-    output = "[Retrieval]<paragraph>T\nP</paragraph>[Relevant]Segment one.[Fully supported][Utility:5]"
-    assert prompts.strip_control(output) == "Segment one."

@@ -115,3 +115,32 @@ def test_wrong_outputs_are_as_frequent_as_asked(small_world):
         value = facts[asked.name].value(asked.relations[0])
         right += truth.utility(r.instruction, r.output) == "[Utility:5]" and bool(re.search(rf"\b{value}\b", r.output))
     assert 0.70 < right / len(rows) < 0.80
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_default_world_can_be_built(seed):
+    from selfrag_jax import config
+
+    c = config.override(config.load("tiny"), [f"world.seed={seed}"])
+    world = encyclopedia.build(config.build(encyclopedia.WorldConfig, c.world, "world"))
+    assert len(world.group("test")) == 150
+    asked = {r.instruction for r in questions.instructions(world)}
+    evaluated = {row.get("question") or row["input"] for rows in questions.evaluation(world).values() for row in rows}
+    assert not asked & evaluated  # not even the well-known facts are evaluated in the words of training
+
+
+def test_evidence_about_another_entity_leaves_nothing_to_continue_with():
+    other = Passage("2", "Mara Tellman", "Mara Tellman was born in Quenport and plays the reedharp.")
+    told = "Mara Tellock was born in Lisford."
+    assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, other) == reflection.RETRIEVAL
+
+
+def test_a_world_that_is_too_large_says_so(small_world):
+    from dataclasses import replace
+
+    from selfrag_jax.records import BadInput
+
+    with pytest.raises(BadInput, match="no free name"):
+        encyclopedia.build(replace(small_world.config, train=20_000))
+    with pytest.raises(BadInput, match="values_per_kind"):
+        encyclopedia.build(replace(small_world.config, values_per_kind=60))

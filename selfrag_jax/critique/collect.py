@@ -68,8 +68,8 @@ class CollectConfig:
 def queries(row: Instruction, config: CollectConfig, rng: random.Random) -> Iterator[CritiqueQuery]:
     """The critiques that are asked about one instruction."""
     share = dict(config.share)
-    text = row.instruction
-    sentences = split(row.output)
+    text = row.asked
+    sentences = split(row.output) or [""]
     if rng.random() < share["retrieve"]:
         yield CritiqueQuery("retrieve", text)
         if len(sentences) > 1 and row.ctxs:

@@ -94,6 +94,7 @@ class _Draft:
     rng: random.Random
     segments: list[str]
     best_only: bool
+    use: str  # the IsUse token of the whole output
     output: str = ""
     evidence: Passage | None = None
     at: int = 0
@@ -106,16 +107,16 @@ class _Draft:
 
 def label_rows(critic: Critic, rows: Sequence[Instruction], config: LabelConfig) -> list[GeneratorExample]:
     """Labelled examples of the rows, `config.variants` of each (one where no retrieval is needed)."""
-    needs = critic.judge([CritiqueQuery("retrieve", r.instruction) for r in rows])
-    utilities = critic.judge([CritiqueQuery("isuse", r.instruction, output=r.output) for r in rows])
+    needs = critic.judge([CritiqueQuery("retrieve", r.asked) for r in rows])
+    utilities = critic.judge([CritiqueQuery("isuse", r.asked, output=r.output) for r in rows])
     drafts: list[_Draft] = []
-    for row, p in zip(rows, needs, strict=True):
-        retrieving = p.argmax() == 1 and bool(row.ctxs)
+    for row, p, useful in zip(rows, needs, utilities, strict=True):
+        retrieving = p[1] > p[0] and bool(row.ctxs)  # there is nothing yet to continue with
         for v in range(config.variants if retrieving else 1):
             rng = random.Random(f"label-{config.seed}-{row.id}-{v}")
+            use = reflection.ISUSE[int(useful.argmax())]
             segments = split(row.output) if retrieving else [row.output.strip()]
-            drafts.append(_Draft(row, rng, segments, rng.random() < config.best_rate, retrieving=retrieving))
-    use = {r.id: reflection.ISUSE[int(p.argmax())] for r, p in zip(rows, utilities, strict=True)}
+            drafts.append(_Draft(row, rng, segments, rng.random() < config.best_rate, use, retrieving=retrieving))
 
     for d in drafts:
         if not d.retrieving:
@@ -128,7 +129,7 @@ def label_rows(critic: Critic, rows: Sequence[Instruction], config: LabelConfig)
             id=f"{d.row.id}-{i}",
             instruction=d.row.instruction,
             input=d.row.input,
-            output=d.output + use[d.row.id],
+            output=d.output + d.use,
             dataset_name=d.row.dataset_name,
         )
         for i, d in enumerate(drafts)
@@ -138,8 +139,11 @@ def label_rows(critic: Critic, rows: Sequence[Instruction], config: LabelConfig)
 def _add_segment(critic: Critic, drafts: list[_Draft], config: LabelConfig) -> None:
     """Adds the next segment to each draft, with its Retrieve token, passage and critiques."""
     later = [d for d in drafts if d.at > 0]
-    again = critic.judge([CritiqueQuery("retrieve", d.row.instruction, d.preceding, d.evidence) for d in later])
+    again = critic.judge([CritiqueQuery("retrieve", d.row.asked, d.preceding, d.evidence) for d in later])
     action = {id(d): reflection.RETRIEVE[int(p.argmax())] for d, p in zip(later, again, strict=True)}
+    for d in later:
+        if action[id(d)] == reflection.CONTINUE and d.evidence is None:
+            action[id(d)] = reflection.RETRIEVAL
     action |= {id(d): reflection.RETRIEVAL for d in drafts if d.at == 0}
 
     pool: list[tuple[_Draft, Passage]] = []
@@ -148,8 +152,8 @@ def _add_segment(critic: Critic, drafts: list[_Draft], config: LabelConfig) -> N
             pool += [(d, p) for p in _candidates(d, config)]
         elif action[id(d)] == reflection.CONTINUE:
             pool.append((d, d.evidence))
-    relevance = critic.judge([CritiqueQuery("isrel", d.row.instruction, evidence=p) for d, p in pool])
-    support = critic.judge([CritiqueQuery("issup", d.row.instruction, evidence=p, output=d.segments[d.at]) for d, p in pool])
+    relevance = critic.judge([CritiqueQuery("isrel", d.row.asked, evidence=p) for d, p in pool])
+    support = critic.judge([CritiqueQuery("issup", d.row.asked, evidence=p, output=d.segments[d.at]) for d, p in pool])
     judged: dict[int, list[tuple[Passage, np.ndarray, np.ndarray]]] = {}
     for (d, p), rel, sup in zip(pool, relevance, support, strict=True):
         judged.setdefault(id(d), []).append((p, rel, sup))
@@ -184,7 +188,7 @@ def label(critic_path: str | Path, input_path: str | Path, config: LabelConfig, 
     Interrupted, it continues behind the last finished chunk. Returns the number of examples.
     """
     inputs = {"critic": critic_path, "input": input_path}
-    artifacts.require_finished(critic_path, "train")
+    artifacts.require_finished(critic_path, "train", "critic")
     if artifacts.is_finished(out, "label", config, inputs):
         return 0
     rows = read_records(input_path, instruction_from)

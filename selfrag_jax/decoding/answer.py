@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import prompts
+from selfrag_jax import artifacts, prompts
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
@@ -42,6 +42,7 @@ DEFAULT = AnswerConfig(
         beam_width=2,
         max_depth=7,
         ndocs=5,
+        accumulate="sum",
         max_new_tokens=100,
         length_bucket=32,
     ),
@@ -79,7 +80,6 @@ class Answer:
     tree: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = ()
     task: str = ""
-    error: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """The record of `selfrag answer`."""
@@ -103,6 +103,7 @@ class SelfRAG:
     loaded: checkpoints.LoadedModel
     retriever: Retriever | None
     config: AnswerConfig
+    sources: dict[str, Path] = field(default_factory=dict)  # where model and index came from
     _searches: dict[SearchConfig, BeamSearch] = field(default_factory=dict)
 
     @classmethod
@@ -111,12 +112,15 @@ class SelfRAG:
 
         Raises BadInput when either is missing, unfinished, or the tokenizer has no reflection tokens.
         """
+        if (Path(model) / checkpoints.MODEL_FILE).is_file():
+            artifacts.require_finished(model, "train", "generator")
         loaded = checkpoints.load(model)
         try:
             loaded.tokenizer.reflection_ids()
         except ValueError as e:
             raise BadInput(f"{model}: {e}") from None
-        return cls(loaded, OnlineRetriever(index) if index else None, config or DEFAULT)
+        sources = {"model": Path(model)} | ({"index": Path(index)} if index else {})
+        return cls(loaded, OnlineRetriever(index) if index else None, config or DEFAULT, sources)
 
     def answer(
         self, questions: Sequence[str | Question], on_batch: Callable[[list[Answer]], None] | None = None, **changes: Any
@@ -165,7 +169,7 @@ class SelfRAG:
             tokens = [self.loaded.tokenizer.bos_id, *self.loaded.tokenizer.encode(prompts.instruction(question_text(q)))]
             if len(tokens) > self.config.max_length:
                 notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
-                tokens = tokens[: self.config.max_length]
+                tokens = [*tokens[: self.config.max_length - 1], tokens[-1]]  # keeps the response heading
             ids.append(tokens)
 
         def retrieve(queries):
@@ -200,9 +204,18 @@ class SelfRAG:
             p_retrieve=path[0].p_retrieve,
             score=best.total,
             tree=tuple(_tree_node(search, n, path) for n in outcome.nodes),
-            notices=(*notices, *outcome.notices),
+            notices=(*notices, *dict.fromkeys(outcome.notices), *_doubts(path, citations)),
             task=q.task,
         )
+
+
+def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:
+    doubts = []
+    if any(n.passage is not None for n in path) and not citations:
+        doubts.append("no retrieved passage supports this answer: take it as a guess")
+    if not all(n.complete for n in path):
+        doubts.append("a segment was cut at the length limit")
+    return doubts
 
 
 def _segment(search: BeamSearch, n: Node) -> Segment:
@@ -247,5 +260,6 @@ def _vote(search: BeamSearch, outcome: Search, q: Question):
     if not sums:
         return None
     option = max(sums, key=lambda o: sums[o])
-    node = max((n for n in outcome.nodes if search.text(n.tokens).rstrip(".") == option), key=lambda n: n.score)
+    said = [n for n in outcome.nodes if n.depth == 0 and search.text(n.tokens).rstrip(".") == option]
+    node = max(said, key=lambda n: n.score)
     return Beam(node, outcome.beams[0].retrieve, 0)

@@ -28,7 +28,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
         raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
     config = {"changes": changes, "answer": json.loads(json.dumps(rag.config, default=vars))}
-    inputs = {"input": input_path}
+    inputs = {"input": input_path, **rag.sources}
     if artifacts.is_finished(out, "answer", config, inputs):
         return len(questions)
     partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
@@ -55,7 +55,6 @@ def _whole_rows(partial: Path) -> list[dict[str, Any]]:
     """Rows of an interrupted run; a last line that was cut off is dropped from the file."""
     if not partial.is_file():
         return []
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        partial.write_text("".join(lines[:-1]), encoding="utf-8")
+    data = partial.read_bytes()
+    partial.write_bytes(data[: data.rfind(b"\n") + 1])
     return [row for _, row in read_rows(partial)]

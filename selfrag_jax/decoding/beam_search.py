@@ -34,6 +34,7 @@ class SearchConfig:
     beam_width: int  # W
     max_depth: int  # segments at most
     ndocs: int  # P, passages per retrieval
+    accumulate: str  # rank paths by the "sum" (paper) or the "mean" of their segments' scores; sums favour long answers
     max_new_tokens: int  # of a segment
     length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
 
@@ -44,6 +45,8 @@ class SearchConfig:
             raise BadInput(f"normalise={self.normalise!r}: must be yes_no or all")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold={self.threshold}: must be a probability between 0 and 1")
+        if self.accumulate not in ("sum", "mean"):
+            raise BadInput(f"accumulate={self.accumulate!r}: must be sum or mean")
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
@@ -65,7 +68,7 @@ class Node:
     issup: tuple[float, ...]
     isuse: tuple[float, ...]
     score: float  # f of this segment
-    total: float  # accumulated over the path
+    total: float  # sum over the path
     finished: bool
     complete: bool  # False where the length limit cut the segment
 
@@ -82,6 +85,10 @@ class Beam:
     @property
     def total(self) -> float:
         return self.node.total if self.node else 0.0
+
+    def rank(self, accumulate: str) -> float:
+        """What paths are compared by."""
+        return self.total / (self.node.depth + 1) if accumulate == "mean" and self.node else self.total
 
     @property
     def finished(self) -> bool:
@@ -105,7 +112,7 @@ class Search:
         return out[::-1]
 
     def best(self) -> Beam:
-        return max(self.beams, key=lambda b: b.total)
+        return self.beams[0]  # kept in order
 
 
 # passages for a query: (question index, previous segments' texts) for each -> passages, best first
@@ -169,9 +176,9 @@ class BeamSearch:
         # Branch inputs [R * P]: rows without a live beam, and branches without a passage, stay empty.
         rows: list[list[int]] = [[] for _ in range(R * P)]
         start = np.zeros(R * P, np.int32)
-        for (_, beam), (action, _), found in zip(live, actions, passages, strict=True):
+        for (q, beam), (action, _), found in zip(live, actions, passages, strict=True):
             for j, passage in enumerate(found):
-                rows[beam.row * P + j] = self._branch_input(action, passage)
+                rows[beam.row * P + j] = self._branch_input(searches[q], action, passage)
                 start[beam.row * P + j] = beam.next_position
         tokens, valid = self._pad(rows)
         segment, branches = segments.generate(
@@ -193,7 +200,7 @@ class BeamSearch:
         W = self.config.beam_width
         parent, branch = np.zeros(len(searches) * W, np.int32), np.zeros(len(searches) * W, np.int32)
         for q, search in enumerate(searches):
-            kept = sorted(candidates[q], key=lambda c: -c[0].total)[:W]
+            kept = sorted(candidates[q], key=lambda c: -c[0].rank(self.config.accumulate))[:W]
             search.beams = [beam for beam, _, _ in kept]
             for w, (beam, parent_row, branch_row) in enumerate(kept):
                 beam.row = q * W + w
@@ -219,13 +226,14 @@ class BeamSearch:
                 actions[i] = ("no_retrieval", actions[i][1])
         return out
 
-    def _branch_input(self, action: str, passage: Passage | None) -> list[int]:
+    def _branch_input(self, search: Search, action: str, passage: Passage | None) -> list[int]:
         if action == "no_retrieval":
             return [self.id_of[reflection.NO_RETRIEVAL]]
         if action == "continue":
             return [self.id_of[reflection.CONTINUE]]
         ids = self.tokenizer.encode([Control(reflection.RETRIEVAL), *prompts.passage(passage)])
         if len(ids) > self.max_length:
+            search.notices.append(f"passage {passage.id} was cut from {len(ids)} to {self.max_length} tokens")
             ids = [*ids[: self.max_length - 1], ids[-1]]  # cut the text, keep </paragraph>
         return ids
 
@@ -233,7 +241,8 @@ class BeamSearch:
         evidence, isrel = passage, out.isrel[i]
         if action == "continue" and beam.node is not None:  # the same evidence, judged relevant when it was retrieved
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
-        p_segment = float(np.exp(out.log_prob[i] / max(int(out.text_tokens[i]), 1)))
+        words = int(out.text_tokens[i])
+        p_segment = float(np.exp(out.log_prob[i] / words)) if words else 0.0  # saying nothing is not certain
         score = float(
             scoring.segment_score(
                 p_segment, isrel, out.issup[i], out.isuse[i], float(evidence is not None), self.config.weights

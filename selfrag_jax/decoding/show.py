@@ -19,8 +19,6 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
-    if answer.retrieved and not answer.citations:
-        console.print("No retrieved passage supports this answer: take it as a guess.", style="yellow")
     table = Table(show_lines=False, header_style="bold")
     for name in ("", "passage", "segment", "Relevant", "Fully supported", "Utility 5", "p(segment)", "score"):
         table.add_column(name)

@@ -47,13 +47,14 @@ def answer_plain(
             tokens[i, : len(row)], valid[i, : len(row)] = row, True
         start = np.zeros(config.batch, np.int32)
         out, _ = generate(loaded.model, loaded.params, rules, None, start, tokens, valid, config.max_new_tokens)
-        texts, lengths, log_probs = np.asarray(out.tokens), np.asarray(out.length), np.asarray(out.log_prob)
+        texts, lengths, words = np.asarray(out.tokens), np.asarray(out.length), np.asarray(out.text_tokens)
+        p_sequence = np.where(words > 0, np.exp(np.asarray(out.log_prob) / np.maximum(words, 1)), 0.0)
         for i, (q, p) in enumerate(zip(chunk, given, strict=True)):
             text = tokenizer.decode([t for t in texts[i, : lengths[i]] if t != tokenizer.eos_id]).strip()
             rows.append(
                 {
                     "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
-                    "passages": [], "retrieved": bool(p), "p_sequence": float(np.exp(log_probs[i] / max(lengths[i] - 1, 1))),
+                    "passages": [], "retrieved": bool(p), "p_sequence": float(p_sequence[i]),
                 }
             )  # fmt: skip
         if on_batch:

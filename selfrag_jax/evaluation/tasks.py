@@ -26,6 +26,9 @@ def _question(where: str, row: dict[str, Any], task: str, number: int) -> Questi
     if not text.strip():
         raise BadInput(f"{where}: the question is empty")
     extra = {k: row[k] for k in ("qa_pairs", "facts", "topic", "cat", "annotations") if k in row}
+    for i, pair in enumerate(row.get("qa_pairs") or []):
+        if not isinstance(pair, dict) or not isinstance(pair.get("short_answers"), list):
+            raise BadInput(f"{where}: qa_pairs item {i + 1} must be an object with the list short_answers")
     choices, answers = _choices(where, row), _answers(where, row)
     if choices:
         key = text_field(where, row, ("answerKey", "answer"), "")
@@ -33,7 +36,7 @@ def _question(where: str, row: dict[str, Any], task: str, number: int) -> Questi
             raise BadInput(f"{where}: answerKey {key!r} is none of the labels {', '.join(c for c, _ in choices)}")
         answers = (key,) if key else ()
     return Question(
-        id=text_field(where, row, ("id", "q_id"), f"{task}-{number}"),
+        id=text_field(where, row, ("id", "q_id"), str(number)),
         question=text,
         answers=answers,
         ctxs=passages_from(where, row),

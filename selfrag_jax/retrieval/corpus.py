@@ -19,7 +19,7 @@ def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
     """Writes DPR's format; returns the number of passages."""
     n = 0
     with atomic_write(path) as f:
-        writer = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
+        writer = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(COLUMNS)
         for p in passages:
             writer.writerow((p.id, p.text, p.title))
@@ -53,7 +53,7 @@ def read(path: str | Path) -> list[Passage]:
 def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.reader(f, delimiter="\t")
+        reader = csv.reader(f, delimiter="\t", strict=True)
         try:
             header = next(reader, None)
             if header is None:

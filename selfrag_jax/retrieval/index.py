@@ -50,6 +50,8 @@ def build(embeddings: str | Path, config: IndexConfig, out: str | Path) -> int:
     if not np.isfinite(vectors).all():
         row = int(np.nonzero(~np.isfinite(vectors).all(1))[0][0])
         raise BadInput(f"{embeddings / EMBEDDINGS}: row {row} holds NaN or infinite values")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: is not empty and was not made by `selfrag index`; choose another --out")
     n = len(vectors)
     k = min(n, 100)
     builder = scann.scann_ops_pybind.builder(vectors, k, "dot_product")
@@ -69,9 +71,10 @@ def build(embeddings: str | Path, config: IndexConfig, out: str | Path) -> int:
     shutil.copy(embeddings / PASSAGES, temporary / PASSAGES)
     shutil.copy(embeddings / ENCODER, temporary / ENCODER)
     write_json(temporary / "size.json", {"passages": n})
-    shutil.rmtree(out, ignore_errors=True)  # an unfinished earlier attempt: finished ones were returned or refused above
+    artifacts.finish(temporary, "index", config, inputs, {"passages": n})
+    if out.exists():
+        out.rmdir()  # empty, as checked above
     temporary.rename(out)
-    artifacts.finish(out, "index", config, inputs, {"passages": n})
     return n
 
 

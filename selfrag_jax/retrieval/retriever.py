@@ -53,6 +53,14 @@ class OnlineRetriever:
         return [found[q] for q in queries]
 
 
+def _query(where: str, row: dict) -> str:
+    """The question, or the instruction with its input."""
+    text = text_field(where, row, ("question", "instruction", "input"))
+    if "question" not in row and row.get("instruction") and row.get("input"):
+        text = f"{text} {text_field(where, row, 'input')}"
+    return text
+
+
 def retrieve_file(index: str | Path, input_path: str | Path, out: str | Path, k: int) -> int:
     """Adds `ctxs`, the k best passages for each row's question or instruction; returns the number of rows.
 
@@ -65,7 +73,7 @@ def retrieve_file(index: str | Path, input_path: str | Path, out: str | Path, k:
     rows = list(read_rows(input_path))
     if not rows:
         raise BadInput(f"{input_path}: holds no rows")
-    queries = [text_field(where, row, ("question", "instruction", "input")) for where, row in rows]
+    queries = [_query(where, row) for where, row in rows]
     retriever = OnlineRetriever(index)
     n = len(retriever.index.passages)
     if k > n:

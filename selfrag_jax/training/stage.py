@@ -55,9 +55,14 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     section = configs.build(TrainConfig, c[role], role)
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
     made: dict[str, Any] = {"role": role, "train": asdict(section), "base": c.base, "weights": weights}
+    made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
+    made["brief"] = c.label.critic.brief
     inputs = {"data": data}
+    if c.base != "scratch":
+        inputs["base"] = embedded_base() if c.base == "embedded" else c.base
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
+    artifacts.claim(workdir, "train", made, inputs)
     start = starting_model(c)
     if role == "critic":
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)

@@ -54,7 +54,10 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 def _fresh_world(vocabulary: str) -> World:
     """A frame for the helpers of world.questions: all words of the vocabulary as values, no entities."""
-    config = WorldConfig(0, vocabulary, 0, 0, 0, 0, 0, 0.6, 0.0, 0, 0.0, 0, 0.0)
+    config = WorldConfig(
+        seed=0, vocabulary=vocabulary, known=0, train=0, test=0, distractors=0, values_per_kind=0, person_share=0.6,
+        look_alike_rate=0.0, instructions=0, wrong_output_rate=0.0, questions_per_test_entity=0,
+    )  # fmt: skip
     kinds = {r.value for k in KINDS.values() for r in k.relations}
     return World(config, (), (), {kind: language.words(kind, vocabulary) for kind in sorted(kinds)})
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from selfrag_jax.records import Passage
+from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.world import language
 from selfrag_jax.world.language import KINDS, Relation
 
@@ -36,7 +36,6 @@ class WorldConfig:
     instructions: int  # rows of instructions.jsonl
     wrong_output_rate: float  # of the rows whose output is wrong
     questions_per_test_entity: int
-    teacher_error_rate: float  # of the rule teacher's labels that are replaced by another of the group
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,11 @@ def entity_passages(rng: random.Random, entity: Entity) -> list[Passage]:
 
 
 def build(config: WorldConfig) -> World:
-    """Draws the world. Deterministic in the config. Raises ValueError when names run out."""
+    """Draws the world. Deterministic in the config. Raises BadInput when names or values run out."""
     rng = random.Random(f"encyclopedia-{config.seed}")
+    fewest = min(len(language.words(kind, config.vocabulary)) for kind in language.MORPHEMES)
+    if config.values_per_kind > fewest:
+        raise BadInput(f"config world: values_per_kind={config.values_per_kind}: at most {fewest} words of a kind exist")
     values = {
         kind: tuple(sorted(rng.sample(language.words(kind, config.vocabulary), config.values_per_kind)))
         for kind in sorted({r.value for k in KINDS.values() for r in k.relations})
@@ -99,8 +101,8 @@ def build(config: WorldConfig) -> World:
 
     def add(group: str, like: Entity | None = None) -> Entity:
         kind = like.kind if like else _draw_kind(rng, config.person_share)
-        for _ in range(1000):
-            if like:
+        for attempt in range(1000):
+            if like and attempt < 100:  # when all look-alikes are taken, any free name will do
                 words = language.look_alike(rng, kind, config.vocabulary, like.words)
             else:
                 words = language.draw_name(rng, kind, config.vocabulary)
@@ -108,7 +110,7 @@ def build(config: WorldConfig) -> World:
                 taken.add(words)
                 entities.append(draw_entity(rng, kind, words, values, group))
                 return entities[-1]
-        raise ValueError(f"no free name left for another {kind}; ask for fewer entities than {config}")
+        raise BadInput(f"config world: no free name left for another {kind}; lower known, train, test or distractors")
 
     for _ in range(config.known):
         add("known")
@@ -128,4 +130,4 @@ def build(config: WorldConfig) -> World:
 def _draw_kind(rng: random.Random, person_share: float) -> str:
     if rng.random() < person_share:
         return "person"
-    return rng.choice(("place", "organisation", "work"))
+    return rng.choices(("place", "organisation", "work"), (2, 2, 1))[0]  # there are fewest names for works

@@ -62,6 +62,7 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
             seconds += read_json(artifacts.manifest_path(folder))["counts"]["cpu_seconds"]
             params = checkpoints.load(folder).params
             continue
+        artifacts.claim(folder, "base", made, inputs)
         started = time.process_time()
         params = train(section, model, params, BaseSource(data, tokenizer), tokenizer, folder, f"base: {name}")["params"]
         spent = round(time.process_time() - started)

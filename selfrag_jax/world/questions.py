@@ -56,9 +56,18 @@ def _choices(rng: random.Random, world: World, entity: Entity, relation: Relatio
     return choices, next(label for label, text in choices if text == right)
 
 
-def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
+def _phrasing(world: World, entity: Entity, relation: Relation, held_out: bool) -> str:
+    """A question about a well-known entity: of its two phrasings one is for training, the other held out."""
+    kind = KINDS[entity.kind]
+    first = (world.entities.index(entity) + kind.relations.index(relation)) % 2
+    return relation.questions[1 - first if held_out else first].format(n=entity.name)
+
+
+def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
     relation = _relation(rng, entity)
     question = rng.choice(relation.questions).format(n=entity.name)
+    if entity.group == "known":
+        question = _phrasing(world, entity, relation, held_out)
     name, told, value = entity.name, relation, entity.value(relation.name)
     if wrong:
         how = rng.random()
@@ -115,12 +124,10 @@ def _biography(rng: random.Random, world: World, entity: Entity, wrong: bool) ->
     return f"Tell me about {entity.name}.", text
 
 
-def _common(rng: random.Random, world: World, entity: Entity | None, wrong: bool) -> tuple[str, str]:
-    questions, answer = rng.choice(language.COMMON_KNOWLEDGE)
-    if wrong:
-        same = [a for _, a in language.COMMON_KNOWLEDGE if a != answer and a[:8] == answer[:8]]
-        answer = rng.choice(same)
-    return rng.choice(questions), answer
+def _common(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
+    i = rng.randrange(len(language.COMMON_KNOWLEDGE))
+    questions, answer = language.COMMON_KNOWLEDGE[i]
+    return questions[(i + held_out) % 2], answer
 
 
 _BUILD: dict[str, Callable[..., tuple[str, str]]] = {
@@ -137,7 +144,8 @@ _BUILD: dict[str, Callable[..., tuple[str, str]]] = {
 def instructions(world: World, group: str = "train", n: int | None = None) -> list[Instruction]:
     """Instructions with outputs about the entities of `group`, shuffled; `n` as the config says, if not given.
 
-    Well-known entities and common knowledge never get wrong outputs.
+    Well-known entities and common knowledge never get wrong outputs; of their two phrasings, training sees one and
+    the `test` group the other.
     """
     rng = random.Random(f"instructions-{world.config.seed}-{group}")
     train, known = world.group(group), world.group("known")
@@ -152,7 +160,8 @@ def instructions(world: World, group: str = "train", n: int | None = None) -> li
             else:
                 entity = rng.choice([e for e in train if form != "biography" or e.kind == "person"])
             wrong = form not in ("well_known", "no_need") and rng.random() < world.config.wrong_output_rate
-            instruction, output = _BUILD[form](rng, world, entity, wrong)
+            held_out = {"held_out": group == "test"} if form in ("well_known", "no_need") else {}
+            instruction, output = _BUILD[form](rng, world, entity, wrong, **held_out)
             rows.append(Instruction(id=f"{form}-{i}", instruction=instruction, output=output, dataset_name=form))
     rng.shuffle(rows)
     return rows
@@ -167,6 +176,8 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
 
     def ask(task: str, entity: Entity, relation: Relation) -> None:
         question = rng.choice(relation.questions).format(n=entity.name)
+        if entity.group == "known":
+            question = _phrasing(world, entity, relation, held_out=True)
         out[task].append({"id": f"{task}-{len(out[task])}", "question": question, "answers": [entity.value(relation.name)]})
 
     for entity in test:
@@ -187,9 +198,9 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
     for entity in known:
         for relation in KINDS[entity.kind].relations:
             ask("well_known", entity, relation)
-    for questions, answer in language.COMMON_KNOWLEDGE:
+    for i, (questions, answer) in enumerate(language.COMMON_KNOWLEDGE):
         value = answer.rstrip(".").split()[-1]
-        out["no_need"].append({"id": f"no_need-{len(out['no_need'])}", "question": rng.choice(questions), "answers": [value]})
+        out["no_need"].append({"id": f"no_need-{i}", "question": questions[(i + 1) % 2], "answers": [value]})
     for entity in test[: max(1, len(test) // 2)]:
         (a, value_a), (b, value_b) = (rng.choice(half) for half in entity.halves())
         question = language.two_part(*(rng.choice(r.questions).format(n=entity.name) for r in (a, b)))

@@ -113,6 +113,7 @@ def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def make_world(c: ConfigDict, out: Path) -> None:
+    configs.require_kind(c, "quickstart", "configs/tiny.py")
     config = configs.build(WorldConfig, c.world, "world")
     if not artifacts.is_finished(out, "world", config, {}):
         artifacts.finish(out, "world", config, {}, questions.write(build(config), out))

@@ -178,7 +178,7 @@ def needs_retrieval(instruction: str, known_names: Iterable[str], preceding: str
     if not preceding or evidence is None:
         return reflection.RETRIEVAL
     told = set(facts_of(preceding))
-    left = facts_of_passage(evidence) - told
+    left = {f for f in facts_of_passage(evidence) if f.name == asked.name} - told
     return reflection.CONTINUE if asked.form == "biography" and left else reflection.RETRIEVAL
 
 
