@@ -61,11 +61,19 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     compare = (("compare", 1.0),)
     check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
-    read = (("quiz", 0.5), ("repeat", 0.15), ("titles", 0.15), ("statements", 0.12), ("compare", 0.05), ("common", 0.03))
+    match = (
+        ("quiz", 0.6), ("titles", 0.1), ("statements", 0.1), ("compare", 0.05), ("repeat", 0.08), ("choice", 0.02),
+        ("claim", 0.03), ("common", 0.02),
+    )  # fmt: skip
+    read = (
+        ("copy", 0.5), ("quiz", 0.31), ("titles", 0.04), ("statements", 0.05), ("compare", 0.03), ("claim", 0.03),
+        ("choice", 0.02), ("common", 0.02),
+    )  # fmt: skip
     stages = (  # name, steps, rows of a batch, Muon's peak rate, weight of copied text, families
         ("compare", 400, 6, 0.02, 1.0, compare),
         ("check", 1000, 6, 0.02, 0.05, check),
-        ("read", 1400, 12, 0.015, 0.5, read),
+        ("match", 1600, 12, 0.012, 1.0, match),
+        ("read", 1600, 12, 0.015, 1.0, read),
     )
     c.stages = stages if full else tuple((n, 3, b, r, w, f) for n, _, b, r, w, f in stages)
     c.gate = dict(seed=7, cases=1000 if full else 20, minimum=0.95 if full else 0.0)

@@ -107,16 +107,16 @@ def get_config(variant: str = "full") -> ConfigDict:
             normalise="yes_no",
             weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
             beam_width=2,
-            max_depth=4,
+            max_depth=pick(4, 2),
             ndocs=5,
             accumulate="mean",
-            max_new_tokens=56,
+            max_new_tokens=pick(56, 16),
             length_bucket=32,
         ),
         batch=pick(50, 12),
         max_length=160,
         closed_set=True,
     )
-    c.plain = dict(batch=50, max_length=224, max_new_tokens=64, length_bucket=64)
+    c.plain = dict(batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64)
     c.report = dict(seed=0, examples=6)
     return c

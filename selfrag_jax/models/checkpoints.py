@@ -86,15 +86,18 @@ def _tokenizer(path: Path) -> Tokenizer:
 def _load_params(path: Path) -> Params:
     import orbax.checkpoint as ocp
 
-    steps = manager(path)
-    step = steps.latest_step()
-    if step is None:
-        raise BadInput(f"{path}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
-    # Into host memory: what device or mesh they were saved from does not matter.
-    folder, checkpointer = path.absolute() / CHECKPOINTS / str(step) / "state", ocp.PyTreeCheckpointer()
-    saved = checkpointer.metadata(folder).item_metadata.tree
-    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-    return checkpointer.restore(folder, restore_args=on_host)["params"]
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
+    handlers.add("data", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    with ocp.CheckpointManager(path.absolute() / CHECKPOINTS, handler_registry=handlers) as saved:
+        step = saved.latest_step()
+        if step is None:
+            raise BadInput(f"{path}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
+        # Into host memory: what device or mesh they were saved from does not matter.
+        shapes = saved.item_metadata(step)["state"].tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=on_host))
+        return saved.restore(step, args=args)["state"]["params"]
 
 
 def with_vocabulary(config: LlamaConfig, params: Params, vocab_size: int) -> tuple[LlamaConfig, Params]:

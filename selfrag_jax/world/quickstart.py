@@ -156,7 +156,8 @@ def evaluate_all(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
                         changes = dict(system.changes) | ({} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1})
                         predictions = self_rag_rows(rag, tasks[task], changes, bar.advance)
                     else:
-                        models.setdefault(system.model, checkpoints.load(w / system.model))
+                        if system.model not in models:
+                            models[system.model] = checkpoints.load(w / system.model)
                         predictions = _plain_rows(models[system.model], tasks[task], system.passages, plain, bar.advance)
                     write_jsonl(out, predictions)
                     artifacts.finish(out, "answer", made, inputs, {"answers": len(predictions)})
