@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 def _optimizer(rate: float) -> ConfigDict:
     return ConfigDict(
         dict(
-            name="adamw",
+            name="muon",
             learning_rate=rate,
-            adam_learning_rate=rate,
-            schedule="linear",
+            adam_learning_rate=0.003,
+            schedule="cosine",
             warmup_fraction=0.05,
             weight_decay=0.0,
             clip=1.0,
@@ -31,7 +31,7 @@ def _train(steps: int, seed: int) -> ConfigDict:
             rows=12,
             length=192,
             max_targets=480,
-            optimizer=_optimizer(0.002),
+            optimizer=_optimizer(0.01),
             mesh=dict(data=1, fsdp=1, tensor=1),
             save_every=100,
             log_every=20,

@@ -88,7 +88,7 @@ class PlainSearch:
                 break
         third = lambda p, n: np.full(n, 1 / n) if p is None else p  # noqa: E731
         isrel = parent_isrel if parent_isrel is not None else isrel
-        p = np.exp(sum(log_probs) / max(len(log_probs), 1))
+        p = np.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
         score = float(scoring.segment_score(p, isrel, third(issup, 3), third(isuse, 5), float(has_passage), self.c.weights))
         return dict(tokens=tuple(generated), ids=text, isrel=isrel, retrieve=third(retrieve, 3), score=score, finished=finished)
 
