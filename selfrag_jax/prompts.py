@@ -116,12 +116,15 @@ CRITIQUES: dict[str, Critique] = {
 
 
 def critique(query: CritiqueQuery, brief: bool) -> list[Part]:
-    """The critic's prompt for one query, in the instruction template; `brief` shortens the wording for small models.
+    """The critic's prompt for one query, in the instruction template.
 
-    The order of fields puts what is judged last, right before the response.
+    The order of fields puts what is judged last, right before the token that judges it. `brief` is for small models: the
+    group's name and the instruction, then the evidence and the output as a reader would meet them.
     """
     spec = CRITIQUES[query.group]
-    label = (lambda name, value: [value]) if brief else (lambda name, value: [f"{name}: ", value])
+    if brief:
+        return _brief(spec, query)
+    label = lambda name, value: [f"{name}: ", value]  # noqa: E731
     body: list[Part] = [*label("Task instruction", query.instruction)]
     if "evidence" in spec.fields and query.evidence is not None:
         title, *rest = passage_text(query.evidence)
@@ -132,11 +135,22 @@ def critique(query: CritiqueQuery, brief: bool) -> list[Part]:
         body += [Control(NEWLINE), *label("Output", query.output)]
     return [
         Control(INSTRUCTION),
-        spec.brief if brief else spec.question,
+        spec.question,
         Control(INPUT),
         *body,
         Control(RESPONSE),
     ]
+
+
+def _brief(spec: Critique, query: CritiqueQuery) -> list[Part]:
+    parts: list[Part] = [Control(INSTRUCTION), spec.brief, query.instruction, Control(RESPONSE)]
+    if "evidence" in spec.fields and query.evidence is not None:
+        parts += [*passage_text(query.evidence), Control(NEWLINE)]
+    if "preceding" in spec.fields and query.preceding:
+        parts.append(query.preceding)
+    if "output" in spec.fields:
+        parts.append(query.output)
+    return parts
 
 
 def query_for(instruction_text: str, preceding: Sequence[str]) -> str:

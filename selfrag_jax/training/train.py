@@ -75,7 +75,7 @@ def train_step(state: dict[str, Any], batch: dict[str, jax.Array], model: Model,
     updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-    return new, {**sums, "total": loss, "gradient_norm": optax.global_norm(grads)}
+    return new, {**sums, "total": loss, "gradient_norm": optax.tree.norm(grads)}
 
 
 def _arrays(batch: Batch) -> dict[str, np.ndarray]:
@@ -126,7 +126,8 @@ def train(
     # ---- steps -----------------------------------------------------------------------------------------------------
     log, stop = metrics.Log(workdir), _StopSignal()
     first = int(state["step"])
-    with progress(name, config.steps, "steps", done=first) as bar, stop:
+    # Leaving the block in whatever way waits for a save that is under way.
+    with saved, progress(name, config.steps, "steps", done=first) as bar, stop:
         for step in range(first, config.steps):
             begin = packer.state
             batch = packer.next()
@@ -146,10 +147,7 @@ def train(
             if done % config.save_every == 0 or done == config.steps or stop.caught:
                 checkpoints.save(saved, done, state, {"example": packer.state, "truncated": truncated})
             if stop.caught:
-                saved.wait_until_finished()
                 raise SystemExit(143)
-    saved.wait_until_finished()
-    saved.close()
     log.close()
     return {"params": state["params"], "steps": config.steps, "examples": packer.state, "truncated": truncated}
 
