@@ -70,7 +70,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         seed=0,
         teacher="rule",
         teacher_error_rate=0.02,
-        share=(("retrieve", 0.5), ("isrel", 0.35), ("issup", 0.5), ("isuse", 0.4)),
+        share=(("retrieve", 1.0), ("isrel", 0.25), ("issup", 0.4), ("isuse", 0.3)),
         passages=5,
     )
     c.base = "embedded"  # the small Llama shipped with the package; "scratch", or the path of another model
@@ -88,9 +88,9 @@ def get_config(variant: str = "full") -> ConfigDict:
         embed_std=0.5,
     )
     weights = dict(retrieve=1.0, isrel=1.0, issup=1.0, isuse=1.0)
-    c.critic_weights = dict(weights)
+    c.critic_weights = dict(weights, retrieve=3.0)
     c.generator_weights = dict(weights, isrel=2.0, issup=2.0)
-    c.critic = _train(pick(200, 6), seed=1)
+    c.critic = _train(pick(260, 6), seed=1)
     c.generator = _train(pick(300, 6), seed=2)  # the baselines train as many steps
     c.label = dict(
         seed=0,

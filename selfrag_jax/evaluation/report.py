@@ -120,12 +120,14 @@ def _html_answer(row: Row) -> str:
     for n in row["tree"]:
         passage = n["passage"]["text"] if n["passage"] else "(no passage)"
         probabilities = (n["isrel"][1], n["issup"][0]) if n["passage"] else ("", "")
-        cells = "".join(f"<td>{p if p == '' else f'{p:.2f}'}</td>" for p in (*probabilities, n["p_segment"], n["score"]))
+        cells = "".join(
+            f"<td>{p if p == '' else f'{p:.2f}'}</td>" for p in (*probabilities, n["isuse"][4], n["p_segment"], n["score"])
+        )
         mark = ' class="chosen"' if n["chosen"] else ""
         lines += (
             f"<tr{mark}><td>{html.escape(passage)}</td><td style='text-align:left'>{html.escape(n['text'])}</td>{cells}</tr>"
         )
-    head = "<th>passage</th><th style='text-align:left'>segment</th><th>Relevant</th><th>Fully supported</th><th>p(segment)</th><th>score</th>"
+    head = "<th>passage</th><th style='text-align:left'>segment</th><th>Relevant</th><th>Fully supported</th><th>Utility 5</th><th>p(segment)</th><th>score</th>"
     decision = "retrieved" if row["retrieved"] else "no retrieval"
     return (
         f"<div class='card'><div class='q'>{html.escape(row['question'])}</div><div>{html.escape(row['answer'])}</div>"
