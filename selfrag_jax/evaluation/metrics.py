@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from selfrag_jax.decoding.answer import question_text
 from selfrag_jax.records import BadInput, Passage, Question
 
 # judge(instruction, passage, segment) -> does the passage fully support the segment?
@@ -55,7 +56,7 @@ def citation_scores(q: Question, row: dict[str, Any], judge: SupportJudge) -> tu
     precision: of its citations, the share whose passage fully supports the cited segment (None without citations).
     recall: of its segments, the share with a citation that fully supports it (None without segments).
     """
-    instruction = question_with_choices(q)
+    instruction = question_text(q)
     passages = [Passage(p["id"], p["title"], p["text"]) for p in row["passages"]]
     good: set[int] = set()
     for c in row["citations"]:
@@ -64,10 +65,6 @@ def citation_scores(q: Question, row: dict[str, Any], judge: SupportJudge) -> tu
     segments = [i for i, s in enumerate(row["segments"]) if s["text"]]
     precision = len(good) / len(row["citations"]) if row["citations"] else None
     return precision, (len(good) / len(segments) if segments else None)
-
-
-def question_with_choices(q: Question) -> str:
-    return q.question if not q.choices else q.question + " " + " ".join(f"{a}: {b}" for a, b in q.choices)
 
 
 def interval(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float, float]:
