@@ -1,10 +1,11 @@
 """The small base model of the quickstart: 0.9M parameters, trained to compare, check, match, copy.
 
-    selfrag base --workdir=W/base --out=my_base                  # about an hour on one CPU core
+    selfrag base --workdir=W/base --out=my_base                  # about an hour on one CPU core, estimated
     selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
 
-Hardware: one CPU core, 2 GB. The model in selfrag_jax/world/base_model was made by this config; its made.json holds the
-scores and the time.
+Hardware: one CPU core, 2 GB. The model in selfrag_jax/world/base_model was made with these stages, but their steps were
+changed by hand while they ran: this command does not reproduce it to the bit, and has not been run as a whole. Its
+made.json holds scores and time; it does not pass the gate below.
 """
 
 from ml_collections import ConfigDict
