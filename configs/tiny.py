@@ -39,6 +39,27 @@ def _train(steps: int, seed: int) -> ConfigDict:
     )
 
 
+def _answer(pick) -> dict:
+    """Search and batch of `answer`; pick(a, b) is a in the full run and b in the smoke run."""
+    return dict(
+        search=dict(
+            mode="adaptive_retrieval",
+            threshold=0.5,
+            normalise="yes_no",
+            weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
+            beam_width=2,
+            max_depth=pick(4, 2),
+            ndocs=5,
+            accumulate="mean",
+            max_new_tokens=pick(56, 16),
+            length_bucket=32,
+        ),
+        batch=pick(50, 12),
+        max_length=160,
+        closed_set=True,
+    )
+
+
 def get_config(variant: str = "full") -> ConfigDict:
     """variant: "full", or "smoke" for a run of a minute."""
     if variant not in ("full", "smoke"):
@@ -100,23 +121,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         best_rate=0.5,
         chunk=300,
     )
-    c.answer = dict(
-        search=dict(
-            mode="adaptive_retrieval",
-            threshold=0.5,
-            normalise="yes_no",
-            weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
-            beam_width=2,
-            max_depth=pick(4, 2),
-            ndocs=5,
-            accumulate="mean",
-            max_new_tokens=pick(56, 16),
-            length_bucket=32,
-        ),
-        batch=pick(50, 12),
-        max_length=160,
-        closed_set=True,
-    )
+    c.answer = _answer(pick)
     c.plain = dict(batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64)
     c.report = dict(seed=0, examples=6)
     return c

@@ -53,6 +53,25 @@ def _member(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     return (token[:, None] == jnp.array(ids)).any(1)
 
 
+def _roles(token: jax.Array, rules: TokenRules) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each token [B]: does the segment end before it, does the answer end with it, is it no text?"""
+    r, is_eos = rules.reflection, token == rules.eos
+    if r is None:
+        return jnp.zeros_like(is_eos), is_eos, is_eos
+    return _member(token, r.retrieve), is_eos | _member(token, r.isuse), is_eos | _member(token, r.all)
+
+
+def _read_groups(s, logits, token, live, ending, r: ReflectionIds, max_new: int):
+    """The group distributions after a step of `generate`, each kept from the position where it is read, and whether an
+    IsSup token was seen. s: the loop's state; live, ending: [B] bool."""
+    is_sup = _member(token, r.issup)
+    new = [group_distribution(logits, ids) for ids in (r.isrel, r.issup, r.isuse, r.retrieve)]
+    # IsSup without its token: the distribution where the segment ends.
+    when = (s["step"] == 0, is_sup | (ending & ~s["sup_seen"]), ending | (s["step"] == max_new - 1), ending)
+    groups = tuple(jnp.where((live & w)[:, None], n, g) for n, g, w in zip(new, s["groups"], when, strict=True))
+    return groups, s["sup_seen"] | (live & is_sup)
+
+
 @partial(jax.jit, static_argnames=("model", "length"))
 def prefill(model: Model, params: Params, tokens: jax.Array, valid: jax.Array, length: int):
     """Runs prompts into a fresh cache of `length` slots.
@@ -91,8 +110,7 @@ def generate(
     fed = valid.sum(1)
     last = jnp.take_along_axis(hidden, jnp.maximum(fed - 1, 0)[:, None, None], axis=1)[:, 0]
 
-    r = rules.reflection
-    sizes = (2, 3, 5, 3)
+    sizes = (2, 3, 5, 3)  # of IsRel, IsSup, IsUse, Retrieve
     state = {
         "step": jnp.int32(0),
         "hidden": last,
@@ -114,20 +132,10 @@ def generate(
         token = logits.argmax(-1).astype(jnp.int32)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         live = ~s["done"]
+        ends_before, last_token, is_control = _roles(token, rules)
         groups, sup_seen = s["groups"], s["sup_seen"]
-        if r is None:
-            ends_before = jnp.zeros(B, bool)
-            last_token = is_control = token == rules.eos
-        else:
-            ends_before = _member(token, r.retrieve)
-            last_token = (token == rules.eos) | _member(token, r.isuse)
-            is_control = _member(token, r.all) | (token == rules.eos)
-            is_sup, ending = _member(token, r.issup), ends_before | last_token
-            new = [group_distribution(logits, ids) for ids in (r.isrel, r.issup, r.isuse, r.retrieve)]
-            # IsSup without its token: the distribution where the segment ends.
-            when = (s["step"] == 0, is_sup | (ending & ~sup_seen), ending | (s["step"] == max_new - 1), ending)
-            groups = tuple(jnp.where((live & w)[:, None], n, g) for n, g, w in zip(new, groups, when, strict=True))
-            sup_seen = sup_seen | (live & is_sup)
+        if rules.reflection is not None:
+            groups, sup_seen = _read_groups(s, logits, token, live, ends_before | last_token, rules.reflection, max_new)
         writes = live & ~ends_before
         column = jnp.arange(max_new) == s["length"][:, None]
         tokens_out = jnp.where(column & writes[:, None], token[:, None], s["tokens"])
