@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from selfrag_jax.records import BadInput
+from selfrag_jax.records import BadInput, write_json
 
 _CONFIG = "tiny"
 
@@ -59,10 +59,11 @@ def _section(values: dict, cls, name: str):
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
 def _quickstart(v: dict, _) -> None:
+    from selfrag_jax import config
     from selfrag_jax.evaluation import report
     from selfrag_jax.world import quickstart
 
-    rows = quickstart.run(_load(v), v["workdir"])
+    rows = quickstart.run(config.reseed(_load(v), v["seed"]), v["workdir"])
     print(report.markdown(rows))
     w = v["workdir"]
     print(f"Results: {w}/report/results.json and {w}/report/index.html")
@@ -198,11 +199,19 @@ def _report(v: dict, _) -> None:
     from selfrag_jax.evaluation import report
     from selfrag_jax.world import quickstart
 
-    w = Path(v["workdir"])
-    rows = report.read_results(w / "report" / "results.json")
-    report.write(rows, quickstart.examples(w, v["examples"]), w / "report", "Self-RAG in the synthetic world")
+    workdirs = [Path(w) for w in v["workdir"].split(",")]
+    runs = [report.read_results(w / "report" / "results.json") for w in workdirs]
+    out = Path(v["out"]) if v["out"] else workdirs[0] / "report"
+    if len(runs) == 1:
+        rows, title = runs[0], report.TITLE
+    elif not v["out"]:
+        raise BadInput("several workdirs: --out says where their mean is written")
+    else:
+        rows, title = report.mean_over_seeds(runs), f"{report.TITLE}: mean of {len(runs)} runs"
+        write_json(out / "results.json", {"rows": rows})
+    report.write(rows, quickstart.examples(workdirs[0], v["examples"]), out, title)
     print(report.markdown(rows))
-    print(f"{w}/report/index.html")
+    print(f"{out}/index.html")
 
 
 _MODEL_FLAGS = (
@@ -215,7 +224,11 @@ STAGES: dict[str, Stage] = {
     "quickstart": Stage(
         "Makes Self-RAG from nothing in a small synthetic world and measures it.",
         "selfrag quickstart --workdir=W",
-        (Flag("workdir", "where everything is written; started again, it continues", required=True), _config_flag()),
+        (
+            Flag("workdir", "where everything is written; started again, it continues", required=True),
+            Flag("seed", "added to every seed of the config: another world, another training", 0, type=int),
+            _config_flag(),
+        ),
         _quickstart,
     ),
     "base": Stage(
@@ -334,9 +347,13 @@ STAGES: dict[str, Stage] = {
         _evaluate,
     ),
     "report": Stage(
-        "Writes the report of a quickstart again: Markdown and HTML.",
-        "selfrag report --workdir=W",
-        (Flag("workdir", "of a finished quickstart", required=True), Flag("examples", "questions to show", 6, type=int)),
+        "Writes the report of a quickstart again (Markdown, HTML), or the mean of several, with its interval over seeds.",
+        "selfrag report --workdir=W0,W1,W2 --out=mean",
+        (
+            Flag("workdir", "of a finished quickstart; several with commas", required=True),
+            Flag("out", "folder to write; default: the workdir's report"),
+            Flag("examples", "questions to show", 6, type=int),
+        ),
         _report,
     ),
 }

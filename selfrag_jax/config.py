@@ -83,6 +83,16 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDic
     return config
 
 
+def reseed(config: ConfigDict, seed: int) -> ConfigDict:
+    """Adds `seed` to every field of that name: another run of the same experiment."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            reseed(value, seed)
+        elif key == "seed":
+            config[key] = value + seed
+    return config
+
+
 def _parse(flag: str, value: str, old: Any) -> Any:
     try:
         if isinstance(old, bool):

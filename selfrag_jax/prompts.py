@@ -145,7 +145,7 @@ def critique(query: CritiqueQuery, brief: bool) -> list[Part]:
 def _brief(spec: Critique, query: CritiqueQuery) -> list[Part]:
     parts: list[Part] = [Control(INSTRUCTION), spec.brief, query.instruction, Control(RESPONSE)]
     if "evidence" in spec.fields and query.evidence is not None:
-        parts += [*passage_text(query.evidence), Control(NEWLINE)]
+        parts += passage(query.evidence)
     if "preceding" in spec.fields and query.preceding:
         parts.append(query.preceding)
     if "output" in spec.fields:

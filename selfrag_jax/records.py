@@ -78,6 +78,7 @@ class Question:
     answers: tuple[str, ...] = ()
     ctxs: tuple[Passage, ...] = ()
     choices: tuple[tuple[str, str], ...] = ()  # (label, text)
+    options: tuple[str, ...] = ()  # the only possible answers: the labels of choices, or what the file lists
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -119,26 +119,26 @@ class Tokenizer:
         return i
 
 
-def train(morphemes: Sequence[str], words: Sequence[str], vocab_size: int) -> Tokenizer:
+def train(pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE vocabulary learned from word pieces (no leading space) and whole words (with one).
 
-    `morphemes` and `words` are learned from as separate words, so that no merge crosses from one morpheme of a
-    compound into the next. Any text can be encoded: bytes are the fallback.
+    `controls` are control tokens beside the prompt's headings. Any text can be encoded: bytes are the fallback.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
+    special = [PAD, BOS, EOS, NEWLINE, *HEADINGS, *controls]
     backend = Backend(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[PAD, BOS, EOS, NEWLINE, *HEADINGS],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([m for m in morphemes for _ in range(4)] + [" " + w for w in words for _ in range(4)], trainer)
+    backend.train_from_iterator([p for p in pieces for _ in range(4)] + [" " + w for w in words for _ in range(4)], trainer)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, BOS, EOS, NEWLINE, *HEADINGS)])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return Tokenizer(backend, "words")

@@ -1,5 +1,7 @@
 """The command line: help that teaches, and wrong flags, fields and files answered with the right ones."""
 
+import json
+
 import pytest
 
 from selfrag_jax import cli, config
@@ -79,3 +81,22 @@ def test_both_variants_of_tiny_build_every_section():
         loaded = config.load(variant)
         for name, cls in sections.items():
             config.build(cls, loaded[name], name)
+
+
+def test_reseeding_moves_every_seed():
+    plain, other = config.load("tiny"), config.reseed(config.load("tiny"), 5)
+    for path in ("seed", "world.seed", "collect.seed", "critic.seed", "generator.seed", "label.seed", "report.seed"):
+        *sections, name = path.split(".")
+        a, b = plain, other
+        for section in sections:
+            a, b = a[section], b[section]
+        assert b[name] == a[name] + 5, path
+
+
+def test_a_mean_of_runs_needs_a_place(tmp_path, capsys):
+    for w in ("a", "b"):
+        (tmp_path / w / "report").mkdir(parents=True)
+        row = {"system": "rag_top1", "task": "long_tail", "metric": "accuracy", "value": 0.5, "low": 0.4, "high": 0.6, "n": 2}
+        (tmp_path / w / "report" / "results.json").write_text(json.dumps({"rows": [row]}))
+    assert cli.main(["report", f"--workdir={tmp_path}/a,{tmp_path}/b"]) == 2
+    assert "--out" in capsys.readouterr().err

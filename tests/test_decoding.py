@@ -1,6 +1,7 @@
 """Scores against hand-worked tables; the search against a slow, plain one over full forwards."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from selfrag_jax import prompts, reflection
 from selfrag_jax.decoding import scoring
-from selfrag_jax.decoding.answer import DEFAULT, SelfRAG
+from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _vote
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
 from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.records import BadInput, Passage, Question
@@ -212,6 +213,16 @@ def test_every_citation_points_into_the_answer(talkative):
         assert a.tree and all(c.passage < len(a.passages) and c.segment < len(a.segments) for c in a.citations)
         for c in a.citations:
             assert a.segments[c.segment].passage == a.passages[c.passage]
+
+
+def test_closed_set_voting_by_hand():
+    said = [("True.", 0, 0.9), ("false", 0, 0.5), ("False.", 0, 0.6), ("Perhaps.", 0, 3.0), ("True.", 1, 3.0)]
+    nodes = [SimpleNamespace(tokens=text, depth=depth, score=score) for text, depth, score in said]
+    search, outcome = SimpleNamespace(text=lambda t: t), SimpleNamespace(nodes=nodes, beams=[SimpleNamespace(retrieve=None)])
+    q = Question("1", "Is it true?", options=("True.", "False."))
+    assert _vote(search, outcome, q).node is nodes[2]  # 0.5 + 0.6 against 0.9; what is no option has no vote
+    outcome.nodes = nodes[3:4]
+    assert _vote(search, outcome, q) is None
 
 
 def test_no_passages_found_is_noticed_not_a_crash(talkative):

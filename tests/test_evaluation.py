@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from selfrag_jax import reflection
@@ -68,6 +69,8 @@ def test_a_file_without_questions_is_refused(tmp_path):
         (Question("1", "q", ("The Hague",)), "in the hague", 1.0),
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "B.", 1.0),
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "A.", 0.0),
+        (Question("1", "q", ("True.",), options=("True.", "False.")), "true", 1.0),
+        (Question("1", "q", ("True.",), options=("True.", "False.")), "True. It is.", 0.0),  # exactly the option
         (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}), "x.", 0.5),
         (Question("1", "q", extra={"facts": [["a", "x"], ["b", "y"], ["c", "z"], ["d", "w"]]}), "x and y, z.", 0.75),
     ],
@@ -89,6 +92,35 @@ def test_citations_by_hand():
     }
     judge = lambda instruction, passage, segment: passage.text == segment  # noqa: E731
     assert metrics.citation_scores(Question("1", "q"), row, judge) == (0.5, pytest.approx(1 / 3))
+
+
+def test_told_facts_are_checked_one_by_one():
+    gold = {"topic": "Mara Tellock", "facts": [["birthplace", "East Quenport"], ["instrument", "reed harp"]]}
+    answer = "Mara Tellock was born in East Quenport and plays the wind pipe. Mara Tellman was born in East Quenport."
+    row = {"id": "1", "answer": answer, "retrieved": True, "segments": []}
+    values = evaluate.score([Question("1", "Tell me about Mara Tellock.", extra=gold)], [row], None)
+    assert values["fact_precision"] == [pytest.approx(1 / 3)] and values["accuracy"] == [0.5]
+
+
+def test_the_mean_over_seeds_by_hand():
+    runs = [evaluate.result_rows("rag_top1", "long_tail", {"accuracy": v}, 0) for v in ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0])]
+    runs[0] += evaluate.result_rows("rag_topk", "long_tail", {"accuracy": [1.0]}, 0)  # in one run only: left out
+    [row] = report.mean_over_seeds(runs)
+    half = 4.302652729911275 * np.sqrt(1 / 12) / np.sqrt(3)  # t(0.975, 2 degrees) x deviation / sqrt(runs)
+    assert row["value"] == pytest.approx(5 / 6) and row["n"] == 6
+    assert row["low"] == pytest.approx(5 / 6 - half) and row["high"] == 1.0
+    with pytest.raises(BadInput, match="in common"):
+        report.mean_over_seeds([runs[0], []])
+
+
+def test_options_must_hold_the_answer(tmp_path):
+    good = {"question": "q", "answers": ["true"], "options": ["true", "false"]}
+    (tmp_path / "f.jsonl").write_text(json.dumps(good) + "\n")
+    assert read_questions(tmp_path / "f.jsonl")[0].options == ("true", "false")
+    for bad, message in (({"options": ["false"]}, "none of the options"), ({"options": "true"}, "must be a list")):
+        (tmp_path / "f.jsonl").write_text(json.dumps(good | bad) + "\n")
+        with pytest.raises(BadInput, match=message):
+            read_questions(tmp_path / "f.jsonl")
 
 
 def test_intervals_hold_the_mean():

@@ -15,7 +15,7 @@ WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
 
 
 def config(steps=12, rate=0.01, name="muon", **changes):
-    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.0, 1.0)
+    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, 0.0, 1.0)
     fields = dict(seed=0, steps=steps, rows=2, length=32, max_targets=48, save_every=4, log_every=4)
     return TrainConfig(**(fields | changes), optimizer=optimizer, mesh=MeshConfig(1, 1, 1))
 
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_model, source, 
 
 
 def test_schedule_warms_up_and_decays():
-    rate = schedule(OptimizerConfig("adamw", 2e-5, 0.0, "linear", 0.1, 0.0, 1.0), 2e-5, 100)
+    rate = schedule("linear", 2e-5, 0.1, 100)
     assert float(rate(0)) == 0.0 and float(rate(10)) == pytest.approx(2e-5) and float(rate(100)) == pytest.approx(0.0)
 
 

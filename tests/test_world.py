@@ -13,11 +13,10 @@ from selfrag_jax.world import encyclopedia, language, questions, truth
 
 
 def test_vocabularies_share_no_word():
-    for kind in language.MORPHEMES:
+    for kind, values in language.VALUES.items():
         base, world = set(language.words(kind, "base")), set(language.words(kind, "world"))
         assert base and world and not base & world
-        starts, ends = language.MORPHEMES[kind]
-        assert base | world == {s + e for s in starts for e in ends}
+        assert base | world == {f"{a} {b}" for a in values[0] for b in values[1]}
     with pytest.raises(ValueError, match="vocabulary"):
         language.words("town", "elsewhere")
 
@@ -49,30 +48,42 @@ def test_passages_and_questions_parse_back(seed):
     for relation in language.KINDS[kind].relations:
         for template in relation.questions:
             assert truth.parse(template.format(n=entity.name)) == truth.Asked("fact", entity.name, (relation.name,))
-        claim = language.claim(entity.name, relation, "Quenport")
-        assert truth.parse(claim) == truth.Asked("claim", entity.name, (relation.name,), "Quenport")
+        claim = language.claim(entity.name, relation, "East Quenport")
+        assert truth.parse(claim) == truth.Asked("claim", entity.name, (relation.name,), "East Quenport")
     a, b = rng.sample(language.KINDS[kind].relations, 2)
     both = language.two_part(a.questions[0].format(n=entity.name), b.questions[1].format(n=entity.name))
     assert truth.parse(both) == truth.Asked("two_part", entity.name, (a.name, b.name))
 
 
-PASSAGE = Passage("1", "Mara Tellock", "Mara Tellock was born in Quenport, works as a ropemaker and plays the reedharp.")
+PASSAGE = Passage("1", "Mara Tellock", "Mara Tellock was born in East Quenport, works as a rope maker and plays the reed harp.")
 
 
 @pytest.mark.parametrize(
     ("instruction", "output", "expected"),
     [
-        ("Where was Mara Tellock born?", "Mara Tellock was born in Quenport.", reflection.FULLY),
-        ("Where was Mara Tellock born?", "Mara Tellock was born in Lisford.", reflection.NO_SUPPORT),
-        ("Where was Mara Tellman born?", "Mara Tellman was born in Quenport.", reflection.NO_SUPPORT),
-        ("Where does Mara Tellock live?", "Mara Tellock lives in Quenport.", reflection.NO_SUPPORT),
-        ("Tell me about Mara Tellock.", "Mara Tellock was born in Quenport and plays the windharp.", reflection.PARTIALLY),
-        ("Is it true that Mara Tellock was born in Quenport?", "True.", reflection.FULLY),
-        ("Is it true that Mara Tellock was born in Quenport?", "False.", reflection.NO_SUPPORT),
-        ("Is it true that Mara Tellock was born in Lisford?", "False.", reflection.FULLY),
-        ("Is it true that Mara Tellock keeps a seafox?", "False.", reflection.NO_SUPPORT),
-        ("Where was Mara Tellock born? A: Lisford B: Quenport C: Ostwick D: Arnholm", "B.", reflection.FULLY),
-        ("Where was Mara Tellock born? A: Lisford B: Quenport C: Ostwick D: Arnholm", "A.", reflection.NO_SUPPORT),
+        ("Where was Mara Tellock born?", "Mara Tellock was born in East Quenport.", reflection.FULLY),
+        ("Where was Mara Tellock born?", "Mara Tellock was born in Upper Lisford.", reflection.NO_SUPPORT),
+        ("Where was Mara Tellman born?", "Mara Tellman was born in East Quenport.", reflection.NO_SUPPORT),
+        ("Where does Mara Tellock live?", "Mara Tellock lives in East Quenport.", reflection.NO_SUPPORT),
+        (
+            "Tell me about Mara Tellock.",
+            "Mara Tellock was born in East Quenport and plays the wind harp.",
+            reflection.PARTIALLY,
+        ),
+        ("Is it true that Mara Tellock was born in East Quenport?", "True.", reflection.FULLY),
+        ("Is it true that Mara Tellock was born in East Quenport?", "False.", reflection.NO_SUPPORT),
+        ("Is it true that Mara Tellock was born in Upper Lisford?", "False.", reflection.FULLY),
+        ("Is it true that Mara Tellock keeps a sea fox?", "False.", reflection.NO_SUPPORT),
+        (
+            "Where was Mara Tellock born? A: Upper Lisford B: East Quenport C: Old Ostwick D: West Arnholm",
+            "B.",
+            reflection.FULLY,
+        ),
+        (
+            "Where was Mara Tellock born? A: Upper Lisford B: East Quenport C: Old Ostwick D: West Arnholm",
+            "A.",
+            reflection.NO_SUPPORT,
+        ),
         ("What is the opposite of hot?", "The opposite of hot is cold.", reflection.NO_SUPPORT),
     ],
 )
@@ -83,12 +94,12 @@ def test_support_by_hand(instruction, output, expected):
 @pytest.mark.parametrize(
     ("instruction", "output", "expected"),
     [
-        ("Where was Mara Tellock born?", "Mara Tellock was born in Lisford.", 5),  # utility is not truth
-        ("Where was Mara Tellock born?", "Mara Tellock plays the reedharp.", 2),
-        ("Where was Mara Tellock born?", "Mara Tellman was born in Quenport.", 1),
-        ("Where was Mara Tellock born and what does Mara Tellock play?", "Mara Tellock was born in Quenport.", 3),
+        ("Where was Mara Tellock born?", "Mara Tellock was born in Upper Lisford.", 5),  # utility is not truth
+        ("Where was Mara Tellock born?", "Mara Tellock plays the reed harp.", 2),
+        ("Where was Mara Tellock born?", "Mara Tellman was born in East Quenport.", 1),
+        ("Where was Mara Tellock born and what does Mara Tellock play?", "Mara Tellock was born in East Quenport.", 3),
         ("What is the opposite of hot?", "The opposite of hot is cold.", 5),
-        ("Is it true that Mara Tellock was born in Quenport?", "Mara.", 1),
+        ("Is it true that Mara Tellock was born in East Quenport?", "Mara.", 1),
     ],
 )
 def test_utility_by_hand(instruction, output, expected):
@@ -100,9 +111,9 @@ def test_retrieval_need():
     assert truth.needs_retrieval("Where was Mara Tellock born?", known) == reflection.NO_RETRIEVAL
     assert truth.needs_retrieval("Where was Mara Tellman born?", known) == reflection.RETRIEVAL
     assert truth.needs_retrieval("What is the opposite of hot?", known) == reflection.NO_RETRIEVAL
-    told = "Mara Tellock was born in Quenport."
+    told = "Mara Tellock was born in East Quenport."
     assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.CONTINUE
-    told += " Mara Tellock works as a ropemaker and plays the reedharp."
+    told += " Mara Tellock works as a rope maker and plays the reed harp."
     assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.RETRIEVAL
 
 
@@ -130,8 +141,8 @@ def test_the_default_world_can_be_built(seed):
 
 
 def test_evidence_about_another_entity_leaves_nothing_to_continue_with():
-    other = Passage("2", "Mara Tellman", "Mara Tellman was born in Quenport and plays the reedharp.")
-    told = "Mara Tellock was born in Lisford."
+    other = Passage("2", "Mara Tellman", "Mara Tellman was born in East Quenport and plays the reed harp.")
+    told = "Mara Tellock was born in Upper Lisford."
     assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, other) == reflection.RETRIEVAL
 
 
@@ -143,4 +154,4 @@ def test_a_world_that_is_too_large_says_so(small_world):
     with pytest.raises(BadInput, match="no free name"):
         encyclopedia.build(replace(small_world.config, train=20_000))
     with pytest.raises(BadInput, match="values_per_kind"):
-        encyclopedia.build(replace(small_world.config, values_per_kind=60))
+        encyclopedia.build(replace(small_world.config, values_per_kind=90))

@@ -8,7 +8,6 @@ for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -189,7 +188,7 @@ class SelfRAG:
 
     def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
         best = outcome.best()
-        if self.config.closed_set and q.choices:
+        if self.config.closed_set and q.options:
             best = _vote(search, outcome, q) or best
         path = outcome.path(best)
         passages, citations = cite(path)
@@ -249,17 +248,19 @@ def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
     }
 
 
-def _vote(search: BeamSearch, outcome: Search, q: Question):
-    """Closed-set voting (paper, Section 3.3): the option whose beams' scores sum highest, and its best beam."""
-    labels = [label for label, _ in q.choices]
-    sums: Counter[str] = Counter()
+def _vote(search: BeamSearch, outcome: Search, q: Question) -> Beam | None:
+    """Closed-set voting (paper, Section 3.3): the option whose passages' scores sum highest, and its best node.
+
+    None when no passage led to an option.
+    """
+    bare = lambda text: text.strip().rstrip(".").lower()  # noqa: E731
+    said: dict[str, list[Node]] = {bare(option): [] for option in q.options}
     for node in outcome.nodes:
-        option = search.text(node.tokens).rstrip(".")
-        if node.depth == 0 and option in labels:
-            sums[option] += node.score
-    if not sums:
+        option = bare(search.text(node.tokens))
+        if node.depth == 0 and option in said:
+            said[option].append(node)
+    voted = [nodes for nodes in said.values() if nodes]
+    if not voted:
         return None
-    option = max(sums, key=lambda o: sums[o])
-    said = [n for n in outcome.nodes if n.depth == 0 and search.text(n.tokens).rstrip(".") == option]
-    node = max(said, key=lambda n: n.score)
-    return Beam(node, outcome.beams[0].retrieve, 0)
+    best = max(voted, key=lambda nodes: sum(n.score for n in nodes))
+    return Beam(max(best, key=lambda n: n.score), outcome.beams[0].retrieve, 0)

@@ -26,6 +26,13 @@ def world_judge(instruction: str, passage, segment: str) -> bool:
     return truth.support(instruction, passage, segment) == reflection.FULLY
 
 
+def world_facts(text: str) -> list[tuple[str, str, str]]:
+    """(name, relation, value) of each fact that a text states in the synthetic world's language."""
+    from selfrag_jax.world import truth
+
+    return [(f.name, f.relation, f.value) for f in truth.facts_of(text)]
+
+
 JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": world_judge}
 
 
@@ -43,6 +50,10 @@ def score(questions: Sequence[Question], predictions: Sequence[Row], judge: Supp
         row = by_id[q.id]
         out["accuracy"].append(metrics.accuracy(q, row["answer"]))
         out["retrieval_rate"].append(float(row["retrieved"]))
+        if "facts" in q.extra and (told := world_facts(row["answer"])):
+            gold = {tuple(f) for f in q.extra["facts"]}
+            true = [name == q.extra.get("topic") and (relation, value) in gold for name, relation, value in told]
+            out.setdefault("fact_precision", []).append(float(np.mean(true)))
         if judge is not None and row["segments"]:
             for name, value in zip(
                 ("citation_precision", "citation_recall"), metrics.citation_scores(q, row, judge), strict=True

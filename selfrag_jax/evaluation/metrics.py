@@ -31,12 +31,14 @@ def contains(answer: str, gold: Sequence[str]) -> float:
 def accuracy(q: Question, answer: str) -> float:
     """The task's accuracy of one answer, in [0, 1].
 
-    Options: the label is right. qa_pairs: the share of parts answered (ALCE's str-em). facts: the share of the topic's
+    Choices: the label is right. Options: the answer is exactly the right one. qa_pairs: the share of parts answered (ALCE's str-em). facts: the share of the topic's
     facts that are told. Otherwise: a gold answer is contained. Raises BadInput when the question has no gold answer.
     """
     if q.choices:
         said = answer.strip().rstrip(".").split(" ")[0].strip("():.")
         return float(said == _require(q)[0])
+    if q.options:
+        return float(normalise(answer) in map(normalise, _require(q)))
     if "qa_pairs" in q.extra:
         return float(np.mean([contains(answer, pair["short_answers"]) for pair in q.extra["qa_pairs"]]))
     if "facts" in q.extra:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfrag_jax.records import BadInput, atomic_write, read_json
 
 Row = dict[str, Any]
+TITLE = "Self-RAG in the synthetic world"
 _TITLES = {
     "no_retrieval": "No retrieval",
     "rag_top1": "Standard RAG, top 1",
@@ -40,6 +43,30 @@ def read_results(path: str | Path) -> list[Row]:
     return rows
 
 
+def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """One row for each that all runs have: the mean over runs, and its 95% interval by Student's t over the runs.
+
+    Raises BadInput when the runs have no row in common.
+    """
+    from scipy.stats import t
+
+    keyed = [{(r["system"], r["task"], r["metric"]): r for r in rows} for rows in runs]
+    common = [key for key in keyed[0] if all(key in rows for rows in keyed)]
+    if not common:
+        raise BadInput("the runs have no result in common")
+    out, n = [], len(runs)
+    for key in common:
+        values = np.array([rows[key]["value"] for rows in keyed])
+        mean = float(values.mean())
+        half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+        system, task, metric = key
+        out.append(
+            {"system": system, "task": task, "metric": metric, "value": mean, "low": max(0.0, mean - half),
+             "high": min(1.0, mean + half), "n": sum(rows[key]["n"] for rows in keyed)}
+        )  # fmt: skip
+    return out
+
+
 def _cells(rows: Sequence[Row], metric: str) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
     found = {(r["system"], r["task"]): r for r in rows if r["metric"] == metric}
     systems = [s for s in SYSTEMS if any((s, t) in found for t in TASKS)]
@@ -58,6 +85,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ("retrieval_rate", "Retrieval rate"),
         ("citation_precision", "Citation precision"),
         ("citation_recall", "Citation recall"),
+        ("fact_precision", "Facts told that are true"),
     ):
         systems, tasks, found = _cells(rows, metric)
         if not systems:
@@ -141,7 +169,7 @@ def write(rows: Sequence[Row], examples: Sequence[Row], out: str | Path, title: 
     with atomic_write(out / "results.md") as f:
         f.write(f"# {title}\n\n{markdown(rows)}")
     sections = [f"<h1>{html.escape(title)}</h1><h2>Accuracy on questions about rare entities (%)</h2>{_html_bars(rows)}"]
-    for metric in ("accuracy", "retrieval_rate", "citation_precision", "citation_recall"):
+    for metric in ("accuracy", "retrieval_rate", "citation_precision", "citation_recall", "fact_precision"):
         if _cells(rows, metric)[0]:
             sections.append(f"<h2>{metric.replace('_', ' ').capitalize()} (%)</h2>{_html_table(rows, metric)}")
     critic = "".join(

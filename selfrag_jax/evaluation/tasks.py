@@ -2,6 +2,7 @@
 
 short form       question | instruction, answers | answer | output, ctxs | top_contexts | docs
 multiple choice  question, choices {label, text}, answerKey (ARC; labels may be 1-4, three or five options)
+closed set       short form with options, the list of the only possible answers (claims: ["true", "false"])
 several parts    question, qa_pairs [{short_answers}] (ALCE)
 biographies      input, topic, cat (FactScore); our world adds its facts
 """
@@ -35,12 +36,14 @@ def _question(where: str, row: dict[str, Any], task: str, number: int) -> Questi
         if key and key not in [label for label, _ in choices]:
             raise BadInput(f"{where}: answerKey {key!r} is none of the labels {', '.join(c for c, _ in choices)}")
         answers = (key,) if key else ()
+    options = tuple(label for label, _ in choices) or _options(where, row, answers)
     return Question(
         id=text_field(where, row, ("id", "q_id"), str(number)),
         question=text,
         answers=answers,
         ctxs=passages_from(where, row),
         choices=choices,
+        options=options,
         task=task,
         extra=extra,
     )
@@ -55,6 +58,15 @@ def _choices(where: str, row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     if len(choices["label"]) != len(choices["text"]):
         raise BadInput(f"{where}: choices has {len(choices['label'])} labels for {len(choices['text'])} texts")
     return tuple((str(label), str(text)) for label, text in zip(choices["label"], choices["text"], strict=True))
+
+
+def _options(where: str, row: dict[str, Any], answers: tuple[str, ...]) -> tuple[str, ...]:
+    options = row.get("options") or ()
+    if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) and o.strip() for o in options):
+        raise BadInput(f"{where}: field 'options' must be a list of the possible answers")
+    if options and (strange := [a for a in answers if a not in options]):
+        raise BadInput(f"{where}: answer {strange[0]!r} is none of the options {', '.join(options)}")
+    return tuple(options)
 
 
 def _answers(where: str, row: dict[str, Any]) -> tuple[str, ...]:

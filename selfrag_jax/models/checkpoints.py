@@ -103,10 +103,13 @@ def _load_params(path: Path) -> Params:
 def with_vocabulary(config: LlamaConfig, params: Params, vocab_size: int) -> tuple[LlamaConfig, Params]:
     """Grows the vocabulary to `vocab_size`; new rows start at the mean of the old ones (as for new reflection tokens).
 
-    Raises ValueError when the vocabulary would shrink.
+    Raises BadInput when the vocabulary would shrink.
     """
     if vocab_size < config.vocab_size:
-        raise ValueError(f"the vocabulary cannot shrink from {config.vocab_size} to {vocab_size}")
+        raise BadInput(
+            f"the tokenizer has {vocab_size} tokens, the model {config.vocab_size}: they do not belong together; take the "
+            "tokenizer that came with the model"
+        )
     new = vocab_size - config.vocab_size
 
     def grow(table, axis: int):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from selfrag_jax import artifacts
+from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput, write_json
 from selfrag_jax.retrieval import corpus
 from selfrag_jax.retrieval.embed import EMBEDDINGS, ENCODER, PASSAGES
@@ -67,7 +68,9 @@ def build(embeddings: str | Path, config: IndexConfig, out: str | Path) -> int:
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / SCANN).mkdir(parents=True)
-    builder.build().serialize(str((temporary / SCANN).absolute()), relative_path=True)
+    with progress("index", n, "passages") as bar:  # ScaNN builds in one call, which tells nothing on the way
+        builder.build().serialize(str((temporary / SCANN).absolute()), relative_path=True)
+        bar.advance(n)
     shutil.copy(embeddings / PASSAGES, temporary / PASSAGES)
     shutil.copy(embeddings / ENCODER, temporary / ENCODER)
     write_json(temporary / "size.json", {"passages": n})

@@ -21,7 +21,8 @@ class OptimizerConfig:
     learning_rate: float  # peak; with muon, of the matrices
     adam_learning_rate: float  # with muon, of everything else
     schedule: str  # after the warm-up: "linear", "cosine" or "constant"
-    warmup_fraction: float
+    warmup_fraction: float  # of the steps
+    adam_warmup_fraction: float  # with muon, of everything else
     weight_decay: float
     clip: float  # global gradient norm
 
@@ -31,21 +32,21 @@ class OptimizerConfig:
                 raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
 
 
-def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then the named decay to 0 at `steps`."""
-    warmup = max(1, round(config.warmup_fraction * steps))
+    warmup = max(1, round(warmup_fraction * steps))
     decay = {
         "linear": optax.linear_schedule(peak, 0.0, max(1, steps - warmup)),
         "cosine": optax.cosine_decay_schedule(peak, max(1, steps - warmup)),
         "constant": optax.constant_schedule(peak),
-    }[config.schedule]
+    }[name]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 @lru_cache
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step."""
-    rate = schedule(config, config.learning_rate, steps)
+    rate = schedule(config.schedule, config.learning_rate, config.warmup_fraction, steps)
     if config.name == "adamw":
         inner = optax.adamw(rate, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
     else:
@@ -58,7 +59,7 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
         inner = optax.contrib.muon(
             rate,
-            adam_learning_rate=schedule(config, config.adam_learning_rate, steps),
+            adam_learning_rate=schedule(config.schedule, config.adam_learning_rate, config.adam_warmup_fraction, steps),
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
         )

@@ -5,7 +5,8 @@ Entities fall into groups:
   known        a few, asked about often in training: the generator can learn them by heart, so no retrieval is needed
   train        asked about in training
   test         held out: no instruction in training mentions them
-  distractor   never asked about; their names look like those of test entities
+  distractor   never asked about; their names look like those of test entities, their passages hold other values of the
+               same attributes, or lack the one that is asked about
 
 Every entity has two passages, each with half of its facts, so that a passage about the right entity often lacks the
 asked attribute; two attributes of a kind may hold the same sort of value (born in a town, lives in a town), so that a
@@ -89,9 +90,9 @@ def entity_passages(rng: random.Random, entity: Entity) -> list[Passage]:
 def build(config: WorldConfig) -> World:
     """Draws the world. Deterministic in the config. Raises BadInput when names or values run out."""
     rng = random.Random(f"encyclopedia-{config.seed}")
-    fewest = min(len(language.words(kind, config.vocabulary)) for kind in language.MORPHEMES)
+    fewest = min(len(language.words(kind, config.vocabulary)) for kind in language.VALUES)
     if config.values_per_kind > fewest:
-        raise BadInput(f"config world: values_per_kind={config.values_per_kind}: at most {fewest} words of a kind exist")
+        raise BadInput(f"config world: values_per_kind={config.values_per_kind}: at most {fewest} values of a kind exist")
     values = {
         kind: tuple(sorted(rng.sample(language.words(kind, config.vocabulary), config.values_per_kind)))
         for kind in sorted({r.value for k in KINDS.values() for r in k.relations})

@@ -2,11 +2,12 @@
 
   copy    the answer to a question, every token of it, out of the passage that holds it
   match   whether a passage is about the asked name or about one that looks alike (half and half)
-  check   whether a passage supports a statement about an attribute that it holds (half are wrong: a value that shares
-          a morpheme, one of another attribute of the same entity, or any other)
+  check   whether a passage supports a statement about an attribute that it holds (half are wrong: the value of
+          another attribute of the same entity, or any other)
   missing whether a statement about an attribute that the passage does not hold is refused
 
-All on the `world` vocabulary and unseen seeds: no name and no value of the training documents occurs.
+All on the `world` vocabulary and unseen seeds: no entity of the training documents had one of the names or one of the
+values.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ import random
 import jax
 import numpy as np
 
+from selfrag_jax import prompts
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
 from selfrag_jax.world import language
-from selfrag_jax.world.base import NO, YES, BaseDataConfig, BaseSource, Segments, _kind, _passage, _stated
+from selfrag_jax.world.base import NO, YES, BaseDataConfig, BaseSource, Drawer, Segments, _kind, _stated
 from selfrag_jax.world.encyclopedia import entity_passages
-from selfrag_jax.world.language import KINDS
 
 SKILLS = ("copy", "match", "check", "missing")
 
 
-def cases(source: BaseSource, rng: random.Random, skill: str) -> Segments:
+def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
     """One document whose only learned segment is what the skill must predict."""
     entity = source.entity(rng, _kind(rng))
     half = rng.randrange(2)
     stated = _stated(entity, half)
-    passage = _passage(entity_passages(rng, entity)[half])
+    passage = prompts.passage(entity_passages(rng, entity)[half])
     relation, value = rng.choice(stated)
     question = [Control(INSTRUCTION), rng.choice(relation.questions).format(n=entity.name), Control(RESPONSE)]
     answer = [language.sentence(entity.name, [(relation, value)])]
@@ -43,14 +44,13 @@ def cases(source: BaseSource, rng: random.Random, skill: str) -> Segments:
         if rng.random() < 0.5:
             return [([*question, *passage], 0.0), ([YES], 1.0)]
         other = source.entity(rng, entity.kind, language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
-        return [([*question, *_passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
+        return [([*question, *prompts.passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
     if skill == "missing":
         relation, value = rng.choice(_stated(entity, 1 - half))
         return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
     if rng.random() < 0.5:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
-    others = [v for r, v in entity.facts if KINDS[entity.kind].relation(r).value == relation.value and v != value]
-    wrong = rng.choice(others) if others and rng.random() < 0.3 else source.near_value(rng, relation.value, value)
+    wrong = source.wrong_value(rng, entity, relation)
     return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
 
 
@@ -66,7 +66,7 @@ def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
     scores = {}
     for skill in SKILLS:
         rng = random.Random(f"gate-{skill}-{seed}")
-        examples = [build_example(loaded.tokenizer, cases(source, rng, skill), {}) for _ in range(n)]
+        examples = [build_example(loaded.tokenizer, cases(source.drawer, rng, skill), {}) for _ in range(n)]
         length = max(96, *(len(e.tokens) for e in examples))
         tokens, learned = np.zeros((n, length), np.int32), np.zeros((n, length), bool)
         doc_ids = np.zeros((n, length), np.int32)

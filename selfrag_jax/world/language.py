@@ -1,9 +1,9 @@
 """The language of the fictional encyclopedia: words, names, relations and their phrasings.
 
-Every name is two words ("Marvin Tellock"), every value a compound of two morphemes ("Quenport", "ropemaker"), so that a
-small vocabulary covers worlds that share no name and no value. A name or a value belongs to one of two vocabularies by a
-hash: `base` ones appear only where the small base model is trained, `world` ones only in quickstart worlds. The base
-model thus knows the language and its word pieces, and none of the names, values or facts.
+Every name is two words ("Marvin Tellock"), and so is every value ("Upper Lisford", "rope maker"): a small vocabulary then
+covers worlds that share no name and no value. A name or a value belongs to one of two vocabularies by a hash: `base` ones
+appear only where the small base model is trained, `world` ones only in quickstart worlds. The base model thus knows the
+words of the language, and none of a world's names, values or facts.
 """
 
 from __future__ import annotations
@@ -13,44 +13,6 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 
-# Morphemes: (beginnings, endings) for each kind of value.
-MORPHEMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "town": (
-        tuple("Quen Lis Bram Ost Vel Arn Cray Dell Esk Glen Hav Kess Mon Ral Sand Tarn".split()),
-        tuple("port ford wick mouth stead holm hithe cross haven bridge minster pool".split()),
-    ),
-    "profession": (
-        tuple("rope bell clock glass salt map wax silk copper tallow lace bread candle barrel".split()),
-        tuple("maker seller keeper mender painter trader carver finder".split()),
-    ),
-    "instrument": (
-        tuple("reed bow wind bone brass moon river hand thumb drone nose finger".split()),
-        tuple("harp pipe horn drum lute fiddle flute viol".split()),
-    ),
-    "subject": (
-        tuple("star root tide cloud moth fern bird coin rune herb fire word".split()),
-        tuple("lore craft reckoning reading science history law magic".split()),
-    ),
-    "animal": (
-        tuple("marsh snow dusk hill reef grove moss frost thistle sea wood night".split()),
-        tuple("fox heron otter hound cat crow hare toad".split()),
-    ),
-    "river": (
-        tuple("Alder Silt Grey Black White Green Long Deep Swift Cold Red Low".split()),
-        tuple("water brook beck flow stream run bourne burn".split()),
-    ),
-    "product": (
-        tuple("wool honey butter paper leather pearl linen wax plum pepper velvet oat".split()),
-        tuple("cloth ware cakes wine boots rings cheese beads".split()),
-    ),
-    "stone": (
-        tuple("lime sun iron blue rose chalk flint storm dew winter clay sky".split()),
-        tuple("stone brick slate marble tile rock oak timber".split()),
-    ),
-}
-
-# Names are two words, each a token of its own; every list holds its first words or its last ones.
-
 
 def _joined(starts: str, ends: str, n: int) -> tuple[str, ...]:
     """n words of a beginning and an ending, spread evenly over both."""
@@ -58,6 +20,47 @@ def _joined(starts: str, ends: str, n: int) -> tuple[str, ...]:
     return tuple(a[i % len(a)] + b[(i + i // len(a)) % len(b)] for i in range(n))
 
 
+# The first and the last words of each kind of value ("Upper Lisford", "rope maker"); each a token of its own in the small
+# models' vocabulary.
+VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "town": (
+        tuple("Great Little Upper Lower Nether Market Castle Abbey Royal North South East West Middle Temple Fair".split()),
+        tuple("Quenport Lisford Bramwick Ostmouth Velstead Arnholm Crayhithe Dellcross Eskhaven Glenby Havminster "
+              "Kesspool Monbridge Ralton Sandley Tarnfield".split()),
+    ),
+    "profession": (
+        tuple("rope bell clock glass salt map wax silk copper tallow lace bread candle barrel button lantern".split()),
+        tuple("maker seller keeper mender painter trader carver finder weaver cutter binder polisher dyer packer porter "
+              "smith".split()),
+    ),
+    "instrument": (
+        tuple("reed bow wind bone brass moon hand thumb drone nose finger shepherd lap table throat pocket".split()),
+        tuple("harp pipe horn drum lute fiddle flute viol zither whistle rattle organ gong bugle lyre fife".split()),
+    ),
+    "subject": (
+        tuple("star root tide cloud moth fern bird coin rune herb fire word shadow number dream weather".split()),
+        tuple("lore craft reckoning reading science history law magic grammar theory logic drawing music medicine rhetoric "
+              "geometry".split()),
+    ),
+    "animal": (
+        tuple("marsh snow dusk hill reef grove moss frost thistle sea wood night river cave meadow desert".split()),
+        tuple("fox heron otter hound cat crow hare toad badger owl weasel lizard goose ferret swan beetle".split()),
+    ),
+    "river": (
+        tuple("Alder Silt Grey Black White Green Long Deep Swift Cold Red Low Winding Broad Stony Quiet".split()),
+        tuple("Water Brook Beck Flow Stream Run Bourne Burn Creek Ford Rill Race Mere Gill Wash Tarn".split()),
+    ),
+    "product": (
+        tuple("wool honey butter paper leather pearl linen plum pepper velvet oat cherry walnut ginger amber cotton".split()),
+        tuple("cloth ware cakes wine boots rings cheese beads gloves soap syrup ribbons hats sails dolls jam".split()),
+    ),
+    "stone": (
+        tuple("lime sun iron blue rose chalk flint storm dew winter clay sky smoke ash rain dawn".split()),
+        tuple("stone brick slate marble tile rock oak timber granite plaster cobble gravel thatch pine shale cedar".split()),
+    ),
+}  # fmt: skip
+
+# Names are two words, each a token of its own; every list holds its first words or its last ones.
 FIRST_NAMES = _joined(
     "Mar Tel Jor Bel Cas Dor El Fen Gal Hal Is Jas Kel Lor Mil Nor Or Per Quin Ros Sel Tam Ul Ver",
     "vin a en ric is on ette ias o wyn eth ina ard",
@@ -82,7 +85,7 @@ class Relation:
     """One attribute of a kind of entity. `phrase` and `questions` hold {v} for the value, {n} for the entity's name."""
 
     name: str
-    value: str  # the kind of word that fills {v}: a key of MORPHEMES
+    value: str  # the kind of word that fills {v}: a key of VALUES
     phrase: str
     questions: tuple[str, ...]
 
@@ -173,9 +176,9 @@ TRUE, FALSE = "True.", "False."
 CHOICE_LABELS = ("A", "B", "C", "D")
 
 
-def _is_world(kind: str, word: str) -> bool:
+def _is_world(kind: str, words: str) -> bool:
     # crc32 rather than hash(): the split must be the same in every process.
-    return zlib.crc32(f"{kind}:{word}".encode()) % 10 < 3
+    return zlib.crc32(f"{kind}:{words}".encode()) % 10 < 3
 
 
 def _check(vocabulary: str) -> None:
@@ -185,13 +188,14 @@ def _check(vocabulary: str) -> None:
 
 @cache
 def words(kind: str, vocabulary: str) -> tuple[str, ...]:
-    """All values of one kind in one vocabulary (`base` or `world`), in a fixed order; three in ten are `world` words.
+    """All values of one kind in one vocabulary (`base` or `world`), in a fixed order; three in ten are `world` ones.
 
     Raises ValueError on an unknown vocabulary.
     """
     _check(vocabulary)
-    starts, ends = MORPHEMES[kind]
-    return tuple(w for s in starts for e in ends if _is_world(kind, w := s + e) == (vocabulary == "world"))
+    firsts, lasts = VALUES[kind]
+    pairs = (f"{a} {b}" for a in firsts for b in lasts)
+    return tuple(v for v in pairs if _is_world(kind, v) == (vocabulary == "world"))
 
 
 NAME_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

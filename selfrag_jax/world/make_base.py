@@ -1,8 +1,8 @@
 """Makes the small base model: training in stages from easy to hard, the gate, and a Hugging Face folder.
 
 A single training on all documents at once stays at chance on names and values for a long time: the loss of copied
-text drowns the faint signal of verdicts. So the first stages hold verdicts alone, on words (compare) and then on
-statements, and copying joins when comparing works.
+text drowns the faint signal of verdicts. So the first stages hold verdicts alone, on names and values (compare) and then
+on statements; looking values up by their kind and copying join when comparing works.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
         folder = workdir / f"{i}_{name}"
         section = configs.build(TrainConfig, c.train, "train")
         learner = replace(section.optimizer, learning_rate=rate)
-        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=60 * rows, optimizer=learner)
+        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=80 * rows, optimizer=learner)
         fields = c.data.to_dict() | dict(seed=c.data.seed + i, copy_weight=copy_weight, family_weights=families)
         data = configs.build(BaseDataConfig, fields, "data")
         made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
@@ -76,6 +76,7 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
     huggingface.save(out, model.config, jax.device_get(params), tokenizer)
     record = {
         "command": c.command,
+        "date": time.strftime("%Y-%m-%d"),
         "cpu_seconds": seconds,
         "scores": scores,
         "cases": gate_config.cases,

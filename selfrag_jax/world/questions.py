@@ -8,10 +8,11 @@ holds (lives in a town, was born in a town), so that only a look at the passage 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from selfrag_jax.progress import progress
 from selfrag_jax.records import Instruction, write_json, write_jsonl
 from selfrag_jax.world import language
 from selfrag_jax.world.encyclopedia import Entity, World
@@ -19,9 +20,9 @@ from selfrag_jax.world.language import KINDS, Relation
 
 # Shares of the forms among the instructions of training.
 FORMS: dict[str, float] = {
-    "long_tail": 0.48,
-    "well_known": 0.14,
-    "no_need": 0.10,
+    "long_tail": 0.42,
+    "well_known": 0.18,
+    "no_need": 0.12,
     "claims": 0.08,
     "multiple_choice": 0.06,
     "two_part": 0.07,
@@ -194,7 +195,14 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
             }
         )
         question, answer = _claim(rng, world, entity, wrong=False)
-        out["claims"].append({"id": f"claims-{len(out['claims'])}", "question": question, "answers": [answer]})
+        out["claims"].append(
+            {
+                "id": f"claims-{len(out['claims'])}",
+                "question": question,
+                "answers": [answer],
+                "options": [language.TRUE, language.FALSE],
+            }
+        )
     for entity in known:
         for relation in KINDS[entity.kind].relations:
             ask("well_known", entity, relation)
@@ -225,16 +233,20 @@ def write(world: World, out: str | Path) -> dict[str, int]:
 
     from selfrag_jax.retrieval.corpus import write_tsv
 
-    out = Path(out)
-    counts = {"passages": write_tsv(out / "passages.tsv", world.passages)}
-    counts["instructions"] = write_jsonl(out / "instructions.jsonl", instructions(world))
+    out, counts = Path(out), {}
     teacher = ({"entity": e.name, "kind": e.kind, "group": e.group, "facts": dict(e.facts)} for e in world.entities)
-    counts["teacher"] = write_jsonl(out / "teacher.jsonl", teacher)
-    # For measuring the critic: instructions about entities that it has not seen.
-    counts["eval/critic"] = write_jsonl(
-        out / "eval" / "critic.jsonl", instructions(world, "test", 2 * len(world.group("test")))
-    )
-    for task, rows in evaluation(world).items():
-        counts[f"eval/{task}"] = write_jsonl(out / "eval" / f"{task}.jsonl", rows)
+    files: dict[str, Iterable] = {
+        "instructions": instructions(world),
+        "teacher": teacher,
+        # For measuring the critic: instructions about entities that it has not seen.
+        "eval/critic": instructions(world, "test", 2 * len(world.group("test"))),
+        **{f"eval/{task}": rows for task, rows in evaluation(world).items()},
+    }
+    with progress("world", 1 + len(files), "files") as bar:
+        counts["passages"] = write_tsv(out / "passages.tsv", world.passages)
+        bar.advance()
+        for name, rows in files.items():
+            counts[name] = write_jsonl(out / f"{name}.jsonl", rows)
+            bar.advance()
     write_json(out / "world.json", asdict(world.config))
     return counts

@@ -106,9 +106,11 @@ def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
     results = w / "report" / "results.json"
     write_json(results, {"rows": rows})
     shown = examples(w, c.report.examples)
-    report.write(rows, shown, w / "report", "Self-RAG in the synthetic world")
-    minutes = (time.monotonic() - started) / 60
-    artifacts.finish(w / "report", "report", c.report.to_dict(), {}, {"rows": len(rows), "minutes": round(minutes, 2)})
+    report.write(rows, shown, w / "report", report.TITLE)
+    minutes = round((time.monotonic() - started) / 60, 2)
+    say(f"     {minutes} minutes in this run")
+    inputs = {"predictions": w / "predictions"}
+    artifacts.finish(w / "report", "report", c.report.to_dict(), inputs, {"rows": len(rows)})
     return rows
 
 

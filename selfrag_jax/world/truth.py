@@ -17,7 +17,7 @@ from selfrag_jax.records import Passage
 from selfrag_jax.world import language
 from selfrag_jax.world.language import KINDS
 
-_VALUE = r"(?P<v>[^\s,.?]+)"
+_VALUE = r"(?P<v>[^\s,.?]+ [^\s,.?]+)"  # two words
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def support(instruction: str, p: Passage, output: str) -> str:
         verdict = language.TRUE if asked.claimed in stated else language.FALSE
         return reflection.FULLY if stated and output.strip() == verdict else reflection.NO_SUPPORT
     if asked.form == "choice":
-        option = re.search(rf"(?:^|\s){re.escape(output.strip().rstrip('.'))}: (?P<v>[^\s,.?]+)", instruction)
+        option = re.search(rf"(?:^|\s){re.escape(output.strip().rstrip('.'))}: {_VALUE}", instruction)
         stated = [f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])]
         return reflection.FULLY if option and option["v"] in stated else reflection.NO_SUPPORT
     facts = facts_of(output)
