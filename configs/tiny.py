@@ -16,7 +16,7 @@ def _optimizer(rate: float) -> ConfigDict:
             learning_rate=rate,
             # The rows of new tokens start small and must grow first; the matrices follow when they stand, or the large
             # losses of the first steps spoil what the base model can do.
-            adam_learning_rate=0.012,
+            adam_learning_rate=0.02,
             schedule="cosine",
             warmup_fraction=0.25,
             adam_warmup_fraction=0.03,
@@ -34,7 +34,7 @@ def _train(steps: int, seed: int) -> ConfigDict:
             rows=12,
             length=192,
             max_targets=480,
-            optimizer=_optimizer(0.01),
+            optimizer=_optimizer(0.005),
             mesh=dict(data=1, fsdp=1, tensor=1),
             save_every=100,
             log_every=20,
