@@ -1,6 +1,6 @@
 """The quickstart: the whole of Self-RAG in the embedded synthetic world, on a laptop.
 
-    selfrag quickstart --workdir=W                        # 16 minutes measured on two shared cores
+    selfrag quickstart --workdir=W                        # 15 minutes measured on one core
     selfrag quickstart --workdir=W --config=tiny:smoke    # everything in small, for tests; scores mean nothing
 
 Hardware: two CPU cores, 2 GB. Scores to expect: see the results table in README.md.
