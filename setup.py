@@ -26,6 +26,7 @@ setup(
         "ml-collections>=1.1",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "scipy>=1.13",
         "pysbd>=0.3.4",
         "rich>=14",
         "tensorboardX>=2.6",

@@ -1,10 +1,11 @@
-"""The small base model of the quickstart: 0.9M parameters, trained to compare, check, look up, copy, match.
+"""The small base model of the quickstart: 1M parameters, trained to compare, check, look up, copy, match.
 
     selfrag base --workdir=W/base --out=my_base                       # about 35 minutes on one CPU core
     selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
 
-Hardware: one CPU core, 2 GB. Score to expect: 95% or more in every skill of the gate; the model in
-selfrag_jax/world/base_model was made so, and its made.json holds scores and time.
+Hardware: one CPU core, 2 GB. Score to expect: that of the model in selfrag_jax/world/base_model, made with these stages
+(its made.json holds scores and time): above 97% in copy, match and missing, 85% in check, which is below the gate, so
+that the command refuses to write it.
 """
 
 from ml_collections import ConfigDict
@@ -45,7 +46,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         steps=0,  # of each stage, below
         rows=6,
         length=192,
-        max_targets=360,
+        max_targets=480,
         optimizer=dict(
             name="muon",
             learning_rate=0.02,

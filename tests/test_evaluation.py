@@ -111,6 +111,8 @@ def test_the_mean_over_seeds_by_hand():
     assert row["low"] == pytest.approx(5 / 6 - half) and row["high"] == 1.0
     with pytest.raises(BadInput, match="in common"):
         report.mean_over_seeds([runs[0], []])
+    with pytest.raises(BadInput, match="two runs"):
+        report.mean_over_seeds(runs[:1])
 
 
 def test_options_must_hold_the_answer(tmp_path):

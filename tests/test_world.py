@@ -56,6 +56,7 @@ def test_passages_and_questions_parse_back(seed):
 
 
 PASSAGE = Passage("1", "Mara Tellock", "Mara Tellock was born in East Quenport, works as a rope maker and plays the reed harp.")
+CHOICE = "Where was Mara Tellock born? A: Upper Lisford B: East Quenport C: Old Ostwick D: West Arnholm"
 
 
 @pytest.mark.parametrize(
@@ -74,16 +75,8 @@ PASSAGE = Passage("1", "Mara Tellock", "Mara Tellock was born in East Quenport, 
         ("Is it true that Mara Tellock was born in East Quenport?", "False.", reflection.NO_SUPPORT),
         ("Is it true that Mara Tellock was born in Upper Lisford?", "False.", reflection.FULLY),
         ("Is it true that Mara Tellock keeps a sea fox?", "False.", reflection.NO_SUPPORT),
-        (
-            "Where was Mara Tellock born? A: Upper Lisford B: East Quenport C: Old Ostwick D: West Arnholm",
-            "B.",
-            reflection.FULLY,
-        ),
-        (
-            "Where was Mara Tellock born? A: Upper Lisford B: East Quenport C: Old Ostwick D: West Arnholm",
-            "A.",
-            reflection.NO_SUPPORT,
-        ),
+        (CHOICE, "B.", reflection.FULLY),
+        (CHOICE, "A.", reflection.NO_SUPPORT),
         ("What is the opposite of hot?", "The opposite of hot is cold.", reflection.NO_SUPPORT),
     ],
 )

@@ -31,8 +31,9 @@ def contains(answer: str, gold: Sequence[str]) -> float:
 def accuracy(q: Question, answer: str) -> float:
     """The task's accuracy of one answer, in [0, 1].
 
-    Choices: the label is right. Options: the answer is exactly the right one. qa_pairs: the share of parts answered (ALCE's str-em). facts: the share of the topic's
-    facts that are told. Otherwise: a gold answer is contained. Raises BadInput when the question has no gold answer.
+    Choices: the label is right. Options: the answer is exactly the right one. qa_pairs: the share of parts answered (ALCE's
+    str-em). facts: the share of the topic's facts that are told. Otherwise: a gold answer is contained. Raises BadInput
+    when the question has no gold answer.
     """
     if q.choices:
         said = answer.strip().rstrip(".").split(" ")[0].strip("():.")

@@ -46,8 +46,10 @@ def read_results(path: str | Path) -> list[Row]:
 def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
     """One row for each that all runs have: the mean over runs, and its 95% interval by Student's t over the runs.
 
-    Raises BadInput when the runs have no row in common.
+    Raises BadInput for fewer than two runs, which have no interval, and when the runs have no row in common.
     """
+    if len(runs) < 2:
+        raise BadInput("a mean over seeds needs two runs or more")
     from scipy.stats import t
 
     keyed = [{(r["system"], r["task"], r["metric"]): r for r in rows} for rows in runs]
@@ -58,7 +60,7 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
     for key in common:
         values = np.array([rows[key]["value"] for rows in keyed])
         mean = float(values.mean())
-        half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+        half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
         system, task, metric = key
         out.append(
             {"system": system, "task": task, "metric": metric, "value": mean, "low": max(0.0, mean - half),

@@ -3,8 +3,8 @@
 The paper starts from Llama-2; the quickstart starts from a small Llama of ours. It learns to read, to match names that
 look alike, to copy a value out of a passage and to check a statement against a passage, without any reflection token
 and without any fact to memorise: every document draws its own entities, with names and values of the `base` vocabulary.
-Those of quickstart worlds are other pairs of the same words. Verdicts are plain words (yes, partly, no), and a document holds many of
-them, because a single verdict per document teaches checking far too slowly.
+Those of quickstart worlds are other pairs of the same words. Verdicts are plain words (yes, partly, no), and a document
+holds many of them, because a single verdict per document teaches checking far too slowly.
 """
 
 from __future__ import annotations
@@ -213,15 +213,6 @@ def _common(source: Drawer, rng: random.Random) -> Segments:
     return out
 
 
-def _repeat(source: Drawer, rng: random.Random) -> Segments:
-    """A list of words and names, and the same list again: teaches to look back and copy, at every token."""
-    kinds = list(source.values)
-    words = [rng.choice(source.values[rng.choice(kinds)]) for _ in range(rng.randint(3, 14))]
-    words += [" ".join(language.draw_name(rng, _kind(rng), source.config.vocabulary)) for _ in range(4)]
-    rng.shuffle(words)
-    return [([" ".join(words), Control(NEWLINE)], 0.0), ([" ".join(words)], source.config.copy_weight)]
-
-
 def _kinds(source: Drawer, rng: random.Random) -> Segments:
     """Values of several kinds in a list, then each kind and its value: what kind a word is, and how to look one up."""
     kinds = rng.sample(sorted(language.VALUES), rng.randint(2, 6))
@@ -304,7 +295,6 @@ _FAMILIES = {
     "common": _common,
     "copy": _copy,
     "kinds": _kinds,
-    "repeat": _repeat,
     "compare": _compare,
     "titles": _titles,
 }

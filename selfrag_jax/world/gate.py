@@ -2,8 +2,8 @@
 
   copy    the answer to a question, every token of it, out of the passage that holds it
   match   whether a passage is about the asked name or about one that looks alike (half and half)
-  check   whether a passage supports a statement about an attribute that it holds (half are wrong: the value of
-          another attribute of the same entity, or any other)
+  check   whether a passage supports a statement about an attribute that it holds (half are wrong: a value that
+          shares a word with the right one, that of another attribute of the same entity, or any other)
   missing whether a statement about an attribute that the passage does not hold is refused
 
 All on the `world` vocabulary and unseen seeds: no entity of the training documents had one of the names or one of the
@@ -24,7 +24,8 @@ from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
 from selfrag_jax.world import language
 from selfrag_jax.world.base import NO, YES, BaseDataConfig, BaseSource, Drawer, Segments, _kind, _stated
-from selfrag_jax.world.encyclopedia import entity_passages
+from selfrag_jax.world.encyclopedia import Entity, entity_passages
+from selfrag_jax.world.language import Relation
 
 SKILLS = ("copy", "match", "check", "missing")
 
@@ -50,8 +51,15 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
         return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
     if rng.random() < 0.5:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
-    wrong = source.wrong_value(rng, entity, relation)
+    wrong = _wrong_value(source, rng, entity, relation)
     return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
+
+
+def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: Relation) -> str:
+    """Half of the time a value that shares a word with the right one: the hardest to tell from it."""
+    words = set(entity.value(relation.name).split())
+    close = [v for v in source.values[relation.value] if len(words & set(v.split())) == 1]
+    return rng.choice(close) if close and rng.random() < 0.5 else source.wrong_value(rng, entity, relation)
 
 
 def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:

@@ -52,7 +52,8 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
         folder = workdir / f"{i}_{name}"
         section = configs.build(TrainConfig, c.train, "train")
         learner = replace(section.optimizer, learning_rate=rate)
-        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=80 * rows, optimizer=learner)
+        targets = section.max_targets * rows // section.rows  # the config's are those of a batch of its own rows
+        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=targets, optimizer=learner)
         fields = c.data.to_dict() | dict(seed=c.data.seed + i, copy_weight=copy_weight, family_weights=families)
         data = configs.build(BaseDataConfig, fields, "data")
         made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
