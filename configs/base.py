@@ -1,11 +1,10 @@
 """The small base model of the quickstart: 1M parameters, trained to compare, check, look up, copy, match.
 
-    selfrag base --workdir=W/base --out=my_base                       # about 35 minutes on one CPU core
+    selfrag base --workdir=W/base --out=my_base                       # about 45 minutes on one CPU core
     selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
 
 Hardware: one CPU core, 2 GB. Score to expect: that of the model in selfrag_jax/world/base_model, made with these stages
-(its made.json holds scores and time): above 97% in copy, match and missing, 85% in check, which is below the gate, so
-that the command refuses to write it.
+(its made.json holds scores and time): 96% or more in copy, match, check and missing.
 """
 
 from ml_collections import ConfigDict
@@ -54,6 +53,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             schedule="cosine",
             warmup_fraction=0.05,
             adam_warmup_fraction=0.05,
+            adam_eps=1e-8,
             weight_decay=0.0,
             clip=1.0,
         ),
@@ -64,28 +64,33 @@ def get_config(variant: str = "full") -> ConfigDict:
     compare = (("compare", 1.0),)
     check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
     read = (
-        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.04), ("titles", 0.04),
-        ("claim", 0.02), ("choice", 0.02),
+        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.06), ("titles", 0.04),
+        ("claim", 0.02),
     )  # fmt: skip
     match = (
-        ("quiz", 0.4), ("copy", 0.2), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.05), ("claim", 0.03),
-        ("choice", 0.03), ("common", 0.04),
+        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06), ("claim", 0.05),
+        ("common", 0.04),
     )  # fmt: skip
     all_skills = (
-        ("quiz", 0.38), ("statements", 0.16), ("copy", 0.12), ("titles", 0.06), ("compare", 0.05), ("kinds", 0.03), ("claim", 0.07),
-        ("choice", 0.07), ("common", 0.06),
+        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03), ("claim", 0.1),
+        ("choice", 0.07), ("common", 0.05),
     )  # fmt: skip
     settle = (
-        ("quiz", 0.5), ("statements", 0.15), ("copy", 0.12), ("kinds", 0.08), ("compare", 0.06), ("titles", 0.05), ("claim", 0.02),
-        ("common", 0.02),
+        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05), ("claim", 0.05),
+        ("choice", 0.03), ("common", 0.03),
+    )  # fmt: skip
+    finish = (
+        ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06), ("claim", 0.05),
+        ("choice", 0.02), ("kinds", 0.02), ("common", 0.02),
     )  # fmt: skip
     stages = (  # name, steps, rows of a batch, Muon's peak rate, weight of copied text, families
-        ("compare", 400, 6, 0.02, 1.0, compare),
-        ("check", 900, 6, 0.02, 0.02, check),
+        ("compare", 600, 6, 0.02, 1.0, compare),
+        ("check", 1200, 6, 0.02, 0.02, check),
         ("read", 800, 12, 0.02, 1.0, read),
         ("match", 800, 12, 0.02, 1.0, match),
-        ("all", 800, 12, 0.02, 1.0, all_skills),
-        ("settle", 700, 12, 0.012, 1.0, settle),
+        ("all", 1200, 12, 0.02, 1.0, all_skills),
+        ("settle", 900, 12, 0.012, 1.0, settle),
+        ("finish", 1000, 12, 0.012, 1.0, finish),
     )
     c.stages = stages if full else tuple((n, 3, b, r, w, f) for n, _, b, r, w, f in stages)
     c.gate = dict(seed=7, cases=1000 if full else 20, minimum=0.95 if full else 0.0)

@@ -1,22 +1,27 @@
 """The shipped base model: its scores are those of its record, and the command that makes one works in reduced form."""
 
+import collections
+import itertools
 import json
+import random
 
 import pytest
 
-from selfrag_jax import config
+from selfrag_jax import config, reflection
 from selfrag_jax.models import checkpoints
-from selfrag_jax.records import BadInput
+from selfrag_jax.records import BadInput, Passage
+from selfrag_jax.tokenizer import Control
 from selfrag_jax.training.stage import embedded_base
 from selfrag_jax.world import base, gate, language, make_base, truth
+
+VERDICTS = (base.YES, base.PARTLY, base.NO)  # in the order of reflection.ISSUP
 
 
 def test_the_shipped_model_does_what_its_record_says():
     record = json.loads((embedded_base() / make_base.RECORD).read_text())
     minimum = config.load("base").gate.minimum
-    below = [skill for skill, score in record["scores"].items() if score < minimum]
     assert record["cases"] == 1000 and set(record["scores"]) == set(gate.SKILLS)
-    assert below == record["below_gate"] == ["check"]  # of values that share a word; nothing else may fall below
+    assert min(record["scores"].values()) >= minimum == 0.95
     assert record["config"] == json.loads(json.dumps(config.load("base").to_dict()))  # what made it is what is shipped
     # Other cases than the record's; 0.025 is two standard deviations of a share of 0.95 among 300 cases.
     scores = gate.measure(checkpoints.load(embedded_base()), seed=11, n=300)
@@ -42,6 +47,43 @@ def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
                 assert not any(language._is_world(kind, name) for kind in kinds_of(name))
                 seen += 1
     assert seen > 500
+
+
+def test_verdicts_of_a_quiz_are_true(tokenizer):
+    """Read back by the world's own judge: relevance of passages, support of sentences, use of answers."""
+    source = base.BaseSource(base.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    counts = collections.Counter()
+    for i in range(400):
+        (head, _), *segments = source.segments(i)[:-1]
+        question, passage, before = head[1], None, "question"
+        for (part, *rest), _ in segments:
+            if isinstance(part, Control):  # <paragraph> title newline text </paragraph>
+                passage, before = Passage("", rest[0], rest[2]), "passage"
+            elif part not in VERDICTS:
+                sentence, before = part, "sentence"
+            else:
+                if before == "passage":
+                    kind, expected = "isrel", base.YES if truth.is_relevant(question, passage) else base.NO
+                elif before == "sentence" and passage is not None:
+                    kind, expected = "issup", VERDICTS[reflection.ISSUP.index(truth.support("Tell me.", passage, sentence))]
+                else:
+                    kind, expected = "isuse", base.YES if truth.utility(question, sentence) == "[Utility:5]" else base.NO
+                assert part == expected, (question, passage, sentence, kind)
+                counts[kind, part] += 1
+                before = "verdict"
+    assert min(counts[k] for k in itertools.product(("isrel", "issup", "isuse"), (base.YES, base.NO))) > 40
+
+
+def test_wrong_values_are_often_near(tokenizer):
+    source = base.BaseSource(base.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    rng, near = random.Random(0), 0
+    for _ in range(300):
+        entity = source.drawer.entity(rng, "person")
+        relation = rng.choice(language.KINDS["person"].relations)
+        right, wrong = entity.value(relation.name), source.drawer.wrong_value(rng, entity, relation)
+        assert wrong != right and wrong in source.drawer.values[relation.value]
+        near += bool(set(wrong.split()) & set(right.split()))
+    assert near > 90
 
 
 def test_every_word_is_one_token(tokenizer):

@@ -121,3 +121,12 @@ def test_new_rows_start_at_the_mean(tiny_model):
     table = np.asarray(grown["embed"]["embedding"])
     assert table.shape[0] == grown_config.vocab_size
     np.testing.assert_allclose(table[-1], np.asarray(params["embed"]["embedding"]).mean(0), atol=1e-6)
+
+
+def test_new_rows_may_start_as_words(tiny_model):
+    config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
+    like = {config.vocab_size + 1: [5, 7], 3: [5]}  # 3 is no new token: it keeps its row
+    _, grown = checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size + 2, like)
+    table = np.asarray(grown["embed"]["embedding"])
+    np.testing.assert_array_equal(table[: config.vocab_size], old)
+    np.testing.assert_allclose(table[config.vocab_size :], [old.mean(0), old[[5, 7]].mean(0)], atol=1e-6)

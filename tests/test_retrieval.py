@@ -9,7 +9,7 @@ from selfrag_jax.records import BadInput, Passage, read_rows
 from selfrag_jax.retrieval import corpus, embed, index
 from selfrag_jax.retrieval.retriever import OnlineRetriever, retrieve_file
 
-ENCODER = embed.EncoderConfig("hashed", 128, 2.0)
+ENCODER = embed.EncoderConfig("hashed", 384, 2.0)  # of the quickstart; with fewer dimensions, words collide
 INDEX = index.IndexConfig(20_000, 0.5, 2, 50)
 
 AWKWARD = [
@@ -117,7 +117,7 @@ def test_unfinished_and_missing_artifacts_are_refused(world_index, tmp_path):
 def test_another_config_under_the_same_name_is_refused(small_world, tmp_path):
     corpus.write_tsv(tmp_path / "p.tsv", small_world.passages)
     embed.embed_corpus(tmp_path / "p.tsv", ENCODER, tmp_path / "e")
-    with pytest.raises(BadInput, match="dim: 128 there, 64 asked for"):
+    with pytest.raises(BadInput, match="dim: 384 there, 64 asked for"):
         embed.embed_corpus(tmp_path / "p.tsv", embed.EncoderConfig("hashed", 64, 2.0), tmp_path / "e")
 
 

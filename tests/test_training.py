@@ -14,8 +14,8 @@ from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
 
 
-def config(steps=12, rate=0.01, name="muon", **changes):
-    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, 0.0, 1.0)
+def config(steps=12, rate=0.01, name="muon", eps=1e-8, **changes):
+    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, eps, 0.0, 1.0, 4.0)
     fields = dict(seed=0, steps=steps, rows=2, length=32, max_targets=48, save_every=4, log_every=4)
     return TrainConfig(**(fields | changes), optimizer=optimizer, mesh=MeshConfig(1, 1, 1))
 
@@ -28,6 +28,21 @@ def source(tokenizer):
 
 def run(tiny_model, source, workdir, **kwargs):
     return train(config(**kwargs), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+
+
+@pytest.mark.parametrize("name", ("muon", "adamw"))
+def test_adam_eps_keeps_words_still_that_no_batch_holds(tiny_model, source, tmp_path, name):
+    """Adam moves every row of a tied embedding at full rate, whatever the size of its gradient; `adam_eps` stops that."""
+    start = np.asarray(tiny_model.params["embed"]["embedding"])
+    batch = trainer.Packer(source, 2, 32, 48, 0).next()
+    moved = {}
+    for eps in (1e-8, 1e-2):
+        params = run(tiny_model, source, tmp_path / f"{eps}", name=name, eps=eps)["params"]
+        moved[eps] = np.abs(np.asarray(params["embed"]["embedding"]) - start).max(1)
+    unused = np.setdiff1d(np.arange(len(start)), np.concatenate([source.example(i).tokens for i in range(source.size)]))
+    used = np.setdiff1d(batch.targets, unused)
+    assert np.median(moved[1e-8][unused]) > 0.01
+    assert np.median(moved[1e-2][unused]) < 0.1 * np.median(moved[1e-2][used])
 
 
 def test_interrupted_training_ends_with_the_same_parameters(tiny_model, source, tmp_path, monkeypatch):

@@ -72,8 +72,7 @@ def queries(row: Instruction, config: CollectConfig, rng: random.Random) -> Iter
     sentences = split(row.output) or [""]
     if rng.random() < share["retrieve"]:
         yield CritiqueQuery("retrieve", text)
-        if len(sentences) > 1 and row.ctxs:
-            k = rng.randrange(1, len(sentences))
+        for k in range(1, len(sentences) if row.ctxs else 0):
             yield CritiqueQuery("retrieve", text, " ".join(sentences[:k]), rng.choice(row.ctxs[:2]))
     # The first two are mostly about the right entity, the others look like it.
     passages = list(row.ctxs[: config.passages])

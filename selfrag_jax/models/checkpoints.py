@@ -7,6 +7,7 @@ temporary name and renames it, so one that was interrupted is never restored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,13 @@ def _load_params(path: Path) -> Params:
         return saved.restore(step, args=args)["state"]["params"]
 
 
-def with_vocabulary(config: LlamaConfig, params: Params, vocab_size: int) -> tuple[LlamaConfig, Params]:
+def with_vocabulary(
+    config: LlamaConfig, params: Params, vocab_size: int, like: Mapping[int, Sequence[int]] | None = None
+) -> tuple[LlamaConfig, Params]:
     """Grows the vocabulary to `vocab_size`; new rows start at the mean of the old ones (as for new reflection tokens).
 
-    Raises BadInput when the vocabulary would shrink.
+    like: for some of the new ids the old ids whose mean row they start from instead. Raises BadInput when the vocabulary
+    would shrink.
     """
     if vocab_size < config.vocab_size:
         raise BadInput(
@@ -113,8 +117,12 @@ def with_vocabulary(config: LlamaConfig, params: Params, vocab_size: int) -> tup
     new = vocab_size - config.vocab_size
 
     def grow(table, axis: int):
-        table = np.asarray(table)
-        return np.concatenate([table, np.repeat(table.mean(axis, keepdims=True), new, axis)], axis)
+        rows = np.moveaxis(np.asarray(table), axis, 0)
+        rows = np.concatenate([rows, np.repeat(rows.mean(0, keepdims=True), new, 0)])
+        for i, old in (like or {}).items():
+            if i >= config.vocab_size:
+                rows[i] = rows[list(old)].mean(0)
+        return np.moveaxis(rows, 0, axis)
 
     grown = {**params, "embed": {"embedding": grow(params["embed"]["embedding"], 0)}}
     if "head" in params:

@@ -2,6 +2,10 @@
 
 Muon (Jordan et al., 2024) orthogonalises the update of each weight matrix. The layers of a stack share one array
 [L, inputs, outputs], of which every layer is orthogonalised on its own; embeddings and norms take Adam.
+
+Adam divides by the size of the gradient, so that a word which a batch does not hold moves as fast as the others, driven
+by the noise of its softmax gradient. A pretrained embedding survives a short fine-tune at a high rate only with an
+`adam_eps` above that noise.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from selfrag_jax.records import BadInput
@@ -23,8 +28,10 @@ class OptimizerConfig:
     schedule: str  # after the warm-up: "linear", "cosine" or "constant"
     warmup_fraction: float  # of the steps
     adam_warmup_fraction: float  # with muon, of everything else
+    adam_eps: float  # entries whose gradient is far below it hardly move
     weight_decay: float
     clip: float  # global gradient norm
+    new_rows_factor: float = 1.0  # on the rate of the rows that the embedding was grown by; they have the farthest to go
 
     def __post_init__(self):
         for field, known in (("name", ("adamw", "muon")), ("schedule", ("linear", "cosine", "constant"))):
@@ -43,12 +50,29 @@ def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> opta
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
+def _faster_rows(factor: float, new: int) -> optax.GradientTransformation:
+    """Multiplies the updates of the last `new` rows of the vocabulary."""
+
+    def scale(path, update):
+        axis = {"embed": 0, "head": 1}.get(path[0].key)
+        if axis is None or not new:
+            return update
+        size = update.shape[axis]
+        rates = jnp.where(jnp.arange(size) < size - new, 1.0, factor).astype(update.dtype)
+        return update * (rates[:, None] if axis == 0 else rates)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
 @lru_cache
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step."""
+def make(config: OptimizerConfig, steps: int, new_rows: int = 0) -> optax.GradientTransformation:
+    """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step.
+
+    new_rows: how many tokens, at the end of the vocabulary, the model was given before this training.
+    """
     rate = schedule(config.schedule, config.learning_rate, config.warmup_fraction, steps)
     if config.name == "adamw":
-        inner = optax.adamw(rate, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
+        inner = optax.adamw(rate, b1=0.9, b2=0.999, eps=config.adam_eps, weight_decay=config.weight_decay)
     else:
 
         def dimensions(params):
@@ -60,7 +84,8 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         inner = optax.contrib.muon(
             rate,
             adam_learning_rate=schedule(config.schedule, config.adam_learning_rate, config.adam_warmup_fraction, steps),
+            adam_eps_root=config.adam_eps**2,  # optax has one `eps` for Muon and Adam
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows))

@@ -27,22 +27,26 @@ def embedded_base() -> Path:
     return Path(str(resources.files("selfrag_jax") / "world" / "base_model"))
 
 
-def starting_model(c: ConfigDict) -> checkpoints.LoadedModel:
-    """The model that training starts from, its vocabulary grown by the reflection tokens.
+def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
+    """The model that training starts from, its vocabulary grown by the reflection tokens, and by how many.
 
     c.base: "embedded", "scratch" (the embedded tokenizer, random weights of the architecture c.scratch), or a path.
+    c.new_rows: for reflection tokens the words whose rows of the embedding they start from; the others start at the
+    mean of all rows.
     """
     if c.base != "scratch":
         loaded = checkpoints.load(embedded_base() if c.base == "embedded" else c.base)
         tokenizer = loaded.tokenizer.with_reflection_tokens()
-        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size)
-        return checkpoints.LoadedModel(Model(config), params, tokenizer)
+        like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in c.new_rows}
+        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size, like)
+        new = config.vocab_size - loaded.model.config.vocab_size
+        return checkpoints.LoadedModel(Model(config), params, tokenizer), new
     tokenizer = checkpoints.load(embedded_base()).tokenizer.with_reflection_tokens()
     fields = c.scratch.to_dict()
     std = fields.pop("embed_std")
     extra = dict(vocab_size=tokenizer.vocab_size, dtype="float32", remat=False, scan_unroll=fields["num_layers"])
     model = Model(configs.build(LlamaConfig, fields | extra, "scratch"))
-    return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer)
+    return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer), 0
 
 
 def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
@@ -63,11 +67,11 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
     artifacts.claim(workdir, "train", made, inputs)
-    start = starting_model(c)
+    start, new = starting_model(c)
     if role == "critic":
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
-    result = train(section, start.model, start.params, source, start.tokenizer, workdir, name)
+    result = train(section, start.model, start.params, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
     artifacts.finish(workdir, "train", made, inputs, counts)

@@ -91,15 +91,17 @@ def train(
     tokenizer: Tokenizer,
     workdir: str | Path,
     name: str = "train",
+    new_rows: int = 0,
 ) -> dict[str, Any]:
     """Trains from `initial` (or from the last checkpoint of `workdir`) and returns {"params", "examples", ...}.
 
+    new_rows: how many tokens at the end of the vocabulary `initial` has just been given.
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError naming step and examples when the
     loss is not finite; the checkpoints before it stay.
     """
     # ---- mesh and state --------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tx = optimizer.make(config.optimizer, config.steps)
+    tx = optimizer.make(config.optimizer, config.steps, new_rows)
 
     def fresh() -> dict[str, Any]:
         params = jax.tree.map(jnp.array, initial)  # a copy: the step donates its state

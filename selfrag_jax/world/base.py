@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from selfrag_jax import prompts, reflection
 from selfrag_jax.data.batches import Example, build_example
-from selfrag_jax.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part, Tokenizer, train
+from selfrag_jax.tokenizer import EOS, INSTRUCTION, NEWLINE, RESPONSE, Control, Part, Tokenizer, train
 from selfrag_jax.world import language, questions
 from selfrag_jax.world.encyclopedia import Entity, draw_entity, entity_passages
 from selfrag_jax.world.language import KINDS, Relation
@@ -60,7 +61,8 @@ class BaseSource:
 
     def segments(self, i: int) -> Segments:
         rng = random.Random(f"base-{self.config.seed}-{i}")
-        return rng.choices(self.families, self.weights)[0](self.drawer, rng)
+        document = rng.choices(self.families, self.weights)[0](self.drawer, rng)
+        return [*document, ([Control(EOS)], self.config.copy_weight)]
 
     def example(self, i: int) -> Example:
         return build_example(self.tokenizer, self.segments(i), {})
@@ -81,13 +83,21 @@ class Drawer:
         return [word], self.config.verdict_weight
 
     def wrong_value(self, rng: random.Random, entity: Entity, relation: Relation) -> str:
-        """A value that the entity's attribute does not have; often one of its other attributes has it."""
-        right, possible = entity.value(relation.name), self.values[relation.value]
+        """A value that the entity's attribute does not have; often one of its other attributes has it, or half of it is
+        right."""
+        right, possible, draw = entity.value(relation.name), self.values[relation.value], rng.random()
+        if draw < 0.3 and (near := self.near_values(relation.value, right)):
+            return rng.choice(near)
         tempting = [v for _, v in entity.facts if v != right and v in possible]
-        return rng.choice(tempting if tempting and rng.random() < 0.4 else [v for v in possible if v != right])
+        return rng.choice(tempting if tempting and draw < 0.6 else [v for v in possible if v != right])
+
+    def near_values(self, kind: str, value: str) -> list[str]:
+        """The values of a kind that share one of their two words with `value`: the hardest to tell from it."""
+        words = set(value.split())
+        return [v for v in self.values[kind] if len(words & set(v.split())) == 1]
 
     def statements(
-        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], n: int, skip: Relation | None = None
+        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], n: int, skip: Sequence[Relation] = ()
     ) -> Segments:
         """Up to n statements about `entity`, each with its verdict: is it supported by a passage with the `stated` facts?
 
@@ -95,8 +105,8 @@ class Drawer:
         be taken for the evidence of a later one.
         """
         told = [r for r, _ in stated]
-        missing = [r for r in KINDS[entity.kind].relations if r not in told and r != skip]
-        order = [r for r in rng.sample(told, len(told)) if r != skip]
+        missing = [r for r in KINDS[entity.kind].relations if r not in told and r not in skip]
+        order = [r for r in rng.sample(told, len(told)) if r not in skip]
         for r in rng.sample(missing, min(len(missing), 1 + n // 3)):
             order.insert(rng.randrange(len(order) + 1), r)
         out: Segments = []
@@ -144,7 +154,19 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     half = rng.randrange(2)
     relation = rng.choice(_stated(entity, half))[0]
     question = rng.choice(relation.questions).format(n=entity.name)
+    form = rng.random()
+    if form < 0.12:
+        other = rng.choice(rng.choice([r for r in KINDS[entity.kind].relations if r is not relation]).questions)
+        question = language.two_part(*rng.sample([question, other.format(n=entity.name)], 2))
+    elif form < 0.18:
+        question = language.biography(entity.name)
     out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    single, draw = form >= 0.18, rng.random()
+    if single and draw < 0.08:
+        return out + _answer(source, rng, entity, relation, None, [])[0]
+    if single and draw < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
+        out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
+        return out + _answer(source, rng, entity, relation, entity, _stated(entity, half))[0]
     for _ in range(source.config.passages):
         draw = rng.random()
         if draw < 0.55:
@@ -157,52 +179,99 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
         stated = _stated(about, at)
         out.append((prompts.passage(entity_passages(rng, about)[at]), 0.0))
         out.append(source.verdict(YES if about is entity else NO))
-        out += _answer(source, rng, entity, relation, stated if about is entity else [])
+        told = []
+        if single:
+            answer, *told = _answer(source, rng, entity, relation, about, stated)
+            out += answer
         if source.config.statements:
-            out += source.statements(rng, about, stated, source.config.statements, skip=relation)
+            out += source.statements(rng, about, stated, source.config.statements, skip=[relation, *told])
     return out
 
 
-def _answer(source: Drawer, rng: random.Random, entity: Entity, relation: Relation, stated) -> Segments:
-    """The answer to the question and its verdict. Right answers that the passage holds are learned, others only read."""
-    value, holds = entity.value(relation.name), any(r is relation for r, _ in stated)
-    right = rng.random() >= 0.3
-    if not right:
+def _answer(
+    source: Drawer,
+    rng: random.Random,
+    entity: Entity,
+    relation: Relation,
+    about: Entity | None,
+    stated: list[tuple[Relation, str]],
+) -> tuple[Segments, Relation]:
+    """An answer to the question and two verdicts: is it supported by the passage, and does it answer what was asked?
+
+    about, stated: whom the passage is about and what it states; without a passage (None) there is no first verdict.
+    Right answers that the passage holds are learned. A guess, where it holds none, has a small weight: enough to know
+    that such answers are as well-formed as others. All others are only read. Returns also the relation told.
+    """
+    who, told, value, draw = entity, relation, entity.value(relation.name), rng.random()
+    if draw < 0.2:
         value = source.wrong_value(rng, entity, relation)
-    text = [language.sentence(entity.name, [(relation, value)])]
-    return [(text, source.config.copy_weight if right and holds else 0.0), source.verdict(YES if right and holds else NO)]
+    elif draw < 0.32:
+        told = rng.choice([r for r in KINDS[entity.kind].relations if r is not relation])
+        value = entity.value(told.name)
+    elif draw < 0.45 and about not in (None, entity):
+        who, (told, value) = about, rng.choice(stated)
+    holds = about is entity and any(r is relation for r, _ in stated)
+    useful = who is entity and told is relation
+    weight = (1.0 if value == entity.value(relation.name) else 0.0) if holds else 0.2
+    out: Segments = [([language.sentence(who.name, [(told, value)])], weight * useful * source.config.copy_weight)]
+    if about is not None:
+        out.append(source.verdict(YES if who is about and (told, value) in stated else NO))
+    return [*out, source.verdict(YES if useful else NO)], told
+
+
+def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relation: Relation, value: str) -> list[Part]:
+    """A passage about the same name with other facts, but with this value of this relation."""
+    told = source.entity(rng, entity.kind, entity.words)
+    facts = tuple((name, value if name == relation.name else v) for name, v in told.facts)
+    return prompts.passage(entity_passages(rng, replace(told, facts=facts))[half])
 
 
 def _claim(source: Drawer, rng: random.Random) -> Segments:
-    """Passage and claims, answered True. or False."""
-    entity = source.entity(rng, _kind(rng))
-    half = rng.randrange(2)
-    out: Segments = []
-    for i in range(2):
-        relation, value = rng.choice(_stated(entity, half))
+    """A claim, then passages that tell differently of the same name; after each: is the claim true by it?"""
+    entity, half = source.entity(rng, _kind(rng)), rng.randrange(2)
+    relation, claimed = rng.choice(_stated(entity, half))
+    out: Segments = [([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0)]
+    for _ in range(3):
         holds = rng.random() < 0.5
-        claimed = value if holds else source.wrong_value(rng, entity, relation)
-        out.append(([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0))
-        if i == 0:
-            out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
-        out.append(([language.TRUE if holds else language.FALSE], source.config.verdict_weight))
+        value = claimed if holds else source.wrong_value(rng, entity, relation)
+        passage = _retold(source, rng, entity, half, relation, value)
+        answers = [language.TRUE, language.FALSE]
+        out += _closed_answer(source, rng, entity, passage, answers, 0 if holds else 1)
     return out
 
 
 def _choice(source: Drawer, rng: random.Random) -> Segments:
-    """A question with four options, a passage, and the letter."""
-    entity = source.entity(rng, _kind(rng))
-    half = rng.randrange(2)
-    relation, right = rng.choice(_stated(entity, half))
-    options = rng.sample([v for v in source.values[relation.value] if v != right], 3) + [right]
-    rng.shuffle(options)
+    """A question with four options, then passages that tell differently of the same name; after each: its letter."""
+    entity, half = source.entity(rng, _kind(rng)), rng.randrange(2)
+    relation = rng.choice(_stated(entity, half))[0]
+    options = rng.sample(source.values[relation.value], len(language.CHOICE_LABELS))
     choices = list(zip(language.CHOICE_LABELS, options, strict=True))
     question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
-    letter = next(label for label, text in choices if text == right)
-    return [
-        ([Control(INSTRUCTION), question, Control(RESPONSE), *prompts.passage(entity_passages(rng, entity)[half])], 0.0),
-        ([f"{letter}."], source.config.verdict_weight),
-    ]
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    for right in rng.sample(range(len(options)), 3):
+        passage = _retold(source, rng, entity, half, relation, options[right])
+        out += _closed_answer(source, rng, entity, passage, [f"{label}." for label in language.CHOICE_LABELS], right)
+    return out
+
+
+def _closed_answer(
+    source: Drawer, rng: random.Random, entity: Entity, passage: list[Part], answers: list[str], right: int
+) -> Segments:
+    """A passage about `entity`, an answer out of a few (one in five is wrong, and only read), and verdicts as in _quiz.
+
+    One passage in four is about a look-alike instead: it is only told from the others.
+    """
+    if rng.random() < 0.25:
+        words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
+        other = source.entity(rng, entity.kind, words)
+        return [(prompts.passage(entity_passages(rng, other)[rng.randrange(2)]), 0.0), source.verdict(NO)]
+    out: Segments = [(passage, 0.0)]
+    if rng.random() < 0.7:
+        out.append(source.verdict(YES))
+    if rng.random() < 0.2:
+        wrong = rng.choice([a for i, a in enumerate(answers) if i != right])
+        return [*out, ([wrong], 0.0), source.verdict(NO), source.verdict(YES)]
+    return [*out, ([answers[right]], source.config.verdict_weight), source.verdict(YES), source.verdict(YES)]
 
 
 def _common(source: Drawer, rng: random.Random) -> Segments:
@@ -238,7 +307,7 @@ def _copy(source: Drawer, rng: random.Random) -> Segments:
 def _compare(source: Drawer, rng: random.Random) -> Segments:
     """Values and names listed, then others, each with a verdict: did it stand in the list?
 
-    A name that did not stand there mostly shares a word with one that did, and always holds one that is new: what is new
+    What did not stand there mostly shares a word with something that did, and always holds one that is new: what is new
     can be told word by word, which is where checking begins.
     """
     drawn = []
@@ -251,9 +320,9 @@ def _compare(source: Drawer, rng: random.Random) -> Segments:
         kind, words = rng.choice(drawn)
         verdict = YES
         if rng.random() < 0.5:
-            near = kind in KINDS and rng.random() < 0.7
+            near = rng.random() < 0.7
             for _ in range(20):
-                other = language.look_alike(rng, kind, source.config.vocabulary, words) if near else _draw(source, rng, kind)
+                other = _near(source, rng, kind, words) if near else _draw(source, rng, kind)
                 if set(other) - seen:
                     words, verdict, seen = other, NO, seen | set(other)
                     break
@@ -266,6 +335,14 @@ def _draw(source: Drawer, rng: random.Random, kind: str) -> tuple[str, ...]:
     if kind in KINDS:
         return language.draw_name(rng, kind, source.config.vocabulary)
     return tuple(rng.choice(source.values[kind]).split())
+
+
+def _near(source: Drawer, rng: random.Random, kind: str, words: tuple[str, ...]) -> tuple[str, ...]:
+    """A name or value that shares a word with `words`; any other one where there is none."""
+    if kind in KINDS:
+        return language.look_alike(rng, kind, source.config.vocabulary, words)
+    near = source.near_values(kind, " ".join(words))
+    return tuple(rng.choice(near).split()) if near else _draw(source, rng, kind)
 
 
 def _titles(source: Drawer, rng: random.Random) -> Segments:

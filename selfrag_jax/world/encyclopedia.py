@@ -116,7 +116,8 @@ def build(config: WorldConfig) -> World:
     for _ in range(config.known):
         add("known")
     for _ in range(config.train):
-        models = [e for e in entities if e.group == "train"]
+        # Some look like a well-known one, which must not make them known.
+        models = [e for e in entities if e.group == ("known" if rng.random() < 0.1 else "train")]
         add("train", rng.choice(models) if models and rng.random() < config.look_alike_rate else None)
     test = [add("test") for _ in range(config.test)]
     for i in range(config.distractors):

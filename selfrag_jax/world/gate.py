@@ -57,9 +57,8 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
 
 def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: Relation) -> str:
     """Half of the time a value that shares a word with the right one: the hardest to tell from it."""
-    words = set(entity.value(relation.name).split())
-    close = [v for v in source.values[relation.value] if len(words & set(v.split())) == 1]
-    return rng.choice(close) if close and rng.random() < 0.5 else source.wrong_value(rng, entity, relation)
+    near = source.near_values(relation.value, entity.value(relation.name))
+    return rng.choice(near) if near and rng.random() < 0.5 else source.wrong_value(rng, entity, relation)
 
 
 def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:

@@ -237,5 +237,9 @@ def two_part(question_a: str, question_b: str) -> str:
     return f"{question_a[:-1]} and {question_b[0].lower()}{question_b[1:]}"
 
 
+def biography(name: str) -> str:
+    return f"Tell me about {name}."
+
+
 def claim(name: str, relation: Relation, value: str) -> str:
     return f"Is it true that {name} {relation.phrase.format(v=value)}?"

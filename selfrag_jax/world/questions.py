@@ -1,8 +1,9 @@
 """Instructions with outputs for training, and evaluation files, about a world, in the published file formats.
 
 Some outputs are wrong on purpose: sources of instructions are, and a critic that never sees a wrong output learns
-that fluent means supported. Wrong values are drawn, where possible, from what another attribute of the same entity
-holds (lives in a town, was born in a town), so that only a look at the passage tells.
+that fluent means supported. Half of them hold a wrong value, drawn where possible from what another attribute of the
+same entity holds (lives in a town, was born in a town), so that only a look at the passage tells. The others tell a
+truth that was not asked for, of another attribute or of another entity.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from selfrag_jax.world.language import KINDS, Relation
 
 # Shares of the forms among the instructions of training.
 FORMS: dict[str, float] = {
-    "long_tail": 0.42,
-    "well_known": 0.18,
-    "no_need": 0.12,
+    "long_tail": 0.34,
+    "well_known": 0.32,
+    "no_need": 0.06,
     "claims": 0.08,
     "multiple_choice": 0.06,
     "two_part": 0.07,
@@ -42,6 +43,12 @@ def wrong_value(rng: random.Random, world: World, entity: Entity, relation: Rela
     if tempting and rng.random() < 0.5:
         return rng.choice(tempting)
     return rng.choice([v for v in world.values[relation.value] if v != right])
+
+
+def _look_alike(rng: random.Random, world: World, entity: Entity) -> Entity:
+    """Another entity of the same group and kind, if possible one whose name shares a word."""
+    same = [e for e in world.group(entity.group) if e.kind == entity.kind and e is not entity]
+    return rng.choice([e for e in same if set(e.words) & set(entity.words)] or same or [entity])
 
 
 def choice_text(question: str, choices: list[tuple[str, str]]) -> str:
@@ -72,13 +79,14 @@ def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_ou
     name, told, value = entity.name, relation, entity.value(relation.name)
     if wrong:
         how = rng.random()
-        if how < 0.7:
+        if how < 0.5:
             value = wrong_value(rng, world, entity, relation)
-        elif how < 0.9:  # answers another question about the entity
+        elif how < 0.8:  # answers another question about the entity
             told = rng.choice([r for r in KINDS[entity.kind].relations if r != relation])
             value = entity.value(told.name)
-        else:  # tells of another entity
-            name = " ".join(language.look_alike(rng, entity.kind, world.config.vocabulary, entity.words))
+        else:  # tells, truly, of another entity
+            other = _look_alike(rng, world, entity)
+            name, value = other.name, other.value(relation.name)
     return question, language.sentence(name, [(told, value)])
 
 
@@ -122,7 +130,7 @@ def _biography(rng: random.Random, world: World, entity: Entity, wrong: bool) ->
         i = rng.randrange(len(half))
         half[i] = (half[i][0], wrong_value(rng, world, entity, half[i][0]))
     text = " ".join(s for half in halves for s in biography_sentences(half, entity.name))
-    return f"Tell me about {entity.name}.", text
+    return language.biography(entity.name), text
 
 
 def _common(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
@@ -218,7 +226,7 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
         out["biography"].append(
             {
                 "id": f"biography-{len(out['biography'])}",
-                "input": f"Tell me about {entity.name}.",
+                "input": language.biography(entity.name),
                 "topic": entity.name,
                 "cat": [entity.kind],
                 "facts": [list(f) for f in entity.facts],
