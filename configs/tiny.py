@@ -36,7 +36,7 @@ def _train(steps: int, seed: int) -> ConfigDict:
             rows=12,
             length=192,
             max_targets=480,
-            optimizer=_optimizer(0.008),
+            optimizer=_optimizer(0.006),
             mesh=dict(data=1, fsdp=1, tensor=1),
             save_every=100,
             log_every=20,
@@ -56,7 +56,7 @@ def _answer(pick) -> dict:
             max_depth=pick(4, 2),
             ndocs=5,
             accumulate="mean",
-            max_new_tokens=pick(32, 16),
+            max_new_tokens=pick(24, 16),
             length_bucket=32,
         ),
         batch=pick(50, 12),
@@ -125,11 +125,11 @@ def get_config(variant: str = "full") -> ConfigDict:
         tie_embeddings=True,
         embed_std=0.5,
     )
-    c.critic_weights = dict(retrieve=3.0, isrel=1.0, issup=1.0, isuse=2.0)
+    c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
     # Against a text token's 1: in so short a training the text, some of it wrong on purpose, drowns the few judgements.
     c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=2.0, isuse=2.0)
     c.critic = _train(pick(260, 6), seed=1)
-    c.generator = _train(pick(300, 6), seed=2)  # the baselines train as many steps
+    c.generator = _train(pick(240, 6), seed=2)  # the baselines train as many steps
     c.label = dict(
         seed=0,
         critic=dict(batch=64, length_bucket=32, brief=True),

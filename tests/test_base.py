@@ -29,7 +29,7 @@ def test_the_shipped_model_does_what_its_record_says():
 
 
 def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
-    families = tuple((name, 1.0) for name in base._FAMILIES)
+    families = tuple((name, 1.0) for name in base.FAMILIES)
     source = base.BaseSource(base.BaseDataConfig(0, "base", families, 1.0, 1.0, 1, 2), tokenizer)
     kind_of = {r.name: r.value for kind in language.KINDS.values() for r in kind.relations}
 

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, reflection
 from selfrag_jax import config as configs
 from selfrag_jax.data.critic import CriticSource
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput
+from selfrag_jax.tokenizer import Tokenizer
 from selfrag_jax.training.train import TrainConfig, train
 
 ROLES = ("critic", "generator")
@@ -37,7 +38,7 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     if c.base != "scratch":
         loaded = checkpoints.load(embedded_base() if c.base == "embedded" else c.base)
         tokenizer = loaded.tokenizer.with_reflection_tokens()
-        like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in c.new_rows}
+        like = {_new_token(tokenizer, token): loaded.tokenizer.encode(words) for token, words in c.new_rows}
         config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size, like)
         new = config.vocab_size - loaded.model.config.vocab_size
         return checkpoints.LoadedModel(Model(config), params, tokenizer), new
@@ -47,6 +48,12 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     extra = dict(vocab_size=tokenizer.vocab_size, dtype="float32", remat=False, scan_unroll=fields["num_layers"])
     model = Model(configs.build(LlamaConfig, fields | extra, "scratch"))
     return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer), 0
+
+
+def _new_token(tokenizer: Tokenizer, token: str) -> int:
+    if token not in reflection.ALL:
+        raise BadInput(f"config new_rows: {token!r} is no reflection token; they are {', '.join(reflection.ALL)}")
+    return tokenizer.id(token)
 
 
 def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
@@ -60,7 +67,7 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
     made: dict[str, Any] = {"role": role, "train": asdict(section), "base": c.base, "weights": weights}
     made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
-    made["brief"] = c.label.critic.brief
+    made["brief"], made["new_rows"] = c.label.critic.brief, [list(pair) for pair in c.new_rows]
     inputs = {"data": data}
     if c.base != "scratch":
         inputs["base"] = embedded_base() if c.base == "embedded" else c.base

@@ -29,7 +29,7 @@ Segments = list[tuple[list[Part], float]]
 class BaseDataConfig:
     seed: int
     vocabulary: str  # "base"; tests read "world" words to measure how the skills carry over
-    family_weights: tuple[tuple[str, float], ...]  # see _FAMILIES
+    family_weights: tuple[tuple[str, float], ...]  # see FAMILIES
     verdict_weight: float  # loss weight of verdicts
     copy_weight: float  # loss weight of answers in sentences, which else drown the verdicts' signal
     passages: int  # per document
@@ -55,7 +55,7 @@ class BaseSource:
 
     def __init__(self, config: BaseDataConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.families = [_FAMILIES[name] for name, _ in config.family_weights]
+        self.families = [FAMILIES[name] for name, _ in config.family_weights]
         self.weights = [w for _, w in config.family_weights]
         self.drawer = Drawer(config, {kind: language.words(kind, config.vocabulary) for kind in language.VALUES})
 
@@ -132,27 +132,27 @@ class Drawer:
         return [language.sentence(entity.name, facts)], verdict
 
 
-def _stated(entity: Entity, half: int) -> list[tuple[Relation, str]]:
+def stated_facts(entity: Entity, half: int) -> list[tuple[Relation, str]]:
     return entity.halves()[half]
 
 
-def _kind(rng: random.Random) -> str:
+def draw_kind(rng: random.Random) -> str:
     return "person" if rng.random() < 0.6 else rng.choice(("place", "organisation", "work"))
 
 
 def _statements(source: Drawer, rng: random.Random) -> Segments:
     """A passage, then statements, each with its verdict."""
-    entity = source.entity(rng, _kind(rng))
+    entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
     out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
-    return out + source.statements(rng, entity, _stated(entity, half), source.config.statements + 2)
+    return out + source.statements(rng, entity, stated_facts(entity, half), source.config.statements + 2)
 
 
 def _quiz(source: Drawer, rng: random.Random) -> Segments:
     """A question, then passages about it, its look-alikes and others: is it about the same name, and what does it say?"""
-    entity = source.entity(rng, _kind(rng))
+    entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
-    relation = rng.choice(_stated(entity, half))[0]
+    relation = rng.choice(stated_facts(entity, half))[0]
     question = rng.choice(relation.questions).format(n=entity.name)
     form = rng.random()
     if form < 0.12:
@@ -166,7 +166,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
         return out + _answer(source, rng, entity, relation, None, [])[0]
     if single and draw < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
         out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
-        return out + _answer(source, rng, entity, relation, entity, _stated(entity, half))[0]
+        return out + _answer(source, rng, entity, relation, entity, stated_facts(entity, half))[0]
     for _ in range(source.config.passages):
         draw = rng.random()
         if draw < 0.55:
@@ -175,8 +175,8 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
             words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
             about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
         else:
-            about, at = source.entity(rng, _kind(rng)), rng.randrange(2)
-        stated = _stated(about, at)
+            about, at = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+        stated = stated_facts(about, at)
         out.append((prompts.passage(entity_passages(rng, about)[at]), 0.0))
         out.append(source.verdict(YES if about is entity else NO))
         told = []
@@ -228,8 +228,8 @@ def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relat
 
 def _claim(source: Drawer, rng: random.Random) -> Segments:
     """A claim, then passages that tell differently of the same name; after each: is the claim true by it?"""
-    entity, half = source.entity(rng, _kind(rng)), rng.randrange(2)
-    relation, claimed = rng.choice(_stated(entity, half))
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    relation, claimed = rng.choice(stated_facts(entity, half))
     out: Segments = [([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0)]
     for _ in range(3):
         holds = rng.random() < 0.5
@@ -242,8 +242,8 @@ def _claim(source: Drawer, rng: random.Random) -> Segments:
 
 def _choice(source: Drawer, rng: random.Random) -> Segments:
     """A question with four options, then passages that tell differently of the same name; after each: its letter."""
-    entity, half = source.entity(rng, _kind(rng)), rng.randrange(2)
-    relation = rng.choice(_stated(entity, half))[0]
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    relation = rng.choice(stated_facts(entity, half))[0]
     options = rng.sample(source.values[relation.value], len(language.CHOICE_LABELS))
     choices = list(zip(language.CHOICE_LABELS, options, strict=True))
     question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
@@ -294,8 +294,8 @@ def _kinds(source: Drawer, rng: random.Random) -> Segments:
 
 def _copy(source: Drawer, rng: random.Random) -> Segments:
     """A passage, then a question about each of its facts with the answer."""
-    entity, half = source.entity(rng, _kind(rng)), rng.randrange(2)
-    stated = _stated(entity, half)
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    stated = stated_facts(entity, half)
     out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
     for relation, value in rng.sample(stated, len(stated)):
         question = rng.choice(relation.questions).format(n=entity.name)
@@ -312,7 +312,7 @@ def _compare(source: Drawer, rng: random.Random) -> Segments:
     """
     drawn = []
     for _ in range(rng.randint(1, 4)):
-        kind = _kind(rng) if rng.random() < 0.5 else rng.choice(sorted(language.VALUES))
+        kind = draw_kind(rng) if rng.random() < 0.5 else rng.choice(sorted(language.VALUES))
         drawn.append((kind, _draw(source, rng, kind)))
     seen = {w for _, words in drawn for w in words}
     out: Segments = [([", ".join(" ".join(words) for _, words in drawn), Control(NEWLINE)], 0.0)]
@@ -345,9 +345,30 @@ def _near(source: Drawer, rng: random.Random, kind: str, words: tuple[str, ...])
     return tuple(rng.choice(near).split()) if near else _draw(source, rng, kind)
 
 
+def _bindings(source: Drawer, rng: random.Random) -> Segments:
+    """A passage, and among statements about it one that gives a value of it to an attribute which it lacks.
+
+    Which value belongs to which attribute is the hardest part of checking: every word of such a statement is there.
+    """
+    entity, half = source.entity(rng, rng.choice(("person", "person", "organisation"))), rng.randrange(2)
+    stated = stated_facts(entity, half)
+    lent = [(r, v) for r, _ in stated_facts(entity, 1 - half) for s, v in stated if s.value == r.value]
+    relation, value = rng.choice(lent)
+    passage = prompts.passage(entity_passages(rng, entity)[half])
+    text = language.sentence(entity.name, [(relation, value)])
+    if rng.random() < 0.5:
+        question = rng.choice(relation.questions).format(n=entity.name)
+        out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE), *passage], 0.0), source.verdict(YES)]
+        out += [([text], 0.0), source.verdict(NO), source.verdict(YES)]
+        return out + source.statements(rng, entity, stated, source.config.statements, skip=[relation])
+    checked = [source.statement(rng, entity, stated, [r]) for r, _ in stated]
+    checked.insert(rng.randrange(len(checked) + 1), ([text], NO))
+    return [(passage, 0.0)] + [segment for text, word in checked for segment in ((text, 0.0), source.verdict(word))]
+
+
 def _titles(source: Drawer, rng: random.Random) -> Segments:
     """A question, then titles, each with its verdict: is it the name asked about?"""
-    vocabulary, kind = source.config.vocabulary, _kind(rng)
+    vocabulary, kind = source.config.vocabulary, draw_kind(rng)
     name = language.draw_name(rng, kind, vocabulary)
     relation = rng.choice(KINDS[kind].relations)
     question = rng.choice(relation.questions).format(n=" ".join(name))
@@ -364,7 +385,7 @@ def _titles(source: Drawer, rng: random.Random) -> Segments:
     return out
 
 
-_FAMILIES = {
+FAMILIES = {
     "quiz": _quiz,
     "statements": _statements,
     "claim": _claim,
@@ -374,4 +395,5 @@ _FAMILIES = {
     "kinds": _kinds,
     "compare": _compare,
     "titles": _titles,
+    "bindings": _bindings,
 }

@@ -21,9 +21,9 @@ from selfrag_jax.world.language import KINDS, Relation
 
 # Shares of the forms among the instructions of training.
 FORMS: dict[str, float] = {
-    "long_tail": 0.34,
-    "well_known": 0.32,
-    "no_need": 0.06,
+    "long_tail": 0.42,
+    "well_known": 0.22,
+    "no_need": 0.08,
     "claims": 0.08,
     "multiple_choice": 0.06,
     "two_part": 0.07,
