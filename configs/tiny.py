@@ -85,6 +85,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         values_per_kind=16,
         person_share=0.6,
         look_alike_rate=0.5,
+        known_look_alike_rate=0.1,
         instructions=pick(2400, 120),
         wrong_output_rate=0.22,
         questions_per_test_entity=2,
@@ -126,8 +127,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         embed_std=0.5,
     )
     c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
-    # Against a text token's 1: in so short a training the text, some of it wrong on purpose, drowns the few judgements.
-    c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=2.0, isuse=2.0)
+    # Against a text token's 1: an example holds ten times as many text tokens as judgements.
+    c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=3.0, isuse=2.0)
     c.critic = _train(pick(260, 6), seed=1)
     c.generator = _train(pick(240, 6), seed=2)  # the baselines train as many steps
     c.label = dict(

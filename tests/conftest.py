@@ -53,6 +53,7 @@ def small_world():
             values_per_kind=8,
             person_share=0.6,
             look_alike_rate=0.5,
+            known_look_alike_rate=0.1,
             instructions=200,
             wrong_output_rate=0.25,
             questions_per_test_entity=2,

@@ -12,9 +12,9 @@ from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control
 from selfrag_jax.training.stage import embedded_base
-from selfrag_jax.world import base, gate, language, make_base, truth
+from selfrag_jax.world import base, documents, drawer, gate, language, make_base, truth
 
-VERDICTS = (base.YES, base.PARTLY, base.NO)  # in the order of reflection.ISSUP
+VERDICTS = (drawer.YES, drawer.PARTLY, drawer.NO)  # in the order of reflection.ISSUP
 
 
 def test_the_shipped_model_does_what_its_record_says():
@@ -29,8 +29,8 @@ def test_the_shipped_model_does_what_its_record_says():
 
 
 def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
-    families = tuple((name, 1.0) for name in base.FAMILIES)
-    source = base.BaseSource(base.BaseDataConfig(0, "base", families, 1.0, 1.0, 1, 2), tokenizer)
+    families = tuple((name, 1.0) for name in documents.FAMILIES)
+    source = base.BaseSource(drawer.BaseDataConfig(0, "base", families, 1.0, 1.0, 1, 2), tokenizer)
     kind_of = {r.name: r.value for kind in language.KINDS.values() for r in kind.relations}
 
     def kinds_of(name):
@@ -51,7 +51,7 @@ def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
 
 def test_verdicts_of_a_quiz_are_true(tokenizer):
     """Read back by the world's own judge: relevance of passages, support of sentences, use of answers."""
-    source = base.BaseSource(base.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
     counts = collections.Counter()
     for i in range(400):
         (head, _), *segments = source.segments(i)[:-1]
@@ -63,19 +63,19 @@ def test_verdicts_of_a_quiz_are_true(tokenizer):
                 sentence, before = part, "sentence"
             else:
                 if before == "passage":
-                    kind, expected = "isrel", base.YES if truth.is_relevant(question, passage) else base.NO
+                    kind, expected = "isrel", drawer.YES if truth.is_relevant(question, passage) else drawer.NO
                 elif before == "sentence" and passage is not None:
                     kind, expected = "issup", VERDICTS[reflection.ISSUP.index(truth.support("Tell me.", passage, sentence))]
                 else:
-                    kind, expected = "isuse", base.YES if truth.utility(question, sentence) == "[Utility:5]" else base.NO
+                    kind, expected = "isuse", drawer.YES if truth.utility(question, sentence) == "[Utility:5]" else drawer.NO
                 assert part == expected, (question, passage, sentence, kind)
                 counts[kind, part] += 1
                 before = "verdict"
-    assert min(counts[k] for k in itertools.product(("isrel", "issup", "isuse"), (base.YES, base.NO))) > 40
+    assert min(counts[k] for k in itertools.product(("isrel", "issup", "isuse"), (drawer.YES, drawer.NO))) > 40
 
 
 def test_wrong_values_are_often_near(tokenizer):
-    source = base.BaseSource(base.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
     rng, near = random.Random(0), 0
     for _ in range(300):
         entity = source.drawer.entity(rng, "person")

@@ -1,23 +1,27 @@
 """The trainer: it learns, it resumes to bit-identical parameters, and a loss that is not finite stops it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selfrag_jax import config as configs
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, GeneratorExample
+from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
 from selfrag_jax.training.optimizer import OptimizerConfig, schedule
+from selfrag_jax.training.stage import starting_model
 from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
 
 
 def config(steps=12, rate=0.01, name="muon", eps=1e-8, **changes):
-    optimizer = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, eps, 0.0, 1.0, 4.0)
+    learner = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, eps, 0.0, 1.0, 4.0)
     fields = dict(seed=0, steps=steps, rows=2, length=32, max_targets=48, save_every=4, log_every=4)
-    return TrainConfig(**(fields | changes), optimizer=optimizer, mesh=MeshConfig(1, 1, 1))
+    return TrainConfig(**(fields | changes), optimizer=learner, mesh=MeshConfig(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,27 @@ def source(tokenizer):
 
 def run(tiny_model, source, workdir, **kwargs):
     return train(config(**kwargs), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+
+
+def test_reflection_tokens_start_as_the_words_of_the_config():
+    c = configs.load("tiny")
+    start, new = starting_model(c)
+    table, tokenizer = np.asarray(start.params["embed"]["embedding"]), start.tokenizer
+    assert new == 13 and table.shape[0] == tokenizer.vocab_size  # all reflection tokens; the base has the markup
+    for token, word in c.new_rows:
+        np.testing.assert_array_equal(table[tokenizer.id(token)], table[tokenizer.encode(word)[0]])
+    np.testing.assert_allclose(table[tokenizer.id("[Retrieval]")], table[:-new].mean(0), atol=1e-6)
+    c.new_rows = (("[Relevent]", "yes"),)
+    with pytest.raises(BadInput, match=r"new_rows: '\[Relevent\]' is no reflection token"):
+        starting_model(c)
+
+
+def test_new_rows_move_faster():
+    params = {"embed": {"embedding": jnp.ones((6, 3))}, "norm": {"scale": jnp.ones(3)}}
+    tx = optimizer._faster_rows(4.0, 2)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates["embed"]["embedding"][:, 0], [1, 1, 1, 1, 4, 4])
+    np.testing.assert_array_equal(updates["norm"]["scale"], 1)
 
 
 @pytest.mark.parametrize("name", ("muon", "adamw"))

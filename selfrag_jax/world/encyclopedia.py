@@ -34,6 +34,7 @@ class WorldConfig:
     values_per_kind: int  # distinct values of each kind of word, e.g. 16 towns
     person_share: float  # of the entities that are persons; places, organisations and works share the rest
     look_alike_rate: float  # of the train entities whose name is derived from another's
+    known_look_alike_rate: float  # of those, whose name is derived from a known entity's
     instructions: int  # rows of instructions.jsonl
     wrong_output_rate: float  # of the rows whose output is wrong
     questions_per_test_entity: int
@@ -117,7 +118,8 @@ def build(config: WorldConfig) -> World:
         add("known")
     for _ in range(config.train):
         # Some look like a well-known one, which must not make them known.
-        models = [e for e in entities if e.group == ("known" if rng.random() < 0.1 else "train")]
+        group = "known" if rng.random() < config.known_look_alike_rate else "train"
+        models = [e for e in entities if e.group == group]
         add("train", rng.choice(models) if models and rng.random() < config.look_alike_rate else None)
     test = [add("test") for _ in range(config.test)]
     for i in range(config.distractors):

@@ -23,7 +23,8 @@ from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
 from selfrag_jax.world import language
-from selfrag_jax.world.base import NO, YES, BaseDataConfig, BaseSource, Drawer, Segments, draw_kind, stated_facts
+from selfrag_jax.world.base import BaseSource
+from selfrag_jax.world.drawer import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind, stated_facts
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import Relation
 

@@ -22,7 +22,8 @@ from selfrag_jax.models.llama import LlamaConfig, Model, count_parameters
 from selfrag_jax.records import BadInput, read_json, write_json
 from selfrag_jax.training.train import TrainConfig, train
 from selfrag_jax.world import gate
-from selfrag_jax.world.base import BaseDataConfig, BaseSource, make_tokenizer
+from selfrag_jax.world.base import BaseSource, make_tokenizer
+from selfrag_jax.world.drawer import BaseDataConfig
 
 RECORD = "made.json"
 

@@ -1,9 +1,9 @@
 """Instructions with outputs for training, and evaluation files, about a world, in the published file formats.
 
 Some outputs are wrong on purpose: sources of instructions are, and a critic that never sees a wrong output learns
-that fluent means supported. Half of them hold a wrong value, drawn where possible from what another attribute of the
-same entity holds (lives in a town, was born in a town), so that only a look at the passage tells. The others tell a
-truth that was not asked for, of another attribute or of another entity.
+that fluent means supported. Of the answers to single questions, half of these hold a wrong value, where possible that of
+another attribute of the same entity (lives in a town, was born in a town), so that only a look at the passage tells; the
+others tell a truth that was not asked for, of another attribute or of another entity.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ def _relation(rng: random.Random, entity: Entity) -> Relation:
 
 
 def wrong_value(rng: random.Random, world: World, entity: Entity, relation: Relation) -> str:
-    """A wrong value of the right sort; half of the time one that another attribute of the entity really has."""
+    """A wrong value of the right sort; mostly, where there is one, that of another attribute of the entity."""
     right = entity.value(relation.name)
     tempting = [v for r in KINDS[entity.kind].relations if r.value == relation.value and (v := entity.value(r.name)) != right]
-    if tempting and rng.random() < 0.5:
+    if tempting and rng.random() < 0.9:
         return rng.choice(tempting)
     return rng.choice([v for v in world.values[relation.value] if v != right])
 
 
-def _look_alike(rng: random.Random, world: World, entity: Entity) -> Entity:
-    """Another entity of the same group and kind, if possible one whose name shares a word."""
+def _similar_entity(rng: random.Random, world: World, entity: Entity) -> Entity | None:
+    """Another entity of the same group and kind, if possible one whose name shares a word; None if it is the only one."""
     same = [e for e in world.group(entity.group) if e.kind == entity.kind and e is not entity]
-    return rng.choice([e for e in same if set(e.words) & set(entity.words)] or same or [entity])
+    similar = [e for e in same if set(e.words) & set(entity.words)] or same
+    return rng.choice(similar) if similar else None
 
 
 def choice_text(question: str, choices: list[tuple[str, str]]) -> str:
@@ -78,15 +79,14 @@ def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_ou
         question = _phrasing(world, entity, relation, held_out)
     name, told, value = entity.name, relation, entity.value(relation.name)
     if wrong:
-        how = rng.random()
-        if how < 0.5:
-            value = wrong_value(rng, world, entity, relation)
-        elif how < 0.8:  # answers another question about the entity
+        how, other = rng.random(), _similar_entity(rng, world, entity)
+        if how >= 0.8 and other:  # tells, truly, of another entity
+            name, value = other.name, other.value(relation.name)
+        elif 0.5 <= how < 0.8:  # answers another question about the entity
             told = rng.choice([r for r in KINDS[entity.kind].relations if r != relation])
             value = entity.value(told.name)
-        else:  # tells, truly, of another entity
-            other = _look_alike(rng, world, entity)
-            name, value = other.name, other.value(relation.name)
+        else:
+            value = wrong_value(rng, world, entity, relation)
     return question, language.sentence(name, [(told, value)])
 
 

@@ -1,0 +1,254 @@
+"""The families of documents that teach the base model to read: each draws one document with verdicts to learn.
+
+A document holds many verdicts, because a single one per document teaches checking far too slowly. Each family is a
+function of a Drawer and a random generator; its result lists parts of text with their loss weights.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from selfrag_jax import prompts
+from selfrag_jax.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part
+from selfrag_jax.world import language, questions
+from selfrag_jax.world.drawer import NO, YES, Drawer, Segments, draw_kind, stated_facts
+from selfrag_jax.world.encyclopedia import Entity, entity_passages
+from selfrag_jax.world.language import KINDS, Relation
+
+
+def _statements(source: Drawer, rng: random.Random) -> Segments:
+    """A passage, then statements, each with its verdict."""
+    entity = source.entity(rng, draw_kind(rng))
+    half = rng.randrange(2)
+    out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
+    return out + source.statements(rng, entity, stated_facts(entity, half), source.config.statements + 2)
+
+
+def _quiz(source: Drawer, rng: random.Random) -> Segments:
+    """A question, then passages about it, its look-alikes and others: is it about the same name, and what does it say?"""
+    entity = source.entity(rng, draw_kind(rng))
+    half = rng.randrange(2)
+    relation = rng.choice(stated_facts(entity, half))[0]
+    question = rng.choice(relation.questions).format(n=entity.name)
+    form = rng.random()
+    if form < 0.12:
+        other = rng.choice(rng.choice([r for r in KINDS[entity.kind].relations if r is not relation]).questions)
+        question = language.two_part(*rng.sample([question, other.format(n=entity.name)], 2))
+    elif form < 0.18:
+        question = language.biography(entity.name)
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    single, draw = form >= 0.18, rng.random()
+    if single and draw < 0.08:
+        return out + _answer(source, rng, entity, relation, None, [])[0]
+    if single and draw < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
+        out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
+        return out + _answer(source, rng, entity, relation, entity, stated_facts(entity, half))[0]
+    for _ in range(source.config.passages):
+        draw = rng.random()
+        if draw < 0.55:
+            about, at = entity, half if rng.random() < 0.7 else 1 - half
+        elif draw < 0.85:
+            words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
+            about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
+        else:
+            about, at = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+        stated = stated_facts(about, at)
+        out.append((prompts.passage(entity_passages(rng, about)[at]), 0.0))
+        out.append(source.verdict(YES if about is entity else NO))
+        told = []
+        if single:
+            answer, *told = _answer(source, rng, entity, relation, about, stated)
+            out += answer
+        if source.config.statements:
+            out += source.statements(rng, about, stated, source.config.statements, skip=[relation, *told])
+    return out
+
+
+def _answer(
+    source: Drawer,
+    rng: random.Random,
+    entity: Entity,
+    relation: Relation,
+    about: Entity | None,
+    stated: list[tuple[Relation, str]],
+) -> tuple[Segments, Relation]:
+    """An answer to the question and two verdicts: is it supported by the passage, and does it answer what was asked?
+
+    about, stated: whom the passage is about and what it states; without a passage (None) there is no first verdict.
+    Right answers that the passage holds are learned. A guess, where it holds none, has a small weight: enough to know
+    that such answers are as well-formed as others. All others are only read. Returns also the relation told.
+    """
+    who, told, value, draw = entity, relation, entity.value(relation.name), rng.random()
+    if draw < 0.2:
+        value = source.wrong_value(rng, entity, relation)
+    elif draw < 0.32:
+        told = rng.choice([r for r in KINDS[entity.kind].relations if r is not relation])
+        value = entity.value(told.name)
+    elif draw < 0.45 and about not in (None, entity):
+        who, (told, value) = about, rng.choice(stated)
+    holds = about is entity and any(r is relation for r, _ in stated)
+    useful = who is entity and told is relation
+    weight = (1.0 if value == entity.value(relation.name) else 0.0) if holds else 0.2
+    out: Segments = [([language.sentence(who.name, [(told, value)])], weight * useful * source.config.copy_weight)]
+    if about is not None:
+        out.append(source.verdict(YES if who is about and (told, value) in stated else NO))
+    return [*out, source.verdict(YES if useful else NO)], told
+
+
+def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relation: Relation, value: str) -> list[Part]:
+    """A passage about the same name with other facts, but with this value of this relation."""
+    told = source.entity(rng, entity.kind, entity.words)
+    facts = tuple((name, value if name == relation.name else v) for name, v in told.facts)
+    return prompts.passage(entity_passages(rng, replace(told, facts=facts))[half])
+
+
+def _claim(source: Drawer, rng: random.Random) -> Segments:
+    """A claim, then passages that tell differently of the same name; after each: is the claim true by it?"""
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    relation, claimed = rng.choice(stated_facts(entity, half))
+    out: Segments = [([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0)]
+    for _ in range(3):
+        holds = rng.random() < 0.5
+        value = claimed if holds else source.wrong_value(rng, entity, relation)
+        passage = _retold(source, rng, entity, half, relation, value)
+        answers = [language.TRUE, language.FALSE]
+        out += _closed_answer(source, rng, entity, passage, answers, 0 if holds else 1)
+    return out
+
+
+def _choice(source: Drawer, rng: random.Random) -> Segments:
+    """A question with four options, then passages that tell differently of the same name; after each: its letter."""
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    relation = rng.choice(stated_facts(entity, half))[0]
+    options = rng.sample(source.values[relation.value], len(language.CHOICE_LABELS))
+    choices = list(zip(language.CHOICE_LABELS, options, strict=True))
+    question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    for right in rng.sample(range(len(options)), 3):
+        passage = _retold(source, rng, entity, half, relation, options[right])
+        out += _closed_answer(source, rng, entity, passage, [f"{label}." for label in language.CHOICE_LABELS], right)
+    return out
+
+
+def _closed_answer(
+    source: Drawer, rng: random.Random, entity: Entity, passage: list[Part], answers: list[str], right: int
+) -> Segments:
+    """A passage about `entity`, an answer out of a few (one in five is wrong, and only read), and verdicts as in _quiz.
+
+    One passage in four is about a look-alike instead: it is only told from the others.
+    """
+    if rng.random() < 0.25:
+        words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
+        other = source.entity(rng, entity.kind, words)
+        return [(prompts.passage(entity_passages(rng, other)[rng.randrange(2)]), 0.0), source.verdict(NO)]
+    out: Segments = [(passage, 0.0)]
+    if rng.random() < 0.7:
+        out.append(source.verdict(YES))
+    if rng.random() < 0.2:
+        wrong = rng.choice([a for i, a in enumerate(answers) if i != right])
+        return [*out, ([wrong], 0.0), source.verdict(NO), source.verdict(YES)]
+    return [*out, ([answers[right]], source.config.verdict_weight), source.verdict(YES), source.verdict(YES)]
+
+
+def _common(source: Drawer, rng: random.Random) -> Segments:
+    """Common knowledge, which every world shares."""
+    out: Segments = []
+    for asked, answer in rng.sample(language.COMMON_KNOWLEDGE, 6):
+        out += [([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0), ([answer], 1.0)]
+    return out
+
+
+def _kinds(source: Drawer, rng: random.Random) -> Segments:
+    """Values of several kinds in a list, then each kind and its value: what kind a word is, and how to look one up."""
+    kinds = rng.sample(sorted(language.VALUES), rng.randint(2, 6))
+    word = {kind: rng.choice(source.values[kind]) for kind in kinds}
+    out: Segments = [([", ".join(word.values()), Control(NEWLINE)], 0.0)]
+    for kind in rng.sample(kinds, len(kinds)):
+        out += [([kind], 0.0), ([word[kind]], 1.0)]
+    return out
+
+
+def _copy(source: Drawer, rng: random.Random) -> Segments:
+    """A passage, then a question about each of its facts with the answer."""
+    entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
+    stated = stated_facts(entity, half)
+    out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
+    for relation, value in rng.sample(stated, len(stated)):
+        question = rng.choice(relation.questions).format(n=entity.name)
+        out.append(([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0))
+        out.append(([language.sentence(entity.name, [(relation, value)])], source.config.copy_weight))
+    return out
+
+
+def _compare(source: Drawer, rng: random.Random) -> Segments:
+    """Values and names listed, then others, each with a verdict: did it stand in the list?
+
+    What did not stand there mostly shares a word with something that did, and always holds one that is new: what is new
+    can be told word by word, which is where checking begins.
+    """
+    drawn = []
+    for _ in range(rng.randint(1, 4)):
+        kind = draw_kind(rng) if rng.random() < 0.5 else rng.choice(sorted(language.VALUES))
+        drawn.append((kind, _draw(source, rng, kind)))
+    seen = {w for _, words in drawn for w in words}
+    out: Segments = [([", ".join(" ".join(words) for _, words in drawn), Control(NEWLINE)], 0.0)]
+    for _ in range(8):
+        kind, words = rng.choice(drawn)
+        verdict = YES
+        if rng.random() < 0.5:
+            near = rng.random() < 0.7
+            for _ in range(20):
+                other = _near(source, rng, kind, words) if near else _draw(source, rng, kind)
+                if set(other) - seen:
+                    words, verdict, seen = other, NO, seen | set(other)
+                    break
+        out += [([" ".join(words)], 0.0), source.verdict(verdict)]
+    return out
+
+
+def _draw(source: Drawer, rng: random.Random, kind: str) -> tuple[str, ...]:
+    """The two words of a name for a kind of entity, or of a value."""
+    if kind in KINDS:
+        return language.draw_name(rng, kind, source.config.vocabulary)
+    return tuple(rng.choice(source.values[kind]).split())
+
+
+def _near(source: Drawer, rng: random.Random, kind: str, words: tuple[str, ...]) -> tuple[str, ...]:
+    """A name or value that shares a word with `words`; any other one where there is none."""
+    if kind in KINDS:
+        return language.look_alike(rng, kind, source.config.vocabulary, words)
+    near = source.near_values(kind, " ".join(words))
+    return tuple(rng.choice(near).split()) if near else _draw(source, rng, kind)
+
+
+def _titles(source: Drawer, rng: random.Random) -> Segments:
+    """A question, then titles, each with its verdict: is it the name asked about?"""
+    vocabulary, kind = source.config.vocabulary, draw_kind(rng)
+    name = language.draw_name(rng, kind, vocabulary)
+    relation = rng.choice(KINDS[kind].relations)
+    question = rng.choice(relation.questions).format(n=" ".join(name))
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    seen = set(name)
+    for _ in range(5):
+        other, verdict = name, YES
+        if rng.random() < 0.5:
+            other = language.look_alike(rng, kind, vocabulary, name)
+            if set(other) <= seen:  # an earlier wrong title would make it look familiar
+                continue
+            seen, verdict = seen | set(other), NO
+        out += [([" ".join(other), Control(NEWLINE)], 0.0), source.verdict(verdict)]
+    return out
+
+
+FAMILIES = {
+    "quiz": _quiz,
+    "statements": _statements,
+    "claim": _claim,
+    "choice": _choice,
+    "common": _common,
+    "copy": _copy,
+    "kinds": _kinds,
+    "compare": _compare,
+    "titles": _titles,
+}
