@@ -1,4 +1,4 @@
-"""The small base model of the quickstart: 1M parameters, trained to compare, check, look up, copy, match.
+"""The small base model of the quickstart: 1M parameters, trained to compare, check, look up, copy, match, judge.
 
     selfrag base --workdir=W/base --out=my_base                       # about 45 minutes on one CPU core
     selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate

@@ -1,6 +1,6 @@
 """The quickstart: the whole of Self-RAG in the embedded synthetic world, on a laptop.
 
-    selfrag quickstart --workdir=W                        # 15 minutes measured on one core
+    selfrag quickstart --workdir=W                        # 8 minutes measured on two cores
     selfrag quickstart --workdir=W --config=tiny:smoke    # everything in small, for tests; scores mean nothing
 
 Hardware: two CPU cores, 2 GB. Scores to expect: see the results table in README.md.
@@ -127,7 +127,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         embed_std=0.5,
     )
     c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
-    # Against a text token's 1: an example holds ten times as many text tokens as judgements.
+    # Against a text token's 1; much of the text cannot be learned (guesses without evidence, wrong outputs).
     c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=3.0, isuse=2.0)
     c.critic = _train(pick(260, 6), seed=1)
     c.generator = _train(pick(240, 6), seed=2)  # the baselines train as many steps

@@ -232,7 +232,7 @@ STAGES: dict[str, Stage] = {
         _quickstart,
     ),
     "base": Stage(
-        "Makes the small base model that the quickstart starts from (it is shipped; this takes half an hour).",
+        "Makes the small base model that the quickstart starts from (it is shipped; this takes three quarters of an hour).",
         "selfrag base --workdir=W/base --out=my_base",
         (
             Flag("workdir", "for checkpoints; started again, it continues", required=True),

@@ -49,29 +49,47 @@ def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
     assert seen > 500
 
 
-def test_verdicts_of_a_quiz_are_true(tokenizer):
+@pytest.mark.parametrize("family", ("quiz", "claim", "choice"))
+def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokenizer, family):
     """Read back by the world's own judge: relevance of passages, support of sentences, use of answers."""
-    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", ((family, 1.0),), 1.0, 1.0, 2, 2), tokenizer)
     counts = collections.Counter()
     for i in range(400):
         (head, _), *segments = source.segments(i)[:-1]
-        question, passage, before = head[1], None, "question"
-        for (part, *rest), _ in segments:
+        question, passage, before, answered = head[1], None, "question", False
+        single = truth.parse(question).form in ("fact", "claim", "choice")
+        for (part, *rest), weight in segments:
             if isinstance(part, Control):  # <paragraph> title newline text </paragraph>
-                passage, before = Passage("", rest[0], rest[2]), "passage"
+                passage, before, answered = Passage("", rest[0], rest[2]), "passage", False
             elif part not in VERDICTS:
-                sentence, before = part, "sentence"
+                expected = 0.0 if answered or not single else _weight(question, passage, part)
+                assert weight == expected, (question, passage, part)
+                counts["learned", weight] += 1
+                sentence, before, answered = part, "sentence", True
             else:
                 if before == "passage":
                     kind, expected = "isrel", drawer.YES if truth.is_relevant(question, passage) else drawer.NO
                 elif before == "sentence" and passage is not None:
-                    kind, expected = "issup", VERDICTS[reflection.ISSUP.index(truth.support("Tell me.", passage, sentence))]
+                    kind, expected = "issup", VERDICTS[reflection.ISSUP.index(truth.support(question, passage, sentence))]
                 else:
                     kind, expected = "isuse", drawer.YES if truth.utility(question, sentence) == "[Utility:5]" else drawer.NO
                 assert part == expected, (question, passage, sentence, kind)
                 counts[kind, part] += 1
                 before = "verdict"
-    assert min(counts[k] for k in itertools.product(("isrel", "issup", "isuse"), (drawer.YES, drawer.NO))) > 40
+    kinds = [*itertools.product(("isrel", "issup"), (drawer.YES, drawer.NO)), ("isuse", drawer.YES), ("learned", 1.0)]
+    kinds += [("isuse", drawer.NO), ("learned", 0.2), ("learned", 0.0)] if family == "quiz" else []
+    assert min(counts[kind] for kind in kinds) > 40
+
+
+def _weight(question: str, passage: Passage | None, answer: str) -> float:
+    """Loss weight of an answer: 1 where the passage supports it, 0.2 for a guess where it cannot be known, else 0."""
+    asked = truth.parse(question)
+    if truth.utility(question, answer) != "[Utility:5]":
+        return 0.0
+    facts = truth.facts_of_passage(passage) if passage else []
+    if not any((f.name, f.relation) == (asked.name, asked.relations[0]) for f in facts):
+        return 0.2
+    return float(truth.support(question, passage, answer) == reflection.FULLY)
 
 
 def test_wrong_values_are_often_near(tokenizer):

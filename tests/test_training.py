@@ -8,11 +8,11 @@ import pytest
 from selfrag_jax import config as configs
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
-from selfrag_jax.records import BadInput, GeneratorExample
+from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
 from selfrag_jax.training.optimizer import OptimizerConfig, schedule
-from selfrag_jax.training.stage import starting_model
+from selfrag_jax.training.stage import starting_model, train_stage
 from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
@@ -47,12 +47,42 @@ def test_reflection_tokens_start_as_the_words_of_the_config():
         starting_model(c)
 
 
-def test_new_rows_move_faster():
-    params = {"embed": {"embedding": jnp.ones((6, 3))}, "norm": {"scale": jnp.ones(3)}}
-    tx = optimizer._faster_rows(4.0, 2)
-    updates, _ = tx.update(params, tx.init(params), params)
-    np.testing.assert_array_equal(updates["embed"]["embedding"][:, 0], [1, 1, 1, 1, 4, 4])
-    np.testing.assert_array_equal(updates["norm"]["scale"], 1)
+@pytest.mark.parametrize("name", ("muon", "adamw"))
+def test_new_rows_move_faster(name):
+    """Adam's first step has the size of the rate, whatever the gradient."""
+    params = {"embed": {"embedding": jnp.ones((6, 3))}, "head": {"kernel": jnp.ones((3, 6))}, "norm": {"scale": jnp.ones(3)}}
+    learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 0.0, 1e-8, 0.0, 100.0, new_rows_factor=4.0)
+    tx = optimizer.make(learner, 10, 2)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)  # the warm-up's first step has rate 0
+    updates, _ = tx.update(params, state, params)
+    norm = -float(updates["norm"]["scale"][0])
+    expected = np.array([1, 1, 1, 1, 4, 4]) * -norm
+    assert norm > 0.005
+    np.testing.assert_allclose(updates["embed"]["embedding"][:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(updates["head"]["kernel"][0], expected, rtol=1e-5)
+
+
+def test_other_new_rows_are_another_training(tmp_path):
+    data = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    write_jsonl(tmp_path / "data.jsonl", data)
+    c = configs.load("tiny:smoke")
+    c.generator.steps = 1
+    train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    c.new_rows = c.new_rows[:-1]
+    with pytest.raises(BadInput, match="new_rows"):
+        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    with c.unlocked():
+        del c.new_rows
+    with pytest.raises(BadInput, match="lacks new_rows"):
+        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "v", "generator")
+
+
+@pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor"))
+def test_a_rate_of_zero_is_refused(field):
+    fields = dict(zip(OptimizerConfig.__dataclass_fields__, ("muon", 0.1, 0.1, "linear", 0, 0, 1e-8, 0, 1, 1.0), strict=True))
+    with pytest.raises(BadInput, match=f"optimizer.{field}=0"):
+        OptimizerConfig(**fields | {field: 0})
 
 
 @pytest.mark.parametrize("name", ("muon", "adamw"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import reflection
+from selfrag_jax import config, reflection
 from selfrag_jax.records import Passage
 from selfrag_jax.world import encyclopedia, language, questions, truth
 
@@ -31,8 +31,15 @@ def test_build_is_deterministic_and_names_are_unique(small_world):
 
 def test_training_mentions_no_test_entity(small_world):
     held_out = {e.name for e in small_world.group("test")}
-    text = " ".join(r.instruction for r in questions.instructions(small_world))
+    text = " ".join(r.instruction + " " + r.output for r in questions.instructions(small_world))
     assert not [name for name in held_out if name in text]
+
+
+def test_some_names_look_like_well_known_ones():
+    world = encyclopedia.build(config.build(encyclopedia.WorldConfig, config.load("tiny").world, "world"))
+    known = world.group("known")
+    close = [e for e in world.group("train") if any(e.kind == k.kind and set(e.words) & set(k.words) for k in known)]
+    assert 20 < len(close) < 80  # of 560: half are look-alikes, a tenth of those of a well-known one; others by chance
 
 
 @given(seed=st.integers(0, 10_000))

@@ -72,8 +72,9 @@ def queries(row: Instruction, config: CollectConfig, rng: random.Random) -> Iter
     sentences = split(row.output) or [""]
     if rng.random() < share["retrieve"]:
         yield CritiqueQuery("retrieve", text)
-        for k in range(1, len(sentences) if row.ctxs else 0):
-            yield CritiqueQuery("retrieve", text, " ".join(sentences[:k]), rng.choice(row.ctxs[:2]))
+        if row.ctxs:
+            for k in range(1, len(sentences)):
+                yield CritiqueQuery("retrieve", text, " ".join(sentences[:k]), rng.choice(row.ctxs[:2]))
     # The first two are mostly about the right entity, the others look like it.
     passages = list(row.ctxs[: config.passages])
     for passage in passages:

@@ -4,8 +4,8 @@ Muon (Jordan et al., 2024) orthogonalises the update of each weight matrix. The 
 [L, inputs, outputs], of which every layer is orthogonalised on its own; embeddings and norms take Adam.
 
 Adam divides by the size of the gradient, so that a word which a batch does not hold moves as fast as the others, driven
-by the noise of its softmax gradient. A pretrained embedding survives a short fine-tune at a high rate only with an
-`adam_eps` above that noise.
+by the noise of its softmax gradient. A small pretrained model survives a short fine-tune only with an `adam_eps` above
+that noise, and with a low rate for everything but the rows of new tokens, which have far to go (`new_rows_factor`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OptimizerConfig:
     schedule: str  # after the warm-up: "linear", "cosine" or "constant"
     warmup_fraction: float  # of the steps
     adam_warmup_fraction: float  # with muon, of everything else
-    adam_eps: float  # entries whose gradient is far below it hardly move
+    adam_eps: float  # entries whose gradient is far below it hardly move (with muon: under the root, squared)
     weight_decay: float
     clip: float  # global gradient norm
     new_rows_factor: float = 1.0  # on the rate of the rows that the embedding was grown by; they have the farthest to go
@@ -37,6 +37,9 @@ class OptimizerConfig:
         for field, known in (("name", ("adamw", "muon")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, field) not in known:
                 raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
+        for field in ("adam_eps", "new_rows_factor"):
+            if not getattr(self, field) > 0:
+                raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be above 0")
 
 
 def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:

@@ -17,7 +17,6 @@ from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput
-from selfrag_jax.tokenizer import Tokenizer
 from selfrag_jax.training.train import TrainConfig, train
 
 ROLES = ("critic", "generator")
@@ -33,12 +32,13 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
 
     c.base: "embedded", "scratch" (the embedded tokenizer, random weights of the architecture c.scratch), or a path.
     c.new_rows: for reflection tokens the words whose rows of the embedding they start from; the others start at the
-    mean of all rows.
+    mean of all rows. Tokens that the base model already has keep their rows, and from scratch all rows are random.
+    Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
     """
     if c.base != "scratch":
         loaded = checkpoints.load(embedded_base() if c.base == "embedded" else c.base)
         tokenizer = loaded.tokenizer.with_reflection_tokens()
-        like = {_new_token(tokenizer, token): loaded.tokenizer.encode(words) for token, words in c.new_rows}
+        like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in _new_rows(c)}
         config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size, like)
         new = config.vocab_size - loaded.model.config.vocab_size
         return checkpoints.LoadedModel(Model(config), params, tokenizer), new
@@ -50,10 +50,16 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer), 0
 
 
-def _new_token(tokenizer: Tokenizer, token: str) -> int:
-    if token not in reflection.ALL:
-        raise BadInput(f"config new_rows: {token!r} is no reflection token; they are {', '.join(reflection.ALL)}")
-    return tokenizer.id(token)
+def _new_rows(c: ConfigDict) -> list[tuple[str, str]]:
+    if "new_rows" not in c:
+        raise BadInput("config: lacks new_rows, pairs of a reflection token and the words it starts as; () for none")
+    tokens = [t for group in reflection.GROUPS.values() for t in group]
+    for token, words in c.new_rows:
+        if token not in tokens:
+            raise BadInput(f"config new_rows: {token!r} is no reflection token; they are {', '.join(tokens)}")
+        if not words.strip():
+            raise BadInput(f"config new_rows: no word for {token}; leave it out to start it at the mean of all rows")
+    return [(token, words) for token, words in c.new_rows]
 
 
 def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
@@ -67,9 +73,10 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
     made: dict[str, Any] = {"role": role, "train": asdict(section), "base": c.base, "weights": weights}
     made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
-    made["brief"], made["new_rows"] = c.label.critic.brief, [list(pair) for pair in c.new_rows]
+    made["brief"] = c.label.critic.brief
     inputs = {"data": data}
     if c.base != "scratch":
+        made["new_rows"] = _new_rows(c)
         inputs["base"] = embedded_base() if c.base == "embedded" else c.base
     if artifacts.is_finished(workdir, "train", made, inputs):
         return

@@ -1,6 +1,6 @@
-"""The families of documents that teach the base model to read: each draws one document with verdicts to learn.
+"""The families of documents that teach the base model to read: each draws one document.
 
-A document holds many verdicts, because a single one per document teaches checking far too slowly. Each family is a
+Those that teach to judge hold several verdicts, because a single one per document teaches checking far too slowly. Each family is a
 function of a Drawer and a random generator; its result lists parts of text with their loss weights.
 """
 
@@ -26,7 +26,10 @@ def _statements(source: Drawer, rng: random.Random) -> Segments:
 
 
 def _quiz(source: Drawer, rng: random.Random) -> Segments:
-    """A question, then passages about it, its look-alikes and others: is it about the same name, and what does it say?"""
+    """A question, then passages about it, its look-alikes and others: is it about the same name, and what does it say?
+
+    Some questions have two parts or ask for a biography; these get no answer. Some get one at once, or without a passage.
+    """
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
     relation = rng.choice(stated_facts(entity, half))[0]
@@ -38,10 +41,10 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     elif form < 0.18:
         question = language.biography(entity.name)
     out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
-    single, draw = form >= 0.18, rng.random()
-    if single and draw < 0.08:
+    single, start = form >= 0.18, rng.random()
+    if single and start < 0.08:
         return out + _answer(source, rng, entity, relation, None, [])[0]
-    if single and draw < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
+    if single and start < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
         out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
         return out + _answer(source, rng, entity, relation, entity, stated_facts(entity, half))[0]
     for _ in range(source.config.passages):
@@ -56,12 +59,13 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
         stated = stated_facts(about, at)
         out.append((prompts.passage(entity_passages(rng, about)[at]), 0.0))
         out.append(source.verdict(YES if about is entity else NO))
-        told = []
+        told = [relation]
         if single:
-            answer, *told = _answer(source, rng, entity, relation, about, stated)
+            answer, also = _answer(source, rng, entity, relation, about, stated)
             out += answer
+            told.append(also)
         if source.config.statements:
-            out += source.statements(rng, about, stated, source.config.statements, skip=[relation, *told])
+            out += source.statements(rng, about, stated, source.config.statements, skip=told)
     return out
 
 
@@ -85,7 +89,7 @@ def _answer(
     elif draw < 0.32:
         told = rng.choice([r for r in KINDS[entity.kind].relations if r is not relation])
         value = entity.value(told.name)
-    elif draw < 0.45 and about not in (None, entity):
+    elif draw < 0.45 and about is not None and about is not entity:
         who, (told, value) = about, rng.choice(stated)
     holds = about is entity and any(r is relation for r, _ in stated)
     useful = who is entity and told is relation

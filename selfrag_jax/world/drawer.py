@@ -21,10 +21,10 @@ Segments = list[tuple[list[Part], float]]
 @dataclass(frozen=True)
 class BaseDataConfig:
     seed: int
-    vocabulary: str  # "base"; tests read "world" words to measure how the skills carry over
-    family_weights: tuple[tuple[str, float], ...]  # see FAMILIES
+    vocabulary: str  # "base"; the gate reads "world" words to measure how the skills carry over
+    family_weights: tuple[tuple[str, float], ...]  # see documents.FAMILIES
     verdict_weight: float  # loss weight of verdicts
-    copy_weight: float  # loss weight of answers in sentences, which else drown the verdicts' signal
+    copy_weight: float  # loss weight of answers in sentences and of ends, which else drown the verdicts' signal
     passages: int  # per document
     statements: int  # checked statements per passage
 

@@ -1,4 +1,4 @@
-"""Measures what a base model must be able to do before anything is built on it: copy, match, check.
+"""Measures what a base model must be able to do before anything is built on it: copy, match, check, refuse.
 
   copy    the answer to a question, every token of it, out of the passage that holds it
   match   whether a passage is about the asked name or about one that looks alike (half and half)
@@ -57,7 +57,7 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
 
 
 def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: Relation) -> str:
-    """Half of the time a value that shares a word with the right one: the hardest to tell from it."""
+    """In two of three cases a value that shares a word with the right one: the hardest to tell from it."""
     near = source.near_values(relation.value, entity.value(relation.name))
     return rng.choice(near) if near and rng.random() < 0.5 else source.wrong_value(rng, entity, relation)
 

@@ -1,8 +1,9 @@
 """Makes the small base model: training in stages from easy to hard, the gate, and a Hugging Face folder.
 
 A single training on all documents at once stays at chance on names and values for a long time: the loss of copied
-text drowns the faint signal of verdicts. So the first stages hold verdicts alone, on names and values (compare) and then
-on statements; looking values up by their kind and copying join when comparing works.
+text drowns the faint signal of verdicts. So the first stages learn verdicts, on names and values (compare) and then on
+statements, with next to no weight on text; looking values up by their kind and copying join when comparing works; then
+come all skills together, and the last stages polish them at a lower rate.
 """
 
 from __future__ import annotations
