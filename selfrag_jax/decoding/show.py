@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from selfrag_jax.decoding.answer import Answer
+
+_LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p(seg): of the text"
 
 
 def show(answer: Answer, console: Console | None = None) -> None:
@@ -19,15 +22,18 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
-    table = Table(show_lines=False, header_style="bold")
-    for name in ("", "passage", "segment", "Relevant", "Fully supported", "Utility 5", "p(segment)", "score"):
-        table.add_column(name)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left")
+    table.add_column("", width=1)
+    table.add_column("passage", ratio=3)
+    table.add_column("segment", ratio=2)
+    for name in ("IsRel", "IsSup", "IsUse", "p(seg)", "score"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for n in answer.tree:
         passage = n["passage"]
         judged = (f"{n['isrel'][1]:.2f}", f"{n['issup'][0]:.2f}") if passage else ("", "")
         table.add_row(
             "►" if n["chosen"] else "",
-            escape(passage["text"]) if passage else "(none)",
+            escape(_passage(passage)) if passage else "(none)",
             escape(n["text"]),
             *judged,
             f"{n['isuse'][4]:.2f}",
@@ -37,3 +43,7 @@ def show(answer: Answer, console: Console | None = None) -> None:
     console.print(table)
     for notice in answer.notices:
         console.print(f"note: {escape(notice)}", style="yellow")
+
+
+def _passage(p: dict) -> str:
+    return p["text"] if not p["title"] or p["text"].startswith(p["title"]) else f"{p['title']}: {p['text']}"
