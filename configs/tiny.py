@@ -1,6 +1,6 @@
 """The quickstart: the whole of Self-RAG in the embedded synthetic world, on a laptop.
 
-    selfrag quickstart --workdir=W                        # 8 minutes measured on two cores
+    selfrag quickstart --workdir=W                        # 8 to 9 minutes measured on two cores
     selfrag quickstart --workdir=W --config=tiny:smoke    # everything in small, for tests; scores mean nothing
 
 Hardware: two CPU cores, 2 GB. Scores to expect: see the results table in README.md.
