@@ -12,6 +12,67 @@ from ml_collections import ConfigDict
 COMMAND = "selfrag base --workdir=W/base --out=selfrag_jax/world/base_model"
 
 
+def _train() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=0,
+            steps=0,  # of each stage, below
+            rows=6,
+            length=192,
+            max_targets=480,
+            optimizer=dict(
+                name="muon",
+                learning_rate=0.02,
+                adam_learning_rate=0.003,
+                schedule="cosine",
+                warmup_fraction=0.05,
+                adam_warmup_fraction=0.05,
+                adam_eps=1e-8,
+                weight_decay=0.0,
+                clip=1.0,
+            ),
+            mesh=dict(data=1, fsdp=1, tensor=1),
+            save_every=200,
+            log_every=50,
+        )
+    )
+
+
+def _stages() -> tuple:
+    """Name, steps, rows of a batch, Muon's peak rate, weight of copied text, and families of documents of each stage."""
+    compare = (("compare", 1.0),)
+    check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
+    read = (
+        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.06), ("titles", 0.04),
+        ("claim", 0.02),
+    )  # fmt: skip
+    match = (
+        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06), ("claim", 0.05),
+        ("common", 0.04),
+    )  # fmt: skip
+    all_skills = (
+        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03), ("claim", 0.1),
+        ("choice", 0.07), ("common", 0.05),
+    )  # fmt: skip
+    settle = (
+        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05), ("claim", 0.05),
+        ("choice", 0.03), ("common", 0.03),
+    )  # fmt: skip
+    finish = (
+        ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06), ("claim", 0.05),
+        ("choice", 0.02), ("kinds", 0.02), ("common", 0.02),
+    )  # fmt: skip
+    return (
+        ("compare", 600, 6, 0.02, 1.0, compare),
+        ("check", 1200, 6, 0.02, 0.02, check),
+        ("read", 800, 12, 0.02, 1.0, read),
+        ("match", 800, 12, 0.02, 1.0, match),
+        ("all", 1200, 12, 0.02, 1.0, all_skills),
+        ("settle", 900, 12, 0.012, 1.0, settle),
+        ("finish", 1000, 12, 0.012, 1.0, finish),
+    )
+
+
 def get_config(variant: str = "full") -> ConfigDict:
     """variant: "full", or "smoke" for a few steps of every stage."""
     if variant not in ("full", "smoke"):
@@ -40,58 +101,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         embed_std=0.5,
     )
     c.data = dict(seed=1, vocabulary="base", family_weights=(), verdict_weight=1.0, passages=1, statements=2)
-    c.train = dict(
-        seed=0,
-        steps=0,  # of each stage, below
-        rows=6,
-        length=192,
-        max_targets=480,
-        optimizer=dict(
-            name="muon",
-            learning_rate=0.02,
-            adam_learning_rate=0.003,
-            schedule="cosine",
-            warmup_fraction=0.05,
-            adam_warmup_fraction=0.05,
-            adam_eps=1e-8,
-            weight_decay=0.0,
-            clip=1.0,
-        ),
-        mesh=dict(data=1, fsdp=1, tensor=1),
-        save_every=200,
-        log_every=50,
-    )
-    compare = (("compare", 1.0),)
-    check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
-    read = (
-        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.06), ("titles", 0.04),
-        ("claim", 0.02),
-    )  # fmt: skip
-    match = (
-        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06), ("claim", 0.05),
-        ("common", 0.04),
-    )  # fmt: skip
-    all_skills = (
-        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03), ("claim", 0.1),
-        ("choice", 0.07), ("common", 0.05),
-    )  # fmt: skip
-    settle = (
-        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05), ("claim", 0.05),
-        ("choice", 0.03), ("common", 0.03),
-    )  # fmt: skip
-    finish = (
-        ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06), ("claim", 0.05),
-        ("choice", 0.02), ("kinds", 0.02), ("common", 0.02),
-    )  # fmt: skip
-    stages = (  # name, steps, rows of a batch, Muon's peak rate, weight of copied text, families
-        ("compare", 600, 6, 0.02, 1.0, compare),
-        ("check", 1200, 6, 0.02, 0.02, check),
-        ("read", 800, 12, 0.02, 1.0, read),
-        ("match", 800, 12, 0.02, 1.0, match),
-        ("all", 1200, 12, 0.02, 1.0, all_skills),
-        ("settle", 900, 12, 0.012, 1.0, settle),
-        ("finish", 1000, 12, 0.012, 1.0, finish),
-    )
-    c.stages = stages if full else tuple((n, 3, b, r, w, f) for n, _, b, r, w, f in stages)
+    c.train = _train()
+    c.stages = tuple((n, k if full else 3, b, r, w, f) for n, k, b, r, w, f in _stages())
     c.gate = dict(seed=7, cases=1000 if full else 20, minimum=0.95 if full else 0.0)
     return c

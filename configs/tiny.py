@@ -8,6 +8,34 @@ Hardware: two CPU cores, 2 GB. Scores to expect: see the results table in README
 
 from ml_collections import ConfigDict
 
+# The base model reads and writes verdicts as words; tokens that start as those words do not have to be learned anew.
+NEW_ROWS = (
+    ("[Relevant]", "yes"),
+    ("[Irrelevant]", "no"),
+    ("[Fully supported]", "yes"),
+    ("[Partially supported]", "partly"),
+    ("[No support / Contradictory]", "no"),
+    ("[Utility:5]", "yes"),
+    ("[Utility:3]", "partly"),
+    ("[Utility:2]", "no"),
+    ("[Utility:1]", "no"),
+)
+
+# The architecture of base = "scratch".
+SCRATCH = dict(
+    embed_dim=128,
+    mlp_dim=320,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    max_length=512,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    embed_std=0.5,
+)
+
 
 def _optimizer(rate: float) -> ConfigDict:
     return ConfigDict(
@@ -44,6 +72,24 @@ def _train(steps: int, seed: int) -> ConfigDict:
     )
 
 
+def _world(pick) -> dict:
+    return dict(
+        seed=0,
+        vocabulary="world",
+        known=pick(6, 4),
+        train=pick(560, 60),
+        test=pick(150, 12),
+        distractors=pick(150, 12),
+        values_per_kind=16,
+        person_share=0.6,
+        look_alike_rate=0.5,
+        known_look_alike_rate=0.1,
+        instructions=pick(2400, 120),
+        wrong_output_rate=0.22,
+        questions_per_test_entity=2,
+    )
+
+
 def _answer(pick) -> dict:
     """Search and batch of `answer`; pick(a, b) is a in the full run and b in the smoke run."""
     return dict(
@@ -75,21 +121,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.kind = "quickstart"
     c.seed = 0
-    c.world = dict(
-        seed=0,
-        vocabulary="world",
-        known=pick(6, 4),
-        train=pick(560, 60),
-        test=pick(150, 12),
-        distractors=pick(150, 12),
-        values_per_kind=16,
-        person_share=0.6,
-        look_alike_rate=0.5,
-        known_look_alike_rate=0.1,
-        instructions=pick(2400, 120),
-        wrong_output_rate=0.22,
-        questions_per_test_entity=2,
-    )
+    c.world = _world(pick)
     c.encoder = dict(name="hashed", dim=384, word_weight=2.0)
     c.index = dict(brute_force_below=20_000, leaves_search_fraction=0.2, dimensions_per_block=2, reorder=100)
     c.retrieve_k = 5
@@ -101,31 +133,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         passages=5,
     )
     c.base = "embedded"  # the small Llama shipped with the package; "scratch", or the path of another model
-    # The base model reads and writes verdicts as words; tokens that start as those words do not have to be learned anew.
-    c.new_rows = (
-        ("[Relevant]", "yes"),
-        ("[Irrelevant]", "no"),
-        ("[Fully supported]", "yes"),
-        ("[Partially supported]", "partly"),
-        ("[No support / Contradictory]", "no"),
-        ("[Utility:5]", "yes"),
-        ("[Utility:3]", "partly"),
-        ("[Utility:2]", "no"),
-        ("[Utility:1]", "no"),
-    )
-    c.scratch = dict(
-        embed_dim=128,
-        mlp_dim=320,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-        max_length=512,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        embed_std=0.5,
-    )
+    c.new_rows, c.scratch = NEW_ROWS, SCRATCH
     c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
     # Against a text token's 1; much of the text cannot be learned (guesses without evidence, wrong outputs).
     c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=3.0, isuse=2.0)
