@@ -9,7 +9,7 @@ from rich.table import Table
 
 from selfrag_jax.decoding.answer import Answer
 
-_LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p(seg): of the text"
+_LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p(seg): text"
 
 
 def show(answer: Answer, console: Console | None = None) -> None:

@@ -59,7 +59,7 @@ def _new_rows(c: ConfigDict) -> list[tuple[str, str]]:
             raise BadInput(f"config new_rows: {token!r} is no reflection token; they are {', '.join(tokens)}")
         if not words.strip():
             raise BadInput(f"config new_rows: no word for {token}; leave it out to start it at the mean of all rows")
-    return [(token, words) for token, words in c.new_rows]
+    return list(c.new_rows)
 
 
 def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:

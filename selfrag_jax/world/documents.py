@@ -1,7 +1,7 @@
 """The families of documents that teach the base model to read: each draws one document.
 
-Those that teach to judge hold several verdicts, because a single one per document teaches checking far too slowly. Each family is a
-function of a Drawer and a random generator; its result lists parts of text with their loss weights.
+Those that teach to judge hold several verdicts, because a single one per document teaches checking far too slowly. Each
+family is a function of a Drawer and a random generator; its result lists parts of text with their loss weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from selfrag_jax import prompts
 from selfrag_jax.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part
 from selfrag_jax.world import language, questions
-from selfrag_jax.world.drawer import NO, YES, Drawer, Segments, draw_kind, stated_facts
+from selfrag_jax.world.drawer import NO, YES, Drawer, Segments, draw_kind
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import KINDS, Relation
 
@@ -22,7 +22,7 @@ def _statements(source: Drawer, rng: random.Random) -> Segments:
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
     out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
-    return out + source.statements(rng, entity, stated_facts(entity, half), source.config.statements + 2)
+    return out + source.statements(rng, entity, entity.halves()[half], source.config.statements + 2)
 
 
 def _quiz(source: Drawer, rng: random.Random) -> Segments:
@@ -32,7 +32,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     """
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
-    relation = rng.choice(stated_facts(entity, half))[0]
+    relation = rng.choice(entity.halves()[half])[0]
     question = rng.choice(relation.questions).format(n=entity.name)
     form = rng.random()
     if form < 0.12:
@@ -46,7 +46,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
         return out + _answer(source, rng, entity, relation, None, [])[0]
     if single and start < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
         out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
-        return out + _answer(source, rng, entity, relation, entity, stated_facts(entity, half))[0]
+        return out + _answer(source, rng, entity, relation, entity, entity.halves()[half])[0]
     for _ in range(source.config.passages):
         draw = rng.random()
         if draw < 0.55:
@@ -56,7 +56,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
             about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
         else:
             about, at = source.entity(rng, draw_kind(rng)), rng.randrange(2)
-        stated = stated_facts(about, at)
+        stated = about.halves()[at]
         out.append((prompts.passage(entity_passages(rng, about)[at]), 0.0))
         out.append(source.verdict(YES if about is entity else NO))
         told = [relation]
@@ -110,7 +110,7 @@ def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relat
 def _claim(source: Drawer, rng: random.Random) -> Segments:
     """A claim, then passages that tell differently of the same name; after each: is the claim true by it?"""
     entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
-    relation, claimed = rng.choice(stated_facts(entity, half))
+    relation, claimed = rng.choice(entity.halves()[half])
     out: Segments = [([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0)]
     for _ in range(3):
         holds = rng.random() < 0.5
@@ -124,7 +124,7 @@ def _claim(source: Drawer, rng: random.Random) -> Segments:
 def _choice(source: Drawer, rng: random.Random) -> Segments:
     """A question with four options, then passages that tell differently of the same name; after each: its letter."""
     entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
-    relation = rng.choice(stated_facts(entity, half))[0]
+    relation = rng.choice(entity.halves()[half])[0]
     options = rng.sample(source.values[relation.value], len(language.CHOICE_LABELS))
     choices = list(zip(language.CHOICE_LABELS, options, strict=True))
     question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
@@ -176,7 +176,7 @@ def _kinds(source: Drawer, rng: random.Random) -> Segments:
 def _copy(source: Drawer, rng: random.Random) -> Segments:
     """A passage, then a question about each of its facts with the answer."""
     entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
-    stated = stated_facts(entity, half)
+    stated = entity.halves()[half]
     out: Segments = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
     for relation, value in rng.sample(stated, len(stated)):
         question = rng.choice(relation.questions).format(n=entity.name)

@@ -93,9 +93,5 @@ class Drawer:
         return [language.sentence(entity.name, facts)], verdict
 
 
-def stated_facts(entity: Entity, half: int) -> list[tuple[Relation, str]]:
-    return entity.halves()[half]
-
-
 def draw_kind(rng: random.Random) -> str:
     return "person" if rng.random() < 0.6 else rng.choice(("place", "organisation", "work"))

@@ -24,7 +24,7 @@ from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
 from selfrag_jax.world import language
 from selfrag_jax.world.base import BaseSource
-from selfrag_jax.world.drawer import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind, stated_facts
+from selfrag_jax.world.drawer import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import Relation
 
@@ -35,7 +35,7 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
     """One document whose only learned segment is what the skill must predict."""
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
-    stated = stated_facts(entity, half)
+    stated = entity.halves()[half]
     passage = prompts.passage(entity_passages(rng, entity)[half])
     relation, value = rng.choice(stated)
     question = [Control(INSTRUCTION), rng.choice(relation.questions).format(n=entity.name), Control(RESPONSE)]
@@ -48,7 +48,7 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
         other = source.entity(rng, entity.kind, language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
         return [([*question, *prompts.passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
     if skill == "missing":
-        relation, value = rng.choice(stated_facts(entity, 1 - half))
+        relation, value = rng.choice(entity.halves()[1 - half])
         return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
     if rng.random() < 0.5:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
