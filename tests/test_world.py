@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -40,6 +41,13 @@ def test_some_names_look_like_well_known_ones():
     known = world.group("known")
     close = [e for e in world.group("train") if any(e.kind == k.kind and set(e.words) & set(k.words) for k in known)]
     assert 20 < len(close) < 80  # of 560: half are look-alikes, a tenth of those of a well-known one; others by chance
+
+
+def test_the_question_of_the_readme_can_be_asked():
+    asked = set(re.findall(r'"(\w[^"\n]+\?)"', (Path(__file__).parents[1] / "README.md").read_text()))
+    world = encyclopedia.build(config.build(encyclopedia.WorldConfig, config.load("tiny").world, "world"))
+    names = {e.name for e in world.entities}
+    assert asked and {truth.parse(question).name for question in asked} <= names
 
 
 @given(seed=st.integers(0, 10_000))
