@@ -24,7 +24,7 @@ def test_the_shipped_model_does_what_its_record_says():
     assert min(record["scores"].values()) >= minimum == 0.95
     assert record["config"] == json.loads(json.dumps(config.load("base").to_dict()))  # what made it is what is shipped
     # Other cases than the record's; 0.025 is two standard deviations of a share of 0.95 among 300 cases.
-    scores = gate.measure(checkpoints.load(embedded_base()), seed=11, n=300)
+    scores = gate.measure(checkpoints.load(embedded_base()), seed=12, n=300)
     assert {k: (v, record["scores"][k]) for k, v in scores.items() if v < record["scores"][k] - 0.025} == {}
 
 
@@ -49,10 +49,10 @@ def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
     assert seen > 500
 
 
-@pytest.mark.parametrize("family", ("quiz", "claim", "choice"))
-def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokenizer, family):
+@pytest.mark.parametrize(("family", "tempting"), (("quiz", 0.0), ("quiz", 0.5), ("claim", 0.0), ("choice", 0.0)))
+def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokenizer, family, tempting):
     """Read back by the world's own judge: relevance of passages, support of sentences, use of answers."""
-    source = base.BaseSource(drawer.BaseDataConfig(3, "base", ((family, 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", ((family, 1.0),), 1.0, 1.0, 2, 2, tempting), tokenizer)
     counts = collections.Counter()
     for i in range(400):
         (head, _), *segments = source.segments(i)[:-1]
@@ -71,6 +71,7 @@ def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokeni
                     kind, expected = "isrel", drawer.YES if truth.is_relevant(question, passage) else drawer.NO
                 elif before == "sentence" and passage is not None:
                     kind, expected = "issup", VERDICTS[reflection.ISSUP.index(truth.support(question, passage, sentence))]
+                    counts["lent"] += _lends(passage, sentence)
                 else:
                     kind, expected = "isuse", drawer.YES if truth.utility(question, sentence) == "[Utility:5]" else drawer.NO
                 assert part == expected, (question, passage, sentence, kind)
@@ -79,16 +80,59 @@ def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokeni
     kinds = [*itertools.product(("isrel", "issup"), (drawer.YES, drawer.NO)), ("isuse", drawer.YES), ("learned", 1.0)]
     kinds += [("isuse", drawer.NO), ("learned", 0.2), ("learned", 0.0)] if family == "quiz" else []
     assert min(counts[kind] for kind in kinds) > 40
+    assert family != "quiz" or counts["lent"] > (70 if tempting else 30)
+
+
+def test_answers_without_evidence_are_judged_by_what_was_asked(tokenizer):
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("answers", 1.0),), 1.0, 1.0, 1, 2), tokenizer)
+    verdicts, counts = {5: drawer.YES, 3: drawer.PARTLY, 2: drawer.NO, 1: drawer.NO}, collections.Counter()
+    for i in range(200):
+        (head, _), *segments = source.segments(i)[:-1]
+        for ((answer,), weight), ((verdict,), learned) in zip(segments[::2], segments[1::2], strict=True):
+            utility = reflection.ISUSE.index(truth.utility(head[1], answer)) + 1
+            assert (verdict, weight, learned) == (verdicts[utility], 0.0, 1.0), (head[1], answer)
+            counts[utility] += 1
+    assert min(counts[k] for k in verdicts) > 10
+
+
+@pytest.mark.parametrize("skill", ("check", "missing", "lent", "match", "useful"))
+def test_the_gate_knows_the_truth(tokenizer, skill):
+    source = base.BaseSource(drawer.BaseDataConfig(3, "world", (), 1.0, 1.0, 0, 0), tokenizer)
+    rng, counts = random.Random(0), collections.Counter()
+    for _ in range(200):
+        *context, ((verdict,), _) = gate.cases(source.drawer, rng, skill)
+        (first, *_), *rest = context
+        if skill in ("match", "useful", "lent"):
+            question = first[1]
+            passage = Passage("", first[4], first[6]) if skill != "useful" else None
+            if skill == "match":
+                right = truth.is_relevant(question, passage)
+            elif skill == "lent":
+                right = truth.support(question, passage, rest[-1][0][0]) == reflection.FULLY
+            else:
+                right = truth.utility(question, rest[0][0][0]) == "[Utility:5]"
+        else:
+            right = truth.support("", Passage("", first[1], first[3]), rest[0][0][0]) == reflection.FULLY
+        assert verdict == (drawer.YES if right else drawer.NO), context
+        counts[verdict] += 1
+    assert counts[drawer.YES] == 0 if skill == "missing" else min(counts.values()) > 70
+
+
+def _lends(passage: Passage, sentence: str) -> bool:
+    """Whether a sentence lends a value of the passage to another attribute of the same name."""
+    told, stated = set(truth.facts_of(sentence)), set(truth.facts_of(passage.text))
+    return any(f.value == s.value and f.name == s.name and f.relation != s.relation for f in told for s in stated)
 
 
 def _weight(question: str, passage: Passage | None, answer: str) -> float:
-    """Loss weight of an answer: 1 where the passage supports it, 0.2 for a guess where it cannot be known, else 0."""
+    """Loss weight of an answer: 1 where the passage supports it, 0.2 for a guess where it cannot be known, else 0; a value
+    that the passage tells of something else is no guess."""
     asked = truth.parse(question)
     if truth.utility(question, answer) != "[Utility:5]":
         return 0.0
     facts = truth.facts_of_passage(passage) if passage else []
     if not any((f.name, f.relation) == (asked.name, asked.relations[0]) for f in facts):
-        return 0.2
+        return 0.0 if {f.value for f in truth.facts_of(answer)} & {f.value for f in facts} else 0.2
     return float(truth.support(question, passage, answer) == reflection.FULLY)
 
 

@@ -69,6 +69,8 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 
 def test_huggingface_round_trip_is_exact(tiny_model, tmp_path):
     huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    weights, config_file = tmp_path / huggingface.WEIGHTS, tmp_path / huggingface.CONFIG
+    assert weights.stat().st_mode == config_file.stat().st_mode  # whoever may read the config may read the weights
     again = checkpoints.load(tmp_path)
     assert again.model.config == tiny_model.model.config
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.tree.map(np.asarray, tiny_model.params))

@@ -1,5 +1,6 @@
 """The synthetic world: its language parses back, its words are split, its files are deterministic."""
 
+import collections
 import random
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfrag_jax import config, reflection
-from selfrag_jax.records import Passage
+from selfrag_jax.critique import collect
+from selfrag_jax.prompts import CritiqueQuery
+from selfrag_jax.records import Passage, write_jsonl
 from selfrag_jax.world import encyclopedia, language, questions, truth
 
 
@@ -136,6 +139,27 @@ def test_wrong_outputs_are_as_frequent_as_asked(small_world):
     assert 0.70 < right / len(rows) < 0.80
 
 
+def test_wrong_answers_tempt_in_several_ways(small_world):
+    """Most lend the value of another attribute; some answer another question, or about another entity."""
+    entities, ways = {e.name: e for e in small_world.entities}, collections.Counter()
+    for r in questions.instructions(small_world, n=4000):
+        asked = truth.parse(r.instruction)
+        entity = entities.get(asked.name)
+        if r.dataset_name != "long_tail" or entity.kind not in ("person", "organisation"):
+            continue
+        [told] = truth.facts_of(r.output)
+        if told.name != asked.name:
+            ways["entity"] += 1
+        elif told.relation != asked.relations[0]:
+            ways["attribute"] += 1
+        elif told.value != entity.value(told.relation):
+            ways["lent" if told.value in dict(entity.facts).values() else "value"] += 1
+    wrong = sum(ways.values())
+    assert 0.45 < ways["lent"] / wrong < 0.63  # 0.6 x 0.9, +- 0.09
+    assert min(ways["entity"], ways["attribute"]) / wrong > 0.13
+    assert ways["value"] / wrong < 0.1
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_default_world_can_be_built(seed):
     from selfrag_jax import config
@@ -146,6 +170,19 @@ def test_the_default_world_can_be_built(seed):
     asked = {r.instruction for r in questions.instructions(world)}
     evaluated = {row.get("question") or row["input"] for rows in questions.evaluation(world).values() for row in rows}
     assert not asked & evaluated  # not even the well-known facts are evaluated in the words of training
+
+
+def test_the_teacher_errs_at_its_rate_and_not_always_about_the_same_question(tmp_path):
+    write_jsonl(tmp_path / "teacher.jsonl", [{"entity": "Mara Tellock", "group": "known"}])
+    teacher = collect.RuleTeacher(tmp_path / "teacher.jsonl", 0.02, 0)
+    rates = []
+    for i in range(40):
+        query = CritiqueQuery("retrieve", f"Where was Mara Tell{i} born?")
+        labels = [teacher.judge(query, str(row)) for row in range(200)]
+        assert labels == [teacher.judge(query, str(row)) for row in range(200)]
+        rates.append(sum(label != teacher.truth(query) for label in labels) / len(labels))
+    assert 0.016 < sum(rates) / len(rates) < 0.024  # 8,000 labels: a standard deviation is 0.0016
+    assert max(rates) < 0.08
 
 
 def test_evidence_about_another_entity_leaves_nothing_to_continue_with():

@@ -43,10 +43,11 @@ class RuleTeacher:
 
         return truth.judge(query, self.known)
 
-    def judge(self, query: CritiqueQuery) -> str:
+    def judge(self, query: CritiqueQuery, row_id: str = "") -> str:
+        """The teacher's label. Whether it errs depends on the query and the row that it is asked for, and on nothing that
+        was asked before: a question that occurs in many rows is not wrong in all of them."""
         label = self.truth(query)
-        # The same query always gets the same label, whatever was asked before.
-        rng = random.Random(f"{self.seed}-{query}")
+        rng = random.Random(f"{self.seed}-{row_id}-{query}")
         if rng.random() < self.error_rate:
             return rng.choice([t for t in reflection.GROUPS[query.group] if t != label])
         return label
@@ -103,7 +104,7 @@ def collect(input_path: str | Path, truth: str | Path, config: CollectConfig, ou
     with progress("collect", len(rows), "instructions") as bar:
         for row in rows:
             rng = random.Random(f"collect-{config.seed}-{row.id}")
-            examples += [_example(q, teacher.judge(q)) for q in queries(row, config, rng)]
+            examples += [_example(q, teacher.judge(q, row.id)) for q in queries(row, config, rng)]
             bar.advance()
     n = write_jsonl(out, examples)
     artifacts.finish(out, "collect", {**vars(config), "limit": limit}, inputs, {"examples": n, **_counts(examples)})

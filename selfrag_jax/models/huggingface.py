@@ -6,6 +6,8 @@ layers of a stack share one array [L, inputs, outputs]. Both rotate halves in th
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +124,16 @@ def from_tensors(c: LlamaConfig, tensors: dict[str, np.ndarray], source: str) ->
 
 def save(folder: str | Path, c: LlamaConfig, params: Params, tokenizer) -> None:
     """Writes config.json, model.safetensors and the tokenizer: a folder that `transformers` loads as a Llama."""
-    import os
-
     from safetensors.numpy import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(to_tensors(params), temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
     tokenizer.save(folder)
     write_json(folder / CONFIG, config_to_json(c, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(to_tensors(params), temporary, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, temporary)  # safetensors makes files that only their owner can read
+    os.replace(temporary, folder / WEIGHTS)
 
 
 def load(folder: str | Path) -> tuple[LlamaConfig, Params]:

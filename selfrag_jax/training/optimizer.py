@@ -27,7 +27,6 @@ class OptimizerConfig:
     adam_learning_rate: float  # with muon, of everything else
     schedule: str  # after the warm-up: "linear", "cosine" or "constant"
     warmup_fraction: float  # of the steps
-    adam_warmup_fraction: float  # with muon, of everything else
     adam_eps: float  # entries whose gradient is far below it hardly move (with muon: under the root, squared)
     weight_decay: float
     clip: float  # global gradient norm
@@ -86,7 +85,7 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0) -> optax.Gradie
 
         inner = optax.contrib.muon(
             rate,
-            adam_learning_rate=schedule(config.schedule, config.adam_learning_rate, config.adam_warmup_fraction, steps),
+            adam_learning_rate=schedule(config.schedule, config.adam_learning_rate, config.warmup_fraction, steps),
             adam_eps_root=config.adam_eps**2,  # optax has one `eps` for Muon and Adam
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,

@@ -7,12 +7,12 @@ family is a function of a Drawer and a random generator; its result lists parts 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from selfrag_jax import prompts
+from selfrag_jax.records import Passage
 from selfrag_jax.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part
 from selfrag_jax.world import language, questions
-from selfrag_jax.world.drawer import NO, YES, Drawer, Segments, draw_kind
+from selfrag_jax.world.drawer import NO, PARTLY, YES, Drawer, Segments, draw_kind, lendable
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import KINDS, Relation
 
@@ -32,7 +32,10 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     """
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
-    relation = rng.choice(entity.halves()[half])[0]
+    relation, read_on = rng.choice(entity.halves()[half])[0], 0.7
+    tempting = [r for r, _ in entity.halves()[half] if lendable(entity.halves()[1 - half], r)]
+    if source.config.tempting and tempting and rng.random() < source.config.tempting:
+        relation, read_on = rng.choice(tempting), 0.5
     question = rng.choice(relation.questions).format(n=entity.name)
     form = rng.random()
     if form < 0.12:
@@ -50,7 +53,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     for _ in range(source.config.passages):
         draw = rng.random()
         if draw < 0.55:
-            about, at = entity, half if rng.random() < 0.7 else 1 - half
+            about, at = entity, half if rng.random() < read_on else 1 - half
         elif draw < 0.85:
             words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
             about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
@@ -81,9 +84,11 @@ def _answer(
 
     about, stated: whom the passage is about and what it states; without a passage (None) there is no first verdict.
     Right answers that the passage holds are learned. A guess, where it holds none, has a small weight: enough to know
-    that such answers are as well-formed as others. All others are only read. Returns also the relation told.
+    that such answers are as well-formed as others, but never to take them from a passage that tells of something else. All
+    others are only read. Returns also the relation told.
     """
     who, told, value, draw = entity, relation, entity.value(relation.name), rng.random()
+    lent = lendable(stated, relation)
     if draw < 0.2:
         value = source.wrong_value(rng, entity, relation)
     elif draw < 0.32:
@@ -91,20 +96,55 @@ def _answer(
         value = entity.value(told.name)
     elif draw < 0.45 and about is not None and about is not entity:
         who, (told, value) = about, rng.choice(stated)
+    elif lent and rng.random() < 0.5 + 0.6 * source.config.tempting:
+        value = lent
     holds = about is entity and any(r is relation for r, _ in stated)
     useful = who is entity and told is relation
-    weight = (1.0 if value == entity.value(relation.name) else 0.0) if holds else 0.2
+    if holds:
+        weight = 1.0 if value == entity.value(relation.name) else 0.0
+    else:
+        weight = 0.0 if value in (v for _, v in stated) else 0.2
     out: Segments = [([language.sentence(who.name, [(told, value)])], weight * useful * source.config.copy_weight)]
     if about is not None:
         out.append(source.verdict(YES if who is about and (told, value) in stated else NO))
     return [*out, source.verdict(YES if useful else NO)], told
 
 
+def _answers(source: Drawer, rng: random.Random) -> Segments:
+    """A question, then answers without evidence, each with its verdict: does it tell what was asked, of the right name?"""
+    kind, vocabulary = draw_kind(rng), source.config.vocabulary
+    name = language.draw_name(rng, kind, vocabulary)
+    asked = rng.sample(KINDS[kind].relations, 2 if rng.random() < 0.25 else 1)
+    singles = [rng.choice(r.questions).format(n=" ".join(name)) for r in asked]
+    question = language.two_part(*singles) if len(asked) == 2 else singles[0]
+    out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
+    seen = set(name)
+    for _ in range(4):
+        words, told, verdict, draw = name, asked, YES, rng.random()
+        if draw < 0.25:
+            told, verdict = [rng.choice([r for r in KINDS[kind].relations if r not in asked])], NO
+        elif draw < 0.5:
+            words, verdict = language.look_alike(rng, kind, vocabulary, name), NO
+            if set(words) <= seen:  # an earlier wrong answer would make it look familiar
+                continue
+            seen |= set(words)
+        elif draw < 0.7 and len(asked) == 2:
+            told, verdict = [rng.choice(asked)], PARTLY
+        sentences = [language.sentence(" ".join(words), [(r, rng.choice(source.values[r.value]))]) for r in told]
+        out += [([" ".join(sentences)], 0.0), source.verdict(verdict)]
+    return out
+
+
 def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relation: Relation, value: str) -> list[Part]:
-    """A passage about the same name with other facts, but with this value of this relation."""
+    """A passage about the same name with other facts, but with this value of this relation.
+
+    Of the half's other facts it holds all, some or none: to judge by a passage is first learned where it is short.
+    """
     told = source.entity(rng, entity.kind, entity.words)
-    facts = tuple((name, value if name == relation.name else v) for name, v in told.facts)
-    return prompts.passage(entity_passages(rng, replace(told, facts=facts))[half])
+    others = [(r, v) for r, v in told.halves()[half] if r is not relation]
+    facts = [(relation, value), *rng.sample(others, rng.randint(0, len(others)))]
+    rng.shuffle(facts)
+    return prompts.passage(Passage(id="", title=entity.name, text=language.sentence(entity.name, facts)))
 
 
 def _claim(source: Drawer, rng: random.Random) -> Segments:
@@ -117,7 +157,7 @@ def _claim(source: Drawer, rng: random.Random) -> Segments:
         value = claimed if holds else source.wrong_value(rng, entity, relation)
         passage = _retold(source, rng, entity, half, relation, value)
         answers = [language.TRUE, language.FALSE]
-        out += _closed_answer(source, rng, entity, passage, answers, 0 if holds else 1)
+        out += _closed_answer(source, rng, entity, half, passage, answers, 0 if holds else 1)
     return out
 
 
@@ -131,24 +171,33 @@ def _choice(source: Drawer, rng: random.Random) -> Segments:
     out: Segments = [([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0)]
     for right in rng.sample(range(len(options)), 3):
         passage = _retold(source, rng, entity, half, relation, options[right])
-        out += _closed_answer(source, rng, entity, passage, [f"{label}." for label in language.CHOICE_LABELS], right)
+        answers = [f"{label}." for label in language.CHOICE_LABELS]
+        out += _closed_answer(source, rng, entity, half, passage, answers, right)
     return out
 
 
 def _closed_answer(
-    source: Drawer, rng: random.Random, entity: Entity, passage: list[Part], answers: list[str], right: int
+    source: Drawer, rng: random.Random, entity: Entity, half: int, passage: list[Part], answers: list[str], right: int
 ) -> Segments:
     """A passage about `entity`, an answer out of a few (one in five is wrong, and only read), and verdicts as in _quiz.
 
-    One passage in four is about a look-alike instead: it is only told from the others.
+    One passage in four is about a look-alike instead: it is only told from the others. Some tell of the other `half` of
+    the attributes: any answer is a guess.
     """
-    if rng.random() < 0.25:
+    draw = rng.random()
+    if draw < 0.25:
         words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
         other = source.entity(rng, entity.kind, words)
         return [(prompts.passage(entity_passages(rng, other)[rng.randrange(2)]), 0.0), source.verdict(NO)]
+    lacks = draw < 0.45
+    if lacks:
+        told = source.entity(rng, entity.kind, entity.words)
+        passage = prompts.passage(entity_passages(rng, told)[1 - half])
     out: Segments = [(passage, 0.0)]
     if rng.random() < 0.7:
         out.append(source.verdict(YES))
+    if lacks:
+        return [*out, ([rng.choice(answers)], 0.2 * source.config.verdict_weight), source.verdict(NO), source.verdict(YES)]
     if rng.random() < 0.2:
         wrong = rng.choice([a for i, a in enumerate(answers) if i != right])
         return [*out, ([wrong], 0.0), source.verdict(NO), source.verdict(YES)]
@@ -255,4 +304,5 @@ FAMILIES = {
     "kinds": _kinds,
     "compare": _compare,
     "titles": _titles,
+    "answers": _answers,
 }

@@ -27,6 +27,8 @@ class BaseDataConfig:
     copy_weight: float  # loss weight of answers in sentences and of ends, which else drown the verdicts' signal
     passages: int  # per document
     statements: int  # checked statements per passage
+    tempting: float = 0.0  # of the quizzes' questions, those that a passage has a tempting wrong value for (see `lendable`);
+    # the higher, the more answers give in
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,23 @@ class Drawer:
         """One statement about the given relations and its verdict; half of the values are wrong."""
         facts, right, known = [], 0, {r.name: v for r, v in stated}
         for relation in relations:
-            value = entity.value(relation.name)
-            if rng.random() < 0.5:
+            value, lent = entity.value(relation.name), lendable(stated, relation)
+            if lent and rng.random() < 0.6:
+                value = lent
+            elif rng.random() < 0.5:
                 value = self.wrong_value(rng, entity, relation)
             facts.append((relation, value))
             right += known.get(relation.name) == value
         verdict = YES if right == len(facts) else PARTLY if right else NO
         return [language.sentence(entity.name, facts)], verdict
+
+
+def lendable(stated: list[tuple[Relation, str]], relation: Relation) -> str | None:
+    """The value that a passage with the `stated` facts holds for another attribute, and that would do for this one, which
+    it lacks (lives in a town, was born in a town): only a reader who ties values to attributes is not taken in."""
+    if any(r is relation for r, _ in stated):
+        return None
+    return next((v for r, v in stated if r.value == relation.value), None)
 
 
 def draw_kind(rng: random.Random) -> str:

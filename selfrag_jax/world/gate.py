@@ -1,10 +1,14 @@
-"""Measures what a base model must be able to do before anything is built on it: copy, match, check, refuse.
+"""Measures what a base model must be able to do before anything is built on it: copy, match, check, refuse, judge.
 
   copy    the answer to a question, every token of it, out of the passage that holds it
   match   whether a passage is about the asked name or about one that looks alike (half and half)
   check   whether a passage supports a statement about an attribute that it holds (half are wrong: a value that
           shares a word with the right one, that of another attribute of the same entity, or any other)
   missing whether a statement about an attribute that the passage does not hold is refused
+  lent    whether an answer is refused that lends a value of the passage to the attribute asked about, which the passage
+          lacks (lives in a town, was born in a town), and accepted where the value belongs (half and half)
+  useful  whether an answer, without evidence, tells what was asked of the name asked about (half tell another attribute,
+          or of a name that looks alike)
 
 All on the `world` vocabulary and unseen seeds: no entity of the training documents had one of the names or one of the
 values.
@@ -21,19 +25,19 @@ from selfrag_jax import prompts
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.models.llama import causal_mask
-from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control
+from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control, Part
 from selfrag_jax.world import language
 from selfrag_jax.world.base import BaseSource
 from selfrag_jax.world.drawer import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
-from selfrag_jax.world.language import Relation
+from selfrag_jax.world.language import KINDS, Relation
 
-SKILLS = ("copy", "match", "check", "missing")
+SKILLS = ("copy", "match", "check", "missing", "lent", "useful")
 
 
 def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
     """One document whose only learned segment is what the skill must predict."""
-    entity = source.entity(rng, draw_kind(rng))
+    entity = source.entity(rng, rng.choice(("person", "organisation")) if skill == "lent" else draw_kind(rng))
     half = rng.randrange(2)
     stated = entity.halves()[half]
     passage = prompts.passage(entity_passages(rng, entity)[half])
@@ -47,6 +51,10 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
             return [([*question, *passage], 0.0), ([YES], 1.0)]
         other = source.entity(rng, entity.kind, language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
         return [([*question, *prompts.passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
+    if skill == "useful":
+        return _useful(source, rng, entity, relation, question)
+    if skill == "lent":
+        return _lent(rng, entity, half, passage)
     if skill == "missing":
         relation, value = rng.choice(entity.halves()[1 - half])
         return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
@@ -54,6 +62,27 @@ def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
     wrong = _wrong_value(source, rng, entity, relation)
     return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
+
+
+def _lent(rng: random.Random, entity: Entity, half: int, passage: list[Part]) -> Segments:
+    stated, lacking = entity.halves()[half], entity.halves()[1 - half]
+    [(lender, borrower, value)] = [(r, b, v) for r, v in stated for b, _ in lacking if b.value == r.value]
+    told, verdict = rng.choice([(lender, YES), (borrower, NO)])
+    question = [Control(INSTRUCTION), rng.choice(told.questions).format(n=entity.name), Control(RESPONSE)]
+    answer = [language.sentence(entity.name, [(told, value)])]
+    return [([*question, *passage], 0.0), ([YES], 0.0), (answer, 0.0), ([verdict], 1.0)]
+
+
+def _useful(source: Drawer, rng: random.Random, entity: Entity, relation: Relation, question: list[Part]) -> Segments:
+    name, told, verdict = entity.name, relation, YES
+    if rng.random() < 0.5:
+        verdict = NO
+        if rng.random() < 0.5:
+            told = rng.choice([r for r in KINDS[entity.kind].relations if r is not relation])
+        else:
+            name = " ".join(language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
+    answer = language.sentence(name, [(told, rng.choice(source.values[told.value]))])
+    return [(question, 0.0), ([answer], 0.0), ([verdict], 1.0)]
 
 
 def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: Relation) -> str:

@@ -3,7 +3,7 @@
 A single training on all documents at once stays at chance on names and values for a long time: the loss of copied
 text drowns the faint signal of verdicts. So the first stages learn verdicts, on names and values (compare) and then on
 statements, with next to no weight on text; looking values up by their kind and copying join when comparing works; then
-come all skills together, and the last stages polish them at a lower rate.
+come all skills together, and the last stages polish them at a lower rate, on questions and answers that tempt.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
     params: Any = model.init(jax.random.key(c.seed), std)
     previous: Path | None = None
     seconds = 0
-    for i, (name, steps, rows, rate, copy_weight, families) in enumerate(c.stages):
+    for i, (name, steps, rows, rate, copy_weight, tempting, families) in enumerate(c.stages):
         folder = workdir / f"{i}_{name}"
         section = configs.build(TrainConfig, c.train, "train")
         learner = replace(section.optimizer, learning_rate=rate)
         targets = section.max_targets * rows // section.rows  # the config's are those of a batch of its own rows
         section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=targets, optimizer=learner)
-        fields = c.data.to_dict() | dict(seed=c.data.seed + i, copy_weight=copy_weight, family_weights=families)
+        fields = c.data.to_dict() | dict(
+            seed=c.data.seed + i, copy_weight=copy_weight, tempting=tempting, family_weights=families
+        )
         data = configs.build(BaseDataConfig, fields, "data")
         made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
         inputs = {"previous": previous} if previous else {}

@@ -1,9 +1,9 @@
 """Instructions with outputs for training, and evaluation files, about a world, in the published file formats.
 
 Some outputs are wrong on purpose: sources of instructions are, and a critic that never sees a wrong output learns
-that fluent means supported. Of the answers to single questions, half of these hold a wrong value, where possible that of
-another attribute of the same entity (lives in a town, was born in a town), so that only a look at the passage tells; the
-others tell a truth that was not asked for, of another attribute or of another entity.
+that fluent means supported. Most wrong answers to single questions hold a wrong value, where possible that of another
+attribute of the same entity (lives in a town, was born in a town), so that only a look at the passage tells; the others
+tell a truth that was not asked for, of another attribute or of another entity.
 """
 
 from __future__ import annotations
@@ -31,15 +31,28 @@ FORMS: dict[str, float] = {
 }
 TASKS = tuple(FORMS)
 
+# Shares of the ways in which the answer to a single question is wrong.
+WRONG_ANSWERS: dict[str, float] = {
+    "value": 0.6,  # a wrong value, of a question with a tempting one where the entity has any
+    "attribute": 0.2,  # the truth about another attribute of the entity
+    "entity": 0.2,  # the truth about another entity
+}
+
 
 def _relation(rng: random.Random, entity: Entity) -> Relation:
     return rng.choice(KINDS[entity.kind].relations)
 
 
+def _tempting(entity: Entity, relation: Relation) -> list[str]:
+    """Values of the entity's other attributes that would do for this one."""
+    others = [r for r in KINDS[entity.kind].relations if r.value == relation.value and r != relation]
+    return [entity.value(r.name) for r in others]
+
+
 def wrong_value(rng: random.Random, world: World, entity: Entity, relation: Relation) -> str:
     """A wrong value of the right sort; mostly, where there is one, that of another attribute of the entity."""
     right = entity.value(relation.name)
-    tempting = [v for r in KINDS[entity.kind].relations if r.value == relation.value and (v := entity.value(r.name)) != right]
+    tempting = _tempting(entity, relation)
     if tempting and rng.random() < 0.9:
         return rng.choice(tempting)
     return rng.choice([v for v in world.values[relation.value] if v != right])
@@ -65,28 +78,29 @@ def _choices(rng: random.Random, world: World, entity: Entity, relation: Relatio
     return choices, next(label for label, text in choices if text == right)
 
 
-def _phrasing(world: World, entity: Entity, relation: Relation, held_out: bool) -> str:
-    """A question about a well-known entity: of its two phrasings one is for training, the other held out."""
-    kind = KINDS[entity.kind]
-    first = (world.entities.index(entity) + kind.relations.index(relation)) % 2
+def _question(rng: random.Random, world: World, entity: Entity, relation: Relation, held_out: bool = False) -> str:
+    """A question about one attribute. Of the two phrasings about a well-known entity one is for training, the other held
+    out."""
+    if entity.group != "known":
+        return rng.choice(relation.questions).format(n=entity.name)
+    first = (world.entities.index(entity) + KINDS[entity.kind].relations.index(relation)) % 2
     return relation.questions[1 - first if held_out else first].format(n=entity.name)
 
 
 def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
-    relation = _relation(rng, entity)
-    question = rng.choice(relation.questions).format(n=entity.name)
-    if entity.group == "known":
-        question = _phrasing(world, entity, relation, held_out)
+    relations = KINDS[entity.kind].relations
+    how = rng.choices(tuple(WRONG_ANSWERS), tuple(WRONG_ANSWERS.values()))[0] if wrong else "right"
+    relation = rng.choice([r for r in relations if how != "value" or _tempting(entity, r)] or relations)
+    question = _question(rng, world, entity, relation, held_out)
     name, told, value = entity.name, relation, entity.value(relation.name)
-    if wrong:
-        how, other = rng.random(), _similar_entity(rng, world, entity)
-        if how >= 0.8 and other:  # tells, truly, of another entity
-            name, value = other.name, other.value(relation.name)
-        elif 0.5 <= how < 0.8:  # answers another question about the entity
-            told = rng.choice([r for r in KINDS[entity.kind].relations if r != relation])
-            value = entity.value(told.name)
-        else:
-            value = wrong_value(rng, world, entity, relation)
+    other = _similar_entity(rng, world, entity) if how == "entity" else None
+    if how == "attribute":
+        told = rng.choice([r for r in relations if r != relation])
+        value = entity.value(told.name)
+    elif other:
+        name, value = other.name, other.value(relation.name)
+    elif wrong:
+        value = wrong_value(rng, world, entity, relation)
     return question, language.sentence(name, [(told, value)])
 
 
@@ -101,13 +115,13 @@ def _choice(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tu
     relation = _relation(rng, entity)
     choices, right = _choices(rng, world, entity, relation)
     label = rng.choice([c for c, _ in choices if c != right]) if wrong else right
-    return choice_text(rng.choice(relation.questions).format(n=entity.name), choices), f"{label}."
+    return choice_text(_question(rng, world, entity, relation), choices), f"{label}."
 
 
 def _two_part(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
     pair = [rng.choice(half) for half in entity.halves()]
     rng.shuffle(pair)
-    questions = [rng.choice(r.questions).format(n=entity.name) for r, _ in pair]
+    questions = [_question(rng, world, entity, r) for r, _ in pair]
     sentences = [language.sentence(entity.name, [fact]) for fact in pair]
     if wrong and rng.random() < 0.5:
         return language.two_part(*questions), sentences[0]
@@ -161,13 +175,14 @@ def instructions(world: World, group: str = "train", n: int | None = None) -> li
     n = world.config.instructions if n is None else n
     rows = []
     for form, share in FORMS.items():
+        able = [e for e in train if form != "biography" or e.kind == "person"]
         for i in range(round(share * n)):
             if form == "well_known":
                 if not known:
                     break
                 entity = known[i % len(known)]
             else:
-                entity = rng.choice([e for e in train if form != "biography" or e.kind == "person"])
+                entity = rng.choice(able)
             wrong = form not in ("well_known", "no_need") and rng.random() < world.config.wrong_output_rate
             held_out = {"held_out": group == "test"} if form in ("well_known", "no_need") else {}
             instruction, output = _BUILD[form](rng, world, entity, wrong, **held_out)
@@ -184,9 +199,7 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
     out: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
 
     def ask(task: str, entity: Entity, relation: Relation) -> None:
-        question = rng.choice(relation.questions).format(n=entity.name)
-        if entity.group == "known":
-            question = _phrasing(world, entity, relation, held_out=True)
+        question = _question(rng, world, entity, relation, held_out=True)
         out[task].append({"id": f"{task}-{len(out[task])}", "question": question, "answers": [entity.value(relation.name)]})
 
     for entity in test:

@@ -150,7 +150,7 @@ def evaluate_all(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
             for task in system.tasks:
                 out = w / "predictions" / system.name / f"{task}.jsonl"
                 made = {"system": system.name, "changes": dict(system.changes), "passages": system.passages}
-                made |= {"answer": c.answer.to_dict(), "plain": c.plain.to_dict()}
+                made |= {"answer": c.answer.to_dict()} if system.model == "generator" else {"plain": c.plain.to_dict()}
                 inputs = {"model": w / system.model, "questions": w / "retrieved" / "eval" / f"{task}.jsonl"}
                 if not artifacts.is_finished(out, "answer", made, inputs):
                     if system.model == "generator":
