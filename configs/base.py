@@ -38,7 +38,8 @@ def _train() -> ConfigDict:
 
 
 def _stages() -> tuple:
-    """Name, steps, rows of a batch, Muon's peak rate, weight of copied text, share of tempting questions, families of documents."""
+    """Name, steps, rows of a batch, Muon's peak rate, weight of copied text, share of tempting questions, and families of
+    documents with their relative weights."""
     compare = (("compare", 1.0),)
     check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
     read = (
@@ -46,24 +47,24 @@ def _stages() -> tuple:
         ("claim", 0.06), ("choice", 0.02), ("answers", 0.04),
     )  # fmt: skip
     match = (
-        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06), ("claim", 0.08),
-        ("choice", 0.04), ("common", 0.04), ("answers", 0.06),
+        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06),
+        ("claim", 0.08), ("choice", 0.04), ("common", 0.04), ("answers", 0.06),
     )  # fmt: skip
     all_skills = (
-        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03), ("claim", 0.1),
-        ("choice", 0.07), ("common", 0.05), ("answers", 0.08),
+        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03),
+        ("claim", 0.1), ("choice", 0.07), ("common", 0.05), ("answers", 0.08),
     )  # fmt: skip
     settle = (
-        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05), ("claim", 0.08),
-        ("choice", 0.03), ("common", 0.03), ("answers", 0.06),
+        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05),
+        ("claim", 0.08), ("choice", 0.03), ("common", 0.03), ("answers", 0.06),
     )  # fmt: skip
     finish = (
         ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06), ("claim", 0.08),
         ("choice", 0.02), ("kinds", 0.02), ("common", 0.02), ("answers", 0.12),
     )  # fmt: skip
     judge = (
-        ("quiz", 0.42), ("answers", 0.3), ("copy", 0.1), ("statements", 0.08), ("compare", 0.08), ("titles", 0.06), ("claim", 0.03),
-        ("kinds", 0.02), ("common", 0.02),
+        ("quiz", 0.42), ("answers", 0.3), ("copy", 0.1), ("statements", 0.08), ("compare", 0.08), ("titles", 0.06),
+        ("claim", 0.03), ("kinds", 0.02), ("common", 0.02),
     )  # fmt: skip
     return (
         ("compare", 600, 6, 0.02, 1.0, 0.0, compare),

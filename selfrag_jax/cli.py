@@ -155,15 +155,19 @@ def _changes(v: dict) -> dict:
 
 
 def _rag(v: dict):
+    from selfrag_jax import artifacts
     from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
 
     model, index = v["model"], v["index"]
     if v["workdir"]:
+        own = [Path(v["workdir"]) / name for name, given in (("generator", model), ("index", index)) if not given]
+        if not all(artifacts.manifest_path(a).is_file() for a in own):
+            raise BadInput(
+                f"{v['workdir']}: holds no finished quickstart; run `selfrag quickstart --workdir={v['workdir']}` first"
+            )
         model, index = model or Path(v["workdir"]) / "generator", index or Path(v["workdir"]) / "index"
     if not model:
         raise BadInput("give --model (a training workdir or a Hugging Face folder) or --workdir of a finished quickstart")
-    if v["workdir"] and not Path(model).exists():
-        raise BadInput(f"{v['workdir']}: holds no finished quickstart; run `selfrag quickstart --workdir={v['workdir']}` first")
     return SelfRAG.load(model, index, _section(v, AnswerConfig, "answer"))
 
 
@@ -200,6 +204,9 @@ def _report(v: dict, _) -> None:
     from selfrag_jax.world import quickstart
 
     workdirs = [Path(w) for w in v["workdir"].split(",")]
+    for w in workdirs:
+        if not (w / "report" / "results.json").is_file():
+            raise BadInput(f"{w}: holds no finished quickstart; run `selfrag quickstart --workdir={w}` first")
     runs = [report.read_results(w / "report" / "results.json") for w in workdirs]
     out = Path(v["out"]) if v["out"] else workdirs[0] / "report"
     if len(runs) == 1:
@@ -232,7 +239,7 @@ STAGES: dict[str, Stage] = {
         _quickstart,
     ),
     "base": Stage(
-        "Makes the small base model that the quickstart starts from (it is shipped; this takes three quarters of an hour).",
+        "Makes the small base model that the quickstart starts from (it is shipped; this takes about an hour).",
         "selfrag base --workdir=W/base --out=my_base",
         (
             Flag("workdir", "for checkpoints; started again, it continues", required=True),

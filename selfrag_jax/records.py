@@ -48,7 +48,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class CriticExample:
-    """One labelled critique (PAPER: `instruction`, `input`, `output`, `task`), with the query's fields kept apart."""
+    """One labelled critique (published format: `instruction`, `input`, `output`, `task`), with the query's fields kept apart."""
 
     task: str  # retrieve, isrel, issup or isuse
     instruction: str

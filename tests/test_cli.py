@@ -41,7 +41,7 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["index", "--out=I"], "either --embeddings"),
         (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),
         (["label", "--critic=none", "--input=x", "--out=y"], "does not exist"),
-        (["report", "--workdir=none"], "no such file"),
+        (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
 )
 def test_wrong_input_is_answered_with_what_to_do(capsys, tmp_path, monkeypatch, argv, message):
@@ -49,6 +49,16 @@ def test_wrong_input_is_answered_with_what_to_do(capsys, tmp_path, monkeypatch, 
     code, _, err = run(capsys, *argv)
     assert code == 2 and message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_workdir_is_refused(capsys, tmp_path):
+    """As a quickstart leaves it that was killed while the generator trained, with its index finished."""
+    (tmp_path / "generator" / "100").mkdir(parents=True)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text("{}")
+    for argv in (["ask", f"--workdir={tmp_path}", "Who?"], ["report", f"--workdir={tmp_path}"]):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and f"run `selfrag quickstart --workdir={tmp_path}` first" in err
 
 
 def test_a_config_of_another_stage_is_refused(capsys, tmp_path):

@@ -68,7 +68,7 @@ def test_ask_prints_passages_critiques_and_the_decision(quickstart, capsys):
 
 
 def test_own_corpus_and_questions(quickstart, tmp_path, capsys):
-    """index, answer and evaluate on hand-written files with awkward text; an interrupted answer goes on."""
+    """index, answer and evaluate on hand-written files with awkward text."""
     workdir, _ = quickstart
     (tmp_path / "corpus.tsv").write_text(
         "id\ttext\ttitle\n"

@@ -19,7 +19,7 @@ WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
 
 
 def config(steps=12, rate=0.01, name="muon", eps=1e-8, **changes):
-    learner = OptimizerConfig(name, rate, 0.01, "linear", 0.1, 0.1, eps, 0.0, 1.0, 4.0)
+    learner = OptimizerConfig(name, rate, 0.01, "linear", 0.1, eps, 0.0, 1.0, 4.0)
     fields = dict(seed=0, steps=steps, rows=2, length=32, max_targets=48, save_every=4, log_every=4)
     return TrainConfig(**(fields | changes), optimizer=learner, mesh=MeshConfig(1, 1, 1))
 
@@ -51,7 +51,7 @@ def test_reflection_tokens_start_as_the_words_of_the_config():
 def test_new_rows_move_faster(name):
     """Adam's first step has the size of the rate, whatever the gradient."""
     params = {"embed": {"embedding": jnp.ones((6, 3))}, "head": {"kernel": jnp.ones((3, 6))}, "norm": {"scale": jnp.ones(3)}}
-    learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 0.0, 1e-8, 0.0, 100.0, new_rows_factor=4.0)
+    learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 100.0, new_rows_factor=4.0)
     tx = optimizer.make(learner, 10, 2)
     state = tx.init(params)
     _, state = tx.update(params, state, params)  # the warm-up's first step has rate 0
@@ -80,7 +80,7 @@ def test_other_new_rows_are_another_training(tmp_path):
 
 @pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor"))
 def test_a_rate_of_zero_is_refused(field):
-    fields = dict(zip(OptimizerConfig.__dataclass_fields__, ("muon", 0.1, 0.1, "linear", 0, 0, 1e-8, 0, 1, 1.0), strict=True))
+    fields = dict(zip(OptimizerConfig.__dataclass_fields__, ("muon", 0.1, 0.1, "linear", 0, 1e-8, 0, 1, 1.0), strict=True))
     with pytest.raises(BadInput, match=f"optimizer.{field}=0"):
         OptimizerConfig(**fields | {field: 0})
 

@@ -20,13 +20,13 @@ from selfrag_jax.records import BadInput, CriticExample, Instruction, instructio
 
 
 class Teacher(Protocol):
-    def judge(self, query: CritiqueQuery) -> str:
-        """The reflection token of the query's group."""
+    def judge(self, query: CritiqueQuery, row_id: str) -> str:
+        """The reflection token of the query's group; row_id: the instruction that it is asked about."""
         ...
 
 
 class RuleTeacher:
-    """Knows the world's truth; a share of its labels is another token of the group, drawn by the query's own text."""
+    """Knows the world's truth; a share of its labels is another token of the group (see `judge`)."""
 
     def __init__(self, truth_file: str | Path, error_rate: float, seed: int):
         rows = list(read_rows(truth_file))
@@ -43,7 +43,7 @@ class RuleTeacher:
 
         return truth.judge(query, self.known)
 
-    def judge(self, query: CritiqueQuery, row_id: str = "") -> str:
+    def judge(self, query: CritiqueQuery, row_id: str) -> str:
         """The teacher's label. Whether it errs depends on the query and the row that it is asked for, and on nothing that
         was asked before: a question that occurs in many rows is not wrong in all of them."""
         label = self.truth(query)

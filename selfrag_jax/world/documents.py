@@ -32,10 +32,10 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     """
     entity = source.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
-    relation, read_on = rng.choice(entity.halves()[half])[0], 0.7
+    relation, holds_rate = rng.choice(entity.halves()[half])[0], 0.7
     tempting = [r for r, _ in entity.halves()[half] if lendable(entity.halves()[1 - half], r)]
     if source.config.tempting and tempting and rng.random() < source.config.tempting:
-        relation, read_on = rng.choice(tempting), 0.5
+        relation, holds_rate = rng.choice(tempting), 0.5
     question = rng.choice(relation.questions).format(n=entity.name)
     form = rng.random()
     if form < 0.12:
@@ -53,7 +53,7 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     for _ in range(source.config.passages):
         draw = rng.random()
         if draw < 0.55:
-            about, at = entity, half if rng.random() < read_on else 1 - half
+            about, at = entity, half if rng.random() < holds_rate else 1 - half
         elif draw < 0.85:
             words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
             about, at = source.entity(rng, entity.kind, words), rng.randrange(2)
@@ -84,8 +84,8 @@ def _answer(
 
     about, stated: whom the passage is about and what it states; without a passage (None) there is no first verdict.
     Right answers that the passage holds are learned. A guess, where it holds none, has a small weight: enough to know
-    that such answers are as well-formed as others, but never to take them from a passage that tells of something else. All
-    others are only read. Returns also the relation told.
+    that such answers are as well-formed as others. All others are only read, and so are values that the passage tells of
+    something else. Returns also the relation told.
     """
     who, told, value, draw = entity, relation, entity.value(relation.name), rng.random()
     lent = lendable(stated, relation)
@@ -181,8 +181,8 @@ def _closed_answer(
 ) -> Segments:
     """A passage about `entity`, an answer out of a few (one in five is wrong, and only read), and verdicts as in _quiz.
 
-    One passage in four is about a look-alike instead: it is only told from the others. Some tell of the other `half` of
-    the attributes: any answer is a guess.
+    One passage in four is about a look-alike instead: it is only told from the others. One in five tells of the
+    other half of the attributes: any answer is a guess.
     """
     draw = rng.random()
     if draw < 0.25:

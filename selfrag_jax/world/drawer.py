@@ -83,7 +83,10 @@ class Drawer:
     def statement(
         self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], relations: list[Relation]
     ) -> tuple[list[str], str]:
-        """One statement about the given relations and its verdict; half of the values are wrong."""
+        """One statement about the given relations and its verdict.
+
+        Half of the values are wrong; of an attribute that the passage lacks, where it could lend a value, four in five.
+        """
         facts, right, known = [], 0, {r.name: v for r, v in stated}
         for relation in relations:
             value, lent = entity.value(relation.name), lendable(stated, relation)

@@ -36,7 +36,7 @@ class WorldConfig:
     look_alike_rate: float  # of the train entities whose name is derived from another's
     known_look_alike_rate: float  # of those, whose name is derived from a known entity's
     instructions: int  # rows of instructions.jsonl
-    wrong_output_rate: float  # of the rows whose output is wrong
+    wrong_output_rate: float  # of the rows about train entities, those with a wrong output
     questions_per_test_entity: int
 
 

@@ -1,9 +1,9 @@
 """Instructions with outputs for training, and evaluation files, about a world, in the published file formats.
 
 Some outputs are wrong on purpose: sources of instructions are, and a critic that never sees a wrong output learns
-that fluent means supported. Most wrong answers to single questions hold a wrong value, where possible that of another
-attribute of the same entity (lives in a town, was born in a town), so that only a look at the passage tells; the others
-tell a truth that was not asked for, of another attribute or of another entity.
+that fluent means supported. Most wrong answers to single questions hold a wrong value, often that of another attribute
+of the same entity (lives in a town, was born in a town), so that only a look at the passage tells; the others tell a
+truth that was not asked for, of another attribute or of another entity. Questions that tempt so are wrong more often.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ TASKS = tuple(FORMS)
 
 # Shares of the ways in which the answer to a single question is wrong.
 WRONG_ANSWERS: dict[str, float] = {
-    "value": 0.6,  # a wrong value, of a question with a tempting one where the entity has any
+    "value": 0.6,  # a wrong value
     "attribute": 0.2,  # the truth about another attribute of the entity
     "entity": 0.2,  # the truth about another entity
 }
+# Of the wrong values, those that answer a question for which the entity has a tempting one, if there is such a question.
+TEMPTING = 0.6
 
 
 def _relation(rng: random.Random, entity: Entity) -> Relation:
@@ -90,7 +92,9 @@ def _question(rng: random.Random, world: World, entity: Entity, relation: Relati
 def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
     relations = KINDS[entity.kind].relations
     how = rng.choices(tuple(WRONG_ANSWERS), tuple(WRONG_ANSWERS.values()))[0] if wrong else "right"
-    relation = rng.choice([r for r in relations if how != "value" or _tempting(entity, r)] or relations)
+    relation = rng.choice(relations)
+    if how == "value" and rng.random() < TEMPTING:
+        relation = rng.choice([r for r in relations if _tempting(entity, r)] or relations)
     question = _question(rng, world, entity, relation, held_out)
     name, told, value = entity.name, relation, entity.value(relation.name)
     other = _similar_entity(rng, world, entity) if how == "entity" else None
@@ -210,7 +214,7 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
         out["multiple_choice"].append(
             {
                 "id": f"multiple_choice-{len(out['multiple_choice'])}",
-                "question": rng.choice(relation.questions).format(n=entity.name),
+                "question": _question(rng, world, entity, relation),
                 "choices": {"label": [c for c, _ in choices], "text": [t for _, t in choices]},
                 "answerKey": right,
             }
