@@ -10,10 +10,11 @@ import pytest
 
 from selfrag_jax import prompts, reflection
 from selfrag_jax.decoding import scoring
-from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _vote
+from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
+from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
 from selfrag_jax.models.llama import causal_mask
-from selfrag_jax.records import BadInput, Passage, Question
+from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
 from selfrag_jax.tokenizer import Control
 
 
@@ -223,6 +224,41 @@ def test_closed_set_voting_by_hand():
     assert _vote(search, outcome, q).node is nodes[2]  # 0.5 + 0.6 against 0.9; what is no option has no vote
     outcome.nodes = nodes[3:4]
     assert _vote(search, outcome, q) is None
+
+
+def test_an_answer_that_no_passage_supports_says_so():
+    found, alone = SimpleNamespace(passage="p", complete=True), SimpleNamespace(passage=None, complete=True)
+    assert any("take it as a guess" in d for d in _doubts([alone, found], []))
+    assert _doubts([found], ["a citation"]) == _doubts([alone], []) == []
+
+
+def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    write_jsonl(questions, [{"id": str(i), "question": f"Where is {'x' * i}?"} for i in range(10)])
+    changes = {"mode": "no_retrieval"}
+    whole = make_rag(talkative)
+    assert answer_file(whole, questions, tmp_path / "whole.jsonl", None, dict(changes)) == 10
+
+    rag, asked = make_rag(talkative), []
+    batch = rag._batch
+
+    def dies_in_the_second_batch(search, rows):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(q.id for q in rows)
+        return batch(search, rows)
+
+    rag._batch = dies_in_the_second_batch
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(rag, questions, out, None, dict(changes))
+    [partial] = tmp_path.glob(".a.jsonl.*.partial")
+    with open(partial, "a") as f:
+        f.write('{"id": "4", "ans')  # as a kill in the middle of a line leaves it
+    assert not out.exists()
+    rag._batch = lambda search, rows: asked.extend(q.id for q in rows) or batch(search, rows)
+    assert answer_file(rag, questions, out, None, dict(changes)) == 10
+    assert asked == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "9", "9"]  # the last batch is filled up
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
 
 
 def test_no_passages_found_is_noticed_not_a_crash(talkative):
