@@ -154,6 +154,12 @@ def _changes(v: dict) -> dict:
     return {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
 
 
+def _require_quickstart(workdir: str | Path, *files: Path) -> None:
+    """Raises BadInput when a file is missing that a finished quickstart leaves in its workdir."""
+    if not all(f.is_file() for f in files):
+        raise BadInput(f"{workdir}: holds no finished quickstart; run `selfrag quickstart --workdir={workdir}` first")
+
+
 def _rag(v: dict):
     from selfrag_jax import artifacts
     from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
@@ -161,10 +167,7 @@ def _rag(v: dict):
     model, index = v["model"], v["index"]
     if v["workdir"]:
         own = [Path(v["workdir"]) / name for name, given in (("generator", model), ("index", index)) if not given]
-        if not all(artifacts.manifest_path(a).is_file() for a in own):
-            raise BadInput(
-                f"{v['workdir']}: holds no finished quickstart; run `selfrag quickstart --workdir={v['workdir']}` first"
-            )
+        _require_quickstart(v["workdir"], *map(artifacts.manifest_path, own))
         model, index = model or Path(v["workdir"]) / "generator", index or Path(v["workdir"]) / "index"
     if not model:
         raise BadInput("give --model (a training workdir or a Hugging Face folder) or --workdir of a finished quickstart")
@@ -205,8 +208,7 @@ def _report(v: dict, _) -> None:
 
     workdirs = [Path(w) for w in v["workdir"].split(",")]
     for w in workdirs:
-        if not (w / "report" / "results.json").is_file():
-            raise BadInput(f"{w}: holds no finished quickstart; run `selfrag quickstart --workdir={w}` first")
+        _require_quickstart(w, w / "report" / "results.json")
     runs = [report.read_results(w / "report" / "results.json") for w in workdirs]
     out = Path(v["out"]) if v["out"] else workdirs[0] / "report"
     if len(runs) == 1:
