@@ -128,12 +128,12 @@ def save(folder: str | Path, c: LlamaConfig, params: Params, tokenizer) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    write_json(folder / CONFIG, config_to_json(c, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(to_tensors(params), temporary, metadata={"format": "pt"})
-    shutil.copymode(folder / CONFIG, temporary)  # safetensors makes files that only their owner can read
     os.replace(temporary, folder / WEIGHTS)
+    tokenizer.save(folder)
+    write_json(folder / CONFIG, config_to_json(c, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files that only their owner can read
 
 
 def load(folder: str | Path) -> tuple[LlamaConfig, Params]:
