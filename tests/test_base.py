@@ -24,13 +24,13 @@ def test_the_shipped_model_does_what_its_record_says():
     assert min(record["scores"].values()) >= minimum == 0.95
     assert record["config"] == json.loads(json.dumps(config.load("base").to_dict()))  # what made it is what is shipped
     # Other cases than the record's; 0.025 is two standard deviations of a share of 0.95 among 300 cases.
-    scores = gate.measure(checkpoints.load(embedded_base()), seed=12, n=300)
+    scores = gate.measure(checkpoints.load(embedded_base()), seed=11, n=300)
     assert {k: (v, record["scores"][k]) for k, v in scores.items() if v < record["scores"][k] - 0.025} == {}
 
 
 def test_base_documents_hold_no_name_and_no_fact_of_a_world(tokenizer):
     families = tuple((name, 1.0) for name in documents.FAMILIES)
-    source = base.BaseSource(drawer.BaseDataConfig(0, "base", families, 1.0, 1.0, 1, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(0, "base", families, 1.0, 1.0, 1, 2, 0.0), tokenizer)
     kind_of = {r.name: r.value for kind in language.KINDS.values() for r in kind.relations}
 
     def kinds_of(name):
@@ -91,7 +91,7 @@ def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(tokeni
 
 
 def test_answers_without_evidence_are_judged_by_what_was_asked(tokenizer):
-    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("answers", 1.0),), 1.0, 1.0, 1, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("answers", 1.0),), 1.0, 1.0, 1, 2, 0.0), tokenizer)
     verdicts, counts = {5: drawer.YES, 3: drawer.PARTLY, 2: drawer.NO, 1: drawer.NO}, collections.Counter()
     for i in range(200):
         (head, _), *segments = source.segments(i)[:-1]
@@ -104,7 +104,7 @@ def test_answers_without_evidence_are_judged_by_what_was_asked(tokenizer):
 
 @pytest.mark.parametrize("skill", ("check", "missing", "lent", "match", "useful"))
 def test_the_gate_knows_the_truth(tokenizer, skill):
-    source = base.BaseSource(drawer.BaseDataConfig(3, "world", (), 1.0, 1.0, 0, 0), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "world", (), 1.0, 1.0, 0, 0, 0.0), tokenizer)
     rng, counts = random.Random(0), collections.Counter()
     for _ in range(200):
         *context, ((verdict,), _) = gate.cases(source.drawer, rng, skill)
@@ -149,7 +149,7 @@ def _weight(question: str, passage: Passage | None, answer: str) -> float:
 
 
 def test_wrong_values_are_often_near(tokenizer):
-    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2), tokenizer)
+    source = base.BaseSource(drawer.BaseDataConfig(3, "base", (("quiz", 1.0),), 1.0, 1.0, 2, 2, 0.0), tokenizer)
     rng, near = random.Random(0), 0
     for _ in range(300):
         entity = source.drawer.entity(rng, "person")

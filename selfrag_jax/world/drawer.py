@@ -27,7 +27,7 @@ class BaseDataConfig:
     copy_weight: float  # loss weight of answers in sentences and of ends, which else drown the verdicts' signal
     passages: int  # per document
     statements: int  # checked statements per passage
-    tempting: float = 0.0  # of the quizzes' questions, those that a passage has a tempting wrong value for (see `lendable`);
+    tempting: float  # of the quizzes' questions, those that a passage has a tempting wrong value for (see `lendable`);
     # the higher, the more answers give in
 
 

@@ -93,7 +93,7 @@ def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: R
 
 def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
     """The share of `n` cases of each skill in which the model's first choice is right at every learned token."""
-    source = BaseSource(BaseDataConfig(seed, "world", (), 1.0, 1.0, 0, 0), loaded.tokenizer)
+    source = BaseSource(BaseDataConfig(seed, "world", (), 1.0, 1.0, 0, 0, 0.0), loaded.tokenizer)
 
     @jax.jit
     def right(params, tokens, doc_ids, positions):
