@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from selfrag_jax import config, reflection
+from selfrag_jax import cli, config, reflection
 from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control
@@ -166,12 +166,13 @@ def test_every_word_is_one_token(tokenizer):
 
 
 @pytest.mark.slow
-def test_the_command_still_works(tmp_path):
-    scores = make_base.make(config.load("base:smoke"), tmp_path / "w", tmp_path / "out")
-    assert set(scores) == set(gate.SKILLS)
+def test_the_command_still_works(tmp_path, capsys):
+    assert cli.main(["base", f"--workdir={tmp_path}/w", f"--out={tmp_path}/out", "--config=base:smoke"]) == 0
     assert checkpoints.load(tmp_path / "out").model.config.embed_dim == 128
     record = json.loads((tmp_path / "out" / make_base.RECORD).read_text())
-    assert record["scores"] == scores and record["command"].startswith("selfrag base")
+    assert set(record["scores"]) == set(gate.SKILLS) and record["command"].startswith("selfrag base")
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines()[:-1])
+    assert said == {skill: f"{100 * score:.1f}" for skill, score in record["scores"].items()}
 
 
 @pytest.mark.slow

@@ -207,6 +207,27 @@ def test_answers_do_not_depend_on_their_neighbours(talkative):
         assert alone.answer == a.answer and alone.score == pytest.approx(a.score, abs=1e-4)
 
 
+def test_only_reflection_distributions_leave_the_device(talkative, monkeypatch):
+    """Every array that the search takes to the host, by its shape: nothing is as wide as the vocabulary."""
+    taken = []
+
+    def spy(original):
+        def take(x, *args, **kwargs):
+            taken.extend(leaf.shape for leaf in jax.tree.leaves(x) if isinstance(leaf, jax.Array))
+            return original(x, *args, **kwargs)
+
+        return take
+
+    for owner, name in ((np, "asarray"), (np, "array"), (jax, "device_get")):
+        monkeypatch.setattr(owner, name, spy(getattr(owner, name)))
+    question = Question("0", "Where is Mara?", ctxs=tuple(make_passages(np.random.default_rng(1), talkative.tokenizer, 3)))
+    assert make_rag(talkative).answer([question], mode="always_retrieve")[0].segments
+    widths = {shape[-1] for shape in taken if len(shape) > 1}
+    assert (1, 3) in taken and {2, 3, 5} <= widths  # Retrieve of the prompt; IsRel, IsSup, IsUse of the branches
+    assert max(widths) == 6  # max_new_tokens
+    assert max(np.prod(shape) for shape in taken) < talkative.tokenizer.vocab_size
+
+
 def test_every_citation_points_into_the_answer(talkative):
     rng = np.random.default_rng(6)
     rows = [Question(str(i), "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 4))) for i in range(4)]

@@ -2,15 +2,22 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 
+import jax
+import numpy as np
 import pytest
 
 from selfrag_jax import artifacts, cli, config
 from selfrag_jax.evaluation import report
+from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, read_rows
+from selfrag_jax.retrieval import corpus
 from selfrag_jax.world import quickstart as flow
-
-pytestmark = pytest.mark.slow
 
 
 def test_every_system_has_its_results(quickstart):
@@ -38,6 +45,69 @@ def test_lost_artifacts_are_made_again_alike(quickstart, tmp_path):
     (copy / "generator" / "manifest.json").unlink()
     (copy / "generator_data.jsonl.manifest.json").unlink()
     assert flow.run(config.load("tiny:smoke"), copy) == rows
+
+
+# What is there when the quickstart is killed: in the midst of training, of labelling, of training, of evaluating.
+KILLS = (
+    "critic/started.json",
+    "generator_data.jsonl.parts/*/00000040.jsonl",
+    "generator/checkpoints/2",
+    "predictions/rag_topk/two_part.jsonl",
+)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_results(quickstart, tmp_path):
+    command = [sys.executable, "-m", "selfrag_jax", "quickstart", f"--workdir={tmp_path}/W", "--config=tiny:smoke"]
+    for pattern in KILLS:
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            while not list((tmp_path / "W").glob(pattern)):
+                assert process.poll() is None, f"ended before {pattern}: {process.stderr.read().decode()}"
+                time.sleep(0.005)
+            process.kill()
+            process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, pattern
+    assert (tmp_path / "W" / "critic" / "manifest.json").is_file() and not (tmp_path / "W" / "report").exists()
+    subprocess.run(command, check=True)
+    assert json.loads((tmp_path / "W" / "report" / "results.json").read_text())["rows"] == quickstart[1]
+
+
+def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsys):
+    """Every stage from the command line, by the flags of its help: the same files, the same parameters, the same results."""
+    made, rows = quickstart
+
+    def run(*argv):
+        assert cli.main([*argv, "--config=tiny:smoke"] if argv[0] not in ("retrieve", "evaluate", "report") else argv) == 0
+        return capsys.readouterr().out
+
+    w = tmp_path
+    assert "passages.tsv" in run("world", f"--out={w}/world")
+    run("embed", f"--passages={w}/world/passages.tsv", f"--out={w}/embeddings")
+    run("index", f"--embeddings={w}/embeddings", f"--out={w}/index")
+    for name in ("instructions", "eval/long_tail"):
+        run("retrieve", f"--index={w}/index", f"--input={w}/world/{name}.jsonl", f"--out={w}/retrieved/{name}.jsonl", "--k=5")
+    instructions = f"--input={w}/retrieved/instructions.jsonl"
+    run("collect", instructions, f"--truth={w}/world/teacher.jsonl", f"--out={w}/critic_data.jsonl")
+    run("train", "--role=critic", f"--data={w}/critic_data.jsonl", f"--workdir={w}/critic")
+    run("label", f"--critic={w}/critic", instructions, f"--out={w}/generator_data.jsonl")
+    run("train", "--role=generator", f"--data={w}/generator_data.jsonl", f"--workdir={w}/generator")
+    questions, answers = f"{w}/world/eval/long_tail.jsonl", "predictions/selfrag_adaptive/long_tail.jsonl"
+    run("answer", f"--workdir={w}", f"--input={questions}", f"--out={w}/{answers}", "--max_depth=1", "--beam_width=1")
+    for name in ("world/passages.tsv", "retrieved/instructions.jsonl", "critic_data.jsonl", "generator_data.jsonl", answers):
+        assert (w / name).read_bytes() == (made / name).read_bytes(), name
+    for model in ("critic", "generator"):
+        one, other = (checkpoints.load(folder / model).params for folder in (w, made))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+    said = run("evaluate", f"--task={questions}", f"--predictions={w}/{answers}", "--judge=world")
+    assert "accuracy" in said
+    metrics = json.loads((w / answers).with_suffix(".metrics.json").read_text())["rows"]
+    expected = {r["metric"]: r["value"] for r in rows if (r["system"], r["task"]) == ("selfrag_adaptive", "long_tail")}
+    assert {r["metric"]: r["value"] for r in metrics} == expected
+
+    shutil.copytree(made, w / "finished")
+    assert "Self-RAG, always" in run("report", f"--workdir={w}/finished", f"--out={w}/report", "--examples=2")
+    assert (w / "report" / "index.html").read_text().count("class='card'") == 2
 
 
 def test_generator_data_is_in_the_published_format(quickstart):
@@ -84,6 +154,13 @@ def test_own_corpus_and_questions(quickstart, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(q, ensure_ascii=False) for q in questions), encoding="utf-8")
     run = lambda *argv: cli.main([argv[0], *argv[1:], "--config=tiny:smoke"])  # noqa: E731
     assert run("index", f"--passages={tmp_path}/corpus.tsv", f"--out={tmp_path}/index") == 0
+    passages = [asdict(p) for p in corpus.read(tmp_path / "corpus.tsv")]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(p) for p in passages), encoding="utf-8")
+    assert run("index", f"--passages={tmp_path}/corpus.jsonl", f"--out={tmp_path}/index_jsonl") == 0
+    for name in ("index", "index_jsonl"):
+        found = (f"--index={tmp_path}/{name}", f"--input={tmp_path}/q.jsonl", f"--out={tmp_path}/{name}.found.jsonl", "--k=2")
+        assert cli.main(["retrieve", *found]) == 0
+    assert (tmp_path / "index.found.jsonl").read_bytes() == (tmp_path / "index_jsonl.found.jsonl").read_bytes()
     answer = ("answer", f"--model={workdir}/generator", f"--index={tmp_path}/index", f"--input={tmp_path}/q.jsonl")
     assert run(*answer, f"--out={tmp_path}/a.jsonl", "--mode=always_retrieve") == 0
     rows = [row for _, row in read_rows(tmp_path / "a.jsonl")]

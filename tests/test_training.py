@@ -1,5 +1,8 @@
 """The trainer: it learns, it resumes to bit-identical parameters, and a loss that is not finite stops it."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +122,28 @@ def test_interrupted_training_ends_with_the_same_parameters(tiny_model, source, 
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
     loaded = checkpoints.load(tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(parts))
+
+
+def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(tiny_model, source, tmp_path, monkeypatch):
+    whole = run(tiny_model, source, tmp_path / "whole")["params"]
+    before, calls, step = signal.getsignal(signal.SIGTERM), [], trainer.train_step
+
+    def told_to_stop(*args):
+        calls.append(1)
+        if len(calls) == 6:  # between the checkpoints of steps 4 and 8
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", told_to_stop)
+    with pytest.raises(SystemExit) as leaving:
+        run(tiny_model, source, tmp_path / "parts")
+    assert leaving.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    with checkpoints.manager(tmp_path / "parts") as saved:
+        assert saved.latest_step() == 6
+    calls.append(1)
+    parts = run(tiny_model, source, tmp_path / "parts")["params"]
+    assert len(calls) == 13  # the six steps that were left
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
 
 
 def test_training_lowers_the_loss(tiny_model, source, tmp_path):

@@ -41,15 +41,36 @@ def test_training_mentions_no_test_entity(small_world):
 
 def test_some_names_look_like_well_known_ones():
     close = {}
-    for rate in (0.0, 0.2):
+    for rate in (0.0, 0.3):
         c = config.override(config.load("tiny"), [f"world.known_look_alike_rate={rate}"])
         assert rate == 0.0 or rate == config.load("tiny").world.known_look_alike_rate
         world = encyclopedia.build(config.build(encyclopedia.WorldConfig, c.world, "world"))
         known = world.group("known")
         alike = [e for e in world.group("train") if any(e.kind == k.kind and set(e.words) & set(k.words) for k in known)]
         close[rate] = len(alike)
-    # Of 560 half are look-alikes, a fifth of those (56) of a well-known one; others by chance.
-    assert 30 < close[0.2] - close[0.0] < 80
+    # Of 560 half are look-alikes, three in ten of those (84) of a well-known one; others by chance.
+    assert 50 < close[0.3] - close[0.0] < 110
+
+
+@pytest.mark.parametrize("variant", ("tiny", "tiny:smoke"))
+def test_phrasings_of_well_known_questions_are_held_out_but_do_not_tell(variant):
+    world = encyclopedia.build(config.build(encyclopedia.WorldConfig, config.load(variant).world, "world"))
+    known = world.group("known")
+    assert [e.kind for e in known] == ["person"] * 2 + ["place"] * 2 + (["organisation"] * 2 + ["work"] * 2) * (len(known) == 8)
+    trained = {r.instruction for r in questions.instructions(world, "train", 5000) if r.dataset_name == "well_known"}
+    tested = {r.instruction for r in questions.instructions(world, "test", 5000) if r.dataset_name == "well_known"}
+    assert not trained & tested
+    assert {r["question"] for r in questions.evaluation(world)["well_known"]} == tested
+    every = {q.format(n=e.name) for e in known for r in language.KINDS[e.kind].relations for q in r.questions}
+    assert (
+        trained | tested == every and 0 <= len(every) / 4 - len(tested) <= 1
+    )  # a half of the attributes, one of two phrasings
+    for kind in {e.kind for e in known}:  # each phrasing is met with a well-known name
+        met = {truth.parse(q).relations[0]: set() for q in trained}
+        for e in known:
+            for r in language.KINDS[kind].relations if e.kind == kind else ():
+                met[r.name] |= {q for q in r.questions if q.format(n=e.name) in trained}
+        assert all(len(met[r.name]) == 2 for r in language.KINDS[kind].relations)
 
 
 def test_the_question_of_the_readme_can_be_asked():
@@ -131,6 +152,9 @@ def test_retrieval_need():
     told = "Mara Tellock was born in East Quenport."
     assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.CONTINUE
     told += " Mara Tellock works as a rope maker and plays the reed harp."
+    assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.RETRIEVAL
+    # An attribute that was told wrongly has been told: no segment would repeat it.
+    told = told.replace("rope maker", "salt keeper")
     assert truth.needs_retrieval("Tell me about Mara Tellock.", (), told, PASSAGE) == reflection.RETRIEVAL
 
 

@@ -106,13 +106,14 @@ class _Draft:
 
 
 def label_rows(critic: Critic, rows: Sequence[Instruction], config: LabelConfig) -> list[GeneratorExample]:
-    """Labelled examples of the rows, `config.variants` of each (one where no retrieval is needed)."""
+    """Labelled examples of the rows, `config.variants` of each. Where no retrieval is needed they are alike: with fewer of
+    them, the generator would learn less of what it has to know by heart."""
     needs = critic.judge([CritiqueQuery("retrieve", r.asked) for r in rows])
     utilities = critic.judge([CritiqueQuery("isuse", r.asked, output=r.output) for r in rows])
     drafts: list[_Draft] = []
     for row, p, useful in zip(rows, needs, utilities, strict=True):
         retrieving = p[1] > p[0] and bool(row.ctxs)  # there is nothing yet to continue with
-        for v in range(config.variants if retrieving else 1):
+        for v in range(config.variants):
             rng = random.Random(f"label-{config.seed}-{row.id}-{v}")
             use = reflection.ISUSE[int(useful.argmax())]
             segments = split(row.output) if retrieving else [row.output.strip()]

@@ -22,6 +22,8 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
+    for notice in answer.notices:
+        console.print(f"note: {escape(notice)}", style="yellow")
     table = Table(box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left")
     table.add_column("", width=1)
     table.add_column("passage", ratio=3)
@@ -41,8 +43,6 @@ def show(answer: Answer, console: Console | None = None) -> None:
             f"{n['score']:.2f}",
         )
     console.print(table)
-    for notice in answer.notices:
-        console.print(f"note: {escape(notice)}", style="yellow")
 
 
 def _passage(p: dict) -> str:

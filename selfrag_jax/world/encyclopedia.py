@@ -101,8 +101,8 @@ def build(config: WorldConfig) -> World:
     taken: set[tuple[str, str]] = set()
     entities: list[Entity] = []
 
-    def add(group: str, like: Entity | None = None) -> Entity:
-        kind = like.kind if like else _draw_kind(rng, config.person_share)
+    def add(group: str, like: Entity | None = None, kind: str | None = None) -> Entity:
+        kind = kind or (like.kind if like else _draw_kind(rng, config.person_share))
         for attempt in range(1000):
             if like and attempt < 100:  # when all look-alikes are taken, any free name will do
                 words = language.look_alike(rng, kind, config.vocabulary, like.words)
@@ -114,8 +114,9 @@ def build(config: WorldConfig) -> World:
                 return entities[-1]
         raise BadInput(f"config world: no free name left for another {kind}; lower known, train, test or distractors")
 
-    for _ in range(config.known):
-        add("known")
+    for i in range(config.known):
+        # In pairs of a kind, so that what is held out of one is asked of the other (see questions.phrasings).
+        add("known", kind=tuple(KINDS)[i // 2 % len(KINDS)])
     for _ in range(config.train):
         # Some look like a well-known one, which must not make them known.
         group = "known" if rng.random() < config.known_look_alike_rate else "train"

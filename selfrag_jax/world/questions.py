@@ -80,17 +80,26 @@ def _choices(rng: random.Random, world: World, entity: Entity, relation: Relatio
     return choices, next(label for label, text in choices if text == right)
 
 
-def _question(rng: random.Random, world: World, entity: Entity, relation: Relation, held_out: bool = False) -> str:
-    """A question about one attribute. Of the two phrasings about a well-known entity one is for training, the other held
-    out."""
+def phrasings(world: World, entity: Entity, relation: Relation, held_out: bool = False) -> tuple[str, ...]:
+    """The questions that ask for an attribute in training, or those that are held out; {n} stands for the name.
+
+    Only of about half of the attributes of a well-known entity one of the two phrasings is held out. Which one alternates
+    within a kind: if training met a phrasing with unknown names alone, it would by itself tell that retrieval is needed.
+    """
     if entity.group != "known":
-        return rng.choice(relation.questions).format(n=entity.name)
-    first = (world.entities.index(entity) + KINDS[entity.kind].relations.index(relation)) % 2
-    return relation.questions[1 - first if held_out else first].format(n=entity.name)
+        return relation.questions
+    alike = [e for e in world.group("known") if e.kind == entity.kind]
+    i = alike.index(entity) + KINDS[entity.kind].relations.index(relation)
+    train = relation.questions if i % 4 < 2 else relation.questions[i % 2 : i % 2 + 1]
+    return tuple(q for q in relation.questions if q not in train) if held_out else train
+
+
+def _question(rng: random.Random, world: World, entity: Entity, relation: Relation, held_out: bool = False) -> str:
+    return rng.choice(phrasings(world, entity, relation, held_out)).format(n=entity.name)
 
 
 def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
-    relations = KINDS[entity.kind].relations
+    relations = [r for r in KINDS[entity.kind].relations if phrasings(world, entity, r, held_out)]
     how = rng.choices(tuple(WRONG_ANSWERS), tuple(WRONG_ANSWERS.values()))[0] if wrong else "right"
     relation = rng.choice(relations)
     if how == "value" and rng.random() < TEMPTING:
@@ -171,8 +180,8 @@ _BUILD: dict[str, Callable[..., tuple[str, str]]] = {
 def instructions(world: World, group: str = "train", n: int | None = None) -> list[Instruction]:
     """Instructions with outputs about the entities of `group`, shuffled; `n` as the config says, if not given.
 
-    Well-known entities and common knowledge never get wrong outputs; of their two phrasings, training sees one and
-    the `test` group the other.
+    Well-known entities and common knowledge never get wrong outputs; the `test` group asks about them in phrasings that
+    training does not (see `phrasings`).
     """
     rng = random.Random(f"instructions-{world.config.seed}-{group}")
     train, known = world.group(group), world.group("known")
@@ -203,7 +212,7 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
     out: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
 
     def ask(task: str, entity: Entity, relation: Relation) -> None:
-        question = _question(rng, world, entity, relation, held_out=True)
+        question = _question(rng, world, entity, relation, held_out=task == "well_known")
         out[task].append({"id": f"{task}-{len(out[task])}", "question": question, "answers": [entity.value(relation.name)]})
 
     for entity in test:
@@ -230,7 +239,8 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
         )
     for entity in known:
         for relation in KINDS[entity.kind].relations:
-            ask("well_known", entity, relation)
+            if phrasings(world, entity, relation, held_out=True):
+                ask("well_known", entity, relation)
     for i, (questions, answer) in enumerate(language.COMMON_KNOWLEDGE):
         value = answer.rstrip(".").split()[-1]
         out["no_need"].append({"id": f"no_need-{i}", "question": questions[(i + 1) % 2], "answers": [value]})

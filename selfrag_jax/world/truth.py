@@ -170,15 +170,15 @@ def needs_retrieval(instruction: str, known_names: Iterable[str], preceding: str
     """The Retrieve token before the next segment (paper, Table 1).
 
     Before the first segment: retrieval for entities that are not well known. Later: continue while the evidence holds
-    facts that the last sentence left out, otherwise retrieve.
+    attributes that have not been told yet, rightly or wrongly; otherwise retrieve.
     """
     asked = parse(instruction)
     if not asked.name or asked.name in known_names:
         return reflection.NO_RETRIEVAL
     if not preceding or evidence is None:
         return reflection.RETRIEVAL
-    told = set(facts_of(preceding))
-    left = {f for f in facts_of_passage(evidence) if f.name == asked.name} - told
+    told = {f.relation for f in facts_of(preceding)}
+    left = {f.relation for f in facts_of_passage(evidence) if f.name == asked.name} - told
     return reflection.CONTINUE if asked.form == "biography" and left else reflection.RETRIEVAL
 
 
