@@ -94,7 +94,7 @@ def _answer(pick) -> dict:
     return dict(
         search=dict(
             mode="adaptive_retrieval",
-            threshold=0.1,  # low: a passage too many costs time, one too few the answer
+            threshold=0.1,  # low: without a passage nearly all answers about rare names are wrong
             normalise="yes_no",
             weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
             beam_width=2,

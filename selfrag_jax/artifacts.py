@@ -9,8 +9,10 @@ finished is ever overwritten by accident.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -94,12 +96,19 @@ def remove(folder: str | Path) -> None:
 
 
 def is_finished(artifact: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> bool:
-    """True when `artifact` was already made by this stage, config and inputs.
+    """True when `artifact` was already made by this stage, config and inputs. A file that no stage has made is moved aside.
 
-    Raises BadInput naming the first difference when it was made by others.
+    Raises BadInput naming the first difference when it was made by others, and when it is one of its own inputs.
     """
-    path = manifest_path(artifact)
-    if not path.is_file() or not Path(artifact).exists():
+    path, artifact = manifest_path(artifact), Path(artifact)
+    for name, given in inputs.items():
+        if artifact.exists() and Path(given).exists() and artifact.samefile(given):
+            raise BadInput(f"{artifact}: is both the output and the {name}; choose another --out")
+    if not path.is_file() or not artifact.exists():
+        if artifact.is_file():  # the user's own, or complete but for a manifest that a kill prevented
+            aside = next(p for i in itertools.count(1) if not (p := artifact.with_name(f"{artifact.name}.old-{i}")).exists())
+            artifact.rename(aside)
+            print(f"{artifact}: was not made by `selfrag {stage}`; kept as {aside}", file=sys.stderr)
         return False
     old, new = read_json(path), _made(stage, config, inputs)
     for part in ("stage", "config", "inputs"):

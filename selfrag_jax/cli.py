@@ -182,7 +182,10 @@ def _ask(v: dict, positional: list[str]) -> None:
     question = " ".join(positional).strip()
     if not question:
         raise BadInput('ask what? For example: selfrag ask --workdir=W "Where was Marvin Tellock born?"')
-    [answer] = _rag(v).answer([question], **_changes(v))
+    rag = _rag(v)
+    if rag.retriever is None and v["mode"] != "no_retrieval":
+        raise BadInput("give --index, made by `selfrag index`, or --mode=no_retrieval")
+    [answer] = rag.answer([question], **_changes(v))
     print(json.dumps(answer.to_row(), ensure_ascii=False)) if v["json"] else show(answer)
 
 
@@ -209,6 +212,8 @@ def _report(v: dict, _) -> None:
     workdirs = [Path(w) for w in v["workdir"].split(",")]
     for w in workdirs:
         _require_quickstart(w, w / "report" / "results.json")
+    if len({w.resolve() for w in workdirs}) < len(workdirs):
+        raise BadInput(f"--workdir={v['workdir']}: names a workdir twice")
     runs = [report.read_results(w / "report" / "results.json") for w in workdirs]
     out = Path(v["out"]) if v["out"] else workdirs[0] / "report"
     if len(runs) == 1:
@@ -218,8 +223,9 @@ def _report(v: dict, _) -> None:
     else:
         rows, title = report.mean_over_seeds(runs), f"{report.TITLE}: mean of {len(runs)} runs"
         write_json(out / "results.json", {"rows": rows})
-    report.write(rows, quickstart.examples(workdirs[0], v["examples"]), out, title)
-    print(report.markdown(rows))
+    differences = quickstart.differences(workdirs, 0)
+    report.write(rows, quickstart.examples(workdirs[0], v["examples"]), out, title, differences)
+    print(report.markdown(rows, differences))
     print(f"{out}/index.html")
 
 

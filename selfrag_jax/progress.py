@@ -50,5 +50,7 @@ def _clock(seconds: float) -> str:
 @contextmanager
 def progress(name: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     bar = Progress(name, total, unit, done)
-    yield bar
-    bar.close()
+    try:
+        yield bar
+    finally:  # an error starts on a line of its own
+        bar.close()

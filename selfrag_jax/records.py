@@ -240,6 +240,8 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
 
 
 def generator_example_from(where: str, row: dict[str, Any]) -> GeneratorExample:
+    if "task" in row:
+        raise BadInput(f"{where}: field 'task': this is critic data; the generator learns from what `selfrag label` writes")
     names = [f.name for f in fields(GeneratorExample)]
     values = {n: text_field(where, row, n, "" if n in ("input", "dataset_name", "id") else None) for n in names}
     return GeneratorExample(**values)

@@ -41,6 +41,10 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["index", "--out=I"], "either --embeddings"),
         (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),
         (["label", "--critic=none", "--input=x", "--out=y"], "does not exist"),
+        (["world", "--out=W", "--config.world.train=0"], "config world: train=0: must be at least 1"),
+        (["world", "--out=W", "--config.world.wrong_output_rate=2"], "wrong_output_rate=2.0: must be between 0 and 1"),
+        (["world", "--out=W", "--config.world.values_per_kind=3"], "values_per_kind=3: multiple choice needs at least 4"),
+        (["world", "--out=W", "--config.world.vocabulary=klingon"], "vocabulary='klingon': must be base or world"),
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
 )

@@ -13,6 +13,7 @@ from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
+from selfrag_jax.decoding.citations import cite
 from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
 from selfrag_jax.tokenizer import Control
@@ -248,9 +249,28 @@ def test_closed_set_voting_by_hand():
 
 
 def test_an_answer_that_no_passage_supports_says_so():
-    found, alone = SimpleNamespace(passage="p", complete=True), SimpleNamespace(passage=None, complete=True)
-    assert any("take it as a guess" in d for d in _doubts([alone, found], []))
+    node = dict(complete=True, issup=(0.9, 0.1, 0.0))
+    found, alone = (
+        SimpleNamespace(passage="p", isrel=(0.1, 0.9), **node),
+        SimpleNamespace(passage=None, isrel=(0.5, 0.5), **node),
+    )
+    other = SimpleNamespace(passage="about another name", isrel=(0.8, 0.2), **node)
+    assert any("passage that was found supports this answer" in d for d in _doubts([alone, found], []))
+    assert any("no passage about this was found" in d for d in _doubts([alone, other], []))
     assert _doubts([found], ["a citation"]) == _doubts([alone], []) == []
+
+
+def test_what_is_irrelevant_or_unsupported_is_not_cited():
+    node = lambda passage, isrel, issup: SimpleNamespace(passage=passage, isrel=isrel, issup=issup)  # noqa: E731
+    right, wrong = (0.2, 0.8), (0.6, 0.4)
+    full, partly, no = (0.7, 0.2, 0.1), (0.2, 0.5, 0.3), (0.1, 0.3, 0.6)
+    path = [node("a", right, full), node("b", wrong, full), node("c", right, no), node(None, right, full)]
+    path += [node("d", right, partly), node("a", right, full)]
+    passages, citations = cite(path)
+    assert passages == ["a", "d"]
+    assert [(c.segment, c.passage, c.support) for c in citations] == [
+        (0, 0, "[Fully supported]"), (4, 1, "[Partially supported]"), (5, 0, "[Fully supported]"),
+    ]  # fmt: skip
 
 
 def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
@@ -305,8 +325,24 @@ def test_unknown_fields_and_modes_are_refused(talkative):
         rag.answer(["q"], treshold=0.5)
     with pytest.raises(BadInput, match="mode"):
         rag.answer(["q"], mode="sometimes")
-    with pytest.raises(BadInput, match="w_rel"):
-        rag.answer(["q"], w_rel=-1.0)
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(BadInput, match=r"--w_rel=.*a number from 0 up"):
+            rag.answer(["q"], w_rel=weight)
+    with pytest.raises(BadInput, match="--ndocs=100000: at most 100"):
+        rag.answer(["q"], ndocs=100_000)
+    with pytest.raises(BadInput, match="batch=0"):
+        replace(DEFAULT, batch=0)
+    with pytest.raises(BadInput, match="max_length=0"):
+        replace(DEFAULT, max_length=0)
+
+
+def test_more_passages_for_each_question_mean_fewer_questions_at_once(talkative, monkeypatch):
+    rag, sizes, batch = make_rag(talkative, ndocs=2), [], SelfRAG._batch
+    monkeypatch.setattr(SelfRAG, "_batch", lambda self, search, rows: sizes.append(len(rows)) or batch(self, search, rows))
+    rag.answer(["a", "b", "c"], mode="no_retrieval")
+    rag.answer(["a", "b", "c"], mode="no_retrieval", ndocs=4)
+    rag.answer(["a", "b"], mode="no_retrieval", ndocs=50)
+    assert sizes == [4, 2, 2, 1, 1]  # of 4 questions with 2 passages each
 
 
 def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):

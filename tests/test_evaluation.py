@@ -53,6 +53,12 @@ def test_malformed_questions_name_file_and_line(tmp_path, row, message):
         read_questions(path)
 
 
+def test_questions_are_no_answers(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"question": "Where?", "answers": ["there"], "id": "0"}])
+    with pytest.raises(BadInput, match="both the task and the predictions"):
+        evaluate.evaluate_file(path, path, "none", tmp_path / "m.json", 0)
+
+
 def test_a_file_without_questions_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n\n")
     with pytest.raises(BadInput, match="holds no rows"):
@@ -123,6 +129,14 @@ def test_options_must_hold_the_answer(tmp_path):
         (tmp_path / "f.jsonl").write_text(json.dumps(good | bad) + "\n")
         with pytest.raises(BadInput, match=message):
             read_questions(tmp_path / "f.jsonl")
+
+
+def test_paired_intervals_draw_clusters():
+    differences, clusters = [1, 1, 0, 0, 0, 0], ["a", "a", "b", "b", "c", "c"]
+    value, low, high = metrics.paired_interval(differences, clusters, 0)
+    assert value == pytest.approx(1 / 3) and low == 0 and high == pytest.approx(1.0)
+    _, _, narrow = metrics.paired_interval(differences, range(6), 0)
+    assert narrow < high  # as if six entities had been asked about, not three
 
 
 def test_intervals_hold_the_mean():

@@ -47,7 +47,8 @@ def test_lost_artifacts_are_made_again_alike(quickstart, tmp_path):
     assert flow.run(config.load("tiny:smoke"), copy) == rows
 
 
-# What is there when the quickstart is killed: in the midst of training, of labelling, of training, of evaluating.
+# What is there when the quickstart is killed: before the first step of training, in the midst of labelling, of training, of
+# evaluating.
 KILLS = (
     "critic/started.json",
     "generator_data.jsonl.parts/*/00000040.jsonl",
@@ -130,11 +131,25 @@ def test_ask_prints_passages_critiques_and_the_decision(quickstart, capsys):
     workdir, _ = quickstart
     flags = [f"--workdir={workdir}", "--config=tiny:smoke", "--mode=always_retrieve"]
     assert cli.main(["ask", *flags, flow.sample_question(workdir)]) == 0
-    out = capsys.readouterr().out
-    assert "p(retrieve)" in out and "Relevant" in out
-    assert cli.main(["ask", *flags, "--json", "Where was Zyx Qwertson born?"]) == 0
+    shown = capsys.readouterr().out
+    assert cli.main(["ask", *flags, "--json", flow.sample_question(workdir)]) == 0
     row = json.loads(capsys.readouterr().out)
     assert {"id", "question", "answer", "segments", "citations", "retrieved", "scores", "tree"} <= set(row)
+    assert f"p(retrieve) = {row['p_retrieve']:.2f}: retrieved" in shown and shown.count("►") == len(row["segments"])
+    for node in row["tree"]:
+        judged = (node["isrel"][1], node["issup"][0], node["isuse"][4], node["p_segment"], node["score"])
+        line = next(x for x in shown.splitlines() if x.split()[-5:] == [f"{v:.2f}" for v in judged])
+        assert ("►" in line) == node["chosen"] and node["passage"]["title"].split()[0] in line
+
+
+def test_ask_about_an_unknown_name_is_answered_with_a_doubt_or_without_citation(quickstart, capsys):
+    workdir, _ = quickstart
+    for name in ("Zyx Qwertson", "日本 😀", "Marvin"):
+        flags = [f"--workdir={workdir}", "--config=tiny:smoke", "--mode=always_retrieve", "--json"]
+        assert cli.main(["ask", *flags, f"Where was {name} born?"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        relevant = [s for s in row["segments"] if s["passage"] and s["isrel"]["[Relevant]"] >= s["isrel"]["[Irrelevant]"]]
+        assert relevant or (not row["citations"] and any("was found" in n for n in row["notices"]))
 
 
 def test_own_corpus_and_questions(quickstart, tmp_path, capsys):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selfrag_jax import config
+from selfrag_jax import cli, config
 from selfrag_jax.records import BadInput, Passage, read_rows
 from selfrag_jax.retrieval import corpus, embed, index
 from selfrag_jax.retrieval.retriever import OnlineRetriever, retrieve_file
@@ -114,6 +114,18 @@ def test_k_above_the_corpus_gives_all_of_it(world_index, small_world, capsys, tm
     [(_, row)] = read_rows(tmp_path / "out.jsonl")
     assert len(row["ctxs"]) == len(small_world.passages)
     assert "more than the corpus holds" in capsys.readouterr().err
+
+
+def test_a_file_of_the_user_is_never_overwritten(world_index, tmp_path, capsys):
+    questions, mine = tmp_path / "q.jsonl", tmp_path / "mine.jsonl"
+    questions.write_text('{"question": "Where?"}\n')
+    mine.write_text("mine\n")
+    assert cli.main(["retrieve", f"--index={world_index}", f"--input={questions}", f"--out={questions}"]) == 2
+    assert "is both the output and the input" in capsys.readouterr().err
+    assert questions.read_text() == '{"question": "Where?"}\n'
+    assert cli.main(["retrieve", f"--index={world_index}", f"--input={questions}", f"--out={mine}", "--k=1"]) == 0
+    assert f"kept as {mine}.old-1" in capsys.readouterr().err
+    assert (tmp_path / "mine.jsonl.old-1").read_text() == "mine\n" and "ctxs" in mine.read_text()
 
 
 def test_unfinished_and_missing_artifacts_are_refused(world_index, tmp_path):

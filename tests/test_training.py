@@ -81,6 +81,19 @@ def test_other_new_rows_are_another_training(tmp_path):
         train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "v", "generator")
 
 
+def test_bad_data_leaves_nothing_behind(tmp_path):
+    """A second try with the right data must not meet the first one's workdir."""
+    c = configs.load("tiny:smoke")
+    row = dict(instruction="Say 1.", output="[Relevant]", task="isrel", preceding="", segment="")
+    write_jsonl(tmp_path / "critic.jsonl", [row])
+    with pytest.raises(BadInput, match=r"critic.jsonl:1: field 'task': this is critic data"):
+        train_stage(c, "generator", tmp_path / "critic.jsonl", tmp_path / "w", "generator")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(BadInput, match="holds no rows"):
+        train_stage(c, "critic", tmp_path / "empty.jsonl", tmp_path / "w", "critic")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor"))
 def test_a_rate_of_zero_is_refused(field):
     fields = dict(zip(OptimizerConfig.__dataclass_fields__, ("muon", 0.1, 0.1, "linear", 0, 1e-8, 0, 1, 1.0), strict=True))

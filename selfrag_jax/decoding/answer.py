@@ -30,6 +30,12 @@ class AnswerConfig:
     max_length: int  # tokens of a prompt, and of a passage
     closed_set: bool  # sum the scores of passages that give the same option, take the best option
 
+    def __post_init__(self):
+        if self.batch < 1:
+            raise BadInput(f"batch={self.batch}: must be at least 1")
+        if self.max_length < 32:
+            raise BadInput(f"max_length={self.max_length}: must be at least 32 tokens, for a short question in its template")
+
 
 # The paper's settings for long-form answers; short-form tasks use max_depth=1.
 DEFAULT = AnswerConfig(
@@ -142,7 +148,9 @@ class SelfRAG:
         """Answers batch by batch. Batches have the configured size, filled up and cut (one question goes alone), so that
         the number of questions never leads to another compilation."""
         search = self._search(changes)
-        size = 1 if len(questions) == 1 else self.config.batch
+        # More passages for each question, fewer questions at once: the branches are what takes memory.
+        branches = self.config.batch * self.config.search.ndocs
+        size = 1 if len(questions) == 1 else max(1, min(self.config.batch, branches // search.config.ndocs))
         for i in range(0, len(questions), size):
             chunk = list(questions[i : i + size])
             filled = chunk + [chunk[-1]] * (size - len(chunk))
@@ -211,7 +219,10 @@ class SelfRAG:
 def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:
     doubts = []
     if any(n.passage is not None for n in path) and not citations:
-        doubts.append("no retrieved passage supports this answer: take it as a guess")
+        if all(n.isrel[0] > n.isrel[1] for n in path if n.passage is not None):
+            doubts.append("no passage about this was found: take the answer as a guess")
+        else:
+            doubts.append("no passage that was found supports this answer: take it as a guess")
     if not all(n.complete for n in path):
         doubts.append("a segment was cut at the length limit")
     return doubts

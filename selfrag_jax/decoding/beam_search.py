@@ -22,6 +22,7 @@ from selfrag_jax.models.llama import Model, Params
 from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control, Tokenizer
 
+MAX_NDOCS = 100
 MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
 
 
@@ -50,6 +51,8 @@ class SearchConfig:
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
+        if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
+            raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Citation:
 def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
     """The distinct passages that a path's segments rest on, in order of first use, and one citation per such segment.
 
-    A segment that its own passage does not support, by the model's own judgement, cites nothing.
+    A segment whose own passage is irrelevant or does not support it, by the model's own judgement, cites nothing.
     """
     passages: list[Passage] = []
     citations = []
@@ -28,7 +28,7 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
         if node.passage is None:
             continue
         support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
-        if support == reflection.NO_SUPPORT:
+        if support == reflection.NO_SUPPORT or node.isrel[0] > node.isrel[1]:
             continue
         if node.passage not in passages:
             passages.append(node.passage)

@@ -30,8 +30,8 @@ class Weights:
 
     def __post_init__(self):
         for name in ("w_rel", "w_sup", "w_use", "w_seq"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"--{name}={getattr(self, name)}: a weight must not be negative; 0 switches the term off")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise BadInput(f"--{name}={getattr(self, name)}: a weight is a number from 0 up; 0 switches the term off")
 
 
 def s_rel(p):

@@ -17,13 +17,14 @@ def show(answer: Answer, console: Console | None = None) -> None:
     console = console or Console()
     marks = {c.segment: c.passage + 1 for c in answer.citations}
     cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]
-    console.print(f"\n[bold]{escape(' '.join(cited))}[/bold]")
+    console.print()
+    for notice in answer.notices:  # first: a guess should not be read as an answer
+        console.print(f"note: {escape(notice)}", style="yellow")
+    console.print(f"[bold]{escape(' '.join(cited))}[/bold]")
     for i, p in enumerate(answer.passages, 1):
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
-    for notice in answer.notices:
-        console.print(f"note: {escape(notice)}", style="yellow")
     table = Table(box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left")
     table.add_column("", width=1)
     table.add_column("passage", ratio=3)

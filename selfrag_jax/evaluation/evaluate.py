@@ -50,6 +50,8 @@ def score(questions: Sequence[Question], predictions: Sequence[Row], judge: Supp
         row = by_id[q.id]
         out["accuracy"].append(metrics.accuracy(q, row["answer"]))
         out["retrieval_rate"].append(float(row["retrieved"]))
+        if "qa_pairs" in q.extra:
+            out.setdefault("all_parts", []).append(float(out["accuracy"][-1] == 1))
         if "facts" in q.extra and (told := world_facts(row["answer"])):
             gold = {tuple(f) for f in q.extra["facts"]}
             true = [name == q.extra.get("topic") and (relation, value) in gold for name, relation, value in told]
@@ -79,6 +81,8 @@ def evaluate_file(task_file: str | Path, predictions: str | Path, judge: str, ou
     """Evaluates a predictions file of `selfrag answer` and writes metrics.json. Raises BadInput on an unknown judge."""
     if judge not in JUDGES:
         raise BadInput(f"--judge={judge!r}: must be one of {', '.join(JUDGES)}")
+    if Path(task_file).exists() and Path(predictions).exists() and Path(task_file).samefile(predictions):
+        raise BadInput(f"{predictions}: is both the task and the predictions; --task is the question file with gold answers")
     questions = read_questions(task_file)
     rows = []
     for where, row in read_rows(predictions):
@@ -92,11 +96,14 @@ def evaluate_file(task_file: str | Path, predictions: str | Path, judge: str, ou
     return results
 
 
-def critic_accuracy(critic: Critic, queries: Sequence[CritiqueQuery], truth: Sequence[str], seed: int) -> list[Row]:
-    """Agreement of a critic with true labels, per group: rows of results.json."""
-    judged = critic.judge(queries)
-    values: dict[str, list[float]] = {}
-    for query, label, p in zip(queries, truth, judged, strict=True):
-        said = reflection.GROUPS[query.group][int(np.argmax(p))]
-        values.setdefault(f"{query.group}_accuracy", []).append(float(said == label))
-    return result_rows("critic", "critic", values, seed)
+def critic_accuracy(
+    critic: Critic, queries: Sequence[CritiqueQuery], truth: Sequence[str], kinds: Sequence[str], seed: int
+) -> list[Row]:
+    """Agreement of a critic with true labels, per group: rows of results.json, over all queries (task `critic`) and over
+    those of each kind of question."""
+    values: dict[str, dict[str, list[float]]] = {"critic": {}}
+    for query, label, kind, p in zip(queries, truth, kinds, critic.judge(queries), strict=True):
+        right = float(reflection.GROUPS[query.group][int(np.argmax(p))] == label)
+        for task in ("critic", kind):
+            values.setdefault(task, {}).setdefault(f"{query.group}_accuracy", []).append(right)
+    return [row for task, v in values.items() for row in result_rows("critic", task, v, seed)]

@@ -75,15 +75,37 @@ def _cells(rows: Sequence[Row], metric: str) -> tuple[list[str], list[str], dict
     return systems, [t for t in TASKS if any((s, t) in found for s in systems)], found
 
 
+def _critic_cells(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
+    found = {(r["metric"], r["task"]): r for r in rows if r["system"] == "critic" and r["task"] != "critic"}
+    return [t for t in TASKS if any(t == task for _, task in found)], list(dict.fromkeys(m for m, _ in found)), found
+
+
 def _percent(row: Row | None) -> str:
     return "" if row is None else f"{100 * row['value']:.1f}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """All tables as Markdown; per cent, with the 95% interval of the first task's accuracy."""
+def _difference_lines(differences: Sequence[Row]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{_TITLES[d['system']].removeprefix('– ')} over {_TITLES[d['over']].removeprefix('– ')}", d["task"],
+            f"{100 * d['value']:.1f}", f"{100 * d['low']:.1f} to {100 * d['high']:.1f}", str(d["n"]),
+        )
+        for d in differences
+    ]  # fmt: skip
+
+
+_DIFFERENCE_HEAD = ("difference in accuracy, paired", "task", "points", "95% interval", "questions")
+
+
+def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
+    """All tables as Markdown; per cent, with the 95% interval of the first task's accuracy.
+
+    differences: rows with system, over (another system), task, value, low, high, n.
+    """
     parts = []
     for metric, title in (
         ("accuracy", "Accuracy"),
+        ("all_parts", "All parts right"),
         ("retrieval_rate", "Retrieval rate"),
         ("citation_precision", "Citation precision"),
         ("citation_recall", "Citation recall"),
@@ -101,10 +123,19 @@ def markdown(rows: Sequence[Row]) -> str:
                 cells.append(_percent(row) + interval)
             lines.append(f"| {_TITLES[s]} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    critic = [r for r in rows if r["system"] == "critic"]
+    if differences:
+        lines = ["### Differences", "", "| " + " | ".join(_DIFFERENCE_HEAD) + " |", "|---" * len(_DIFFERENCE_HEAD) + "|"]
+        parts.append("\n".join(lines + [f"| {' | '.join(line)} |" for line in _difference_lines(differences)]))
+    critic = [r for r in rows if r["system"] == "critic" and r["task"] == "critic"]
     if critic:
         lines = ["### Critic accuracy (%)", "", "| group | accuracy | n |", "|---|---|---|"]
         lines += [f"| {r['metric'].removesuffix('_accuracy')} | {_percent(r)} | {r['n']} |" for r in critic]
+        parts.append("\n".join(lines))
+        tasks, metrics, found = _critic_cells(rows)
+        lines = ["### Critic accuracy by kind of question (%)", "", "| group | " + " | ".join(tasks) + " |"]
+        lines.append("|---" * (len(tasks) + 1) + "|")
+        for m in metrics:
+            lines.append(f"| {m.removesuffix('_accuracy')} | " + " | ".join(_percent(found.get((m, t))) for t in tasks) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -165,19 +196,28 @@ def _html_answer(row: Row) -> str:
     )
 
 
-def write(rows: Sequence[Row], examples: Sequence[Row], out: str | Path, title: str) -> None:
-    """Writes results.md and index.html under `out`. examples: rows of `selfrag answer` to show with their critiques."""
+def write(rows: Sequence[Row], examples: Sequence[Row], out: str | Path, title: str, differences: Sequence[Row] = ()) -> None:
+    """Writes results.md and index.html under `out`.
+
+    examples: rows of `selfrag answer` to show with their critiques; differences: see `markdown`.
+    """
     out = Path(out)
     with atomic_write(out / "results.md") as f:
-        f.write(f"# {title}\n\n{markdown(rows)}")
+        f.write(f"# {title}\n\n{markdown(rows, differences)}")
     sections = [f"<h1>{html.escape(title)}</h1><h2>Accuracy on questions about rare entities (%)</h2>{_html_bars(rows)}"]
-    for metric in ("accuracy", "retrieval_rate", "citation_precision", "citation_recall", "fact_precision"):
+    for metric in ("accuracy", "all_parts", "retrieval_rate", "citation_precision", "citation_recall", "fact_precision"):
         if _cells(rows, metric)[0]:
             sections.append(f"<h2>{metric.replace('_', ' ').capitalize()} (%)</h2>{_html_table(rows, metric)}")
+    if differences:
+        table = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(x)}</td>' for x in line)}</tr>" for line in _difference_lines(differences)
+        )
+        head = "".join(f"<th>{html.escape(x)}</th>" for x in _DIFFERENCE_HEAD)
+        sections.append(f"<h2>Differences</h2><table><tr>{head}</tr>{table}</table>")
     critic = "".join(
         f"<tr><td>{html.escape(r['metric'].removesuffix('_accuracy'))}</td><td>{_percent(r)}</td><td>{r['n']}</td></tr>"
         for r in rows
-        if r["system"] == "critic"
+        if r["system"] == "critic" and r["task"] == "critic"
     )
     if critic:
         sections.append(

@@ -80,12 +80,12 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         inputs["base"] = embedded_base() if c.base == "embedded" else c.base
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
-    artifacts.claim(workdir, "train", made, inputs)
     start, new = starting_model(c)
     if role == "critic":
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
+    artifacts.claim(workdir, "train", made, inputs)  # not before the data has been read: bad data leaves nothing behind
     result = train(section, start.model, start.params, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
     artifacts.finish(workdir, "train", made, inputs, counts)

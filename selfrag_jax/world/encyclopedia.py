@@ -39,6 +39,20 @@ class WorldConfig:
     wrong_output_rate: float  # of the rows about train entities, those with a wrong output
     questions_per_test_entity: int
 
+    def __post_init__(self):
+        for name in ("known", "train", "test", "instructions", "questions_per_test_entity"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"config world: {name}={getattr(self, name)}: must be at least 1")
+        for name in ("person_share", "look_alike_rate", "known_look_alike_rate", "wrong_output_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"config world: {name}={getattr(self, name)}: must be between 0 and 1")
+        if self.distractors < 0:
+            raise BadInput(f"config world: distractors={self.distractors}: must not be negative")
+        if self.values_per_kind < 4:
+            raise BadInput(f"config world: values_per_kind={self.values_per_kind}: multiple choice needs at least 4")
+        if self.vocabulary not in language.VOCABULARIES:
+            raise BadInput(f"config world: vocabulary={self.vocabulary!r}: must be {' or '.join(language.VOCABULARIES)}")
+
 
 @dataclass(frozen=True)
 class Entity:

@@ -181,9 +181,12 @@ def _is_world(kind: str, words: str) -> bool:
     return zlib.crc32(f"{kind}:{words}".encode()) % 10 < 3
 
 
+VOCABULARIES = ("base", "world")
+
+
 def _check(vocabulary: str) -> None:
-    if vocabulary not in ("base", "world"):
-        raise ValueError(f"vocabulary must be 'base' or 'world', not {vocabulary!r}")
+    if vocabulary not in VOCABULARIES:
+        raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARIES)}, not {vocabulary!r}")
 
 
 @cache

@@ -16,7 +16,7 @@ from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.critique import collect, label
 from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
-from selfrag_jax.evaluation import baselines, evaluate, report
+from selfrag_jax.evaluation import baselines, evaluate, metrics, report
 from selfrag_jax.evaluation.tasks import read_questions
 from selfrag_jax.models import checkpoints
 from selfrag_jax.progress import progress
@@ -33,7 +33,7 @@ from selfrag_jax.records import (
 from selfrag_jax.retrieval import embed, index
 from selfrag_jax.retrieval.retriever import retrieve_file
 from selfrag_jax.training.stage import train_stage
-from selfrag_jax.world import questions
+from selfrag_jax.world import questions, truth
 from selfrag_jax.world.encyclopedia import WorldConfig, build
 
 ABLATION_TASKS = ("long_tail", "well_known")
@@ -106,7 +106,7 @@ def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
     results = w / "report" / "results.json"
     write_json(results, {"rows": rows})
     shown = examples(w, c.report.examples)
-    report.write(rows, shown, w / "report", report.TITLE)
+    report.write(rows, shown, w / "report", report.TITLE, differences([w], c.report.seed))
     minutes = round((time.monotonic() - started) / 60, 2)
     say(f"     {minutes} minutes in this run")
     inputs = {"predictions": w / "predictions"}
@@ -190,14 +190,50 @@ def _plain_rows(loaded, task, passages, plain: baselines.PlainConfig, advance) -
 
 
 def _critic_rows(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
-    """The critic against the world's truth, on instructions about held-out entities."""
+    """The critic against the world's truth, on instructions about held-out entities, and about well-known ones and common
+    knowledge in held-out phrasings."""
     config = configs.build(collect.CollectConfig, c.collect, "collect")
     teacher = collect.RuleTeacher(w / "world" / "teacher.jsonl", 0.0, config.seed)
     rows = read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from)
-    asked = [q for r in rows for q in collect.queries(r, config, random.Random(f"critic-{r.id}"))]
+    pairs = [(q, r.dataset_name) for r in rows for q in collect.queries(r, config, random.Random(f"critic-{r.id}"))]
+    asked, kinds = [q for q, _ in pairs], [kind for _, kind in pairs]
     label_config = configs.build(label.LabelConfig, c.label, "label")
     critic = label.Critic(checkpoints.load(w / "critic"), label_config.critic)
-    return evaluate.critic_accuracy(critic, asked, [teacher.truth(q) for q in asked], c.report.seed)
+    return evaluate.critic_accuracy(critic, asked, [teacher.truth(q) for q in asked], kinds, c.report.seed)
+
+
+# What the aims of the quickstart compare: one system, another, and the task.
+COMPARED = (
+    ("selfrag_always", "rag_top1", "long_tail"),
+    ("selfrag_always", "ablation_top1", "long_tail"),
+    ("selfrag_always", "no_retrieval", "long_tail"),
+    ("selfrag_always", "ablation_no_isrel", "long_tail"),
+    ("selfrag_always", "ablation_no_issup", "long_tail"),
+    ("selfrag_always", "ablation_no_isuse", "long_tail"),
+    ("selfrag_always", "ablation_no_seqscore", "long_tail"),
+    ("selfrag_always", "selfrag_adaptive", "long_tail"),
+    ("selfrag_always", "selfrag_adaptive", "well_known"),
+    ("selfrag_never", "selfrag_adaptive", "no_need"),
+)
+
+
+def differences(workdirs: Sequence[Path], seed: int) -> list[dict[str, Any]]:
+    """Paired differences in accuracy over the questions of all workdirs, resampled by the entity that is asked about."""
+    out = []
+    for one, other, task in COMPARED:
+        values: list[float] = []
+        entities: list[tuple[int, str]] = []
+        for i, w in enumerate(workdirs):
+            asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
+            a, b = (
+                evaluate.score(asked, [row for _, row in read_rows(w / "predictions" / s / f"{task}.jsonl")], None)["accuracy"]
+                for s in (one, other)
+            )
+            values += [x - y for x, y in zip(a, b, strict=True)]
+            entities += [(i, truth.parse(q.question).name or q.id) for q in asked]
+        value, low, high = metrics.paired_interval(values, entities, seed)
+        out.append({"system": one, "over": other, "task": task, "value": value, "low": low, "high": high, "n": len(values)})
+    return out
 
 
 def examples(w: Path, n: int) -> list[dict[str, Any]]:
