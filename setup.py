@@ -19,10 +19,12 @@ setup(
         "jax>=0.10,<0.12",
         "flax>=0.12.8",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12,<0.13",
         "scann>=1.4.2",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "huggingface-hub>=0.34",
+        "ml-dtypes>=0.5",
         "ml-collections>=1.1",
         "absl-py>=2.1",
         "numpy>=2.0",
@@ -32,6 +34,6 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1", "torch>=2.8", "transformers>=5"],
     },
 )

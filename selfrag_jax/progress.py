@@ -11,9 +11,9 @@ from contextlib import contextmanager
 class Progress:
     """Counts units of work; `advance` redraws at most a few times a second."""
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0):
+    def __init__(self, name: str, total: int, unit: str, done: int = 0, shown: bool = True):
         self.name, self.total, self.unit = name, total, unit
-        self.done, self.first, self.note = done, done, ""
+        self.done, self.first, self.note, self.shown = done, done, "", shown
         self.start = self.last = time.monotonic()
         self.tty = sys.stderr.isatty()
 
@@ -21,7 +21,7 @@ class Progress:
         self.done += n
         self.note = note or self.note
         now = time.monotonic()
-        if now - self.last >= (0.2 if self.tty else 15.0):
+        if self.shown and now - self.last >= (0.2 if self.tty else 15.0):
             self.last = now
             self._draw(now)
 
@@ -34,6 +34,8 @@ class Progress:
         print(f"\r{text:<110}" if self.tty else text, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        if not self.shown:
+            return
         elapsed = time.monotonic() - self.start
         text = f"{self.name:<22} {self.done} {self.unit} in {_clock(elapsed)}  {self.note}"
         print(f"\r{text:<110}" if self.tty else text, file=sys.stderr, flush=True)
@@ -48,8 +50,9 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress(name: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    bar = Progress(name, total, unit, done)
+def progress(name: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Progress]:
+    """shown: False in all but one of several processes that do the same work together."""
+    bar = Progress(name, total, unit, done, shown)
     try:
         yield bar
     finally:  # an error starts on a line of its own

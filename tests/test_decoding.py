@@ -14,7 +14,6 @@ from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
 from selfrag_jax.decoding.citations import cite
-from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
 from selfrag_jax.tokenizer import Control
 
@@ -47,7 +46,7 @@ class PlainSearch:
 
         def forward(params, tokens, last):
             positions = jnp.arange(self.LENGTH)[None]
-            mask = causal_mask(jnp.ones((1, self.LENGTH), jnp.int32))
+            mask = jnp.ones((1, self.LENGTH), jnp.int32)
             hidden, _ = loaded.model.hidden(params, tokens, positions, mask)
             return loaded.model.logits(params, hidden[0, last])
 

@@ -56,6 +56,15 @@ def test_work_of_an_earlier_run_is_no_rate(clock, monkeypatch):
     assert "90/100 steps  0:10 left" in out.getvalue()
 
 
+def test_of_several_processes_one_reports(clock, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(module.sys, "stderr", out)
+    with progress("train", 100, "steps", shown=False) as bar:
+        clock.now += 20
+        bar.advance(50)
+    assert bar.done == 50 and out.getvalue() == ""
+
+
 def test_nothing_to_do_and_long_times(clock, monkeypatch):
     out = Terminal()
     monkeypatch.setattr(module.sys, "stderr", out)

@@ -4,6 +4,7 @@ import os
 import signal
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_training_lowers_the_loss(tiny_model, source, tmp_path):
     from selfrag_jax.data.batches import Packer
 
     after = run(tiny_model, source, tmp_path, steps=40, rate=0.02)["params"]
-    batch = trainer._arrays(Packer(source, 2, 32, 48, seed=9).next())
+    batch = trainer.arrays(Packer(source, 2, 32, 48, seed=9).next())
     before_loss = trainer.loss_fn(tiny_model.params, tiny_model.model, batch)[0]
     after_loss = trainer.loss_fn(after, tiny_model.model, batch)[0]
     assert after_loss < 0.6 * before_loss
@@ -173,6 +174,34 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_model, source, 
     broken = jax.tree.map(lambda x: x * np.nan, tiny_model.params)
     with pytest.raises(FloatingPointError, match="step 0 is nan"):
         train(config(), tiny_model.model, broken, source, tiny_model.tokenizer, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_path, monkeypatch):
+    """The loss of such a step is finite; its update would spoil the parameters and the next checkpoint."""
+    step, calls = trainer.train_step, []
+
+    def spoiled(*args):
+        state, seen = step(*args)
+        calls.append(1)
+        return state, seen | ({"gradient_norm": jnp.inf} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(trainer, "train_step", spoiled)
+    with pytest.raises(FloatingPointError, match="gradient norm of step 2 is inf"):
+        run(tiny_model, source, tmp_path, save_every=1)
+    with checkpoints.manager(tmp_path) as saved:
+        assert saved.latest_step() == 2  # two whole steps
+
+
+@pytest.mark.parametrize("name", ("adamw", "adafactor"))
+def test_weight_decay_goes_with_the_rate(name):
+    learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.1, 1.0)
+    params = {"w": jnp.ones((4, 4))}
+    tx = optimizer.make(learner, 60)
+    state, zero = tx.init(params), {"w": jnp.zeros((4, 4))}
+    for _ in range(50):
+        updates, state = tx.update(zero, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    np.testing.assert_allclose(params["w"], (1 - 0.01 * 0.1) ** 49, atol=1e-5)  # the first step of the warm-up has rate 0
 
 
 def test_schedule_warms_up_and_decays():
@@ -185,3 +214,150 @@ def test_configs_that_cannot_run_are_refused():
         config(name="sgdd")
     with pytest.raises(BadInput, match="not divisible"):
         TrainConfig(**(vars(config()) | {"mesh": MeshConfig(2, 2, 1), "rows": 6}))
+
+
+# ---- the loss in all its forms ---------------------------------------------------------------------------------------
+def dense(source, rows=4, length=32, **kwargs):
+    return trainer.arrays(trainer.Packer(source, rows, length, None, 0, **kwargs).next())
+
+
+def close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-6), a, b)
+
+
+def test_gathered_dense_chunked_and_accumulated_losses_and_gradients_are_the_same(tiny_model, source):
+    model, params = tiny_model.model, tiny_model.params
+    gathered = trainer.arrays(trainer.Packer(source, 4, 32, 128, 0).next())
+    plain = dense(source)
+    assert "loss_index" in gathered and plain["targets"].shape == (4, 32)
+    whole = trainer.gradients(params, model, plain, None)
+    close(trainer.gradients(params, model, gathered, None), whole, 1e-5)
+    close(trainer.gradients(params, model, gathered, 32), whole, 1e-5)
+    close(trainer.gradients(params, model, plain, 8), whole, 1e-5)
+    # Batches of unequal weight: each target counts alike, whichever batch it is in.
+    halves = jax.tree.map(lambda x: np.stack([x[:3], np.concatenate([x[3:], np.zeros_like(x[:2])])]), plain)
+    assert halves["weights"][0].sum() != halves["weights"][1].sum()
+    close(trainer.gradients(params, model, halves, 16), whole, 1e-5)
+
+
+def test_the_logits_of_a_batch_never_exist_at_once(tiny_model, source):
+    batch, model = dense(source), tiny_model.model
+    positions, V = 4 * 32, model.config.vocab_size
+
+    def largest(chunk):
+        jaxpr = jax.make_jaxpr(lambda p: trainer.gradients(p, model, batch, chunk))(tiny_model.params)
+        sizes = []
+
+        def walk(j):
+            for eqn in j.eqns:
+                sizes.extend(int(np.prod(v.aval.shape)) for v in eqn.outvars if V in v.aval.shape and v.aval.shape[0] != V)
+                for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+                    walk(sub)
+
+        walk(jaxpr.jaxpr)
+        return max(sizes)
+
+    assert largest(None) == positions * V and largest(8) == 4 * 8 * V
+
+
+def test_rows_of_one_document_need_no_mask(tiny_model, source):
+    packer = trainer.Packer(source, 4, 32, None, 0, packed=False)
+    batch = packer.next()
+    assert packer.state == 4 and batch.doc_ids.max() == 1  # one example in each row
+    with_mask = trainer.loss_fn(tiny_model.params, tiny_model.model, trainer.arrays(batch))
+    without = trainer.loss_fn(tiny_model.params, tiny_model.model, trainer.arrays(batch, packed=False))
+    close(without, with_mask, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("output", "learned"),
+    [
+        ("[No Retrieval]A b.[Utility:5]", "[No Retrieval] A b. [Utility:5] </s>"),
+        (
+            "[Retrieval]<paragraph>T\nP</paragraph>[Relevant]A b.[Fully supported][Utility:5]",
+            "[Retrieval] [Relevant] A b. [Fully supported] [Utility:5] </s>",
+        ),
+        (  # several passages: each is masked on its own, what stands between them is learned
+            "[Retrieval]<paragraph>T\nP</paragraph>[Relevant]A.[Fully supported][Continue to Use Evidence]B.[No support / "
+            "Contradictory][Retrieval]<paragraph>U\nQ</paragraph>[Irrelevant]C.[Partially supported][Utility:2]",
+            "[Retrieval] [Relevant] A. [Fully supported] [Continue to Use Evidence] B. [No support / Contradictory] "
+            "[Retrieval] [Irrelevant] C. [Partially supported] [Utility:2] </s>",
+        ),
+        ("", "</s>"),
+    ],
+)
+def test_label_masks_by_hand(tokenizer, output, learned):
+    example = GeneratorSource([GeneratorExample("0", "Say it.", output)], tokenizer, WEIGHTS).example(0)
+    said = tokenizer.decode([int(t) for t, w in zip(example.tokens, example.weight, strict=True) if w > 0])
+    assert said.replace(" ", "") == learned.replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ("adamw", "adafactor"))
+def test_the_other_optimizers_learn(tiny_model, source, tmp_path, name):
+    before = trainer.loss_fn(tiny_model.params, tiny_model.model, dense(source))[0]
+    changes = dict(max_targets=None, rows=4, accumulate=2, loss_chunk=16, packed=False, remat=True)
+    after = run(tiny_model, source, tmp_path, name=name, steps=30, rate=0.02, **changes)["params"]
+    assert trainer.loss_fn(after, tiny_model.model, dense(source))[0] < 0.6 * before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss_chunk=7), "loss_chunk=7 does not divide max_targets=48"),
+        (dict(loss_chunk=5, max_targets=None), "loss_chunk=5 does not divide length=32"),
+        (dict(accumulate=0), "accumulate=0"),
+    ],
+)
+def test_batches_that_cannot_be_split_are_refused(changes, message):
+    with pytest.raises(BadInput, match=message):
+        config(**changes)
+
+
+@pytest.mark.slow
+def test_fifty_steps_equal_those_of_torch(tmp_path):
+    """The same weights and batches through torch's AdamW and through ours, in f32: every loss within 1e-3."""
+    torch = pytest.importorskip("torch")
+    from test_huggingface import torch_model
+
+    from selfrag_jax.models import huggingface
+    from selfrag_jax.models.llama import Model
+
+    steps, rate = 50, 1e-3
+    theirs = torch_model(dict(num_key_value_heads=2)).train()
+    theirs.save_pretrained(tmp_path)
+    c, params = huggingface.load(tmp_path)
+    model = Model(c)
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(steps):
+        tokens = np.cumsum(rng.integers(3, 6, (4, 24)), 1) % 199  # something to learn: the next token is 3 to 5 ahead
+        length = rng.integers(8, 25, 4)
+        learned = (np.arange(23) < length[:, None] - 1) & (rng.random((4, 23)) < 0.7)  # ragged, and partly masked
+        batches.append((tokens, np.pad(learned, ((0, 0), (0, 1)))))
+
+    learner = OptimizerConfig("adamw", rate, rate, "linear", 0.1, 1e-8, 0.01, 1.0)
+    tx = optimizer.make(learner, steps)
+    state = {"params": jax.tree.map(jnp.asarray, params), "step": jnp.int32(0)}
+    state["opt_state"] = tx.init(state["params"])
+    ours = []
+    for tokens, learned in batches:
+        positions = np.broadcast_to(np.arange(24), tokens.shape)
+        batch = dict(tokens=tokens, positions=positions, targets=np.roll(tokens, -1, 1), weights=learned.astype(np.float32))
+        state, seen = trainer.train_step(state, batch | {"groups": np.zeros_like(tokens)}, model, tx, 8)
+        ours.append(float(seen["total"]))
+
+    rates = schedule("linear", rate, 0.1, steps)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    expected = []
+    for step, (tokens, learned) in enumerate(batches):
+        adamw.param_groups[0]["lr"] = float(rates(step))
+        labels = torch.tensor(np.where(learned, np.roll(tokens, -1, 1), -100))
+        logits = theirs(torch.tensor(tokens)).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 199), labels.reshape(-1))
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        expected.append(loss.item())
+    assert expected[-1] < 0.9 * expected[0]
+    np.testing.assert_allclose(ours, expected, atol=1e-3, rtol=0)

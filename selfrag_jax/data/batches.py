@@ -1,9 +1,12 @@
 """Training examples packed into batches of fixed shape.
 
 Documents are packed first-fit into rows; positions restart in each document and `doc_ids` keep attention inside it.
-The losses of a batch sit at no more than `max_targets` positions, so that the vocabulary logits are computed there
-only. A batch is a pure function of its seed and of one number, the index of the next example: that number is the
-iterator's whole state, and a resumed run sees exactly the batches of an uninterrupted one.
+With `max_targets`, the losses of a batch sit at no more than so many positions, gathered from all rows, so that the
+vocabulary logits are computed there only: the choice for small models on one device. Without, every position has a
+target and a weight, and each device computes those of its own rows.
+
+A batch is a pure function of its seed and of one number, the index of the next example: that number is the iterator's whole
+state, and a resumed run sees exactly the batches of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ class Batch:
     tokens: np.ndarray  # [B, T] int32
     positions: np.ndarray  # [B, T] int32, restarting in each document
     doc_ids: np.ndarray  # [B, T] int32, 1.. within a row; 0 is padding
-    loss_index: np.ndarray  # [M] int32, flat index b * T + t of a position whose next token is learned
-    targets: np.ndarray  # [M] int32
-    weights: np.ndarray  # [M] float32, 0 for unused entries
-    groups: np.ndarray  # [M] int8
+    loss_index: np.ndarray | None  # [M] int32, flat index b * T + t of a position whose next token is learned; or none
+    targets: np.ndarray  # [M] int32, or [B, T]
+    weights: np.ndarray  # [M] float32, 0 for unused entries, or [B, T]
+    groups: np.ndarray  # [M] int8, or [B, T]
     examples: int
     truncated: int
 
@@ -76,9 +79,11 @@ def build_example(
 class Packer:
     """Fills batches of `rows` x `length` tokens from a source, starting at example `state`."""
 
-    def __init__(self, source: Source, rows: int, length: int, max_targets: int, seed: int, state: int = 0):
+    def __init__(
+        self, source: Source, rows: int, length: int, max_targets: int | None, seed: int, state: int = 0, packed: bool = True
+    ):
         self.source, self.rows, self.length, self.max_targets = source, rows, length, max_targets
-        self.seed, self.state = seed, state
+        self.seed, self.state, self.packed = seed, state, packed
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def _epoch_order(self, epoch: int) -> list[int]:
@@ -96,43 +101,42 @@ class Packer:
         """The next batch; `state` moves on by the number of examples in it."""
         rows: list[list[Example]] = [[] for _ in range(self.rows)]
         used, targets, taken, truncated = [0] * self.rows, 0, 0, 0
+        most = self.rows * self.length if self.max_targets is None else self.max_targets
         while True:
             e = self._example(self.state + taken)
             if len(e.tokens) > self.length:
                 e = Example(*(a[: self.length] for a in (e.tokens, e.weight, e.group)))
                 truncated += 1
             learned = int((e.weight[1:] > 0).sum())
-            fits = [r for r in range(self.rows) if used[r] + len(e.tokens) <= self.length]
-            if taken and (not fits or targets + learned > self.max_targets):
+            fits = [r for r in range(self.rows) if used[r] + len(e.tokens) <= self.length and (self.packed or not rows[r])]
+            if taken and (not fits or targets + learned > most):
                 break
             row = max(fits, key=lambda r: used[r])  # the fullest row that still has room
             rows[row].append(e)
             used[row] += len(e.tokens)
-            targets += min(learned, self.max_targets)
+            targets += min(learned, most)
             taken += 1
         self.state += taken
         return self._assemble(rows, taken, truncated)
 
     def _assemble(self, rows: list[list[Example]], taken: int, truncated: int) -> Batch:
-        B, T, M = self.rows, self.length, self.max_targets
+        B, T = self.rows, self.length
         tokens, positions, doc_ids = (np.zeros((B, T), np.int32) for _ in range(3))
-        index, target, weight, group = [], [], [], []
+        targets, weights, groups = np.zeros((B, T), np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.int8)
         for b, examples in enumerate(rows):
             at = 0
             for d, e in enumerate(examples, 1):
                 n = len(e.tokens)
                 tokens[b, at : at + n], positions[b, at : at + n], doc_ids[b, at : at + n] = e.tokens, np.arange(n), d
-                learned = np.nonzero(e.weight[1:] > 0)[0]
-                index.append(b * T + at + learned)
-                target.append(e.tokens[1:][learned])
-                weight.append(e.weight[1:][learned])
-                group.append(e.group[1:][learned])
+                next_tokens = slice(at, at + n - 1)
+                targets[b, next_tokens], weights[b, next_tokens] = e.tokens[1:], e.weight[1:]
+                groups[b, next_tokens] = e.group[1:]
                 at += n
-        pad = lambda parts, dtype: _padded(np.concatenate(parts).astype(dtype)[:M], M)  # noqa: E731
-        return Batch(
-            tokens, positions, doc_ids, pad(index, np.int32), pad(target, np.int32), pad(weight, np.float32),
-            pad(group, np.int8), taken, truncated,
-        )  # fmt: skip
+        if self.max_targets is None:
+            return Batch(tokens, positions, doc_ids, None, targets, weights, groups, taken, truncated)
+        index = np.flatnonzero(weights)[: self.max_targets].astype(np.int32)
+        learned = (_padded(x.ravel()[index], self.max_targets) for x in (targets, weights, groups))
+        return Batch(tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, taken, truncated)
 
 
 def _padded(a: np.ndarray, n: int) -> np.ndarray:

@@ -179,5 +179,6 @@ def append_branches(prefix: Cache, branches: Cache, parent: jax.Array, branch: j
         k=jnp.concatenate([prefix.k[:, parent], branches.k[:, branch]], axis=2),
         v=jnp.concatenate([prefix.v[:, parent], branches.v[:, branch]], axis=2),
         valid=jnp.concatenate([prefix.valid[parent], branches.valid[branch]], axis=1),
+        positions=jnp.concatenate([prefix.positions[parent], branches.positions[branch]], axis=1),
         cursor=prefix.cursor + branches.cursor,
     )

@@ -35,6 +35,15 @@ def write_architecture(workdir: str | Path, config: LlamaConfig, tokenizer: Toke
     write_json(Path(workdir) / MODEL_FILE, asdict(config))
 
 
+def read_architecture(workdir: Path) -> LlamaConfig:
+    """The model.json of a workdir. Raises BadInput when it is none."""
+    file = workdir / MODEL_FILE
+    try:
+        return LlamaConfig(**read_json(file))
+    except (TypeError, ValueError) as e:
+        raise BadInput(f"{file}: is no architecture of this version: {e}") from None
+
+
 def manager(workdir: str | Path, keep: int = 2):
     """Orbax's CheckpointManager of a workdir."""
     import orbax.checkpoint as ocp
@@ -66,18 +75,17 @@ def load(path: str | Path) -> LoadedModel:
     """
     path = Path(path)
     if (path / MODEL_FILE).is_file():
-        config = LlamaConfig(**read_json(path / MODEL_FILE))
-        return LoadedModel(Model(config), _load_params(path), _tokenizer(path))
+        return LoadedModel(Model(read_architecture(path)), _load_params(path), read_tokenizer(path))
     if (path / huggingface.CONFIG).is_file():
         config, params = huggingface.load(path)
-        return LoadedModel(Model(config), params, _tokenizer(path))
+        return LoadedModel(Model(config), params, read_tokenizer(path))
     raise BadInput(
         f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
         f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
     )
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.load(path)
     except (FileNotFoundError, ValueError) as e:

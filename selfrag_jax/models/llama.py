@@ -1,4 +1,5 @@
-"""Llama as one function for training and decoding (Touvron et al., 2023; grouped-query attention as in Llama-2 70B).
+"""The Llama family as one function for training and decoding (Touvron et al., 2023; grouped-query attention as in
+Llama-2 70B, stretched rotary frequencies as in Llama 3.1, biases and a sliding window as in its relatives).
 
 Axis letters, used the same everywhere:
   B batch   T query length   S cache length   R prefixes (B = R * P)   P branches of one prefix
@@ -19,6 +20,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from selfrag_jax.models.attention import (
+    KERNELS,
+    RopeScaling,
+    attend,
+    attend_sequences,
+    choose,
+    document_mask,
+    rope,
+    rope_frequencies,
+)
+from selfrag_jax.models.sharding import constrain
+
 Params = Any  # a nested dict of arrays; the layers of a stack share one array with a leading axis L
 
 
@@ -38,8 +51,17 @@ class LlamaConfig:
     dtype: str  # of activations, e.g. "bfloat16"
     remat: bool  # recompute layers in the backward pass
     scan_unroll: int  # layers unrolled per scan step: 1 compiles fastest
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # of the q, k, v and o projections
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # tokens a query sees, itself among them
+    attention: str = "auto"  # kernel for whole sequences, see attention.py
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # as read from a file
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.attention not in KERNELS:
+            raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
@@ -54,55 +76,20 @@ class Cache:
     k: jax.Array  # [L, B, S, K, H]
     v: jax.Array  # [L, B, S, K, H]
     valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
+    positions: jax.Array  # [B, S] int32: of the tokens in the slots
     cursor: jax.Array  # [] int32: the next slot to write, shared by all rows
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int) -> Cache:
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         dtype = jnp.dtype(config.dtype)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), jnp.int32(0))
+        valid, positions = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, positions, jnp.int32(0))
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, half rotation. x: [B, T, N, H], positions: [B, T]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attend(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_valid=None):
-    """Softmax attention over [prefix, own] keys without copying the prefix to its branches.
-
-    q: [B, T, N, H]; k, v: [B, S, K, H]; mask: [B, T, S] bool; prefix_k, prefix_v: [R, S', K, H] with B = R * P;
-    prefix_valid: [R, S']. Returns [B, T, N, H]. Every query must see at least one key.
-    """
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H) * (H**-0.5)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    if prefix_k is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
-    R = prefix_k.shape[0]
-    shared_q = q.reshape(R, B // R, T, K, N // K, H)
-    shared = jnp.einsum("RPTKGH,RSKH->RPKGTS", shared_q, prefix_k, preferred_element_type=jnp.float32)
-    shared = jnp.where(prefix_valid[:, None, None, None, None], shared, -1e30)
-    S_prefix = prefix_k.shape[1]
-    scores = jnp.concatenate([shared.reshape(B, K, N // K, T, S_prefix), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    shared_weights = weights[..., :S_prefix].reshape(R, B // R, K, N // K, T, S_prefix)
-    out = jnp.einsum("RPKGTS,RSKH->RPTKGH", shared_weights, prefix_v).reshape(B, T, K, N // K, H)
-    out = out + jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., S_prefix:], v)
-    return out.reshape(B, T, N, H)
-
-
-def _linear(c: LlamaConfig, inputs: int, outputs: int, rngs) -> nnx.Linear:
+def _linear(c: LlamaConfig, inputs: int, outputs: int, rngs, bias: bool = False) -> nnx.Linear:
     return nnx.Linear(
-        inputs, outputs, use_bias=False, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=nnx.initializers.lecun_normal()
+        inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=nnx.initializers.lecun_normal()
     )
 
 
@@ -114,25 +101,27 @@ class Block(nnx.Module):
     def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
         self.c = c
         self.attention_norm, self.mlp_norm = _norm(c, rngs), _norm(c, rngs)
-        self.q = _linear(c, c.embed_dim, c.num_heads * c.head_dim, rngs)
-        self.k = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs)
-        self.v = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs)
-        self.o = _linear(c, c.num_heads * c.head_dim, c.embed_dim, rngs)
-        self.gate = _linear(c, c.embed_dim, c.mlp_dim, rngs)
-        self.up = _linear(c, c.embed_dim, c.mlp_dim, rngs)
-        self.down = _linear(c, c.mlp_dim, c.embed_dim, rngs)
+        self.q = _linear(c, c.embed_dim, c.num_heads * c.head_dim, rngs, c.attention_bias)
+        self.k = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
+        self.v = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
+        self.o = _linear(c, c.num_heads * c.head_dim, c.embed_dim, rngs, c.attention_bias)
+        self.gate = _linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
+        self.up = _linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
+        self.down = _linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
 
-    def __call__(self, x, positions, mask, cache_k, cache_v, cursor, prefix):
-        """x: [B, T, D]; mask: [B, T, S]; cache_k, cache_v: [B, S, K, H] or None. Returns x and the new cache rows."""
+    def __call__(self, x, positions, attention, cache_k, cache_v, cursor):
+        """x: [B, T, D]; attention: (q, k, v) -> [B, T, N, H] over all keys; cache_k, cache_v: [B, S, K, H] or None.
+        Returns x and the new cache rows."""
         c, (B, T, _) = self.c, x.shape
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         h = self.attention_norm(x)
-        q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), positions, c.rope_theta)
-        k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), positions, c.rope_theta)
+        q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), positions, frequencies)
+        k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), positions, frequencies)
         v = self.v(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         if cache_k is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache_k, k, cursor, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache_v, v, cursor, axis=1)
-        x = x + self.o(attend(q, k, v, mask, *prefix).reshape(B, T, -1))
+        x = x + self.o(attention(q, k, v).reshape(B, T, -1))
         h = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
         return x, (k, v) if cache_k is not None else None
@@ -150,25 +139,27 @@ class Llama(nnx.Module):
         if not c.tie_embeddings:
             self.head = _linear(c, c.embed_dim, c.vocab_size, rngs)
 
-    def hidden(self, tokens, positions, mask, cache: Cache | None, prefix: Cache | None):
+    def hidden(self, tokens, positions, attention, cache: Cache | None, prefix: Cache | None):
+        """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one."""
         graph, layers = nnx.split(self.layers)
-        prefix_valid = None if prefix is None else prefix.valid
 
         def layer(x, per_layer):
             state, cache_kv, prefix_kv = per_layer
-            shared = () if prefix_kv is None else (*prefix_kv, prefix_valid)
             k, v = (None, None) if cache_kv is None else cache_kv
             cursor = None if cache is None else cache.cursor
-            return nnx.merge(graph, state)(x, positions, mask, k, v, cursor, shared)
+            attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
+            return nnx.merge(graph, state)(x, positions, attend_all, k, v, cursor)
 
         if self.c.remat:
-            layer = jax.checkpoint(layer)
+            layer = jax.checkpoint(layer, prevent_cse=False)  # within a scan there is nothing to be merged
         per_layer = (
             layers,
             None if cache is None else (cache.k, cache.v),
             None if prefix is None else (prefix.k, prefix.v),
         )
-        x, new = jax.lax.scan(layer, self.embed(tokens), per_layer, unroll=self.c.scan_unroll)
+        # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
+        x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
+        x, new = jax.lax.scan(layer, x, per_layer, unroll=self.c.scan_unroll)
         return self.norm(x), new
 
     def logits(self, hidden):
@@ -212,38 +203,57 @@ class Model:
         params: Params,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        doc_ids: jax.Array | None,
         cache: Cache | None = None,
         prefix: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states of `tokens`.
 
-        tokens, positions: [B, T] int32. Without a cache, mask: [B, T, T] bool, True where a query may see a key. With a
-        cache, mask: [B, T] bool, True for real tokens: they are written at `cache.cursor` and see all valid earlier
-        slots and themselves. prefix: a cache of R rows shared by B / R branches each; it is read, not written.
+        tokens, positions: [B, T] int32. doc_ids: [B, T], 0 for padding. Without a cache a token sees itself and what
+        stands before it in its document; None means that every row is one document with its padding at the end. With a
+        cache, real tokens are written at `cache.cursor` and see all valid earlier slots and themselves. prefix: a cache
+        of R rows shared by B / R branches each; it is read, not written.
         Returns hidden [B, T, D] and the updated cache (None without one).
         """
-        module = self._merge(params)
+        c, module = self.config, self._merge(params)
         if cache is None:
-            return module.hidden(tokens, positions, mask, None, prefix)[0], None
+            kernel = choose(c.attention, tokens.shape[1], c.head_dim, c.dtype)
+            if kernel == "xla":  # the mask is the same in all layers
+                mask = document_mask(jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window)
+                attention = lambda q, k, v: attend(q, k, v, mask)  # noqa: E731
+            else:
+                attention = lambda q, k, v: attend_sequences(q, k, v, doc_ids, c.sliding_window, kernel)  # noqa: E731
+            return module.hidden(tokens, positions, attention, None, None)[0], None
         T, S = tokens.shape[1], cache.k.shape[2]
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.cursor, axis=1)
-        causal = jnp.arange(S) <= cache.cursor + jnp.arange(T)[:, None]
+        doc_ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
+        write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, cache.cursor, axis=1)  # noqa: E731
+        valid, slots = write(cache.valid, jnp.asarray(doc_ids) > 0), write(cache.positions, jnp.asarray(positions, jnp.int32))
         own = jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]  # padding sees itself, so that no row is empty
-        attention_mask = (valid[:, None, :] & causal) | own
-        hidden, (k, v) = module.hidden(tokens, positions, attention_mask, cache, prefix)
-        return hidden, Cache(k, v, valid, cache.cursor + T)
+        causal = jnp.arange(S) <= cache.cursor + jnp.arange(T)[:, None]
+        mask = (valid[:, None, :] & causal & self._near(positions, slots)) | own
+        prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
+        attention = lambda q, k, v, *shared: attend(q, k, v, mask, *shared, *([prefix_mask] if shared else []))  # noqa: E731
+        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix)
+        return hidden, Cache(k, v, valid, slots, cache.cursor + T)
+
+    def _near(self, positions: jax.Array, slots: jax.Array) -> jax.Array:
+        """Which keys a sliding window leaves in sight. positions: [B, T], slots: [B, S] -> [B, T, S] (or [] for all)."""
+        if self.config.sliding_window is None:
+            return jnp.array(True)
+        return positions[..., None] - slots[:, None, :] < self.config.sliding_window
+
+    def _prefix_mask(self, positions: jax.Array, prefix: Cache) -> jax.Array:
+        """Broadcasts to [R, P, T, S']."""
+        valid = prefix.valid[:, None, None, :]
+        if self.config.sliding_window is None:
+            return valid
+        R = prefix.valid.shape[0]
+        back = positions.reshape(R, -1, positions.shape[1])[..., None] - prefix.positions[:, None, None, :]
+        return valid & (back < self.config.sliding_window)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] in f32."""
         return self._merge(params).logits(hidden)
-
-
-def causal_mask(doc_ids: jax.Array) -> jax.Array:
-    """[B, T] document ids of packed rows (0 is padding) -> [B, T, T]: causal, and no attention across documents."""
-    T = doc_ids.shape[1]
-    causal = jnp.arange(T)[:, None] >= jnp.arange(T)
-    return (doc_ids[:, :, None] == doc_ids[:, None, :]) & causal
 
 
 def count_parameters(params: Params) -> int:

@@ -21,12 +21,13 @@ def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: 
 
 
 class Log:
-    """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`."""
+    """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
+    the first one does."""
 
     def __init__(self, workdir: str | Path):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(Path(workdir) / "logs"))
+        self.writer = SummaryWriter(str(Path(workdir) / "logs")) if jax.process_index() == 0 else None
         self.reset()
 
     def reset(self) -> None:
@@ -50,10 +51,11 @@ class Log:
             if self.sums["count"][i]:
                 scalars[f"loss/{group}"], scalars[f"accuracy/{group}"] = loss[i], accuracy[i]
                 parts.append(f"{group} {loss[i]:.2f}")
-        for name, value in scalars.items():
+        for name, value in scalars.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
         self.reset()
         return f"loss: {', '.join(parts)}; {rate:.0f} tokens/s"
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()

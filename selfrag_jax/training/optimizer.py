@@ -22,7 +22,7 @@ from selfrag_jax.records import BadInput
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str  # "adamw" or "muon"
+    name: str  # "adamw", "adafactor" or "muon"
     learning_rate: float  # peak; with muon, of the matrices
     adam_learning_rate: float  # with muon, of everything else
     schedule: str  # after the warm-up: "linear", "cosine" or "constant"
@@ -33,7 +33,7 @@ class OptimizerConfig:
     new_rows_factor: float = 1.0  # on the rate of the rows that the embedding was grown by; they have the farthest to go
 
     def __post_init__(self):
-        for field, known in (("name", ("adamw", "muon")), ("schedule", ("linear", "cosine", "constant"))):
+        for field, known in (("name", ("adamw", "adafactor", "muon")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, field) not in known:
                 raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
         for field in ("adam_eps", "new_rows_factor"):
@@ -75,6 +75,10 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0) -> optax.Gradie
     rate = schedule(config.schedule, config.learning_rate, config.warmup_fraction, steps)
     if config.name == "adamw":
         inner = optax.adamw(rate, b1=0.9, b2=0.999, eps=config.adam_eps, weight_decay=config.weight_decay)
+    elif config.name == "adafactor":
+        # Without optax.adafactor's own weight decay, which the rate does not scale.
+        decay, follow = optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rate)
+        inner = optax.chain(optax.scale_by_factored_rms(), decay, follow)
     else:
 
         def dimensions(params):

@@ -71,7 +71,9 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         raise BadInput(f"--role={role}: must be one of {', '.join(r for r in ROLES if r in c) or 'none in this config'}")
     section = configs.build(TrainConfig, c[role], role)
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
-    made: dict[str, Any] = {"role": role, "train": asdict(section), "base": c.base, "weights": weights}
+    # What a training is: not where it runs, nor how often it saves. It may go on over another mesh.
+    learned = {k: v for k, v in asdict(section).items() if k not in ("mesh", "save_every", "log_every")}
+    made: dict[str, Any] = {"role": role, "train": learned, "base": c.base, "weights": weights}
     made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
     made["brief"] = c.label.critic.brief
     inputs = {"data": data}

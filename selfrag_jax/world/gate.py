@@ -24,7 +24,6 @@ import numpy as np
 from selfrag_jax import prompts
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.models.checkpoints import LoadedModel
-from selfrag_jax.models.llama import causal_mask
 from selfrag_jax.tokenizer import INSTRUCTION, RESPONSE, Control, Part
 from selfrag_jax.world import language
 from selfrag_jax.world.base import BaseSource
@@ -97,7 +96,7 @@ def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
 
     @jax.jit
     def right(params, tokens, doc_ids, positions):
-        hidden, _ = loaded.model.hidden(params, tokens, positions, causal_mask(doc_ids))
+        hidden, _ = loaded.model.hidden(params, tokens, positions, doc_ids)
         return loaded.model.logits(params, hidden[:, :-1]).argmax(-1) == tokens[:, 1:]
 
     scores = {}

@@ -1,0 +1,196 @@
+"""Attention of Llama models, and the rotary embedding of their positions. Axis letters as in llama.py.
+
+Whole sequences (training, no cache) take the fastest kernel of the platform, one switch for all:
+
+  xla      plain einsums, everywhere; the reference
+  splash   jax's Pallas kernel for TPUs: never holds the [T, T] scores
+  cudnn    cuDNN's flash attention through jax.nn.dot_product_attention, on NVIDIA GPUs
+  auto     splash on TPU and cudnn on GPU where the shapes allow it, else xla
+
+Decoding attends over a cache and over a prefix that branches share; there the plain form reads each key once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+_TILE = 128  # of the TPU: splash attention wants lengths and head sizes in multiples of it
+MASKED = -1e30
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies of a model are stretched to a longer context.
+
+    linear: all by `factor` (Chen et al., 2023). llama3: slow rotations by `factor`, fast ones not at all, and those
+    between in proportion; what is slow is said in rotations per `original_length` (Llama 3.1).
+    """
+
+    kind: str  # "linear" or "llama3"
+    factor: float
+    low_frequency: float  # rotations per original_length up to which a frequency counts as slow (llama3 only)
+    high_frequency: float  # and above which as fast
+    original_length: int  # tokens of the context before it was stretched
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling {self.kind!r} is not supported; linear and llama3 are")
+        if not self.factor > 0:
+            raise ValueError(f"rope scaling: factor={self.factor} must be above 0")
+        if self.kind == "llama3" and not (0 < self.low_frequency < self.high_frequency and self.original_length > 0):
+            raise ValueError(
+                f"rope scaling: low_freq_factor={self.low_frequency} must be below high_freq_factor={self.high_frequency}, "
+                f"and both and original_max_position_embeddings={self.original_length} above 0"
+            )
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """[H / 2] f32: radians by which each pair of channels turns from one position to the next."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if scaling is None:
+        return frequency.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequency / scaling.factor).astype(np.float32)
+    rotations = scaling.original_length * frequency / (2 * np.pi)
+    fast = (rotations - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    fast = np.clip(fast, 0.0, 1.0)  # 0: slow, 1: fast
+    return (fast * frequency + (1 - fast) * frequency / scaling.factor).astype(np.float32)
+
+
+def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Rotary position embedding, half rotation. x: [B, T, N, H], positions: [B, T], frequencies: [H / 2]."""
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+# ---- what a query may see --------------------------------------------------------------------------------------------
+def document_mask(doc_ids: jax.Array, window: int | None = None) -> jax.Array:
+    """[B, T] document ids of packed rows (0 is padding) -> [B, T, T]: causal, within documents and, with a window, no
+    further back than `window` tokens, the query itself among them."""
+    T = doc_ids.shape[1]
+    back = jnp.arange(T)[:, None] - jnp.arange(T)
+    near = (back >= 0) if window is None else (back >= 0) & (back < window)
+    return (doc_ids[:, :, None] == doc_ids[:, None, :]) & near
+
+
+# ---- the plain form --------------------------------------------------------------------------------------------------
+def attend(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_mask=None):
+    """Softmax attention over [prefix, own] keys without copying the prefix to its branches.
+
+    q: [B, T, N, H]; k, v: [B, S, K, H]; mask: [B, T, S] bool; prefix_k, prefix_v: [R, S', K, H] with B = R * P;
+    prefix_mask: broadcasts to [R, P, T, S']. Returns [B, T, N, H]. Every query must see at least one key.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H) * (H**-0.5)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    if prefix_k is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    R = prefix_k.shape[0]
+    shared_q = q.reshape(R, B // R, T, K, N // K, H)
+    shared = jnp.einsum("RPTKGH,RSKH->RPKGTS", shared_q, prefix_k, preferred_element_type=jnp.float32)
+    shared = jnp.where(prefix_mask[:, :, None, None], shared, MASKED)
+    S_prefix = prefix_k.shape[1]
+    scores = jnp.concatenate([shared.reshape(B, K, N // K, T, S_prefix), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    shared_weights = weights[..., :S_prefix].reshape(R, B // R, K, N // K, T, S_prefix)
+    out = jnp.einsum("RPKGTS,RSKH->RPTKGH", shared_weights, prefix_v).reshape(B, T, K, N // K, H)
+    out = out + jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., S_prefix:], v)
+    return out.reshape(B, T, N, H)
+
+
+# ---- kernels for whole sequences -------------------------------------------------------------------------------------
+def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
+    """What `kernel` stands for here: itself, or for "auto" the platform's own where its shapes allow it.
+
+    Raises ValueError for a kernel that is asked for by name and cannot do these shapes.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"attention={kernel!r}: must be one of {', '.join(KERNELS)}")
+    tiled = length % _TILE == 0 and head_dim % _TILE == 0
+    if kernel == "splash" and not tiled:
+        raise ValueError(
+            f"attention='splash' needs a length and a head_dim in multiples of {_TILE}; they are {length} and {head_dim}"
+        )
+    if kernel == "cudnn" and dtype == "float32":
+        raise ValueError("attention='cudnn' needs bfloat16 or float16 activations; they are float32")
+    if kernel != "auto":
+        return kernel
+    platform = jax.default_backend()
+    if platform == "tpu" and tiled:
+        return "splash"
+    small = dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128 and length % 64 == 0
+    return "cudnn" if platform == "gpu" and small else "xla"
+
+
+def attend_sequences(q, k, v, doc_ids, window: int | None, kernel: str, interpret: bool = False):
+    """Causal attention of whole rows. q: [B, T, N, H]; k, v: [B, T, K, H]; doc_ids: [B, T] int32, or None where every row
+    is one document (padding, if any, at its end). Returns [B, T, N, H].
+
+    kernel: as `choose` returned it. interpret: run a Pallas kernel without its hardware, slowly (for tests).
+    """
+    if kernel == "splash":
+        return _splash(q, k, v, doc_ids, window, interpret)
+    if kernel == "cudnn":
+        return _dot_product(q, k, v, doc_ids, window, "cudnn")
+    if doc_ids is None:
+        doc_ids = jnp.ones(q.shape[:2], jnp.int32)
+    return attend(q, k, v, document_mask(doc_ids, window))
+
+
+def _dot_product(q, k, v, doc_ids, window, implementation: str):
+    # cuDNN knows causality and windows by themselves; documents need a mask.
+    mask = None if doc_ids is None else document_mask(doc_ids, window)[:, None]
+    local = None if window is None or mask is not None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=implementation
+    )
+
+
+def _splash(q, k, v, doc_ids, window, interpret: bool):
+    """Over a mesh every device runs the kernel on its own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    run = partial(_splash_local, window=window, interpret=interpret)
+    if mesh.empty:
+        return run(q, k, v, doc_ids)
+    if k.shape[2] % mesh.shape["tensor"]:  # too few kv heads to be split: each query head gets its own
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    heads, rows = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(("data", "fsdp"))
+    ids = () if doc_ids is None else (doc_ids,)
+    local = lambda q, k, v, *ids: run(q, k, v, *(ids or (None,)))  # noqa: E731
+    specs = (heads, heads, heads, *(rows for _ in ids))
+    # Pallas calls do not say what they vary over, so this is not checked.
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *ids)
+
+
+def _splash_local(q, k, v, doc_ids, window, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N = q.shape[1], q.shape[2]
+    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    block = next(b for b in (512, 256, 128) if T % b == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+    )
+    heads_first = lambda x: x.swapaxes(1, 2)  # noqa: E731
+    q, k, v = heads_first(q) * (q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
+    if doc_ids is None:
+        return heads_first(jax.vmap(kernel)(q, k, v))
+    return heads_first(jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(q, k, v, doc_ids))

@@ -1,0 +1,279 @@
+"""Hugging Face folders: logits and greedy text equal transformers' Llama and Mistral, tensors survive the way there and back
+bit by bit, and what cannot be honoured is refused by name."""
+
+import copy
+import json
+import os
+import shutil
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.models.llama import Cache, Model
+from selfrag_jax.records import BadInput
+
+TOLERANCE = 1e-4  # of f32 logits
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILY = {
+    "mha": dict(),
+    "gqa": dict(num_key_value_heads=2),
+    "tied": dict(tie_word_embeddings=True),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "wide heads": dict(head_dim=24, num_key_value_heads=1),
+    # The context was 32 tokens before it was stretched, so that all three kinds of frequencies are met within 80.
+    "llama3 rope": dict(rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 32}),
+    "linear rope": dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "sliding window": dict(model_type="mistral", sliding_window=7, num_key_value_heads=2),
+}
+
+
+def torch_model(fields, seed=0):
+    fields = dict(
+        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.1,
+    ) | fields  # fmt: skip
+    mistral = fields.pop("model_type", "llama") == "mistral"
+    config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(**fields, attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = (transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM)(config).eval()
+    with torch.no_grad():  # norms and biases start at ones and zeros, where a wrong one would not be noticed
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p += 0.3 * torch.randn(p.shape) * (1 if "norm" in name else 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILY, ids=str)
+def pair(request, tmp_path_factory):
+    """A random torch model, the folder it was saved to, and that folder read by us."""
+    theirs = torch_model(dict(FAMILY[request.param]))
+    folder = tmp_path_factory.mktemp("hf")
+    theirs.save_pretrained(folder)
+    config, params = huggingface.load(folder)
+    return theirs, folder, Model(config), params
+
+
+def test_logits_equal_those_of_transformers(pair):
+    theirs, _, model, params = pair
+    tokens = np.random.default_rng(0).integers(0, 199, (2, 80))
+    positions = jnp.broadcast_to(jnp.arange(80), tokens.shape)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    hidden, _ = model.hidden(params, tokens, positions, None)
+    np.testing.assert_allclose(model.logits(params, hidden), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_text_equals_that_of_transformers(pair):
+    """64 tokens, ours through the cache: two prompts of different length in one batch, theirs one by one."""
+    theirs, _, model, params = pair
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 199, n) for n in (5, 9)]
+    tokens, valid = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
+    for i, p in enumerate(prompts):
+        tokens[i, : len(p)], valid[i, : len(p)] = p, 1
+
+    def step(params, tokens, positions, valid, cache):
+        hidden, cache = model.hidden(params, tokens, positions, valid, cache)
+        last = jnp.take_along_axis(hidden, (jnp.maximum(valid.sum(1), 1) - 1)[:, None, None], axis=1)[:, 0]
+        return model.logits(params, last).argmax(-1).astype(jnp.int32), cache
+
+    step = jax.jit(step)
+    cache = Cache.empty(model.config, 2, 9 + 64)
+    token, cache = step(params, tokens, np.maximum(valid.cumsum(1) - 1, 0), valid, cache)
+    made, position = [token], valid.sum(1)
+    for _ in range(63):
+        token, cache = step(params, token[:, None], position[:, None], np.ones((2, 1), np.int32), cache)
+        made.append(token)
+        position = position + 1
+    made = np.stack(made, 1)
+    for i, p in enumerate(prompts):
+        with torch.no_grad():
+            expected = theirs.generate(
+                torch.tensor(p)[None], max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(p) :].numpy()
+        assert made[i].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_there_and_back_every_tensor_is_the_same(pair, tokenizer, tmp_path, dtype):
+    theirs, _, model, _ = pair
+    copy.deepcopy(theirs).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    config = huggingface.config_from_json(tmp_path / "in" / "config.json")
+    params = huggingface.read_params(huggingface.Folder(tmp_path / "in"), config, model.shapes(), dtype)
+    huggingface.save(tmp_path / "out", config, params, tokenizer, dtype)
+    before, after = (load_file(tmp_path / d / huggingface.WEIGHTS) for d in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
+
+
+def test_exported_folders_load_in_transformers(pair, tokenizer, tmp_path):
+    theirs, _, model, params = pair
+    huggingface.save(tmp_path, model.config, params, tokenizer)
+    again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, 199, (1, 60)))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_shards_with_an_index_are_written_and_read(pair, tmp_path):
+    theirs, folder, _, params = pair
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert (tmp_path / "theirs" / huggingface.INDEX).is_file()
+    read = huggingface.load(tmp_path / "theirs")[1]
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "again").mkdir()
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    huggingface.write_tensors(tmp_path / "ours", tensors.items(), shard_bytes=100_000)
+    index = json.loads((tmp_path / "ours" / huggingface.INDEX).read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert len(list((tmp_path / "ours").iterdir())) == 1 + len(set(index["weight_map"].values())) > 2
+    shutil.copy(folder / huggingface.CONFIG, tmp_path / "ours")
+    huggingface.write_tensors(tmp_path / "again", ((name, 2 * t) for name, t in tensors.items()), shard_bytes=100_000)
+    huggingface.write_tensors(tmp_path / "again", tensors.items())  # a single file in the place of shards
+    shutil.copy(folder / huggingface.CONFIG, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path / "again")[1], params)
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path / "ours")[1], params)
+    assert type(theirs).from_pretrained(tmp_path / "ours").config.hidden_size == 64
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cls", (transformers.LlamaConfig, transformers.MistralConfig))
+def test_every_field_that_transformers_writes_is_known(cls, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(cls().to_dict()))
+    c = huggingface.config_from_json(path)
+    assert c.head_dim == 128 and c.rope_theta == 10_000.0
+    assert c.sliding_window == (4096 if cls is transformers.MistralConfig else None)
+
+
+def test_a_config_of_2023_is_read(tmp_path):
+    """As Llama-2's folders had it: no rope_theta, no head_dim, torch_dtype."""
+    row = dict(
+        architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu", hidden_size=5120,
+        initializer_range=0.02, intermediate_size=13824, max_position_embeddings=4096, model_type="llama",
+        num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=40, pad_token_id=0, pretraining_tp=1,
+        rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, torch_dtype="float16",
+        transformers_version="4.31.0", use_cache=True, vocab_size=32016,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(row))
+    c = huggingface.config_from_json(tmp_path / "config.json")
+    assert (c.head_dim, c.rope_theta, c.num_kv_heads, c.vocab_size) == (128, 10_000.0, 40, 32016)
+    shapes = Model(c).shapes()
+    assert shapes["layers"]["down"]["kernel"].shape == (40, 13824, 5120)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 13_016_028_160  # 13B and 16 rows more
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attn_logit_softcapping": 50}, "attn_logit_softcapping=50"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}}, "rope_scaling.beta_fast=1"),
+        ({"sliding_window": 7}, "sliding_window=7"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"model_type": "mistral"}, "lacks sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 7, "attention_bias": True}, "attention_bias=true"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size='32': must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0: must be a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear': expected an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0.0 must be above 0"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0: must be a whole number above 0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(tiny_model, tmp_path, change, message):
+    row = huggingface.config_to_json(tiny_model.model.config, 1, 2, 0) | change
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
+    with pytest.raises(BadInput, match="config.json: .*" + message):
+        huggingface.config_from_json(path)
+
+
+# ---- weights that are not what they should be ------------------------------------------------------------------------
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    return tmp_path
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t | {UP: t[UP] * np.float32(np.nan)}, f"{UP}' holds NaN or infinite"),
+        (lambda t: t | {UP: t[UP] + np.float32(np.inf)}, f"{UP}' holds NaN or infinite"),
+        (lambda t: {k: v for k, v in t.items() if k != UP}, f"tensor '{UP}' is missing"),
+        (lambda t: t | {UP: np.ascontiguousarray(t[UP].T)}, f"{UP}' has shape \\(32, 48\\); .* should be \\(48, 32\\)"),
+        (lambda t: t | {UP: t[UP].astype(np.int8)}, f"{UP}' is of type I8"),
+        (lambda t: t | {"model.extra": t[UP]}, "'model.extra' has no place"),
+    ],
+    ids=("nan", "inf", "missing", "shape", "type", "extra"),
+)
+def test_bad_tensors_are_named(folder, spoil, message):
+    save_file(spoil(load_file(folder / huggingface.WEIGHTS)), folder / huggingface.WEIGHTS)
+    with pytest.raises(BadInput, match=message):
+        checkpoints.load(folder)
+
+
+def test_a_truncated_file_and_a_lost_shard_are_named(folder):
+    file = folder / huggingface.WEIGHTS
+    tensors = load_file(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"model\.safetensors: not readable.*truncated"):
+        checkpoints.load(folder)
+    file.unlink()
+    with pytest.raises(BadInput, match="no weights here"):
+        checkpoints.load(folder)
+    huggingface.write_tensors(folder, tensors.items(), shard_bytes=50_000)
+    shards = sorted(folder.glob("model-*"))
+    shards[1].unlink()
+    with pytest.raises(BadInput, match=f"shard {shards[1].name} is missing"):
+        checkpoints.load(folder)
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(BadInput, match=r"model-0000\d-of-.*: tensor .* is missing, though model.safetensors.index.json"):
+        checkpoints.load(folder)
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(folder):
+    assert (folder / huggingface.WEIGHTS).stat().st_mode == (folder / huggingface.CONFIG).stat().st_mode
+
+
+def test_a_write_that_fails_leaves_no_part(folder, monkeypatch):
+    """As on a full disk: the folder keeps what it had."""
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    calls = []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        path.write_bytes(b"half")
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        huggingface.write_tensors(folder, load_file(folder / huggingface.WEIGHTS).items(), shard_bytes=50_000)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

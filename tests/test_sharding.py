@@ -1,0 +1,126 @@
+"""Training over several devices and processes is training over one: the same losses on every mesh, checkpoints that go from
+one mesh to another, and two processes that work together. Run as a program, this file is one of those processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
+STEPS = 6
+
+
+def program(job, workdir, process=0, port=0):
+    """Prints the losses of the job's trainings as JSON."""
+    import jax
+
+    if job == "two":
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
+    from selfrag_jax.data.generator import GeneratorSource
+    from selfrag_jax.models.llama import LlamaConfig, Model
+    from selfrag_jax.records import GeneratorExample
+    from selfrag_jax.training import train as trainer
+    from selfrag_jax.training.optimizer import OptimizerConfig
+    from selfrag_jax.world.base import make_tokenizer
+
+    tokenizer = make_tokenizer(4000).with_reflection_tokens()
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    source = GeneratorSource(rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0))
+    fields = dict(vocab_size=tokenizer.vocab_size, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
+    fields |= dict(head_dim=8, max_length=64, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, dtype="float32")
+    model = Model(LlamaConfig(**fields, remat=False, scan_unroll=1))
+    initial = jax.device_get(model.init(jax.random.key(0), 0.3))
+    losses, step = [], trainer.train_step
+
+    def spy(*args):
+        if len(losses) == stop_after:
+            raise KeyboardInterrupt
+        state, seen = step(*args)
+        losses.append(float(seen["total"]))
+        return state, seen
+
+    trainer.train_step, out, stop_after = spy, {}, None
+
+    def run(mesh, name, **changes):
+        config = trainer.TrainConfig(
+            seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3, loss_chunk=16, remat=True,
+            mesh=trainer.MeshConfig(*mesh), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
+            **changes,
+        )  # fmt: skip
+        losses.clear()
+        made = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)["params"]
+        out[name] = {"losses": list(losses), "norm": float(sum(abs(x).sum() for x in jax.tree.leaves(made)))}
+
+    if job == "two":
+        run((1, 8, 1), "two")
+    else:
+        for mesh in MESHES:
+            run(mesh, str(mesh))
+        run((1, 1, 1), "accumulated on one", accumulate=2)
+        run((1, 4, 1), "accumulated", accumulate=2)
+        stop_after = 4  # between two checkpoints
+        try:
+            run((1, 8, 1), "moved")
+        except KeyboardInterrupt:
+            stop_after = None
+        run((2, 2, 2), "moved")
+    print(json.dumps(out))
+
+
+def start(*arguments, devices):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def result(process):
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return result(start("meshes", tmp_path_factory.mktemp("meshes"), devices=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_every_mesh_has_the_losses_of_one_device(trained, mesh):
+    one, several = trained[str(MESHES[0])], trained[str(mesh)]
+    assert len(one["losses"]) == STEPS and one["losses"][-1] < one["losses"][0]
+    np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-4, rtol=0)
+    assert several["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_over_another_mesh(trained):
+    one, moved = trained[str(MESHES[0])], trained["moved"]
+    np.testing.assert_allclose(moved["losses"], one["losses"][3:], atol=1e-4, rtol=0)  # the last save was at step 3
+    assert moved["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_batches_accumulate_over_a_mesh(trained):
+    one, several = trained["accumulated on one"], trained["accumulated"]
+    np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-4, rtol=0)
+    assert several["norm"] == pytest.approx(one["norm"], rel=1e-5) and one != trained[str(MESHES[0])]
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(trained, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
+    for losses in [result(p)["two"]["losses"] for p in both]:
+        np.testing.assert_allclose(losses, trained[str(MESHES[0])]["losses"], atol=1e-4, rtol=0)
+
+
+if __name__ == "__main__":
+    program(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
