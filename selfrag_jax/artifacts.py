@@ -51,14 +51,14 @@ def fingerprint(path: str | Path) -> str:
 def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     """The path of an earlier stage's artifact. Raises BadInput when it is missing, unfinished, or of another stage.
 
-    role: of a trained model, "critic" or "generator".
+    role: of a trained model, "critic" or "generator"; a converted one may be either.
     """
     path = Path(path)
     if not manifest_path(path).is_file():
         state = "is unfinished" if path.exists() else "does not exist"
         raise BadInput(f"{path}: {state}; run `selfrag {stage}` first (it continues where it was)")
     made = read_json(manifest_path(path))
-    if made.get("stage") != stage:
+    if made.get("stage") != stage and not (stage == "train" and made.get("stage") == "convert"):
         raise BadInput(f"{path}: was made by `selfrag {made.get('stage')}`; something made by `selfrag {stage}` is needed here")
     found = made.get("config", {}).get("role", role)
     if role and found != role:

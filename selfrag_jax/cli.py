@@ -154,6 +154,13 @@ def _changes(v: dict) -> dict:
     return {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
 
 
+def _convert(v: dict, _) -> None:
+    from selfrag_jax.models.convert import convert
+
+    n = convert(v["from"], v["to"], v["format"], v["dtype"], v["reflection_tokens"])
+    print(f"{v['to']}: {n / 1e6:,.1f}M parameters")
+
+
 def _require_quickstart(workdir: str | Path, *files: Path) -> None:
     """Raises BadInput when a file is missing that a finished quickstart leaves in its workdir."""
     if not all(f.is_file() for f in files):
@@ -360,6 +367,18 @@ STAGES: dict[str, Stage] = {
             Flag("out", "default: beside the predictions, as .metrics.json"),
         ),
         _evaluate,
+    ),
+    "convert": Stage(
+        "Converts a model between Hugging Face's format and a training workdir, layer by layer.",
+        "selfrag convert --from=W/generator --to=my_model --format=huggingface --dtype=bfloat16",
+        (
+            Flag("from", "a Hugging Face folder, a hub name (owner/model), or a training workdir", required=True),
+            Flag("to", "folder to write", required=True),
+            Flag("format", "orbax (a training workdir) or huggingface", required=True),
+            Flag("dtype", "of the parameters: float32, bfloat16 or float16; default: as they are"),
+            Flag("reflection_tokens", "add those that the vocabulary lacks", False, type=bool),
+        ),
+        _convert,
     ),
     "report": Stage(
         "Writes the report of a quickstart again (Markdown, HTML), or the mean of several, with its interval over seeds.",

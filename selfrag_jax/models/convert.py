@@ -1,0 +1,281 @@
+"""Models from Hugging Face's format to a training workdir and back, layer by layer.
+
+An array of ours stacks the layers of a model and may be larger than what is left of the memory (13B: 11 GB in f32). So
+neither way holds one whole: Orbax is given arrays that produce their layers one at a time while they are written, and
+gives back arrays of which one layer at a time is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import future, type_handlers
+
+from selfrag_jax import artifacts
+from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.models.llama import LlamaConfig, Model, Params
+from selfrag_jax.progress import Progress, progress
+from selfrag_jax.records import BadInput, write_json
+from selfrag_jax.tokenizer import Tokenizer
+
+FORMATS = ("orbax", "huggingface")
+EMBEDDING = ("embed", "embedding")
+
+
+def convert(source: str | Path, out: str | Path, form: str, dtype: str | None, reflection_tokens: bool) -> int:
+    """Writes the model of `source` to `out` in the format `form`; returns the number of its parameters.
+
+    dtype: of the written parameters; None keeps that of each array, and every value bit by bit. reflection_tokens: gives
+    the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). Written under a temporary name
+    and renamed at the end. Raises BadInput naming what is wrong with the source, and when `out` is already there.
+    """
+    if form not in FORMATS:
+        raise BadInput(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in huggingface.DTYPES:
+        raise BadInput(f"--dtype={dtype!r}: must be one of {', '.join(huggingface.DTYPES)}")
+    source, out = huggingface.local(source).resolve(), Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: is already there; choose another --to, or remove it")
+    if source in (out, *out.parents):
+        raise BadInput(f"{out}: lies in --from={source}; choose another --to")
+    stored = replace(_from_workdir(source) if (source / checkpoints.MODEL_FILE).is_file() else _from_folder(source), cast=dtype)
+    if reflection_tokens:
+        stored = _with_reflection_tokens(stored)
+    if stored.tokenizer.vocab_size > stored.config.vocab_size:
+        raise BadInput(
+            f"{source}: its tokenizer has {stored.tokenizer.vocab_size} tokens, its model {stored.config.vocab_size} rows: they do "
+            "not belong together (--reflection_tokens adds rows for reflection tokens)"
+        )
+    half = stored.dtype(EMBEDDING) != "float32"
+    stored = replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))  # of activations
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with progress("convert", sum(1 for _ in huggingface.leaves(stored.shapes)), "arrays") as bar:
+            (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
+        # The hash of all that was read tells this model from another that was converted from the same path.
+        made = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens, "from": str(source)}
+        made["content"] = stored.content.hexdigest()
+        artifacts.finish(temporary, "convert", made, {}, {"parameters": stored.parameters})
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BadInput:
+        raise
+    except ValueError as e:  # tensorstore's, of a full disk or a damaged checkpoint
+        raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return stored.parameters
+
+
+# a path of the parameter tree -> that array's layers, or itself as the only part
+Parts = Callable[[tuple[str, ...]], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on disk of which one array at a time, and of a stack one layer at a time, is read."""
+
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    shapes: Params
+    parts: Parts
+    dtypes: Callable[[tuple[str, ...]], str]  # of an array, as it is stored
+    cast: str | None = None  # the type to be written, if another
+    content: Any = field(default_factory=hashlib.sha256)  # of all that has been read
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(np.prod(leaf.shape)) for _, leaf in huggingface.leaves(self.shapes))
+
+    def dtype(self, path: tuple[str, ...]) -> str:
+        return self.cast or self.dtypes(path)
+
+    def read(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        """The parts of an array in the type to be written. Raises BadInput where a value is not finite, or not in that type."""
+        for part in self.parts(path):
+            self.content.update(np.ascontiguousarray(part).view(np.uint8))
+            with np.errstate(over="ignore"):
+                out = np.asarray(part).astype(self.dtype(path), copy=False)
+            if not np.isfinite(out).all():
+                raise BadInput(f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for {out.dtype}")
+            yield out
+
+
+def _from_folder(folder: Path) -> Stored:
+    config = huggingface.config_from_json(folder / huggingface.CONFIG)
+    weights, shapes = huggingface.Folder(folder), Model(config).shapes()
+    huggingface.check_names(weights, [path for path, _ in huggingface.leaves(shapes)], config)
+
+    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        return huggingface.read_leaf(weights, path, config, huggingface.at(shapes, path).shape)
+
+    types = lambda path: weights.dtype(huggingface.tensor_names(path, config))  # noqa: E731
+    return Stored(config, checkpoints.read_tokenizer(folder), shapes, parts, types)
+
+
+def _from_workdir(workdir: Path) -> Stored:
+    config = checkpoints.read_architecture(workdir)
+    arrays, shapes = _lazy_params(workdir), Model(config).shapes()
+    found = {path: tuple(array.shape) for path, array in huggingface.leaves(arrays)}
+    wanted = {path: leaf.shape for path, leaf in huggingface.leaves(shapes)}
+    for path in sorted(found.keys() | wanted.keys()):
+        if found.get(path) != wanted.get(path):
+            raise BadInput(
+                f"{workdir}: {'/'.join(path)} has shape {found.get(path)} in the checkpoint and {wanted.get(path)} by "
+                f"{checkpoints.MODEL_FILE}"
+            )
+
+    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        array = huggingface.at(arrays, path)
+        if path[0] != "layers":
+            yield array.read().result()
+        else:
+            for i in range(array.shape[0]):
+                yield array[i].read().result()
+
+    types = lambda path: str(huggingface.at(arrays, path).dtype.numpy_dtype)  # noqa: E731
+    return Stored(config, checkpoints.read_tokenizer(workdir), shapes, parts, types)
+
+
+def _with_reflection_tokens(s: Stored) -> Stored:
+    """The same model with a larger vocabulary; new rows are the mean of the old ones."""
+    tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
+    config = replace(s.config, vocab_size=max(V, tokenizer.vocab_size))  # a padded table may have room for them
+
+    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        axis = {"embed": 0, "head": 1}.get(path[0])
+        if axis is None:
+            yield from s.parts(path)
+            return
+        [table] = s.parts(path)
+        rows = np.moveaxis(table, axis, 0)
+        mean = rows[:old].mean(0, dtype=np.float32).astype(rows.dtype)
+        grown = np.concatenate([rows, np.repeat(mean[None], config.vocab_size - V, 0)])
+        grown[old : tokenizer.vocab_size] = mean
+        yield np.moveaxis(grown, 0, axis)
+
+    return replace(s, config=config, tokenizer=tokenizer, shapes=Model(config).shapes(), parts=parts)
+
+
+def _to_folder(s: Stored, out: Path, bar: Progress) -> None:
+    def tensors():
+        for path, _ in huggingface.leaves(s.shapes):
+            yield from huggingface.tensors_of(path, s.config, s.read(path))
+            bar.advance(note="/".join(path))
+
+    huggingface.write_tensors(out, tensors())
+    huggingface.finish(out, s.config, s.tokenizer, s.dtype(EMBEDDING))
+
+
+# ---- Orbax -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Streamed:
+    """A leaf that Orbax writes part by part: layers, or the whole as the only one."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layered: bool
+    parts: Callable[[], Iterator[np.ndarray]]
+    done: Callable[[], None]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _StreamHandler(type_handlers.NumpyHandler):
+    """Writes `_Streamed` leaves as the numpy arrays that they stand for, one at a time."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _background_serialize(self, values, infos, args=None):
+        for one in zip(values, infos, args, strict=True):
+            await super()._background_serialize(*([x] for x in one))
+
+    async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        return [future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")]
+
+    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context) -> None:
+        import tensorstore as ts
+
+        if value.layered:  # a chunk per layer, else each write would read and rewrite the whole
+            tspec["metadata"]["chunks"] = (1, *value.shape[1:])
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        for i, part in enumerate(value.parts()):
+            await (array[i] if value.layered else array).write(part)
+        value.done()
+
+
+class _LazyHandler(type_handlers.NumpyHandler):
+    """Opens arrays instead of reading them. kind: under which name Orbax finds them in the checkpoint."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self._kind = kind
+
+    def typestr(self) -> str:
+        return self._kind
+
+    async def deserialize(self, infos, args=None):
+        import tensorstore as ts
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        out = []
+        for info in infos:
+            spec = tensorstore_utils.build_array_read_spec(info, use_ocdbt=info.is_ocdbt_checkpoint, metadata_key=None).json
+            out.append(await ts.open(ts.Spec(spec), open=True, context=info.ts_context))
+        return out
+
+
+def _handler(*types) -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=type_handlers.create_type_handler_registry(*types))
+
+
+def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
+    """A training workdir whose checkpoint of step 0 holds the parameters."""
+
+    def leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> _Streamed:
+        done = lambda: bar.advance(note="/".join(path))  # noqa: E731
+        return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", lambda: s.read(path), done)
+
+    tree = huggingface.build((path, leaf(path, shape.shape)) for path, shape in huggingface.leaves(s.shapes))
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    streamed = ((_Streamed, _StreamHandler()), (jax.Array, type_handlers.ArrayHandler()))
+    handlers.add("state", ocp.args.PyTreeSave, _handler(*streamed))
+    handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    folder = out.absolute() / checkpoints.CHECKPOINTS
+    with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
+        saved.save(0, args=args)
+    s.tokenizer.save(out)
+    write_json(out / checkpoints.MODEL_FILE, asdict(s.config))
+
+
+def _lazy_params(workdir: Path) -> Params:
+    """The parameters of the last checkpoint as opened, unread tensorstore arrays."""
+    lazy = ((np.ndarray, _LazyHandler("np.ndarray")), (jax.Array, _LazyHandler("jax.Array")))
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("state", ocp.args.PyTreeRestore, _handler(*lazy))
+    with ocp.CheckpointManager(workdir.absolute() / checkpoints.CHECKPOINTS, handler_registry=handlers) as saved:
+        step = saved.latest_step()
+        if step is None:
+            raise BadInput(f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
+        return saved.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]["params"]

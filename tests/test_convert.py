@@ -1,0 +1,292 @@
+"""`selfrag convert`: there and back every tensor is the same, new rows are means, nothing half-written stays, and the whole
+model is never in memory."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from selfrag_jax import artifacts, cli
+from selfrag_jax.data.generator import GeneratorSource
+from selfrag_jax.decoding.answer import SelfRAG
+from selfrag_jax.models import checkpoints, convert, huggingface
+from selfrag_jax.models.attention import RopeScaling
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.records import BadInput, GeneratorExample
+from selfrag_jax.training.optimizer import OptimizerConfig
+from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+
+
+@pytest.fixture(scope="module", params=("float32", "bfloat16", "float16"))
+def folder(request, tiny_model, tmp_path_factory):
+    """A Hugging Face folder in each type."""
+    path = tmp_path_factory.mktemp(request.param)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(request.param), tiny_model.params)
+    huggingface.save(path, tiny_model.model.config, params, tiny_model.tokenizer, request.param)
+    return path, request.param, params
+
+
+def run(*argv):
+    return cli.main(["convert", *argv])
+
+
+def test_there_and_back_every_tensor_is_the_same(folder, tmp_path, capsys):
+    source, dtype, params = folder
+    assert run(f"--from={source}", f"--to={tmp_path}/w", "--format=orbax") == 0
+    assert "0.1M parameters" in capsys.readouterr().out
+    loaded = checkpoints.load(tmp_path / "w")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {dtype}
+    assert loaded.model.config.dtype == ("float32" if dtype == "float32" else "bfloat16")
+    assert run(f"--from={tmp_path}/w", f"--to={tmp_path}/hf", "--format=huggingface") == 0
+    before, after = load_file(source / huggingface.WEIGHTS), load_file(tmp_path / "hf" / huggingface.WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
+    assert huggingface.read_json(source / "config.json") == huggingface.read_json(tmp_path / "hf" / "config.json")
+    assert (source / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32), rope_theta=5e5), dict(sliding_window=7), dict(mlp_bias=True)],
+    ids=lambda f: next(iter(f)),
+)
+def test_what_a_config_says_survives(tiny_model, tmp_path, fields):
+    model = Model(replace(tiny_model.model.config, **fields))
+    huggingface.save(tmp_path / "in", model.config, jax.device_get(model.init(jax.random.key(2))), tiny_model.tokenizer)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 0
+    assert checkpoints.load(tmp_path / "w").model.config == model.config
+    assert run(f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface") == 0
+    assert checkpoints.load(tmp_path / "out").model.config == model.config
+
+
+def test_another_type_rounds_each_value(folder, tmp_path):
+    source, _, params = folder
+    assert run(f"--from={source}", f"--to={tmp_path}/w", "--format=orbax", "--dtype=bfloat16") == 0
+    wanted = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path / "w").params, wanted)
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_new_reflection_tokens_start_at_the_mean(tiny_model, tmp_path, tied):
+    from selfrag_jax.world.base import make_tokenizer
+
+    plain = make_tokenizer(4000)  # without reflection tokens
+    model = Model(replace(tiny_model.model.config, vocab_size=plain.vocab_size, tie_embeddings=tied))
+    params = jax.device_get(model.init(jax.random.key(1), 0.5))
+    huggingface.save(tmp_path / "in", model.config, params, plain)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax", "--reflection_tokens") == 0
+    loaded = checkpoints.load(tmp_path / "w")
+    new = loaded.tokenizer.vocab_size - plain.vocab_size
+    assert new == 13 and loaded.model.config.vocab_size == loaded.tokenizer.vocab_size
+    tables = [(loaded.params["embed"]["embedding"], params["embed"]["embedding"])]
+    if not tied:
+        tables.append((loaded.params["head"]["kernel"].T, params["head"]["kernel"].T))
+    for grown, old in tables:
+        np.testing.assert_array_equal(grown[:-new], old)
+        np.testing.assert_allclose(grown[-new:], np.repeat(old.mean(0, keepdims=True), new, 0), atol=1e-6)
+
+
+def test_reflection_tokens_take_the_padding_of_a_table(tiny_model, tmp_path):
+    from selfrag_jax.world.base import make_tokenizer
+
+    plain = make_tokenizer(4000)
+    old, padding = plain.vocab_size, 5  # fewer spare rows than there are new tokens
+    model = Model(replace(tiny_model.model.config, vocab_size=old + padding))
+    huggingface.save(tmp_path / "in", model.config, jax.device_get(model.init(jax.random.key(1), 0.5)), plain)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax", "--reflection_tokens") == 0
+    table = checkpoints.load(tmp_path / "w").params["embed"]["embedding"]
+    assert len(table) == old + 13
+    np.testing.assert_allclose(table[old:], np.repeat(table[:old].mean(0, keepdims=True), 13, 0), atol=1e-6)
+
+
+def spoil(folder, change):
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    save_file(change(tensors), folder / huggingface.WEIGHTS)
+
+
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (
+            lambda t: t | {NORM: t[NORM] * np.float32(1e6)},
+            ["--dtype=float16"],
+            "norm/scale: holds values .* too large for float16",
+        ),
+        (lambda t: t | {UP: t[UP].astype(np.float16)}, [], f"layers of several types .*{UP}' is F16"),
+    ],
+    ids=("overflow", "mixed"),
+)
+def test_values_that_would_be_lost_are_named(tiny_model, tmp_path, capsys, change, flags, message):
+    huggingface.save(tmp_path / "in", tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    spoil(tmp_path / "in", change)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax", *flags) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "w").exists()
+
+
+def test_each_array_keeps_its_type(tiny_model, tmp_path):
+    """As some folders have norms in f32 beside matrices in bf16."""
+    params = jax.tree.map(lambda x: np.asarray(x).astype("bfloat16"), tiny_model.params)
+    huggingface.save(tmp_path / "in", tiny_model.model.config, params, tiny_model.tokenizer, "bfloat16")
+    spoil(tmp_path / "in", lambda t: t | {NORM: np.full(t[NORM].shape, 1.00098, np.float32)})
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 0
+    norm = checkpoints.load(tmp_path / "w").params["norm"]["scale"]
+    assert norm.dtype == np.float32 and norm[0] == np.float32(1.00098)
+
+
+def test_a_tokenizer_larger_than_the_table_is_refused(tiny_model, tmp_path, capsys):
+    model = Model(replace(tiny_model.model.config, vocab_size=100))
+    huggingface.save(tmp_path / "in", model.config, jax.device_get(model.init(jax.random.key(0))), tiny_model.tokenizer)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 2
+    assert "its model 100 rows" in capsys.readouterr().err
+
+
+def test_a_converted_model_answers(tiny_model, tmp_path):
+    huggingface.save(tmp_path / "in", tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 0
+    ask = lambda folder: SelfRAG.load(folder).answer(["Where?"], mode="no_retrieval", max_depth=1, max_new_tokens=4)  # noqa: E731
+    assert ask(tmp_path / "w")[0].to_row() == ask(tmp_path / "in")[0].to_row()
+
+
+def test_other_weights_are_another_model(tiny_model, tmp_path):
+    """A stage that was made from one must not be taken for made from the other."""
+    prints = []
+    for factor in (1.0, 2.0):
+        shutil.rmtree(tmp_path / "w", ignore_errors=True)
+        params = jax.tree.map(lambda x, f=factor: np.asarray(x) * np.float32(f), tiny_model.params)
+        huggingface.save(tmp_path / "in", tiny_model.model.config, params, tiny_model.tokenizer)
+        assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 0
+        prints.append(artifacts.fingerprint(tmp_path / "w"))
+    assert prints[0] != prints[1]
+
+
+def test_a_workdir_that_does_not_fit_its_architecture_is_refused(tiny_model, tmp_path, capsys):
+    huggingface.save(tmp_path / "in", tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    assert run(f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax") == 0
+    file = tmp_path / "w" / "model.json"
+    row = json.loads(file.read_text())
+    for change, message in (
+        ({"tie_embeddings": False}, "head/kernel has shape None in the checkpoint"),
+        ({"num_layers": 3}, r"has shape \(2, .* and \(3, "),
+        ({"layers": 3}, "model.json: is no architecture of this version"),
+    ):
+        file.write_text(json.dumps(row | change))
+        assert run(f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface") == 2
+        assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+def test_a_trained_model_is_exported(tiny_model, tmp_path):
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    source = GeneratorSource(rows, tiny_model.tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0))
+    config = TrainConfig(
+        seed=0, steps=4, rows=2, length=32, max_targets=48, save_every=2, log_every=4, mesh=MeshConfig(1, 1, 1),
+        optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0, 1.0),
+    )  # fmt: skip
+    trained = train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, tmp_path / "w")["params"]
+    assert run(f"--from={tmp_path}/w", f"--to={tmp_path}/hf", "--format=huggingface") == 0
+    exported = checkpoints.load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, exported.params, jax.device_get(trained))
+    assert exported.model.config == tiny_model.model.config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--format=orbx"], "--format='orbx': must be one of orbax, huggingface"),
+        (["--format=orbax", "--dtype=int8"], "--dtype='int8': must be one of float32, float16, bfloat16"),
+        (["--format=orbax", "--from=nowhere"], "nowhere: no such folder"),
+        (["--format=orbax", "--from=../missing"], "../missing: no such folder"),
+        (["--format=orbax", f"--from={__file__}"], "is a file; expected the folder of a model"),
+        (["--format=orbax", "--from=owner/model"], "owner/model: no such folder, and as a model of the Hugging Face hub"),
+    ],
+)
+def test_wrong_flags_write_nothing(folder, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(huggingface, "_hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path.parent))
+    assert run(f"--from={folder[0]}", f"--to={tmp_path}/out", *argv) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    assert run(f"--from={folder[0]}", f"--to={tmp_path}", "--format=orbax") == 2
+    assert "is already there" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
+def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, form):
+    read, calls = huggingface.Folder.tensor, []
+
+    def broken(self, name, shape):
+        calls.append(name)
+        if len(calls) == 5:
+            raise BadInput("tensor spoiled")
+        return read(self, name, shape)
+
+    monkeypatch.setattr(huggingface.Folder, "tensor", broken)
+    with pytest.raises(BadInput, match="tensor spoiled"):
+        convert.convert(folder[0], tmp_path / "out", form, None, False)
+    assert not list(tmp_path.iterdir())
+
+
+WIDE = LlamaConfig(1000, 1024, 4096, 24, 8, 8, 128, 64, 1e4, 1e-5, False, "bfloat16", False, 1)  # 0.4B: 0.8 GB in bf16
+MEASURE = """
+import re, sys, threading
+from pathlib import Path
+from selfrag_jax.models import convert, huggingface
+huggingface.SHARD_BYTES = 2**27
+# Anonymous memory: mapped pages of the files that are read are the system's to take back.
+now = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+before, most, done = now(), 0, threading.Event()
+def watch():
+    global most
+    while not done.wait(0.01):
+        most = max(most, now())
+thread = threading.Thread(target=watch)
+thread.start()
+convert.convert(sys.argv[1], Path(sys.argv[2]), sys.argv[3], None, False)
+done.set()
+thread.join()
+print(most - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_model_is_never_in_memory(tokenizer, tmp_path):
+    """Its largest array has 0.2 GB, its layers 8 MB in each; what is held beside the program stays below a third of it all
+    (shards of 0.13 GB)."""
+    config = replace(WIDE, vocab_size=tokenizer.vocab_size)
+    rng = np.random.default_rng(0)
+    layer = {path: rng.normal(size=leaf.shape[1:]).astype("bfloat16") for path, leaf in stacks(config)}
+
+    def tensors():
+        for path, leaf in huggingface.leaves(Model(config).shapes()):
+            parts = [layer[path]] * leaf.shape[0] if path[0] == "layers" else [np.ones(leaf.shape, "bfloat16")]
+            yield from huggingface.tensors_of(path, config, parts)
+
+    (tmp_path / "in").mkdir()
+    huggingface.write_tensors(tmp_path / "in", tensors(), shard_bytes=2**27)
+    huggingface.finish(tmp_path / "in", config, tokenizer, "bfloat16")
+    size = sum(f.stat().st_size for f in (tmp_path / "in").glob("*.safetensors"))
+    assert size > 7e8
+    for source, out, form in (("in", "w", "orbax"), ("w", "out", "huggingface")):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / source), str(tmp_path / out), form]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        assert done.returncode == 0, done.stderr
+        assert 0 < int(done.stdout.split()[-1]) < size / 3
+
+
+def stacks(config):
+    return [(path, leaf) for path, leaf in huggingface.leaves(Model(config).shapes()) if path[0] == "layers"]
