@@ -1,0 +1,142 @@
+"""Training speed beside torch: the same Llama, weights, batch and AdamW, one after the other in one run.
+
+    python launch/benchmarks/train_step.py                                          # about 100M parameters, f32, on a CPU
+    python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 # on a GPU
+
+Prints tokens per second of both, their ratio, and on a device with a known peak the model FLOPs utilisation (6 N per token
+and half of the attention scores, which are causal). Needs torch and transformers, as `pip install '.[test]'` brings them.
+Compilation and the first steps are not timed.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SIZES = {
+    "100m": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10),
+    "1b": dict(hidden_size=2048, intermediate_size=5504, num_hidden_layers=20, num_attention_heads=16),
+    "3b": dict(hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=20),
+}
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, as their maker states them
+
+
+def flops_per_token(parameters: int, embedding: int, c: dict, length: int) -> float:
+    """Forward and backward: 6 per weight that multiplies, and 6 * L * T * D for causal attention (half of 12)."""
+    return 6 * (parameters - embedding) + 6 * c["num_hidden_layers"] * length * c["hidden_size"]
+
+
+def fields(size: str, vocabulary: int, length: int) -> dict:
+    c = SIZES[size]
+    return c | dict(num_key_value_heads=c["num_attention_heads"], vocab_size=vocabulary, max_position_embeddings=length)
+
+
+def with_torch(a, c: dict, folder: str) -> tuple[float, int]:
+    """Tokens per second of transformers' Llama with torch's AdamW; saves the starting weights to `folder`."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**c, attn_implementation=a.torch_attention)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    model.to(device).train()
+    if a.torch_compile:
+        model = torch.compile(model)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens = torch.randint(3, c["vocab_size"], (a.rows, a.length), device=device)
+    half = torch.autocast(device, torch.bfloat16, enabled=a.dtype == "bfloat16")
+
+    def step():
+        with half:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device
+
+    seconds = measure(step, a)
+    return a.rows * a.length / seconds, sum(p.numel() for p in model.parameters())
+
+
+def with_jax(a, folder: str) -> float:
+    """Tokens per second of our trainer's step, from the same weights."""
+    from dataclasses import replace
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from selfrag_jax.models import huggingface
+    from selfrag_jax.models.llama import Model
+    from selfrag_jax.training import optimizer, train
+
+    c, params = huggingface.load(folder)
+    model = Model(replace(c, dtype=a.dtype, remat=a.remat))
+    tx = optimizer.make(optimizer.OptimizerConfig("adamw", 1e-5, 1e-5, "constant", 0.0, 1e-8, 0.01, 1.0), 1000)
+    params = jax.tree.map(jnp.asarray, params)
+    state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
+    tokens = np.random.default_rng(0).integers(3, c.vocab_size, (a.rows, a.length)).astype(np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    batch = dict(tokens=tokens, positions=np.broadcast_to(np.arange(a.length, dtype=np.int32), tokens.shape).copy())
+    batch |= dict(targets=np.roll(tokens, -1, 1), weights=weights, groups=np.zeros(tokens.shape, np.int8))
+    batch = jax.device_put(batch)
+    held = [state]
+
+    def step():
+        held[0], seen = train.train_step(held[0], batch, model, tx, a.loss_chunk or None)
+        return float(seen["total"])
+
+    return a.rows * a.length / measure(step, a)
+
+
+def measure(step, a) -> float:
+    """Median seconds of a step."""
+    for _ in range(2):
+        step()
+    times = []
+    for _ in range(a.steps):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    import tempfile
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="100m")
+    p.add_argument("--rows", type=int, default=4)
+    p.add_argument("--length", type=int, default=256)
+    p.add_argument("--vocabulary", type=int, default=32_000)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--steps", type=int, default=7)
+    p.add_argument("--loss_chunk", type=int, default=0, help="positions whose logits exist at a time; 0: all")
+    p.add_argument("--remat", action="store_true")
+    p.add_argument("--torch_attention", default="sdpa")
+    p.add_argument("--torch_compile", action="store_true")
+    a = p.parse_args()
+    c = fields(a.size, a.vocabulary, a.length)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, parameters = with_torch(a, c, folder)
+        ours = with_jax(a, folder)
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    print(f"{parameters / 1e6:.0f}M parameters, {a.rows} x {a.length} tokens, {a.dtype}, {kind}")
+    print(f"torch {theirs:9.1f} tokens/s\nours  {ours:9.1f} tokens/s\nratio {ours / theirs:.2f}")
+    peak = next((v for k, v in PEAKS.items() if k in kind), None)
+    per_token = flops_per_token(parameters, c["vocab_size"] * c["hidden_size"], c, a.length)
+    if peak:
+        print(f"MFU: torch {100 * theirs * per_token / peak:.1f}%, ours {100 * ours * per_token / peak:.1f}%")
+    else:
+        print(f"model FLOP/s: torch {theirs * per_token / 1e9:.1f} G, ours {ours * per_token / 1e9:.1f} G")
+
+
+if __name__ == "__main__":
+    main()
