@@ -134,7 +134,7 @@ def _retrieve(v: dict, _) -> None:
 def _label(v: dict, _) -> None:
     from selfrag_jax.critique import label
 
-    label.label(v["critic"], v["input"], _section(v, label.LabelConfig, "label"), v["out"])
+    label.label(v["critic"], v["input"], _section(v, label.LabelConfig, "label"), v["out"], v["index"], v["k"])
     print(v["out"])
 
 
@@ -330,7 +330,9 @@ STAGES: dict[str, Stage] = {
         "selfrag label --critic=W/critic --input=W/retrieved/instructions.jsonl --out=W/generator_data.jsonl",
         (
             Flag("critic", "workdir of a trained critic", required=True),
-            Flag("input", "instructions with outputs and ctxs", required=True),
+            Flag("input", "instructions with outputs, and ctxs unless there is an --index", required=True),
+            Flag("index", "made by `selfrag index`: where the passages of rows without ctxs are looked for"),
+            Flag("k", "passages per row, from the index", 5, type=int),
             Flag("out", "generator data in the published format (JSON lines)", required=True),
             _config_flag(),
         ),

@@ -91,6 +91,11 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
     run("collect", instructions, f"--truth={w}/world/teacher.jsonl", f"--out={w}/critic_data.jsonl")
     run("train", "--role=critic", f"--data={w}/critic_data.jsonl", f"--workdir={w}/critic")
     run("label", f"--critic={w}/critic", instructions, f"--out={w}/generator_data.jsonl")
+    plain = f"--input={w}/world/instructions.jsonl"  # as they are, with the index
+    run("label", f"--critic={w}/critic", plain, f"--index={w}/index", "--k=5", f"--out={w}/generator_data_2.jsonl")
+    assert (w / "generator_data_2.jsonl").read_bytes() == (w / "generator_data.jsonl").read_bytes()
+    assert cli.main(["label", f"--critic={w}/critic", plain, f"--out={w}/no.jsonl", "--config=tiny:smoke"]) == 2
+    assert "give --index" in capsys.readouterr().err
     run("train", "--role=generator", f"--data={w}/generator_data.jsonl", f"--workdir={w}/generator")
     questions, answers = f"{w}/world/eval/long_tail.jsonl", "predictions/selfrag_adaptive/long_tail.jsonl"
     run("answer", f"--workdir={w}", f"--input={questions}", f"--out={w}/{answers}", "--max_depth=1", "--beam_width=1")

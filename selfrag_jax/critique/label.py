@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from selfrag_jax.models import checkpoints
 from selfrag_jax.progress import progress
 from selfrag_jax.prompts import CritiqueQuery
 from selfrag_jax.records import (
+    BadInput,
     GeneratorExample,
     Instruction,
     Passage,
@@ -34,6 +35,7 @@ from selfrag_jax.records import (
     read_rows,
     write_jsonl,
 )
+from selfrag_jax.retrieval.retriever import OnlineRetriever
 
 
 @dataclass(frozen=True)
@@ -183,20 +185,34 @@ def _candidates(d: _Draft, config: LabelConfig) -> list[Passage]:
     return top + ([d.rng.choice(rest)] if rest else [])
 
 
-def label(critic_path: str | Path, input_path: str | Path, config: LabelConfig, out: str | Path) -> int:
-    """Labels all rows of `input_path` (instructions with ctxs) and writes generator data in the published format.
+def label(
+    critic_path: str | Path,
+    input_path: str | Path,
+    config: LabelConfig,
+    out: str | Path,
+    index: str | Path | None = None,
+    k: int | None = None,
+) -> int:
+    """Labels all rows of `input_path` and writes generator data in the published format.
 
-    Interrupted, it continues behind the last finished chunk. Returns the number of examples.
+    index: where the passages (k of them) of rows without ctxs are looked for. Interrupted, it continues behind the last
+    finished chunk. Returns the number of examples. Raises BadInput when no row has passages.
     """
-    inputs = {"critic": critic_path, "input": input_path}
+    made = asdict(config) | ({"k": k} if index else {})
+    inputs = {"critic": critic_path, "input": input_path} | ({"index": index} if index else {})
     artifacts.require_finished(critic_path, "train", "critic")
-    if artifacts.is_finished(out, "label", config, inputs):
+    if artifacts.is_finished(out, "label", made, inputs):
         return 0
     rows = read_records(input_path, instruction_from)
+    if index:
+        found = OnlineRetriever(index).passages([r.ctxs for r in rows], [r.asked for r in rows], k)
+        rows = [replace(r, ctxs=r.ctxs or tuple(ps)) for r, ps in zip(rows, found, strict=True)]
+    if not any(r.ctxs for r in rows):
+        raise BadInput(f"{input_path}: no row has passages (ctxs); give --index, or run `selfrag retrieve` on it first")
     critic = Critic(checkpoints.load(critic_path), config.critic)
     parts = Path(out).with_name(Path(out).name + ".parts")
     # Parts belong to exactly this critic, config and input; anything else starts anew.
-    parts = parts / artifacts.identity("label", config, inputs)
+    parts = parts / artifacts.identity("label", made, inputs)
     chunks = range(0, len(rows), config.chunk)
     with progress("label", len(rows), "instructions") as bar:
         for at in chunks:
@@ -208,6 +224,6 @@ def label(critic_path: str | Path, input_path: str | Path, config: LabelConfig, 
             bar.advance(len(rows[at : at + config.chunk]))
     examples = [generator_example_from(where, row) for at in chunks for where, row in read_rows(parts / f"{at:08d}.jsonl")]
     n = write_jsonl(out, examples)
-    artifacts.finish(out, "label", config, inputs, {"examples": n})
+    artifacts.finish(out, "label", made, inputs, {"examples": n})
     artifacts.remove(parts.parent)
     return n
