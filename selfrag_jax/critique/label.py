@@ -61,7 +61,7 @@ class Critic:
     def judge(self, queries: Sequence[CritiqueQuery]) -> list[np.ndarray]:
         """For each query the distribution over its group's tokens, in the order of reflection.GROUPS."""
         tokenizer, c = self.loaded.tokenizer, self.config
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompts.critique(q, c.brief))] for q in queries]
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompts.critique(q, c.brief), before_control=True)] for q in queries]
         out: list[np.ndarray] = [np.empty(0)] * len(queries)
         order = sorted(range(len(queries)), key=lambda i: len(ids[i]))
         for at in range(0, len(order), c.batch):

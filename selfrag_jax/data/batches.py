@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from selfrag_jax import reflection
-from selfrag_jax.tokenizer import Control, Part, Tokenizer
+from selfrag_jax.tokenizer import BOS, Control, Part, Tokenizer
 
 # Loss groups, for reports and weights: plain text, then the reflection-token groups.
 LOSS_GROUPS = ("text", *reflection.GROUPS)
@@ -65,11 +65,11 @@ def build_example(
     put in front. Passages carry weight 0 each on its own, never what stands between two of them.
     """
     group_of = {t: g for g, tokens in reflection.GROUPS.items() for t in tokens}
-    tokens, weight, group = [tokenizer.bos_id], [0.0], [0]
-    for parts, w in segments:
-        for part in parts:
-            ids = tokenizer.encode(part)
-            name = group_of.get(part.token) if isinstance(part, Control) else None
+    encoded = tokenizer.encode_segments([[Control(BOS)], *(parts for parts, _ in segments)])
+    tokens, weight, group = [], [], []
+    for pieces, w in zip(encoded, (0.0, *(w for _, w in segments)), strict=True):
+        for ids, control in pieces:
+            name = group_of.get(control)
             tokens += ids
             weight += [w * (group_weights[name] if name else 1.0)] * len(ids)
             group += [LOSS_GROUPS.index(name) if name else 0] * len(ids)

@@ -173,7 +173,8 @@ class SelfRAG:
         notices: list[list[str]] = [[] for _ in rows]
         ids = []
         for notice, q in zip(notices, rows, strict=True):
-            tokens = [self.loaded.tokenizer.bos_id, *self.loaded.tokenizer.encode(prompts.instruction(question_text(q)))]
+            prompt = self.loaded.tokenizer.encode(prompts.instruction(question_text(q)), before_control=True)
+            tokens = [self.loaded.tokenizer.bos_id, *prompt]
             if len(tokens) > self.config.max_length:
                 notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
                 tokens = [*tokens[: self.config.max_length - 1], tokens[-1]]  # keeps the response heading
