@@ -1,0 +1,302 @@
+"""Ahead-of-time compilation for TPU slices that are not here: does a training fit, what is sent between chips, how fast
+can it be at best?
+
+The compiler is the real one (libtpu, extra `.[tpu]`), run on a CPU host for a described topology such as `v5e:4x4`. What
+it says of memory is what a chip of that slice will need. Times are not measured: they are the least that the chip's
+public peak rates allow (its roofline).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from selfrag_jax import config as configs
+from selfrag_jax import reflection
+from selfrag_jax.models import roofline, sharding
+from selfrag_jax.models.architectures import architecture
+from selfrag_jax.models.llama import LlamaConfig
+from selfrag_jax.records import BadInput
+from selfrag_jax.training import optimizer, train
+from selfrag_jax.training.stage import ROLES
+from selfrag_jax.training.train import TrainConfig
+
+PROGRAMS = ("train",)
+_TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):(\d+)x(\d+)(?:x(\d+))?")
+
+
+def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
+    """Compiles a program of a config for a slice; returns what is printed as JSON ("fits" says whether it fits).
+
+    Raises BadInput for an unknown program or topology, a config without an architecture, or when libtpu is missing.
+    """
+    if program not in PROGRAMS:
+        raise BadInput(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
+    role = next((r for r in ROLES if r in c), None)
+    if role is None or "architecture" not in c:
+        raise BadInput("this config has no architecture to compile; critic_7b, generator_7b, generator_13b and lora_7b have")
+    section = configs.build(TrainConfig, c[role], role)
+    base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")  # and [PAD]
+    devices = topology_devices(topology)
+    mesh = section.make_mesh(devices)
+    chip = roofline.chip(devices[0].device_kind)
+    out = {"config": c.name, "program": program, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape)}
+    lowered = lower_training_step(section, base, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return out | {"fits": False, "compiler": " ".join(str(e).split())[:400]}
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)  # most outputs take their argument's place
+    out["memory_per_chip"] = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "total": used,
+        "hbm": int(chip.memory),
+    }
+    found = collectives(compiled.as_text())
+    out["collectives"] = {kind: {"count": n, "bytes_per_chip": b} for kind, (n, b) in sorted(found.items())}
+    out |= times(section, section.model(base).config, mesh, chip, sum(b for _, b in found.values()))
+    return out | {"fits": used <= chip.memory}
+
+
+def why_not(found: dict[str, Any]) -> str:
+    """One line on a program that does not fit."""
+    if "compiler" in found:
+        return f"does not fit: {found['compiler']}"
+    memory = {k: v / 1e9 for k, v in found["memory_per_chip"].items()}
+    return (
+        f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
+        f"temporaries a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
+    )
+
+
+def topology_devices(topology: str) -> list:
+    """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or libtpu is not installed."""
+    match = _TOPOLOGY.fullmatch(topology)
+    if not match:
+        raise BadInput(f"--topology={topology}: expected a TPU and its slice, like v5e:4x4, v4:2x2x4, v5p:2x2x4 or v6e:8x8")
+    # libtpu asks the machine what it is part of; these answers keep it from waiting for a metadata server.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("TPU_WORKER_ID", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: several may compile at a time
+    from jax.experimental import topologies
+
+    sizes = [int(n) for n in match.groups()[1:] if n]
+    options = {"chips_per_host_bounds": (1, 1, 1)} if set(sizes) == {1} else {}
+    if match.group(1) == "v4":
+        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as JAX has them
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
+    except (RuntimeError, ModuleNotFoundError) as e:
+        if "not installed" in str(e) or isinstance(e, ModuleNotFoundError):
+            raise BadInput(f"the TPU compiler is missing ({e}): pip install 'selfrag-jax[tpu]'") from None
+        raise BadInput(f"--topology={topology}: the TPU compiler knows no such slice: {str(e).splitlines()[0]}") from None
+
+
+def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
+    """The trainer's own jitted step, for arrays that are described instead of held."""
+    parts, model = section.micro_batches(mesh), section.model(base)
+    tx = optimizer.make(section.optimizer, section.steps or 1000, 0, model.config.vocab_padding)
+    state = jax.eval_shape(partial(train.fresh_state, tx=tx, c=section, dtype=model.config.dtype), model.shapes())
+    place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
+    state = jax.tree.map(place, state, sharding.shardings(mesh, state))
+    shape, axes = (section.rows, section.length), sharding.BATCH
+    if parts > 1:
+        shape, axes = (parts, section.rows // parts, section.length), PartitionSpec(None, *axes)
+    at = NamedSharding(mesh, axes)
+    kinds = dict.fromkeys(("tokens", "positions", "targets", "groups"), jnp.int32) | {"weights": jnp.float32}
+    kinds |= {"doc_ids": jnp.int32} if section.packed else {}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
+    with jax.set_mesh(mesh):
+        return train.train_step.lower(state, batch, model, tx, section.loss_chunk)
+
+
+# ---- what the slice can do at best -----------------------------------------------------------------------------------
+def times(section: TrainConfig, c: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float) -> dict[str, Any]:
+    """Model FLOPs of a step, and the least seconds that arithmetic, memory and links need for it; the step's is the largest.
+
+    sent: bytes between chips, per chip. Arithmetic includes what remat computes again (the forward pass, for "full").
+    Memory is what cannot be avoided: the optimizer's state read and written once, and the weights read in every pass of
+    every part of the batch.
+    """
+    tokens = section.rows * section.length
+    per_token = roofline.train_flops_per_token(c, section.length)
+    passes = 3 if section.remat == "none" else 4 if section.remat == "full" else 3.1  # forward, two of backward, again
+    parts, chips = section.micro_batches(mesh), mesh.size
+    weights = roofline.weights(c)
+    trained = weights if c.lora is None else roofline.trained_weights(c)
+    state = 2 * 12 * trained / chips  # f32: weights and two moments, read and written
+    gathered = parts * (3 if section.remat == "full" else 2) * 2 * weights / mesh.shape["tensor"]
+    seconds = {
+        "arithmetic": tokens * per_token * passes / 3 / (chips * chip.bf16_flops),
+        "memory": (state + gathered) / chip.memory_bandwidth,
+        "links": sent / chip.link_bandwidth,
+    }
+    step = max(seconds.values())
+    return {
+        "model_flops": tokens * per_token,
+        "roofline_seconds": seconds | {"step": step},
+        "roofline_mfu": tokens * per_token / (step * chips * chip.bf16_flops),
+        "tokens_per_step": tokens,
+    }
+
+
+# ---- what is sent between chips --------------------------------------------------------------------------------------
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
+_OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-start)?\(")
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+}
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+
+
+@dataclass
+class _Computation:
+    lines: list[str]
+    times: float = 0.0  # how often one run of the program runs it
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """Kind -> how often a chip takes part in one, and the bytes that it sends, in one run of a compiled program.
+
+    Loops count as often as they turn. A ring is assumed: of n chips, each sends (n - 1) / n of a gathered or scattered
+    array, and twice that of a reduced one.
+    """
+    computations, entry = _computations(hlo)
+    _count(computations, entry)
+    found: dict[str, list[float]] = defaultdict(lambda: [0, 0])
+    channels = set()
+    for one in computations.values():
+        for line in one.lines:
+            match = _OPERATION.search(line)
+            channel = re.search(r"channel_id=(\d+)", line)
+            if not match or not one.times or (channel and channel.group(1) in channels):
+                continue
+            if channel:  # an asynchronous one may be spelled in its beginning and in its end
+                channels.add(channel.group(1))
+            sent = _sent(match.group(2), match.group(1), _group_size(line))
+            found[match.group(2)][0] += one.times
+            found[match.group(2)][1] += one.times * sent
+    return {kind: (round(n), round(b)) for kind, (n, b) in found.items()}
+
+
+def _computations(hlo: str) -> tuple[dict[str, _Computation], str]:
+    out, entry, lines = {}, "", None
+    for line in hlo.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+            lines = []
+            out[head.group(2)] = _Computation(lines)
+            entry = head.group(2) if head.group(1) else entry
+        elif line == "}":  # lines of a kernel's metadata may begin with one
+            lines = None
+        elif lines is not None:
+            lines.append(line)
+    return out, entry
+
+
+def _count(computations: dict[str, _Computation], entry: str) -> None:
+    """Fills in `times`, callers before callees."""
+    order, seen = [], set()
+
+    def visit(name: str) -> None:
+        if name in seen or name not in computations:
+            return
+        seen.add(name)
+        for line in computations[name].lines:
+            for callee in _callees(line):
+                visit(callee)
+        order.append(name)
+
+    visit(entry)
+    computations[entry].times = 1.0
+    for name in reversed(order):
+        for line in computations[name].lines:
+            turns = _turns(computations, line) if " while(" in line else 1
+            for callee in _callees(line):
+                if callee in computations:
+                    computations[callee].times += computations[name].times * turns
+
+
+def _callees(line: str) -> Counter:
+    names = Counter(_CALLS.findall(line))
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+        names.update(b.strip().lstrip("%") for b in branches.group(1).split(","))
+    return names
+
+
+def _turns(computations: dict[str, _Computation], line: str) -> float:
+    """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts."""
+    condition, body = (re.search(rf"{name}=%?([\w.-]+)", line).group(1) for name in ("condition", "body"))
+    text = "\n".join(computations[condition].lines)
+    end = max(map(int, re.findall(r"constant\((\d+)\)", text)), default=1)
+    counter = re.search(r"get-tuple-element\([^)]*\), index=(\d+)", text)
+    return end / _step(computations[body].lines, int(counter.group(1)) if counter else 0)
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop's body adds to element `counter` of its state: more than 1 where the compiler has unrolled it."""
+    named = {m.group(1): line for line in body if (m := re.match(r"\s*(?:ROOT )?%([\w.-]+) = ", line))}
+    root = next((line for line in body if "ROOT" in line), "")
+    results = re.findall(r"%([\w.-]+)", root[root.rfind(" tuple(") :].split(")", 1)[0])
+    if counter < len(results) and " add(" in (add := named.get(results[counter], "")):
+        for operand in re.findall(r"%([\w.-]+)", add.split(" add(", 1)[1].split(")", 1)[0]):
+            if constant := re.search(r"constant\((\d+)\)", named.get(operand, "")):
+                return int(constant.group(1))
+    return 1
+
+
+def _group_size(line: str) -> int:
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        size = 1
+        for axis in re.findall(r"'(\w+)'", named.group(2)):
+            size *= int(sizes[axis])
+        return size
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+        return int(tiled.group(2))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed.group(1).split(","))
+    return 1
+
+
+def _sent(kind: str, shapes: str, group: int) -> float:
+    """Bytes that a chip sends. shapes: of the results; an asynchronous start lists its operand first."""
+    sizes = []
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        size = _BYTES.get(dtype, 4)
+        for n in filter(None, dims.split(",")):
+            size *= int(n)
+        sizes.append(size)
+    largest, share = max(sizes, default=0), (group - 1) / group if group > 1 else 0.0
+    if kind == "collective-permute":
+        return largest
+    if kind == "all-reduce":
+        return 2 * sum(sizes) * share
+    if kind == "reduce-scatter":
+        return (largest if shapes.startswith("(") else largest * group) * share
+    return largest * share

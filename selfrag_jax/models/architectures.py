@@ -1,0 +1,31 @@
+"""Shapes of published Llama-family models, by name: for programs that are compiled or measured without their weights."""
+
+from __future__ import annotations
+
+from selfrag_jax.models.attention import RopeScaling
+from selfrag_jax.models.llama import LlamaConfig
+from selfrag_jax.records import BadInput
+
+_LLAMA2 = dict(vocab_size=32_000, head_dim=128, max_length=4096, rope_theta=10_000.0, norm_eps=1e-5)
+ARCHITECTURES: dict[str, dict] = {
+    "llama2_7b": dict(_LLAMA2, embed_dim=4096, mlp_dim=11_008, num_layers=32, num_heads=32, num_kv_heads=32),
+    "llama2_13b": dict(_LLAMA2, embed_dim=5120, mlp_dim=13_824, num_layers=40, num_heads=40, num_kv_heads=40),
+    "llama2_70b": dict(_LLAMA2, embed_dim=8192, mlp_dim=28_672, num_layers=80, num_heads=64, num_kv_heads=8),
+    "llama31_8b": dict(
+        vocab_size=128_256, embed_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        max_length=131_072, rope_theta=500_000.0, norm_eps=1e-5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    ),
+    "mistral_7b": dict(
+        vocab_size=32_000, embed_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        max_length=32_768, rope_theta=10_000.0, norm_eps=1e-5, sliding_window=4096,
+    ),
+}  # fmt: skip
+
+
+def architecture(name: str, extra_tokens: int, dtype: str) -> LlamaConfig:
+    """A model by name, its vocabulary grown by `extra_tokens`. Raises BadInput for an unknown name."""
+    if name not in ARCHITECTURES:
+        raise BadInput(f"architecture={name!r}: must be one of {', '.join(ARCHITECTURES)}")
+    fields = dict(ARCHITECTURES[name])
+    fields["vocab_size"] += extra_tokens
+    return LlamaConfig(**fields, tie_embeddings=False, dtype=dtype, remat="none", scan_unroll=1)

@@ -1,0 +1,201 @@
+"""Ahead-of-time compilation: what is counted, by hand; and the TPU compiler itself on a small training."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+
+from selfrag_jax import aot, cli
+from selfrag_jax import config as configs
+from selfrag_jax.models import roofline
+from selfrag_jax.models.architectures import ARCHITECTURES, architecture
+from selfrag_jax.models.llama import Model
+from selfrag_jax.models.lora import LoraConfig
+from selfrag_jax.models.params import leaves
+from selfrag_jax.records import BadInput
+from selfrag_jax.training.train import TrainConfig
+
+SHIPPED = ("critic_7b", "generator_7b", "generator_13b", "lora_7b")
+
+PROGRAM = """
+%inner (p: (bf16[8,4], u32[])) -> (bf16[8,4], u32[]) {
+  %two = u32[] constant(2)
+  %p = (bf16[8,4], u32[]) parameter(0)
+  %x = bf16[8,4] get-tuple-element(%p), index=0
+  %collective-permute-start = (bf16[8,4], bf16[8,4], u32[], u32[]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %i = u32[] get-tuple-element(%p), index=1
+  %next = u32[] add(%i, %two)
+  ROOT %out = (bf16[8,4], u32[]) tuple(%x, %next)
+}
+
+%inner_condition (p.1: (bf16[8,4], u32[])) -> pred[] {
+  %end = u32[] constant(8)
+  %p.1 = (bf16[8,4], u32[]) parameter(0)
+  %i.1 = u32[] get-tuple-element(%p.1), index=1
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+%layer (q: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %q = (s32[], bf16[8,4]) parameter(0)
+  %kernel = bf16[8,4] custom-call(%q), custom_call_target="tpu_custom_call", metadata={"a":"
+}}, metadata={}
+  %while.1 = (bf16[8,4], u32[]) while(%q), condition=%inner_condition, body=%inner
+  %fused = bf16[8,4] fusion(%kernel), kind=kCustom, calls=%gathering
+  %fused.done = bf16[8,4] fusion(%kernel), kind=kCustom, calls=%gathering.done
+  ROOT %t = (s32[], bf16[8,4]) tuple(%q, %fused)
+}
+
+%layer_condition (q.1: (s32[], bf16[8,4])) -> pred[] {
+  %layers = s32[] constant(3)
+  %j = s32[] get-tuple-element(%q.1), index=0
+  ROOT %less.1 = pred[] compare(%j, %layers), direction=LT
+}
+
+%gathering (g: bf16[1,4]) -> bf16[8,4] {
+  ROOT %all-gather.1 = bf16[8,4] all-gather(%g), channel_id=2, replica_groups=mesh['fsdp'=8,'tensor'=2] {'fsdp'}, dimensions={0}
+}
+
+%gathering.done (g.1: bf16[1,4]) -> bf16[8,4] {
+  ROOT %all-gather.2 = bf16[8,4] all-gather(%g.1), channel_id=2, replica_groups=mesh['fsdp'=8,'tensor'=2] {'fsdp'}, dimensions={0}
+}
+
+ENTRY %main (a: f32[16]) -> f32[4] {
+  %while.2 = (s32[], bf16[8,4]) while(%a), condition=%layer_condition, body=%layer
+  %sum = (f32[10], f32[6]) all-reduce(%a, %b), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %reduce-scatter = f32[4] reduce-scatter(%a), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+"""
+
+
+def test_collectives_by_hand():
+    """3 layers; in each a loop to 8 by twos, and one gather whose beginning and end both spell it."""
+    assert aot.collectives(PROGRAM) == {
+        "collective-permute": (3 * 4, 3 * 4 * 8 * 4 * 2),
+        "all-gather": (3, 3 * 8 * 4 * 2 * 7 // 8),
+        "all-reduce": (1, 2 * 16 * 4 * 3 // 4),
+        "reduce-scatter": (1, 4 * 4 * 4 * 3 // 4),
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_are_those_of_the_model(name):
+    c = architecture(name, 16, "bfloat16")
+    matrices = sum(leaf.size for path, leaf in leaves(Model(c).shapes()) if path[-1] != "scale")
+    assert roofline.weights(c) == roofline.trained_weights(c) == matrices
+    adapted = replace(c, lora=LoraConfig(4, 8.0))
+    more = sum(leaf.size for path, leaf in leaves(Model(adapted).shapes()) if path[-1].startswith("lora"))
+    assert roofline.weights(adapted) == matrices + more
+    assert roofline.trained_weights(adapted) == more + 2 * c.vocab_size * c.embed_dim
+
+
+def test_parameters_of_published_models():
+    millions = {"llama2_7b": 6738, "llama2_13b": 13016, "llama2_70b": 68977, "llama31_8b": 8030, "mistral_7b": 7242}
+    for name, count in millions.items():
+        c = architecture(name, 0, "bfloat16")
+        assert sum(leaf.size for _, leaf in leaves(Model(c).shapes())) / 1e6 == pytest.approx(count, abs=0.6)
+
+
+def test_model_flops_of_llama2_7b():
+    """6 x 6,607M weights that multiply, and half of 12 x 32 layers x 4,096 x 2,048 for causal attention."""
+    c = architecture("llama2_7b", 0, "bfloat16")
+    assert roofline.train_flops_per_token(c, 2048) == pytest.approx(6 * 6607e6 + 6 * 32 * 4096 * 2048, rel=1e-4)
+    assert roofline.train_flops_per_token(replace(c, sliding_window=256), 2048) == pytest.approx(
+        6 * 6607e6 + 6 * 32 * 4096 * 256, rel=1e-4
+    )
+    assert roofline.chip("TPU v5 lite").name == "v5e" and roofline.chip("NVIDIA H200").memory == 141e9
+    assert roofline.chip("cpu") is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_whole_and_say_what_they_need(name):
+    c = configs.load(name)
+    role = "critic" if "critic" in c else "generator"
+    section = configs.build(TrainConfig, c[role], role)
+    assert c.name == name and c.architecture in ARCHITECTURES and section.dtype == "bfloat16"
+    said = (configs._folder() / f"{name}.py").read_text().split('"""')[1]
+    assert f"selfrag train --config={name} --role={role}" in said and "v5e:" in said and "v6e:" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e"], "expected a TPU and its slice, like v5e:4x4"),
+        (["--topology=v5e:4x4", "--program=serve"], "--program=serve: must be one of train"),
+        (["--topology=v5e:4x4", "--config=tiny"], "no architecture to compile"),
+        (["--topology=v5e:4x4", "--config.architecture=llama2"], "must be one of llama2_7b"),
+        (["--topology=v5e:4x4", "--config.generator.mesh.fsdp=5"], "mesh (1, 5, 1) cannot be laid over 16 devices"),
+        (["--topology=v5e:4x4", "--config.generator.rows=24"], "rows=24 is not divisible by mesh data x fsdp = 16"),
+        (["--topology=v5e:2x2", "--config.generator.mesh.fsdp=32"], "needs 32 devices; there are 4"),
+        ([], "missing --topology"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_input(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cli.main(["compile", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*args, **kwargs):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(BadInput, match=re.escape("pip install 'selfrag-jax[tpu]'")):
+        aot.topology_devices("v5e:2x2")
+
+
+CONFIG = """
+from selfrag_jax import config
+from selfrag_jax.models.architectures import ARCHITECTURES
+
+fields = dict(vocab_size=992, head_dim=128, max_length=512, rope_theta=1e4, norm_eps=1e-5, num_layers=2)
+ARCHITECTURES["small"] = dict(fields, embed_dim=256, mlp_dim=512, num_heads=4, num_kv_heads=4)
+ARCHITECTURES["wide"] = dict(fields, embed_dim=8192, mlp_dim=28_672, num_heads=64, num_kv_heads=64)
+
+def get_config(which):
+    c = config.load("generator_7b")
+    c.architecture, c.generator.length, c.generator.loss_chunk, c.generator.rows = which, 256, 256, 16
+    return c
+"""
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler(tmp_path):
+    """A small model over four v5e chips; and one whose f32 parameters and moments alone take more than a chip has."""
+    (tmp_path / "c.py").write_text(CONFIG)
+
+    def run(which, topology):
+        command = [sys.executable, "-m", "selfrag_jax", "compile", f"--config={tmp_path}/c.py:{which}"]
+        return subprocess.run([*command, f"--topology={topology}"], capture_output=True, text=True)
+
+    small = run("small", "v5e:2x2")
+    assert small.returncode == 0, small.stderr
+    found = json.loads(small.stdout)
+    assert found["fits"] and found["chips"] == 4 and found["mesh"]["fsdp"] == 4
+    c = architecture("llama2_7b", 0, "bfloat16")
+    c = replace(c, vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=4)
+    state = 12 * sum(leaf.size for _, leaf in leaves(Model(c).shapes()))
+    assert state / 4 < found["memory_per_chip"]["arguments"] < 1.1 * state / 4 + 2e5  # split over four, and the batch
+    # In each of four parts of the batch and in both passes, weights are gathered: at least once forward and once backward.
+    sent = sum(kind["bytes_per_chip"] for kind in found["collectives"].values())
+    layers = 2 * roofline._layer_weights(c)
+    assert sent > 2 * 4 * 2 * layers * 3 / 4
+    tokens = 16 * 256
+    assert found["model_flops"] == pytest.approx(tokens * roofline.train_flops_per_token(replace(c, vocab_size=1008), 256))
+
+    wide = run("wide", "v5e:1x1")
+    assert wide.returncode == 1 and "does not fit" in wide.stderr and not json.loads(wide.stdout)["fits"]
+
+
+def test_devices_decide_the_kernel():
+    """Compiled for a TPU from a CPU, attention is the TPU's."""
+    from selfrag_jax.models.attention import choose
+
+    assert choose("auto", 256, 128, "bfloat16") == "xla" and jax.default_backend() == "cpu"
