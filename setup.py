@@ -22,6 +22,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "scann>=1.4.2",
         "tokenizers>=0.22",
+        "sentencepiece>=0.2",
         "safetensors>=0.6",
         "huggingface-hub>=0.34",
         "ml-dtypes>=0.5",
@@ -34,6 +35,7 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1", "torch>=2.8", "transformers>=5"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1", "torch>=2.8", "transformers>=5", "jax[tpu]>=0.10,<0.12"],
     },
 )

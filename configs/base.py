@@ -101,7 +101,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         norm_eps=1e-5,
         tie_embeddings=True,
         dtype="float32",
-        remat=False,
+        remat="none",
         scan_unroll=4,
         embed_std=0.5,
     )

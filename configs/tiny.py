@@ -132,6 +132,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         passages=5,
     )
     c.base = "embedded"  # the small Llama shipped with the package; "scratch", or the path of another model
+    c.tokenizer = None  # as the base records it
     c.new_rows, c.scratch = NEW_ROWS, SCRATCH
     c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
     # Against a text token's 1; much of the text cannot be learned (guesses without evidence, wrong outputs).

@@ -97,8 +97,10 @@ def _collect(v: dict, _) -> None:
 
 
 def _train(v: dict, _) -> None:
-    from selfrag_jax.training.stage import train_stage
+    from selfrag_jax.training.stage import join_processes, train_stage
 
+    if v["distributed"]:
+        join_processes(v["distributed"])
     train_stage(_load(v), v["role"], v["data"], v["workdir"], v["role"])
     print(v["workdir"])
 
@@ -157,8 +159,27 @@ def _changes(v: dict) -> dict:
 def _convert(v: dict, _) -> None:
     from selfrag_jax.models.convert import convert
 
-    n = convert(v["from"], v["to"], v["format"], v["dtype"], v["reflection_tokens"])
+    n = convert(v["from"], v["to"], v["format"], v["dtype"], v["reflection_tokens"], v["tokenizer"])
     print(f"{v['to']}: {n / 1e6:,.1f}M parameters")
+
+
+def _compile(v: dict, _) -> None:
+    import json
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not looked for
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    from selfrag_jax import aot
+
+    found = aot.compile_program(_load(v), v["topology"], v["program"])
+    print(json.dumps(found, indent=2))
+    if v["out"]:
+        write_json(v["out"], found)
+    if not found["fits"]:
+        raise DoesNotFit(aot.why_not(found))
+
+
+class DoesNotFit(RuntimeError):
+    """Printed without a traceback; the exit status is 1."""
 
 
 def _require_quickstart(workdir: str | Path, *files: Path) -> None:
@@ -287,7 +308,8 @@ STAGES: dict[str, Stage] = {
         (
             Flag("role", "critic or generator", required=True),
             Flag("data", "critic or generator data (JSON lines)", required=True),
-            Flag("workdir", "for checkpoints and logs", required=True),
+            Flag("workdir", "for checkpoints and logs; of several processes, one that all of them see", required=True),
+            Flag("distributed", "auto (TPU slice, Slurm, MPI), or HOST:PORT,PROCESSES,INDEX: the same command on every host"),
             _config_flag(),
         ),
         _train,
@@ -378,9 +400,23 @@ STAGES: dict[str, Stage] = {
             Flag("to", "folder to write", required=True),
             Flag("format", "orbax (a training workdir) or huggingface", required=True),
             Flag("dtype", "of the parameters: float32, bfloat16 or float16; default: as they are"),
+            Flag(
+                "tokenizer", "how text is cut: llama_slow (as the released model was trained) or llama_fast (as it was served)"
+            ),
             Flag("reflection_tokens", "add those that the vocabulary lacks", False, type=bool),
         ),
         _convert,
+    ),
+    "compile": Stage(
+        "Compiles a training for a TPU slice that is not here: memory, traffic between chips, best step time. Needs `.[tpu]`.",
+        "selfrag compile --config=generator_7b --topology=v5e:4x4",
+        (
+            Flag("topology", "a TPU and its slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8, ...", required=True),
+            Flag("program", "train", "train"),
+            Flag("out", "JSON file to write, beside the screen"),
+            _config_flag("generator_7b"),
+        ),
+        _compile,
     ),
     "report": Stage(
         "Writes the report of a quickstart again (Markdown, HTML), or the mean of several, with its interval over seeds.",
@@ -470,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as e:
+    except (FloatingPointError, OSError, DoesNotFit) as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

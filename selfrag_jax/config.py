@@ -97,15 +97,28 @@ def _parse(flag: str, value: str, old: Any) -> Any:
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False}[value.lower()]
-        if old is None or isinstance(old, float):
-            return None if value.lower() == "none" else float(value)
-        if isinstance(old, int):
-            return int(value)
+        if old is None:
+            return _guess(value)
+        if isinstance(old, (int, float)):
+            return None if value.lower() == "none" else type(old)(value)
     except (KeyError, ValueError):
         raise BadInput(f"{flag}={value}: expected a value like {old!r}") from None
     if isinstance(old, str):
         return value
     raise BadInput(f"{flag}: set the fields inside this section one by one")
+
+
+def _guess(value: str) -> Any:
+    """What a value means where the config has None: null, a truth value, a number, or else text."""
+    word = {"none": None, "true": True, "false": False}
+    if value.lower() in word:
+        return word[value.lower()]
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _meant(name: str, known: Any) -> str:
@@ -130,12 +143,19 @@ def build(cls: type[T], section: Any, name: str) -> T:
         raise BadInput(f"config {name}: lacks {', '.join(missing)}")
     out = {}
     for key, value in values.items():
-        kind = types[key]
-        if dataclasses.is_dataclass(kind):
-            out[key] = build(kind, value, f"{name}.{key}")
+        if value is None and type(None) not in typing.get_args(types[key]):
+            raise BadInput(f"config {name}: {key} must not be none")
+        nested = next((k for k in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(k)), None)
+        if nested and value is not None:
+            out[key] = build(nested, value, f"{name}.{key}")
         else:
             out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
-    return cls(**out)
+    try:
+        return cls(**out)
+    except BadInput:
+        raise
+    except ValueError as e:
+        raise BadInput(f"config {name}: {e}") from None
 
 
 def _freeze(value: Any) -> Any:

@@ -33,7 +33,7 @@ def tiny_model(tokenizer):
         norm_eps=1e-5,
         tie_embeddings=True,
         dtype="float32",
-        remat=False,
+        remat="none",
         scan_unroll=1,
     )
     model = Model(config)

@@ -36,7 +36,7 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["retrieve", "--index=I", "--input=Q", "--out=O", "--k=five"], "--k=five"),
         (["ask", "--workdir=nowhere", "Who?"], "holds no finished quickstart"),
         (["ask", "--workdir=nowhere"], "ask what?"),
-        (["ask", "--model=nowhere", "Who?"], "no model here"),
+        (["ask", "--model=nowhere", "Who?"], "nowhere: no such folder; expected the folder of a model"),
         (["answer", "--model=M", "--input=Q", "--out=O", "--treshold=1"], "did you mean --threshold"),
         (["index", "--out=I"], "either --embeddings"),
         (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),

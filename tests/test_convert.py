@@ -241,7 +241,7 @@ def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, f
     assert not list(tmp_path.iterdir())
 
 
-WIDE = LlamaConfig(1000, 1024, 4096, 24, 8, 8, 128, 64, 1e4, 1e-5, False, "bfloat16", False, 1)  # 0.4B: 0.8 GB in bf16
+WIDE = LlamaConfig(1000, 1024, 4096, 24, 8, 8, 128, 64, 1e4, 1e-5, False, "bfloat16", "none", 1)  # 0.4B: 0.8 GB in bf16
 MEASURE = """
 import re, sys, threading
 from pathlib import Path

@@ -1,11 +1,15 @@
 """The Llama: cache, prefix sharing and packing agree with plain full forwards; so does transformers' Llama."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from selfrag_jax.models import checkpoints
-from selfrag_jax.models.llama import Cache, LlamaConfig
+from selfrag_jax.models.llama import Cache, LlamaConfig, Model
+from selfrag_jax.records import BadInput
 
 TOLERANCE = 2e-5
 
@@ -67,12 +71,12 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 
 def test_grouped_heads_must_divide():
     with pytest.raises(ValueError, match="num_kv_heads"):
-        LlamaConfig(10, 8, 8, 1, 3, 2, 4, 16, 1e4, 1e-5, True, "float32", False, 1)
+        LlamaConfig(10, 8, 8, 1, 3, 2, 4, 16, 1e4, 1e-5, True, "float32", "none", 1)
 
 
 def test_new_rows_start_at_the_mean(tiny_model):
     config, params = tiny_model.model.config, tiny_model.params
-    grown_config, grown = checkpoints.with_vocabulary(config, params, config.vocab_size + 3)
+    grown_config, grown = checkpoints.with_vocabulary(config, params, config.vocab_size, config.vocab_size + 3)
     table = np.asarray(grown["embed"]["embedding"])
     assert table.shape[0] == grown_config.vocab_size
     np.testing.assert_allclose(table[-1], np.asarray(params["embed"]["embedding"]).mean(0), atol=1e-6)
@@ -81,7 +85,54 @@ def test_new_rows_start_at_the_mean(tiny_model):
 def test_new_rows_may_start_as_words(tiny_model):
     config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
     like = {config.vocab_size + 1: [5, 7], 3: [5]}  # 3 is no new token: it keeps its row
-    _, grown = checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size + 2, like)
+    _, grown = checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size, config.vocab_size + 2, like)
     table = np.asarray(grown["embed"]["embedding"])
     np.testing.assert_array_equal(table[: config.vocab_size], old)
     np.testing.assert_allclose(table[config.vocab_size :], [old.mean(0), old[[5, 7]].mean(0)], atol=1e-6)
+
+
+def test_new_tokens_take_the_rows_that_a_padded_table_has(tiny_model):
+    config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
+    V = config.vocab_size - 5  # the last five rows are of no token
+    same, grown = checkpoints.with_vocabulary(config, tiny_model.params, V, V + 3)
+    table = np.asarray(grown["embed"]["embedding"])
+    assert same == config and table.shape == old.shape
+    np.testing.assert_allclose(table[V : V + 3], np.tile(old[:V].mean(0), (3, 1)), atol=1e-6)
+    np.testing.assert_array_equal(table[V + 3 :], old[V + 3 :])
+    with pytest.raises(BadInput, match="do not belong together"):
+        checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size + 1, config.vocab_size + 2)
+
+
+def test_a_padded_vocabulary_changes_nothing(tiny_model):
+    config, tokens = tiny_model.model.config, np.arange(10)[None]
+    padded = Model(replace(config, vocab_padding=-config.vocab_size % 128))
+    params = checkpoints.pad_vocabulary(tiny_model.params, padded.config)
+    assert params["embed"]["embedding"].shape[0] % 128 == 0
+
+    def probabilities(model, params):
+        hidden, _ = model.hidden(params, tokens, tokens, None)
+        return np.asarray(jax.nn.softmax(model.logits(params, hidden)))
+
+    found = probabilities(padded, params)
+    np.testing.assert_allclose(found[..., : config.vocab_size], probabilities(tiny_model.model, tiny_model.params), atol=1e-7)
+    assert not found[..., config.vocab_size :].any()
+    same = checkpoints.unpad_vocabulary(params, padded.config)
+    np.testing.assert_array_equal(same["embed"]["embedding"], tiny_model.params["embed"]["embedding"])
+
+
+@pytest.mark.parametrize("remat", ("dots", "full"))
+def test_what_is_computed_again_has_the_same_gradients(tiny_model, remat):
+    tokens = np.arange(24).reshape(2, 12)
+    positions = np.tile(np.arange(12), (2, 1))
+
+    def gradients(model):
+        return jax.grad(lambda p: (model.hidden(p, tokens, positions, None)[0] ** 2).sum())(tiny_model.params)
+
+    again = gradients(Model(replace(tiny_model.model.config, remat=remat)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), again, gradients(tiny_model.model))
+
+
+def test_a_prefix_without_a_cache_is_refused(tiny_model):
+    prefix = Cache.empty(tiny_model.model.config, 1, 8)
+    with pytest.raises(ValueError, match="together with a cache"):
+        tiny_model.model.hidden(tiny_model.params, np.zeros((1, 4), int), np.zeros((1, 4), int), None, None, prefix)

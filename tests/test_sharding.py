@@ -3,13 +3,17 @@ one mesh to another, and two processes that work together. Run as a program, thi
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from selfrag_jax.records import GeneratorExample, write_jsonl
 
 MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 STEPS = 6
@@ -33,7 +37,7 @@ def program(job, workdir, process=0, port=0):
     source = GeneratorSource(rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0))
     fields = dict(vocab_size=tokenizer.vocab_size, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
     fields |= dict(head_dim=8, max_length=64, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, dtype="float32")
-    model = Model(LlamaConfig(**fields, remat=False, scan_unroll=1))
+    model = Model(LlamaConfig(**fields, remat="none", scan_unroll=1))
     initial = jax.device_get(model.init(jax.random.key(0), 0.3))
     losses, step = [], trainer.train_step
 
@@ -48,7 +52,7 @@ def program(job, workdir, process=0, port=0):
 
     def run(mesh, name, **changes):
         config = trainer.TrainConfig(
-            seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3, loss_chunk=16, remat=True,
+            seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3, loss_chunk=16, remat="full",
             mesh=trainer.MeshConfig(*mesh), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
             **changes,
         )  # fmt: skip
@@ -61,8 +65,8 @@ def program(job, workdir, process=0, port=0):
     else:
         for mesh in MESHES:
             run(mesh, str(mesh))
-        run((1, 1, 1), "accumulated on one", accumulate=2)
-        run((1, 4, 1), "accumulated", accumulate=2)
+        run((1, 1, 1), "accumulated on one", rows_per_device=4)
+        run((1, 4, 1), "accumulated", rows_per_device=1)
         stop_after = 4  # between two checkpoints
         try:
             run((1, 8, 1), "moved")
@@ -106,17 +110,47 @@ def test_a_checkpoint_goes_on_over_another_mesh(trained):
 
 
 @pytest.mark.slow
-def test_batches_accumulate_over_a_mesh(trained):
-    one, several = trained["accumulated on one"], trained["accumulated"]
-    np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-4, rtol=0)
-    assert several["norm"] == pytest.approx(one["norm"], rel=1e-5) and one != trained[str(MESHES[0])]
+@pytest.mark.parametrize("run", ["accumulated on one", "accumulated"])
+def test_parts_of_a_batch_learn_what_the_whole_does(trained, run):
+    one, parts = trained[str(MESHES[0])], trained[run]
+    np.testing.assert_allclose(parts["losses"], one["losses"], atol=1e-4, rtol=0)
+    assert parts["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
+    """On the way, from the command line: `selfrag train` on two hosts, of which one is told to go."""
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    port, workdir = free_port(), tmp_path / "w"
+    changes = dict(steps=4000, save_every=1000, max_targets=None, rows=4, length=64, log_every=1).items()
+    command = [sys.executable, "-m", "selfrag_jax", "train", "--role=generator", f"--data={tmp_path}/data.jsonl"]
+    command += [f"--workdir={workdir}", "--config=tiny:smoke", *(f"--config.generator.{k}={v}" for k, v in changes)]
+    command += ["--config.generator.mesh.fsdp=-1"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    both = [subprocess.Popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], **pipes) for i in range(2)]
+    for _ in range(600):
+        if any((workdir / "logs").glob("*tfevents*")) or any(p.poll() is not None for p in both):
+            break
+        time.sleep(0.5)
+    time.sleep(20)  # compiled, and some steps done
+    both[1].send_signal(signal.SIGTERM)
+    ends = [p.communicate(timeout=200) for p in both]
+    assert [p.returncode for p in both] == [143, 143], ends
+    [step] = (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert 0 < step < 1000 and not (workdir / "manifest.json").exists()
 
 
 @pytest.mark.slow
 def test_two_processes_train_together(trained, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
     for losses in [result(p)["two"]["losses"] for p in both]:
         np.testing.assert_allclose(losses, trained[str(MESHES[0])]["losses"], atol=1e-4, rtol=0)

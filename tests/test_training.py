@@ -8,6 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from selfrag_jax import config as configs
 from selfrag_jax.data.generator import GeneratorSource
@@ -152,7 +153,7 @@ def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(tiny_model, source,
     with pytest.raises(SystemExit) as leaving:
         run(tiny_model, source, tmp_path / "parts")
     assert leaving.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    with checkpoints.manager(tmp_path / "parts") as saved:
+    with checkpoints.manager(tmp_path / "parts", 2, 1) as saved:
         assert saved.latest_step() == 6
     calls.append(1)
     parts = run(tiny_model, source, tmp_path / "parts")["params"]
@@ -188,7 +189,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_pa
     monkeypatch.setattr(trainer, "train_step", spoiled)
     with pytest.raises(FloatingPointError, match="gradient norm of step 2 is inf"):
         run(tiny_model, source, tmp_path, save_every=1)
-    with checkpoints.manager(tmp_path) as saved:
+    with checkpoints.manager(tmp_path, 2, 1) as saved:
         assert saved.latest_step() == 2  # two whole steps
 
 
@@ -212,8 +213,28 @@ def test_schedule_warms_up_and_decays():
 def test_configs_that_cannot_run_are_refused():
     with pytest.raises(BadInput, match="optimizer.name"):
         config(name="sgdd")
-    with pytest.raises(BadInput, match="not divisible"):
-        TrainConfig(**(vars(config()) | {"mesh": MeshConfig(2, 2, 1), "rows": 6}))
+    mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
+    with pytest.raises(BadInput, match="rows=6 is not divisible by mesh data x fsdp = 4"):
+        config(rows=6).micro_batches(mesh)
+    with pytest.raises(BadInput, match="rows=8 is not divisible by mesh data x fsdp = 4 x rows_per_device=4"):
+        config(rows=8, rows_per_device=4, max_targets=None).micro_batches(mesh)
+    assert config(rows=16, rows_per_device=2, max_targets=None).micro_batches(mesh) == 2
+    for changes, message in (
+        (dict(steps=None), "give one of them"),
+        (dict(epochs=2.0), "give one of them"),
+        (dict(length=0), "length=0"),
+        (dict(remat="some"), "remat='some'"),
+        (dict(attention="flash"), "attention='flash'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            config(**changes)
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_epochs_are_passes_over_the_data(tiny_model, source, tmp_path, packed):
+    changes = dict(steps=None, epochs=5.0, rows=4, max_targets=None, packed=packed)
+    done = train(config(**changes), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, tmp_path)
+    assert abs(done["examples"] - 5 * source.size) <= (4 if not packed else 0.1 * 5 * source.size)
 
 
 # ---- the loss in all its forms ---------------------------------------------------------------------------------------
@@ -295,7 +316,7 @@ def test_label_masks_by_hand(tokenizer, output, learned):
 @pytest.mark.parametrize("name", ("adamw", "adafactor"))
 def test_the_other_optimizers_learn(tiny_model, source, tmp_path, name):
     before = trainer.loss_fn(tiny_model.params, tiny_model.model, dense(source))[0]
-    changes = dict(max_targets=None, rows=4, accumulate=2, loss_chunk=16, packed=False, remat=True)
+    changes = dict(max_targets=None, rows=8, rows_per_device=4, loss_chunk=16, packed=False, remat="full")
     after = run(tiny_model, source, tmp_path, name=name, steps=30, rate=0.02, **changes)["params"]
     assert trainer.loss_fn(after, tiny_model.model, dense(source))[0] < 0.6 * before
 
@@ -305,7 +326,7 @@ def test_the_other_optimizers_learn(tiny_model, source, tmp_path, name):
     [
         (dict(loss_chunk=7), "loss_chunk=7 does not divide max_targets=48"),
         (dict(loss_chunk=5, max_targets=None), "loss_chunk=5 does not divide length=32"),
-        (dict(accumulate=0), "accumulate=0"),
+        (dict(rows_per_device=0, max_targets=None), "rows_per_device=0"),
     ],
 )
 def test_batches_that_cannot_be_split_are_refused(changes, message):

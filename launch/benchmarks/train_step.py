@@ -1,30 +1,26 @@
-"""Training speed beside torch: the same Llama, weights, batch and AdamW, one after the other in one run.
+"""Training speed beside torch: the same Llama, weights, batch and AdamW, in turns in one run.
 
-    python launch/benchmarks/train_step.py                                          # about 100M parameters, f32, on a CPU
-    python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 # on a GPU
+    python launch/benchmarks/train_step.py  # about 100M parameters, f32, on a CPU
+    python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 --rounds=1  # on a GPU
 
-Prints tokens per second of both, their ratio, and on a device with a known peak the model FLOPs utilisation (6 N per token
-and half of the attention scores, which are causal). Needs torch and transformers, as `pip install '.[test]'` brings them.
+Prints tokens per second of both (of the median step), their ratio, and on a device with a known peak the model FLOPs utilisation
+(selfrag_jax/models/roofline.py). Needs torch and transformers, as `pip install '.[test]'` brings them.
 Compilation and the first steps are not timed.
 """
 
 import argparse
+import gc
 import os
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may need its share
 
 SIZES = {
     "100m": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10),
     "1b": dict(hidden_size=2048, intermediate_size=5504, num_hidden_layers=20, num_attention_heads=16),
     "3b": dict(hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=20),
 }
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, as their maker states them
-
-
-def flops_per_token(parameters: int, embedding: int, c: dict, length: int) -> float:
-    """Forward and backward: 6 per weight that multiplies, and 6 * L * T * D for causal attention (half of 12)."""
-    return 6 * (parameters - embedding) + 6 * c["num_hidden_layers"] * length * c["hidden_size"]
 
 
 def fields(size: str, vocabulary: int, length: int) -> dict:
@@ -32,8 +28,8 @@ def fields(size: str, vocabulary: int, length: int) -> dict:
     return c | dict(num_key_value_heads=c["num_attention_heads"], vocab_size=vocabulary, max_position_embeddings=length)
 
 
-def with_torch(a, c: dict, folder: str) -> tuple[float, int]:
-    """Tokens per second of transformers' Llama with torch's AdamW; saves the starting weights to `folder`."""
+def with_torch(a, c: dict, folder: str):
+    """A step of transformers' Llama with torch's AdamW, and its parameters; the starting weights go to `folder`."""
     import torch
     import transformers
 
@@ -58,19 +54,18 @@ def with_torch(a, c: dict, folder: str) -> tuple[float, int]:
         adamw.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device
 
-    seconds = measure(step, a)
-    return a.rows * a.length / seconds, sum(p.numel() for p in model.parameters())
+    return step, sum(p.numel() for p in model.parameters())
 
 
-def with_jax(a, folder: str) -> float:
-    """Tokens per second of our trainer's step, from the same weights."""
+def with_jax(a, folder: str):
+    """Our trainer's step, from the same weights, and the model's FLOPs for a token."""
     from dataclasses import replace
 
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from selfrag_jax.models import huggingface
+    from selfrag_jax.models import huggingface, roofline
     from selfrag_jax.models.llama import Model
     from selfrag_jax.training import optimizer, train
 
@@ -91,23 +86,28 @@ def with_jax(a, folder: str) -> float:
         held[0], seen = train.train_step(held[0], batch, model, tx, a.loss_chunk or None)
         return float(seen["total"])
 
-    return a.rows * a.length / measure(step, a)
+    return step, roofline.train_flops_per_token(c, a.length)
 
 
-def measure(step, a) -> float:
-    """Median seconds of a step."""
-    for _ in range(2):
-        step()
+def measure(step, a) -> list[float]:
+    """Seconds of some steps, after two that are not counted."""
     times = []
-    for _ in range(a.steps):
+    for i in range(2 + a.steps):
         begin = time.perf_counter()
         step()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 2]
+        times += [time.perf_counter() - begin] if i >= 2 else []
+    return times
+
+
+def rate(a, times: list[float]) -> float:
+    """Tokens per second of the median step."""
+    return a.rows * a.length / sorted(times)[len(times) // 2]
 
 
 def main() -> None:
     import tempfile
+
+    import torch
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="100m")
@@ -115,25 +115,37 @@ def main() -> None:
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--vocabulary", type=int, default=32_000)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    p.add_argument("--steps", type=int, default=7)
+    p.add_argument("--steps", type=int, default=5, help="timed at a time")
+    p.add_argument("--rounds", type=int, default=3, help="torch and JAX take turns; 1: one after the other, as memory allows")
     p.add_argument("--loss_chunk", type=int, default=0, help="positions whose logits exist at a time; 0: all")
-    p.add_argument("--remat", action="store_true")
+    p.add_argument("--remat", default="dots", help="what our backward pass computes again: none, dots or full")
     p.add_argument("--torch_attention", default="sdpa")
     p.add_argument("--torch_compile", action="store_true")
     a = p.parse_args()
     c = fields(a.size, a.vocabulary, a.length)
     with tempfile.TemporaryDirectory() as folder:
-        theirs, parameters = with_torch(a, c, folder)
-        ours = with_jax(a, folder)
+        step, parameters = with_torch(a, c, folder)
+        times = {"torch": measure(step, a), "ours": []}
+        if a.rounds == 1:
+            del step  # its memory too
+            gc.collect()
+            torch.cuda.empty_cache()
+        ours_step, per_token = with_jax(a, folder)
+        times["ours"] += measure(ours_step, a)
+        for _ in range(a.rounds - 1):
+            times["torch"] += measure(step, a)
+            times["ours"] += measure(ours_step, a)
+    theirs, ours = rate(a, times["torch"]), rate(a, times["ours"])
     import jax
+
+    from selfrag_jax.models import roofline
 
     kind = jax.devices()[0].device_kind
     print(f"{parameters / 1e6:.0f}M parameters, {a.rows} x {a.length} tokens, {a.dtype}, {kind}")
     print(f"torch {theirs:9.1f} tokens/s\nours  {ours:9.1f} tokens/s\nratio {ours / theirs:.2f}")
-    peak = next((v for k, v in PEAKS.items() if k in kind), None)
-    per_token = flops_per_token(parameters, c["vocab_size"] * c["hidden_size"], c, a.length)
-    if peak:
-        print(f"MFU: torch {100 * theirs * per_token / peak:.1f}%, ours {100 * ours * per_token / peak:.1f}%")
+    if chip := roofline.chip(kind):
+        share = per_token / chip.bf16_flops
+        print(f"MFU: torch {100 * theirs * share:.1f}%, ours {100 * ours * share:.1f}%")
     else:
         print(f"model FLOP/s: torch {theirs * per_token / 1e9:.1f} G, ours {ours * per_token / 1e9:.1f} G")
 

@@ -18,7 +18,8 @@ import numpy as np
 from selfrag_jax import prompts, reflection
 from selfrag_jax.decoding import scoring, segments
 from selfrag_jax.decoding.segments import TokenRules
-from selfrag_jax.models.llama import Model, Params
+from selfrag_jax.models.llama import Model
+from selfrag_jax.models.params import Params
 from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control, Tokenizer
 

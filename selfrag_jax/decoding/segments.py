@@ -13,7 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from selfrag_jax.models.llama import Cache, Model, Params
+from selfrag_jax.models.llama import Cache, Model
+from selfrag_jax.models.params import Params
 from selfrag_jax.reflection import ReflectionIds
 
 

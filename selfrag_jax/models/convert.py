@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,25 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from selfrag_jax import artifacts
-from selfrag_jax.models import checkpoints, huggingface
-from selfrag_jax.models.llama import LlamaConfig, Model, Params
+from selfrag_jax.models import checkpoints, huggingface, lora
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.models.params import Params, at, build, leaves
 from selfrag_jax.progress import Progress, progress
-from selfrag_jax.records import BadInput, write_json
+from selfrag_jax.records import BadInput
 from selfrag_jax.tokenizer import Tokenizer
 
 FORMATS = ("orbax", "huggingface")
 EMBEDDING = ("embed", "embedding")
 
 
-def convert(source: str | Path, out: str | Path, form: str, dtype: str | None, reflection_tokens: bool) -> int:
+def convert(
+    source: str | Path, out: str | Path, form: str, dtype: str | None, reflection_tokens: bool, mode: str | None = None
+) -> int:
     """Writes the model of `source` to `out` in the format `form`; returns the number of its parameters.
 
     dtype: of the written parameters; None keeps that of each array, and every value bit by bit. reflection_tokens: gives
-    the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). Written under a temporary name
+    the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). mode: of the tokenizer, where the
+    source records none. Written under a temporary name
     and renamed at the end. Raises BadInput naming what is wrong with the source, and when `out` is already there.
     """
     if form not in FORMATS:
@@ -46,7 +50,8 @@ def convert(source: str | Path, out: str | Path, form: str, dtype: str | None, r
         raise BadInput(f"{out}: is already there; choose another --to, or remove it")
     if source in (out, *out.parents):
         raise BadInput(f"{out}: lies in --from={source}; choose another --to")
-    stored = replace(_from_workdir(source) if (source / checkpoints.MODEL_FILE).is_file() else _from_folder(source), cast=dtype)
+    read = _from_workdir if (source / checkpoints.MODEL_FILE).is_file() else _from_folder
+    stored = replace(read(source), tokenizer=checkpoints.read_tokenizer(source, mode), cast=dtype)
     if reflection_tokens:
         stored = _with_reflection_tokens(stored)
     if stored.tokenizer.vocab_size > stored.config.vocab_size:
@@ -60,10 +65,11 @@ def convert(source: str | Path, out: str | Path, form: str, dtype: str | None, r
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with progress("convert", sum(1 for _ in huggingface.leaves(stored.shapes)), "arrays") as bar:
+        with progress("convert", sum(1 for _ in leaves(stored.shapes)), "arrays") as bar:
             (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
         # The hash of all that was read tells this model from another that was converted from the same path.
         made = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens, "from": str(source)}
+        made["tokenizer"] = stored.tokenizer.mode
         made["content"] = stored.content.hexdigest()
         artifacts.finish(temporary, "convert", made, {}, {"parameters": stored.parameters})
         if out.exists():
@@ -87,16 +93,16 @@ class Stored:
     """A model on disk of which one array at a time, and of a stack one layer at a time, is read."""
 
     config: LlamaConfig
-    tokenizer: Tokenizer
     shapes: Params
     parts: Parts
     dtypes: Callable[[tuple[str, ...]], str]  # of an array, as it is stored
+    tokenizer: Tokenizer | None = None
     cast: str | None = None  # the type to be written, if another
     content: Any = field(default_factory=hashlib.sha256)  # of all that has been read
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(leaf.shape)) for _, leaf in huggingface.leaves(self.shapes))
+        return sum(int(np.prod(leaf.shape)) for _, leaf in leaves(self.shapes))
 
     def dtype(self, path: tuple[str, ...]) -> str:
         return self.cast or self.dtypes(path)
@@ -115,37 +121,52 @@ class Stored:
 def _from_folder(folder: Path) -> Stored:
     config = huggingface.config_from_json(folder / huggingface.CONFIG)
     weights, shapes = huggingface.Folder(folder), Model(config).shapes()
-    huggingface.check_names(weights, [path for path, _ in huggingface.leaves(shapes)], config)
+    huggingface.check_names(weights, [path for path, _ in leaves(shapes)], config)
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        return huggingface.read_leaf(weights, path, config, huggingface.at(shapes, path).shape)
+        return huggingface.read_leaf(weights, path, config, at(shapes, path).shape)
 
     types = lambda path: weights.dtype(huggingface.tensor_names(path, config))  # noqa: E731
-    return Stored(config, checkpoints.read_tokenizer(folder), shapes, parts, types)
+    return Stored(config, shapes, parts, types)
 
 
 def _from_workdir(workdir: Path) -> Stored:
-    config = checkpoints.read_architecture(workdir)
-    arrays, shapes = _lazy_params(workdir), Model(config).shapes()
-    found = {path: tuple(array.shape) for path, array in huggingface.leaves(arrays)}
-    wanted = {path: leaf.shape for path, leaf in huggingface.leaves(shapes)}
-    for path in sorted(found.keys() | wanted.keys()):
-        if found.get(path) != wanted.get(path):
+    trained = checkpoints.read_architecture(workdir)
+    config = replace(trained, lora=None, vocab_padding=0)
+    arrays, wanted = _lazy_params(workdir)
+    found = {path: tuple(array.shape) for path, array in leaves(arrays)}
+    expected = {path: leaf.shape for path, leaf in leaves(Model(trained).shapes())}
+    for path in sorted(found.keys() | expected.keys()):
+        if found.get(path) != expected.get(path):
             raise BadInput(
-                f"{workdir}: {'/'.join(path)} has shape {found.get(path)} in the checkpoint and {wanted.get(path)} by "
+                f"{workdir}: {'/'.join(path)} has shape {found.get(path)} in the checkpoint and {expected.get(path)} by "
                 f"{checkpoints.MODEL_FILE}"
             )
 
-    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        array = huggingface.at(arrays, path)
-        if path[0] != "layers":
-            yield array.read().result()
-        else:
-            for i in range(array.shape[0]):
-                yield array[i].read().result()
+    def stored(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        array, total = at(arrays, path), 0
+        layered = path[0] == "layers"
+        for i in range(array.shape[0] if layered else 1):
+            part = (array[i] if layered else array).read().result()
+            total += checkpoints.fingerprint_of(part, i * part.size)
+            yield part
+        if total % 2**32 != wanted.get(path, total % 2**32):
+            raise BadInput(f"{workdir}: the bits of {'/'.join(path)} are not those that were saved; the checkpoint is damaged")
 
-    types = lambda path: str(huggingface.at(arrays, path).dtype.numpy_dtype)  # noqa: E731
-    return Stored(config, checkpoints.read_tokenizer(workdir), shapes, parts, types)
+    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        axis = {"embed": 0, "head": 1}.get(path[0])
+        if axis is not None:
+            for table in stored(path):
+                yield np.take(table, range(config.vocab_size), axis) if trained.vocab_padding else table
+        elif trained.lora is None or (*path[:-1], lora.A) not in found or path[-1] != "kernel":
+            yield from stored(path)
+        else:
+            three = (stored((*path[:-1], name)) for name in ("kernel", lora.A, lora.B))
+            for kernel, a, b in zip(*three, strict=True):
+                yield lora.merged_kernel(kernel, a, b, trained.lora)
+
+    types = lambda path: str(at(arrays, path).dtype.numpy_dtype)  # noqa: E731
+    return Stored(config, Model(config).shapes(), parts, types)
 
 
 def _with_reflection_tokens(s: Stored) -> Stored:
@@ -170,7 +191,7 @@ def _with_reflection_tokens(s: Stored) -> Stored:
 
 def _to_folder(s: Stored, out: Path, bar: Progress) -> None:
     def tensors():
-        for path, _ in huggingface.leaves(s.shapes):
+        for path, _ in leaves(s.shapes):
             yield from huggingface.tensors_of(path, s.config, s.read(path))
             bar.advance(note="/".join(path))
 
@@ -255,7 +276,7 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
         done = lambda: bar.advance(note="/".join(path))  # noqa: E731
         return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", lambda: s.read(path), done)
 
-    tree = huggingface.build((path, leaf(path, shape.shape)) for path, shape in huggingface.leaves(s.shapes))
+    tree = build((path, leaf(path, shape.shape)) for path, shape in leaves(s.shapes))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     streamed = ((_Streamed, _StreamHandler()), (jax.Array, type_handlers.ArrayHandler()))
     handlers.add("state", ocp.args.PyTreeSave, _handler(*streamed))
@@ -265,17 +286,30 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
         saved.save(0, args=args)
-    s.tokenizer.save(out)
-    write_json(out / checkpoints.MODEL_FILE, asdict(s.config))
+    checkpoints.write_architecture(out, s.config, s.tokenizer)
 
 
-def _lazy_params(workdir: Path) -> Params:
-    """The parameters of the last checkpoint as opened, unread tensorstore arrays."""
+def _lazy_params(workdir: Path) -> tuple[Params, dict[tuple[str, ...], int]]:
+    """The parameters of the last checkpoint as opened, unread tensorstore arrays, and their fingerprints."""
     lazy = ((np.ndarray, _LazyHandler("np.ndarray")), (jax.Array, _LazyHandler("jax.Array")))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeRestore, _handler(*lazy))
-    with ocp.CheckpointManager(workdir.absolute() / checkpoints.CHECKPOINTS, handler_registry=handlers) as saved:
-        step = saved.latest_step()
-        if step is None:
-            raise BadInput(f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
-        return saved.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]["params"]
+    handlers.add("data", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    with checkpoints.open_last(workdir, handlers) as saved:
+        step, args = saved.latest_step(), ocp.args.Composite(state=ocp.args.PyTreeRestore(), data=ocp.args.JsonRestore())
+        try:
+            found = saved.restore(step, args=args)
+        except Exception as e:  # Orbax and tensorstore raise many kinds
+            raise BadInput(f"{workdir}: the checkpoint of step {step} cannot be read: {str(e).splitlines()[0][:300]}") from e
+    params, frozen = found["state"]["params"], workdir / checkpoints.FROZEN
+    names = {path: ("params", *path) for path, _ in leaves(params)}
+    if frozen.is_dir():
+        with ocp.Checkpointer(_handler(*lazy)) as one:
+            more = one.restore(frozen.absolute(), args=ocp.args.PyTreeRestore())
+        names |= {path: (checkpoints.FROZEN, *path) for path, _ in leaves(more)}
+        params = lora.join(params, more)
+    wanted = (found["data"] or {}).get("fingerprints", {})
+    fingerprints = {
+        path: wanted[checkpoints.keystr(name)] for path, name in names.items() if checkpoints.keystr(name) in wanted
+    }
+    return params, fingerprints

@@ -23,7 +23,8 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 
 from selfrag_jax.models.attention import RopeScaling
-from selfrag_jax.models.llama import LlamaConfig, Model, Params
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.models.params import Params, build, leaves
 from selfrag_jax.records import BadInput, read_json, write_json
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -159,7 +160,7 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
             norm_eps=row["rms_norm_eps"],
             tie_embeddings=bool(row.get("tie_word_embeddings")),
             dtype=dtype,
-            remat=False,
+            remat="none",
             scan_unroll=1,
             rope_scaling=scaling,
             attention_bias=bool(row.get("attention_bias")),
@@ -255,6 +256,8 @@ def _hub_answers() -> bool:
     """Whether the hub can be reached at all: without this question, every file would wait for its own timeout."""
     from huggingface_hub.constants import ENDPOINT
 
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # not asked directly
     host = urlsplit(ENDPOINT)
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
@@ -364,38 +367,15 @@ def read_params(folder: Folder, c: LlamaConfig, shapes: Params, dtype: str = "fl
     return build(((path, read(path, leaf.shape)) for path, leaf in leaves(shapes)))
 
 
-def leaves(tree: Params, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of a nested dict, in a fixed order."""
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from leaves(tree[key], (*at, key))
-        else:
-            yield (*at, key), tree[key]
-
-
-def at(tree: Params, path: tuple[str, ...]) -> Any:
-    """The leaf at a path."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def build(pairs: Iterable[tuple[tuple[str, ...], Any]]) -> Params:
-    """The inverse of `leaves`."""
-    out: Params = {}
-    for path, leaf in pairs:
-        node = out
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return out
-
-
 def check_names(folder: Folder, paths: list[tuple[str, ...]], c: LlamaConfig) -> None:
     """Raises BadInput naming a tensor that the config has no place for: nothing is dropped in silence."""
     known = {n for path in paths for n in tensor_names(path, c)}
-    if c.tie_embeddings:
-        known.add(TOP_TABLE["head", "kernel"])  # some folders store the tied table twice
+    table, head = TOP_TABLE["embed", "embedding"], TOP_TABLE["head", "kernel"]
+    if c.tie_embeddings and head in folder.file_of and table in folder.file_of:  # some folders store the tied table twice
+        known.add(head)
+        shape = (c.vocab_size, c.embed_dim)
+        if not np.array_equal(folder.tensor(head, shape), folder.tensor(table, shape)):
+            raise BadInput(f"{folder.folder}: {CONFIG} says tie_word_embeddings, but {head!r} is not {table!r}")
     for name in sorted(set(folder.file_of) - known):
         if not name.endswith("rotary_emb.inv_freq"):  # a constant, stored by early versions
             raise BadInput(f"{folder.folder / folder.file_of[name]}: tensor {name!r} has no place in the model of {CONFIG}")

@@ -14,7 +14,6 @@ question read one copy of their common history.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from flax import nnx
 
 from selfrag_jax.models.attention import (
     KERNELS,
+    MASKED,
     RopeScaling,
     attend,
     attend_sequences,
@@ -29,10 +29,18 @@ from selfrag_jax.models.attention import (
     document_mask,
     rope,
     rope_frequencies,
+    rotation,
 )
+from selfrag_jax.models.lora import LoraConfig
+from selfrag_jax.models.params import Params
 from selfrag_jax.models.sharding import constrain
 
-Params = Any  # a nested dict of arrays; the layers of a stack share one array with a leading axis L
+# What the forward pass keeps of a layer for the backward pass; the rest is computed again.
+REMAT = {
+    "none": None,  # everything is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input only
+}
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,21 @@ class LlamaConfig:
     norm_eps: float
     tie_embeddings: bool
     dtype: str  # of activations, e.g. "bfloat16"
-    remat: bool  # recompute layers in the backward pass
+    remat: str  # what the backward pass computes again: "none", "dots" (all but products with weights) or "full"
     scan_unroll: int  # layers unrolled per scan step: 1 compiles fastest
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # of the q, k, v and o projections
     mlp_bias: bool = False
     sliding_window: int | None = None  # tokens a query sees, itself among them
     attention: str = "auto"  # kernel for whole sequences, see attention.py
+    vocab_padding: int = 0  # rows behind the vocabulary that no token has, so that a mesh divides the table
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
+        if isinstance(self.lora, dict):
+            object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}")
         if isinstance(self.rope_scaling, dict):  # as read from a file
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.attention not in KERNELS:
@@ -87,10 +101,45 @@ class Cache:
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, positions, jnp.int32(0))
 
 
-def _linear(c: LlamaConfig, inputs: int, outputs: int, rngs, bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=nnx.initializers.lecun_normal()
-    )
+@jax.custom_vjp
+def _product(x, kernel):
+    """x: [..., inputs]; kernel: [inputs, outputs]."""
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved, d):
+    """JAX itself would compute the kernel's gradient the other way around and turn it, for which XLA on a CPU copies `d`: a
+    tenth of a whole training step."""
+    x, kernel = saved
+    rows = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+    return d @ kernel.T, rows(x).T @ rows(d)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class Linear(nnx.Linear):
+    """y = x W, with LoRA y = x W + (x A) B * scale."""
+
+    def __init__(self, c: LlamaConfig, inputs: int, outputs: int, rngs, bias: bool = False, adapted: bool = True):
+        normal = nnx.initializers.lecun_normal()
+        super().__init__(inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=normal)
+        self.lora = c.lora if adapted else None
+        if self.lora is not None:
+            self.lora_a = nnx.Param(normal(rngs.params(), (inputs, self.lora.rank)))
+            self.lora_b = nnx.Param(jnp.zeros((self.lora.rank, outputs)))
+
+    def __call__(self, x):
+        cast = lambda p: p[...].astype(self.dtype)  # noqa: E731
+        x = x.astype(self.dtype)
+        out = _product(x, cast(self.kernel))
+        if self.lora is not None:
+            out = out + _product(_product(x, cast(self.lora_a)), cast(self.lora_b)) * self.lora.scale
+        return out if self.bias is None else out + cast(self.bias)
 
 
 def _norm(c: LlamaConfig, rngs) -> nnx.RMSNorm:
@@ -101,22 +150,21 @@ class Block(nnx.Module):
     def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
         self.c = c
         self.attention_norm, self.mlp_norm = _norm(c, rngs), _norm(c, rngs)
-        self.q = _linear(c, c.embed_dim, c.num_heads * c.head_dim, rngs, c.attention_bias)
-        self.k = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
-        self.v = _linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
-        self.o = _linear(c, c.num_heads * c.head_dim, c.embed_dim, rngs, c.attention_bias)
-        self.gate = _linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
-        self.up = _linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
-        self.down = _linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
+        self.q = Linear(c, c.embed_dim, c.num_heads * c.head_dim, rngs, c.attention_bias)
+        self.k = Linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
+        self.v = Linear(c, c.embed_dim, c.num_kv_heads * c.head_dim, rngs, c.attention_bias)
+        self.o = Linear(c, c.num_heads * c.head_dim, c.embed_dim, rngs, c.attention_bias)
+        self.gate = Linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
+        self.up = Linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
+        self.down = Linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
 
-    def __call__(self, x, positions, attention, cache_k, cache_v, cursor):
-        """x: [B, T, D]; attention: (q, k, v) -> [B, T, N, H] over all keys; cache_k, cache_v: [B, S, K, H] or None.
+    def __call__(self, x, turned, attention, cache_k, cache_v, cursor):
+        """x: [B, T, D]; turned: from `rotation`; attention: (q, k, v) -> [B, T, N, H] over all keys; cache_k, cache_v: [B, S, K, H] or None.
         Returns x and the new cache rows."""
         c, (B, T, _) = self.c, x.shape
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         h = self.attention_norm(x)
-        q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), positions, frequencies)
-        k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), positions, frequencies)
+        q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), turned)
+        k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), turned)
         v = self.v(h).reshape(B, T, c.num_kv_heads, c.head_dim)
         if cache_k is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache_k, k, cursor, axis=1)
@@ -129,29 +177,31 @@ class Block(nnx.Module):
 
 class Llama(nnx.Module):
     def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
-        self.c = c
+        self.c, rows = c, c.vocab_size + c.vocab_padding
         self.embed = nnx.Embed(
-            c.vocab_size, c.embed_dim, rngs=rngs, dtype=jnp.dtype(c.dtype), embedding_init=nnx.initializers.normal(0.02)
+            rows, c.embed_dim, rngs=rngs, dtype=jnp.dtype(c.dtype), embedding_init=nnx.initializers.normal(0.02)
         )
         make = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda r: Block(c, r), in_axes=0, out_axes=0))
         self.layers = make(rngs)
         self.norm = _norm(c, rngs)
         if not c.tie_embeddings:
-            self.head = _linear(c, c.embed_dim, c.vocab_size, rngs)
+            self.head = Linear(c, c.embed_dim, rows, rngs, adapted=False)
 
     def hidden(self, tokens, positions, attention, cache: Cache | None, prefix: Cache | None):
         """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one."""
+        c = self.c
         graph, layers = nnx.split(self.layers)
+        turned = rotation(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
         def layer(x, per_layer):
             state, cache_kv, prefix_kv = per_layer
             k, v = (None, None) if cache_kv is None else cache_kv
             cursor = None if cache is None else cache.cursor
             attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
-            return nnx.merge(graph, state)(x, positions, attend_all, k, v, cursor)
+            return nnx.merge(graph, state)(x, turned, attend_all, k, v, cursor)
 
-        if self.c.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)  # within a scan there is nothing to be merged
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])  # in a scan there is nothing to merge
         per_layer = (
             layers,
             None if cache is None else (cache.k, cache.v),
@@ -159,12 +209,14 @@ class Llama(nnx.Module):
         )
         # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
         x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
-        x, new = jax.lax.scan(layer, x, per_layer, unroll=self.c.scan_unroll)
+        x, new = jax.lax.scan(layer, x, per_layer, unroll=c.scan_unroll)
         return self.norm(x), new
 
     def logits(self, hidden):
-        out = self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
+        out = (self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)).astype(jnp.float32)
+        if not self.c.vocab_padding:
+            return out
+        return jnp.where(jnp.arange(out.shape[-1]) < self.c.vocab_size, out, MASKED)
 
 
 @dataclass(frozen=True)
@@ -217,6 +269,8 @@ class Model:
         """
         c, module = self.config, self._merge(params)
         if cache is None:
+            if prefix is not None:
+                raise ValueError("a prefix is read together with a cache; there is none")
             kernel = choose(c.attention, tokens.shape[1], c.head_dim, c.dtype)
             if kernel == "xla":  # the mask is the same in all layers
                 mask = document_mask(jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window)
@@ -252,9 +306,5 @@ class Model:
         return valid & (back < self.config.sliding_window)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] in f32."""
+        """[..., D] -> [..., V] in f32; padding rows of the vocabulary, if there are any, have no probability."""
         return self._merge(params).logits(hidden)
-
-
-def count_parameters(params: Params) -> int:
-    return sum(int(x.size) for x in jax.tree.leaves(params))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from selfrag_jax.models import lora
 from selfrag_jax.records import BadInput
 
 AXES = ("data", "fsdp", "tensor")
@@ -31,13 +32,29 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over `data * fsdp * tensor` devices. Raises BadInput when there are not that many."""
+    """A mesh over `data * fsdp * tensor` devices; one of the three may be -1, for all devices that the others leave.
+
+    Raises BadInput when there are not that many, or they cannot be shared out.
+    """
     devices = jax.devices() if devices is None else devices
+    given = [n for n in (data, fsdp, tensor) if n != -1]
+    if len(given) < 2 or min(given) < 1:
+        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}): sizes are at least 1, and one of them may be -1 (the rest)")
+    if len(given) == 2:
+        rest, over = divmod(len(devices), given[0] * given[1])
+        if over or not rest:
+            raise BadInput(
+                f"mesh ({data}, {fsdp}, {tensor}): {len(devices)} devices are not a multiple of {given[0] * given[1]}"
+            )
+        data, fsdp, tensor = (rest if n == -1 else n for n in (data, fsdp, tensor))
     n = data * fsdp * tensor
     if n > len(devices):
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) needs {n} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices[:n], axis_types=auto)
+    try:
+        return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices[:n], axis_types=auto)
+    except (AssertionError, NotImplementedError, ValueError) as e:  # some of the chips of a slice, or an odd shape
+        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {len(devices)} devices; use all of them") from e
 
 
 def spec(path: tuple, x) -> PartitionSpec:
@@ -45,7 +62,10 @@ def spec(path: tuple, x) -> PartitionSpec:
     names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
     for name in reversed(names):
         if name in RULES and len(RULES[name]) == getattr(x, "ndim", 0):
-            return RULES[name]
+            layer, inputs, outputs = RULES[name] if x.ndim == 3 else (None, *RULES[name])
+            if names[-1] == lora.A:  # the rank is never split
+                return PartitionSpec(layer, inputs, None)
+            return PartitionSpec(layer, None, outputs) if names[-1] == lora.B else RULES[name]
     return PartitionSpec()
 
 

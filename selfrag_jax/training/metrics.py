@@ -22,12 +22,17 @@ def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: 
 
 class Log:
     """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
-    the first one does."""
+    the first one does.
 
-    def __init__(self, workdir: str | Path):
+    share_per_rate: of the devices' peak FLOP/s that one token per second takes (for the MFU), where the peak is known.
+    """
+
+    def __init__(self, workdir: str | Path, share_per_rate: float | None = None):
         from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(str(Path(workdir) / "logs")) if jax.process_index() == 0 else None
+        self.share_per_rate = share_per_rate
+        self.loss_sum = self.loss_count = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -39,6 +44,14 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.tokens += tokens
         self.steps += 1
+        self.loss_sum += float(np.sum(step_metrics["loss"]))
+        self.loss_count += float(np.sum(step_metrics["count"]))
+
+    def loss_since_save(self) -> float:
+        """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
+        mean = self.loss_sum / max(self.loss_count, 1.0)
+        self.loss_sum = self.loss_count = 0.0
+        return mean
 
     def report(self, step: int) -> str:
         """Writes the averages since the last report; returns a short line for the progress bar."""
@@ -46,6 +59,10 @@ class Log:
         loss, accuracy = self.sums["loss"] / count, self.sums["correct"] / count
         rate = self.tokens / (time.monotonic() - self.start)
         scalars = {"tokens_per_second": rate, "gradient_norm": float(self.sums["gradient_norm"] / self.steps)}
+        shown = f"{rate:.0f} tokens/s"
+        if self.share_per_rate is not None:
+            scalars["mfu"] = rate * self.share_per_rate
+            shown += f", MFU {100 * scalars['mfu']:.1f}%"
         parts = []
         for i, group in enumerate(LOSS_GROUPS):
             if self.sums["count"][i]:
@@ -54,7 +71,7 @@ class Log:
         for name, value in scalars.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
         self.reset()
-        return f"loss: {', '.join(parts)}; {rate:.0f} tokens/s"
+        return f"loss: {', '.join(parts)}; {shown}"
 
     def close(self) -> None:
         if self.writer:

@@ -52,25 +52,26 @@ def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> opta
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def _faster_rows(factor: float, new: int) -> optax.GradientTransformation:
-    """Multiplies the updates of the last `new` rows of the vocabulary."""
+def _faster_rows(factor: float, new: int, padding: int) -> optax.GradientTransformation:
+    """Multiplies the updates of the last `new` rows of the vocabulary, behind which there are `padding` more."""
 
     def scale(path, update):
         axis = {"embed": 0, "head": 1}.get(path[0].key)
         if axis is None or not new:
             return update
         size = update.shape[axis]
-        rates = jnp.where(jnp.arange(size) < size - new, 1.0, factor).astype(update.dtype)
+        rates = jnp.where(jnp.arange(size) < size - padding - new, 1.0, factor).astype(update.dtype)
         return update * (rates[:, None] if axis == 0 else rates)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 @lru_cache
-def make(config: OptimizerConfig, steps: int, new_rows: int = 0) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 0) -> optax.GradientTransformation:
     """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step.
 
-    new_rows: how many tokens, at the end of the vocabulary, the model was given before this training.
+    new_rows: how many tokens, at the end of the vocabulary, the model was given before this training; padding: how many
+    rows stand behind them that no token has.
     """
     rate = schedule(config.schedule, config.learning_rate, config.warmup_fraction, steps)
     if config.name == "adamw":
@@ -94,4 +95,4 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0) -> optax.Gradie
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows))
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows, padding))

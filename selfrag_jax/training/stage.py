@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -14,12 +15,14 @@ from selfrag_jax import artifacts, reflection
 from selfrag_jax import config as configs
 from selfrag_jax.data.critic import CriticSource
 from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints
+from selfrag_jax.models import checkpoints, huggingface
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput
 from selfrag_jax.training.train import TrainConfig, train
 
 ROLES = ("critic", "generator")
+# Fields of TrainConfig that do not change what is learned.
+_WHERE = ("mesh", "save_every", "log_every", "rows_per_device", "remat", "attention", "keep_last", "keep_best")
 
 
 def embedded_base() -> Path:
@@ -33,19 +36,21 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     c.base: "embedded", "scratch" (the embedded tokenizer, random weights of the architecture c.scratch), or a path.
     c.new_rows: for reflection tokens the words whose rows of the embedding they start from; the others start at the
     mean of all rows. Tokens that the base model already has keep their rows, and from scratch all rows are random.
+    c.tokenizer: the mode of the base's tokenizer (see tokenizer.py), or None for that which its folder records.
     Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
     """
     if c.base != "scratch":
-        loaded = checkpoints.load(embedded_base() if c.base == "embedded" else c.base)
+        loaded = checkpoints.load(embedded_base() if c.base == "embedded" else huggingface.local(c.base), c.tokenizer)
         tokenizer = loaded.tokenizer.with_reflection_tokens()
         like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in _new_rows(c)}
-        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, tokenizer.vocab_size, like)
-        new = config.vocab_size - loaded.model.config.vocab_size
+        old, grown = loaded.tokenizer.vocab_size, tokenizer.vocab_size
+        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, old, grown, like)
+        new = grown - old
         return checkpoints.LoadedModel(Model(config), params, tokenizer), new
     tokenizer = checkpoints.load(embedded_base()).tokenizer.with_reflection_tokens()
     fields = c.scratch.to_dict()
     std = fields.pop("embed_std")
-    extra = dict(vocab_size=tokenizer.vocab_size, dtype="float32", remat=False, scan_unroll=fields["num_layers"])
+    extra = dict(vocab_size=tokenizer.vocab_size, dtype="float32", remat="none", scan_unroll=fields["num_layers"])
     model = Model(configs.build(LlamaConfig, fields | extra, "scratch"))
     return checkpoints.LoadedModel(model, model.init(jax.random.key(c.seed), std), tokenizer), 0
 
@@ -72,14 +77,15 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     section = configs.build(TrainConfig, c[role], role)
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
     # What a training is: not where it runs, nor how often it saves. It may go on over another mesh.
-    learned = {k: v for k, v in asdict(section).items() if k not in ("mesh", "save_every", "log_every")}
+    learned = {k: v for k, v in asdict(section).items() if k not in _WHERE}
     made: dict[str, Any] = {"role": role, "train": learned, "base": c.base, "weights": weights}
     made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
     made["brief"] = c.label.critic.brief
     inputs = {"data": data}
     if c.base != "scratch":
         made["new_rows"] = _new_rows(c)
-        inputs["base"] = embedded_base() if c.base == "embedded" else c.base
+        made["tokenizer"] = c.tokenizer
+        inputs["base"] = embedded_base() if c.base == "embedded" else huggingface.local(c.base)
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
     start, new = starting_model(c)
@@ -87,7 +93,26 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
-    artifacts.claim(workdir, "train", made, inputs)  # not before the data has been read: bad data leaves nothing behind
+    section.make_mesh()
+    leads = jax.process_index() == 0  # of several processes, the one that writes
+    if leads:  # not before data and mesh have been looked at: bad ones leave nothing behind
+        artifacts.claim(workdir, "train", made, inputs)
     result = train(section, start.model, start.params, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
-    artifacts.finish(workdir, "train", made, inputs, counts)
+    if leads:
+        artifacts.finish(workdir, "train", made, inputs, counts)
+
+
+def join_processes(spec: str) -> None:
+    """Makes this process one of several that train together.
+
+    spec: "auto" where JAX knows the others (TPU slices, Slurm, MPI, Kubernetes), else "HOST:PORT,PROCESSES,INDEX". Raises
+    BadInput for another form.
+    """
+    if spec == "auto":
+        jax.distributed.initialize()
+        return
+    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", spec)
+    if not match or int(match.group(3)) >= int(match.group(2)):
+        raise BadInput(f"--distributed={spec}: expected auto, or HOST:PORT,PROCESSES,INDEX such as 10.0.0.1:9000,4,0")
+    jax.distributed.initialize(match.group(1), num_processes=int(match.group(2)), process_id=int(match.group(3)))

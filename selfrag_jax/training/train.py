@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from selfrag_jax.data.batches import Batch, Packer, Source
-from selfrag_jax.models import checkpoints, sharding
-from selfrag_jax.models.llama import Model, Params
+from selfrag_jax.models import checkpoints, lora, roofline, sharding
+from selfrag_jax.models.attention import KERNELS
+from selfrag_jax.models.llama import REMAT, LlamaConfig, Model
+from selfrag_jax.models.lora import LoraConfig
+from selfrag_jax.models.params import Params
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput
 from selfrag_jax.tokenizer import Tokenizer
@@ -31,6 +34,8 @@ from selfrag_jax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Sizes of the mesh's axes (see models/sharding.py); one may be -1, for all devices that the others leave."""
+
     data: int
     fsdp: int
     tensor: int
@@ -39,38 +44,79 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     seed: int
-    steps: int
-    rows: int  # rows of a batch
+    rows: int  # rows of an update
     length: int  # tokens of a row
     max_targets: int | None  # positions of a batch whose loss is computed, gathered from all rows; None: all positions
     optimizer: OptimizerConfig
     mesh: MeshConfig
     save_every: int  # steps between checkpoints
     log_every: int
-    accumulate: int = 1  # batches per update
+    steps: int | None = None  # updates; or else epochs
+    epochs: float | None = None  # passes over the data
+    rows_per_device: int | None = None  # computed at a time, gradients are added up; None: all
     packed: bool = True  # several documents in a row; else one
     loss_chunk: int | None = None  # positions (of each row, or of max_targets) whose logits exist at a time; None: all
     dtype: str | None = None  # of activations; None: the model's
-    remat: bool = False  # recompute layers in the backward pass: less memory, a third more work
+    remat: str = "none"  # what the backward pass computes again, to save memory: "none", "dots" or "full"
+    attention: str = "auto"  # kernel, see models/attention.py
+    pad_vocabulary: int = 1  # inside, the vocabulary is padded to a multiple of this
+    lora: LoraConfig | None = None  # train low-rank adapters and the embeddings only
+    keep_last: int = 2  # checkpoints
+    keep_best: int = 1  # further ones, of the lowest training loss since the one before
 
     def __post_init__(self):
-        if self.rows % (self.mesh.data * self.mesh.fsdp):
-            raise BadInput(f"rows={self.rows} is not divisible by mesh data x fsdp = {self.mesh.data * self.mesh.fsdp}")
+        if (self.steps is None) == (self.epochs is None):
+            raise BadInput(f"steps={self.steps}, epochs={self.epochs}: give one of them")
+        for name in ("steps", "epochs", "rows", "length", "save_every", "log_every", "pad_vocabulary", "keep_last"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise BadInput(f"{name}={getattr(self, name)}: must be above 0")
         positions, name = (self.length, "length") if self.max_targets is None else (self.max_targets, "max_targets")
         if self.loss_chunk is not None and (self.loss_chunk < 1 or positions % self.loss_chunk):
             raise BadInput(f"loss_chunk={self.loss_chunk} does not divide {name}={positions}")
-        if self.accumulate < 1:
-            raise BadInput(f"accumulate={self.accumulate}: must be at least 1")
+        if self.rows_per_device is not None and (self.rows_per_device < 1 or self.max_targets is not None):
+            raise BadInput(f"rows_per_device={self.rows_per_device}: must be at least 1, and needs max_targets=None")
+        if self.remat not in REMAT:
+            raise BadInput(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}")
+        if self.attention not in KERNELS:
+            raise BadInput(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
+
+    def make_mesh(self, devices=None) -> Mesh:
+        """Raises BadInput when the devices that there are do not make it, or it does not divide the rows."""
+        mesh = sharding.make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.tensor, devices)
+        self.micro_batches(mesh)
+        return mesh
+
+    def micro_batches(self, mesh: Mesh) -> int:
+        """How many parts an update's rows are computed in. Raises BadInput when the mesh does not divide them."""
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        at_a_time = self.rows if self.rows_per_device is None else devices * self.rows_per_device
+        if self.rows % devices or self.rows % at_a_time:
+            what = "" if self.rows_per_device is None else f" x rows_per_device={self.rows_per_device}"
+            raise BadInput(f"rows={self.rows} is not divisible by mesh data x fsdp = {devices}{what}")
+        return self.rows // at_a_time
+
+    def model(self, c: LlamaConfig) -> Model:
+        """The model as this training runs it."""
+        padding = -c.vocab_size % self.pad_vocabulary
+        changes = dict(remat=self.remat, attention=self.attention, lora=self.lora, vocab_padding=padding)
+        return Model(replace(c, dtype=self.dtype or c.dtype, **changes))
 
 
 def loss_fn(
-    params: Params, model: Model, batch: dict[str, jax.Array], chunk: int | None = None, total: jax.Array | None = None
+    params: Params,
+    model: Model,
+    batch: dict[str, jax.Array],
+    chunk: int | None = None,
+    total: jax.Array | None = None,
+    frozen: Params | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of next-token losses over `total` (the sum of the weights, if not given); also sums per loss group.
 
     batch: tokens, positions [B, T], doc_ids [B, T] or none; targets, weights, groups [B, T], or [M] with loss_index [M]
     (see data.batches.Batch). chunk: how many positions have logits at a time; they are computed again for the gradient.
+    frozen: parameters that are not trained, beside `params`.
     """
+    params = params if frozen is None else lora.join(params, frozen)
     hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch.get("doc_ids"))
     if "loss_index" in batch:
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch["loss_index"]]
@@ -80,7 +126,9 @@ def loss_fn(
     def part(hidden, targets, weights, groups):
         logits = model.logits(params, hidden)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+        # No token is more probable: cheaper than the argmax, as the loss needs the maximum anyway.
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        correct = (chosen >= logits.max(-1)).astype(jnp.float32)
         return (losses * weights).sum() / total, metrics.by_group(*(x.ravel() for x in (losses, correct, weights, groups)))
 
     if chunk is None or chunk == targets.shape[-1]:
@@ -93,17 +141,17 @@ def loss_fn(
     return jax.lax.scan(add, zero, chunks)[0]
 
 
-def gradients(params: Params, model: Model, batch: dict[str, jax.Array], chunk: int | None):
+def gradients(params: Params, model: Model, batch: dict[str, jax.Array], chunk: int | None, frozen: Params | None = None):
     """Loss, sums per group and gradients of a batch, or of several that are stacked in front ([A, B, T]) as one."""
+    compute = jax.value_and_grad(loss_fn, has_aux=True)
     if batch["tokens"].ndim == 2:
-        return jax.value_and_grad(loss_fn, has_aux=True)(params, model, batch, chunk)
+        return compute(params, model, batch, chunk, None, frozen)
     total = jnp.maximum(batch["weights"].sum(), 1.0)  # of all, so that a target counts alike in whichever batch it is
 
     def add(sums, one):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn, has_aux=True)(params, model, one, chunk, total)), None
+        return jax.tree.map(jnp.add, sums, compute(params, model, one, chunk, total, frozen)), None
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(lambda: jax.value_and_grad(loss_fn, has_aux=True)(params, model, first, chunk, total))
+    shapes = jax.eval_shape(lambda: compute(params, model, jax.tree.map(lambda x: x[0], batch), chunk, total, frozen))
     return jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), batch)[0]
 
 
@@ -115,13 +163,21 @@ def train_step(
     tx: optax.GradientTransformation,
     chunk: int | None = None,
 ):
-    """One update. state: {"params", "opt_state", "step"}. Returns the new state and the step's metrics."""
-    (loss, sums), grads = gradients(state["params"], model, batch, chunk)
+    """One update. state: {"params", "opt_state", "step"} and, with LoRA, "frozen". Returns it and the step's metrics."""
+    (loss, sums), grads = gradients(state["params"], model, batch, chunk, state.get("frozen"))
     updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     # Where it came from, or the next step would be compiled again for where XLA had put it.
-    new = sharding.pin({"params": params, "opt_state": opt_state, "step": state["step"] + 1})
+    new = sharding.pin({**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1})
     return new, {**sums, "total": loss, "gradient_norm": optax.tree.norm(grads)}
+
+
+def fresh_state(params: Params, tx: optax.GradientTransformation, c: TrainConfig, dtype: str) -> dict[str, Any]:
+    """What a training begins with: f32 parameters and the optimizer's state; with LoRA what is frozen too, in `dtype`."""
+    trained, frozen = (params, None) if c.lora is None else lora.split(params)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    state = {"params": trained, "opt_state": tx.init(trained), "step": jnp.zeros((), jnp.int32)}
+    return state if frozen is None else state | {"frozen": jax.tree.map(lambda x: x.astype(dtype), frozen)}
 
 
 def arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
@@ -133,7 +189,7 @@ def arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
 
 def train(
     config: TrainConfig,
-    model: Model,
+    base: Model,
     initial: Params,
     source: Source,
     tokenizer: Tokenizer,
@@ -143,93 +199,132 @@ def train(
 ) -> dict[str, Any]:
     """Trains from `initial` (or from the last checkpoint of `workdir`) and returns {"params", "examples", ...}.
 
-    new_rows: how many tokens at the end of the vocabulary `initial` has just been given.
+    base: the model of `initial`. new_rows: how many tokens at the end of its vocabulary it has just been given.
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError naming step and examples when the
     loss is not finite; the checkpoints before it stay.
     """
     # ---- mesh and state --------------------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tx = optimizer.make(config.optimizer, config.steps, new_rows)
-    model = Model(replace(model.config, dtype=config.dtype or model.config.dtype, remat=config.remat))
-
-    def fresh(params: Params) -> dict[str, Any]:
-        return {"params": params, "opt_state": tx.init(params), "step": jnp.zeros((), jnp.int32)}
-
-    shapes = jax.eval_shape(fresh, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), initial))
+    mesh = config.make_mesh()
+    parts, model = config.micro_batches(mesh), config.model(base.config)
+    steps = config.steps or _steps(config, source)
+    tx = optimizer.make(config.optimizer, steps, new_rows, model.config.vocab_padding)
+    begin = partial(fresh_state, tx=tx, c=config, dtype=model.config.dtype)
+    shapes = jax.eval_shape(begin, model.shapes())
     placement = sharding.shardings(mesh, shapes)
 
     # ---- resume ----------------------------------------------------------------------------------------------------
     Path(workdir).mkdir(parents=True, exist_ok=True)
     leads = jax.process_index() == 0  # of several processes, the one that writes and reports
     if leads:
-        checkpoints.write_architecture(workdir, replace(model.config, remat=False), tokenizer)
-    saved = checkpoints.manager(workdir)
-    last = saved.latest_step()
+        checkpoints.write_architecture(workdir, replace(model.config, remat="none", attention="auto"), tokenizer)
+    saved = checkpoints.manager(workdir, config.keep_last, config.keep_best)
+    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
     packer = Packer(source, config.rows, config.length, config.max_targets, config.seed, packed=config.packed)
-    if last is None:
-        # Each array goes to its devices on its own; a copy, for the step donates its state.
-        place = lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec)  # noqa: E731
-        params = jax.tree.map(place, initial, placement["params"])
-        state, truncated = jax.jit(fresh, out_shardings=placement, donate_argnums=0)(params), 0
-    else:
-        like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
-        state, position = checkpoints.restore(saved, last, like)
+    if (found := checkpoints.restore_last(saved, workdir, like)) is not None:
+        state, position = found
         packer.state, truncated = position["example"], position["truncated"]
+    else:
+        start = checkpoints.pad_vocabulary(initial, model.config)
+        if config.lora is not None:
+            start = lora.add(start, model.shapes(), jax.random.key(config.seed))
+        # Each array goes to its devices on its own; a copy, for the step donates its state.
+        on_mesh = sharding.shardings(mesh, start)
+        params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
+        state, truncated = jax.jit(begin, out_shardings=placement, donate_argnums=0)(params), 0
+        if config.lora is not None:
+            checkpoints.save_frozen(workdir, state["frozen"])
 
     # ---- steps -----------------------------------------------------------------------------------------------------
-    log, stop = metrics.Log(workdir), _StopSignal()
-    first = int(state["step"])
-    # Leaving the block in whatever way waits for a save that is under way.
-    with jax.set_mesh(mesh), saved, progress(name, config.steps, "steps", first, leads) as bar, stop:
-        for step in range(first, config.steps):
-            begin = packer.state
-            batches = [packer.next() for _ in range(config.accumulate)]
-            truncated += sum(b.truncated for b in batches)
-            state, step_metrics = train_step(state, _place(mesh, batches, config.packed), model, tx, config.loss_chunk)
-            for what, name_ in (("loss", "total"), ("gradient norm", "gradient_norm")):
-                if not np.isfinite(step_metrics[name_]):
-                    raise FloatingPointError(
-                        f"{workdir}: the {what} of step {step} is {float(step_metrics[name_])}; its batch holds examples {begin} "
-                        f"to {packer.state - 1} in training order. Earlier checkpoints are kept; lower the learning rate."
-                    )
-            log.add({k: v for k, v in step_metrics.items() if k != "total"}, sum(int((b.doc_ids > 0).sum()) for b in batches))
+    peak = roofline.chip(mesh.devices.flat[0].device_kind)
+    cost = roofline.train_flops_per_token(model.config, config.length)
+    log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None)
+    first, stop = int(state["step"]), _StopSignal(saved)
+    with jax.set_mesh(mesh), checkpoints.writing(saved, workdir), progress(name, steps, "steps", first, leads) as bar, stop:
+        unseen = None  # the last step's metrics: looked at when the next one is on its way, so that the device never waits
+        for step in range(first, steps):
+            at = packer.state
+            batch = packer.next()
+            truncated += batch.truncated
+            state, step_metrics = train_step(state, _place(mesh, batch, parts, config.packed), model, tx, config.loss_chunk)
+            if unseen is not None:
+                log.add(*_finite(workdir, *unseen))
+            unseen = step, (at, packer.state - 1), step_metrics, int((batch.doc_ids > 0).sum())
             done = step + 1
-            note = log.report(done) if done % config.log_every == 0 or done == config.steps else ""
+            stopping = stop.caught(done)
+            saves = done % config.save_every == 0 or done == steps or stopping
+            if saves or done % config.log_every == 0:
+                log.add(*_finite(workdir, *unseen))
+                unseen = None
+            note = log.report(done) if done % config.log_every == 0 or done == steps else ""
             bar.advance(note=note)
-            if done % config.save_every == 0 or done == config.steps or stop.caught:
-                checkpoints.save(saved, done, state, {"example": packer.state, "truncated": truncated})
-            if stop.caught:
+            if saves:
+                position = {"example": packer.state, "truncated": truncated}
+                checkpoints.save(saved, done, state, position, log.loss_since_save())
+            if stopping:
                 raise SystemExit(143)
     log.close()
-    return {"params": state["params"], "steps": config.steps, "examples": packer.state, "truncated": truncated}
+    params = state["params"] if config.lora is None else lora.join(state["params"], state["frozen"])
+    return {"params": params, "steps": steps, "examples": packer.state, "truncated": truncated}
 
 
-def _place(mesh, batches: list[Batch], packed: bool) -> dict[str, jax.Array]:
-    """The batches of one update on the mesh: [B, ...], or stacked in front where there are several."""
-    each = [arrays(b, packed) for b in batches]
+def _steps(config: TrainConfig, source: Source) -> int:
+    """The updates of `epochs`. How many examples fill an update is counted on a thousand or so when rows are packed."""
+    if not source.size:
+        raise BadInput(f"epochs={config.epochs}: the data has no end; give steps")
+    each = config.rows
+    if config.packed:
+        packer, updates = Packer(source, config.rows, config.length, config.max_targets, config.seed), 0
+        while packer.state < min(1000, source.size):
+            packer.next()
+            updates += 1
+        each = packer.state / updates
+    return max(1, round(config.epochs * source.size / each))
+
+
+def _finite(workdir, step: int, examples: tuple[int, int], step_metrics: dict, tokens: int) -> tuple[dict, int]:
+    """The metrics of a step for the log. Raises FloatingPointError when they are not finite."""
+    seen = jax.device_get(step_metrics)
+    for what, name in (("loss", "total"), ("gradient norm", "gradient_norm")):
+        if not np.isfinite(seen[name]):
+            raise FloatingPointError(
+                f"{workdir}: the {what} of step {step} is {float(seen[name])}; its batch holds examples {examples[0]} "
+                f"to {examples[1]} in training order. Earlier checkpoints are kept; lower the learning rate."
+            )
+    return {k: v for k, v in seen.items() if k != "total"}, tokens
+
+
+def _place(mesh, batch: Batch, parts: int, packed: bool) -> dict[str, jax.Array]:
+    """The batch of an update on the mesh: [B, ...], or in `parts` that are stacked in front, [A, B / A, ...]."""
     out = {}
-    for name in each[0]:
-        x = np.stack([a[name] for a in each]) if len(each) > 1 else each[0][name]
-        lead = (None,) if len(each) > 1 else ()
-        by_row = each[0][name].shape[:1] == batches[0].tokens.shape[:1] and each[0][name].ndim == 2
-        out[name] = sharding.put(mesh, x, PartitionSpec(*lead, *(sharding.BATCH if by_row else ())))
+    for name, x in arrays(batch, packed).items():
+        axes = PartitionSpec() if x.ndim == 1 else sharding.BATCH
+        if parts > 1:  # every device keeps rows of every part, so row i goes to part i % parts
+            x, axes = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), PartitionSpec(None, *axes)
+        out[name] = sharding.put(mesh, x, axes)
     return out
 
 
 class _StopSignal:
-    """Within the block, SIGTERM sets `caught` instead of ending the process (main thread only)."""
+    """Within the block, SIGTERM is noted instead of ending the process (main thread only).
 
-    caught = False
+    Of several processes one alone may get the signal: they agree on the step by JAX's preemption service.
+    """
+
+    def __init__(self, saved):
+        self._saved, self._caught, self._several = saved, False, jax.process_count() > 1
+
+    def caught(self, step: int) -> bool:
+        return self._saved.reached_preemption(step) if self._several else self._caught
 
     def __enter__(self):
         try:
-            self._old = signal.signal(signal.SIGTERM, self._catch)
+            self._old = None if self._several else signal.signal(signal.SIGTERM, self._catch)
         except ValueError:  # not in the main thread
             self._old = None
         return self
 
     def _catch(self, *_):
-        self.caught = True
+        self._caught = True
         os.write(2, b"\nSIGTERM: saving a checkpoint before leaving\n")
 
     def __exit__(self, *_):

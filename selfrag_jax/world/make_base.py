@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.models import checkpoints, huggingface
-from selfrag_jax.models.llama import LlamaConfig, Model, count_parameters
+from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.models.params import count
 from selfrag_jax.records import BadInput, read_json, write_json
 from selfrag_jax.training.train import TrainConfig, train
 from selfrag_jax.world import gate
@@ -85,7 +86,7 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
         "cpu_seconds": seconds,
         "scores": scores,
         "cases": gate_config.cases,
-        "parameters": count_parameters(params),
+        "parameters": count(params),
         "config": c.to_dict(),
     }
     write_json(Path(out) / RECORD, record)

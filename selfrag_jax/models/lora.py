@@ -1,0 +1,72 @@
+"""Low-rank adaptation (Hu et al., 2022): the weights W of the layers stay as they are, and W + A B * alpha / rank is used,
+of which the small A and B are trained.
+
+The embedding and the output head are trained whole: the rows of the reflection tokens are new, and have everything to
+learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from selfrag_jax.models.params import Params, Path, build, leaves
+
+A, B = "lora_a", "lora_b"  # [L, inputs, rank] and [L, rank, outputs], beside the kernel
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int
+    alpha: float
+
+    def __post_init__(self):
+        if not (self.rank >= 1 and self.alpha > 0):
+            raise ValueError(f"lora: rank={self.rank} must be at least 1, and alpha={self.alpha} above 0")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def is_trained(path: Path) -> bool:
+    return path[-1] in (A, B) or path[0] in ("embed", "head")
+
+
+def add(params: Params, shapes: Params, key: jax.Array) -> Params:
+    """`params` with the adapters that `shapes` (of a model with LoRA) has. A is random, B zero: nothing changes yet."""
+    have = dict(leaves(params))
+    for i, (path, leaf) in enumerate(leaves(shapes)):
+        if path[-1] == A:
+            have[path] = np.asarray(jax.random.normal(jax.random.fold_in(key, i), leaf.shape) * leaf.shape[-2] ** -0.5)
+        elif path[-1] == B:
+            have[path] = np.zeros(leaf.shape, np.float32)
+    return build(have.items())
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """What is trained, and what stays as it is."""
+    trained = build((path, leaf) for path, leaf in leaves(params) if is_trained(path))
+    return trained, build((path, leaf) for path, leaf in leaves(params) if not is_trained(path))
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The inverse of `split`."""
+    return build([*leaves(trained), *leaves(frozen)])
+
+
+def merged_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -> np.ndarray:
+    """The kernel of one layer as a model without LoRA has it, in the type that the kernel had."""
+    out = np.asarray(kernel, np.float32) + np.asarray(a, np.float32) @ np.asarray(b, np.float32) * np.float32(lora.scale)
+    return out.astype(kernel.dtype)
+
+
+def merge(params: Params, lora: LoraConfig) -> Params:
+    """Parameters of the same model without LoRA, layer by layer in host memory."""
+    have = dict(leaves(params))
+    for path in [p for p in have if p[-1] == A]:
+        a, b, at = have.pop(path), have.pop((*path[:-1], B)), (*path[:-1], "kernel")
+        have[at] = np.stack([merged_kernel(w, *ab, lora) for w, *ab in zip(have[at], a, b, strict=True)])
+    return build(have.items())

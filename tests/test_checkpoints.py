@@ -1,0 +1,151 @@
+"""Checkpoints: which are kept, and one that is damaged is noticed and passed over."""
+
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfrag_jax.data.generator import GeneratorSource
+from selfrag_jax.models import checkpoints
+from selfrag_jax.models.convert import convert
+from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
+from selfrag_jax.training.optimizer import OptimizerConfig
+from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["float32", "bfloat16", "int32"]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_one_flipped_bit_changes_the_fingerprint(seed, dtype, data):
+    x = np.asarray(jnp.asarray(np.random.default_rng(seed).normal(size=(3, 5)) * 100).astype(dtype))
+    before = checkpoints.fingerprint_of(x)
+    assert checkpoints.fingerprints({"x": jnp.asarray(x)}) == {"['x']": before}
+    flipped = x.copy()
+    bits = flipped.reshape(-1).view(f"uint{8 * x.itemsize}")
+    at, bit = data.draw(st.integers(0, 14)), data.draw(st.integers(0, 8 * x.itemsize - 1))
+    bits[at] ^= bits.dtype.type(1 << bit)
+    assert checkpoints.fingerprint_of(flipped) != before
+    swapped = x[[1, 0, 2]]
+    assert (x == swapped).all() or checkpoints.fingerprint_of(swapped) != before
+
+
+def test_a_fingerprint_is_the_sum_of_its_parts():
+    x = np.random.default_rng(0).normal(size=(4, 6, 7)).astype(np.float32)
+    parts = sum(checkpoints.fingerprint_of(layer, i * layer.size) for i, layer in enumerate(x)) % 2**32
+    assert parts == checkpoints.fingerprint_of(x) == checkpoints.fingerprints({"x": jnp.asarray(x)})["['x']"]
+
+
+def config(**changes):
+    learner = OptimizerConfig("adamw", 0.01, 0.01, "constant", 0.1, 1e-8, 0.0, 1.0)
+    fields = dict(seed=0, steps=8, rows=2, length=32, max_targets=48, save_every=2, log_every=4)
+    return TrainConfig(**(fields | changes), optimizer=learner, mesh=MeshConfig(1, 1, 1))
+
+
+@pytest.fixture
+def run(tiny_model, tokenizer, tmp_path):
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    source = GeneratorSource(rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0))
+
+    def go(workdir=tmp_path / "w", **changes):
+        made = train(config(**changes), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+        return jax.device_get(made["params"])
+
+    return go
+
+
+def steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def largest(workdir, step):
+    folder = workdir / "checkpoints" / str(step) / "state"
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def damage(workdir, step):
+    """Flips bits all over a checkpoint, so that every array has some."""
+    for file in largest(workdir, step).parent.rglob("*"):
+        content = bytearray(file.read_bytes())
+        content[997::997] = bytes(c ^ 4 for c in content[997::997])
+        file.write_bytes(content)
+
+
+def test_no_flipped_bit_is_read_in_silence(run, tmp_path, capsys):
+    """One bit at a time, anywhere in the largest file: it is noticed, or it changes nothing."""
+    right, w = run(), tmp_path / "w"
+    file = largest(w, 8)
+    content, noticed = file.read_bytes(), 0
+    for at in range(7, len(content), len(content) // 16):
+        changed = bytearray(content)
+        changed[at] ^= 1 << (at % 8)
+        file.write_bytes(changed)
+        found = checkpoints.load(w).params
+        if "is taken instead" in capsys.readouterr().err:
+            noticed += 1
+        else:  # not of a parameter
+            jax.tree.map(np.testing.assert_array_equal, found, right)
+    assert noticed > 2
+
+
+def test_the_last_ones_and_the_best_are_kept(run, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 4.0, 5.0])
+    save = checkpoints.save
+    monkeypatch.setattr(
+        checkpoints, "save", lambda saved, step, state, data, loss: save(saved, step, state, data, next(losses))
+    )
+    run()
+    assert steps(tmp_path / "w") == [4, 6, 8]
+    losses = iter([3.0, 1.0, 4.0, 5.0])
+    run(tmp_path / "none", keep_best=0, keep_last=1)
+    assert steps(tmp_path / "none") == [8]
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
+    whole, w = run(tmp_path / "whole"), tmp_path / "w"
+    run(steps=6)
+    damage(w, 6)
+    resumed = run()  # from step 4
+    said = capsys.readouterr().err
+    assert "checkpoints/6: " in said and "step 4 is taken instead" in said
+    assert (w / "damaged" / "6.0").is_dir() and steps(w)[-1] == 8
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_reading_a_model_passes_a_damaged_checkpoint_over(run, tmp_path, capsys):
+    w = tmp_path / "w"
+    last = run()
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(w).params, last)
+    damage(w, 8)
+    before = checkpoints.load(w).params
+    assert "step 6 is taken instead" in capsys.readouterr().err and steps(w)[-1] == 8
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(last), strict=True))
+    with pytest.raises((BadInput, OSError), match="damaged|NaN|cannot be read"):
+        convert(w, tmp_path / "out", "huggingface", None, False)
+    assert not (tmp_path / "out").exists()
+    for step in steps(w):
+        damage(w, step) if step != 8 else None
+    with pytest.raises(BadInput, match="no checkpoint can be read: .*checkpoints/8: "):
+        checkpoints.load(w)
+    with pytest.raises(BadInput, match="Remove .* to begin anew"):
+        run(steps=10)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
+    """Files may have 3 MB at most: the first checkpoints of a smoke training are larger."""
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    command = [sys.executable, "-m", "selfrag_jax", "train", "--role=generator", f"--data={tmp_path}/data.jsonl"]
+    command += [f"--workdir={tmp_path}/w", "--config=tiny:smoke"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000,) * 2)  # noqa: E731
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 1, full.stderr
+    assert "a checkpoint could not be written (File too large)" in full.stderr.splitlines()[-1]
+    assert "cli.py" not in full.stderr and steps(tmp_path / "w") == []
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and steps(tmp_path / "w")[-1] == 6, again.stderr

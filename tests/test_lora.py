@@ -1,0 +1,111 @@
+"""Low-rank adapters: nothing changes at first, only they and the tables learn, and merged they are the same model."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from selfrag_jax.data.generator import GeneratorSource
+from selfrag_jax.models import checkpoints, lora
+from selfrag_jax.models.convert import convert
+from selfrag_jax.models.llama import Model
+from selfrag_jax.models.lora import LoraConfig
+from selfrag_jax.models.params import at, leaves
+from selfrag_jax.records import GeneratorExample
+from selfrag_jax.training.optimizer import OptimizerConfig
+from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+
+WEIGHTS = dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
+TOKENS = np.arange(3, 15)[None]
+
+
+def logits(model, params):
+    hidden, _ = model.hidden(params, TOKENS, np.arange(12)[None], None)
+    return np.asarray(model.logits(params, hidden))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return TrainConfig(
+        seed=0, steps=20, rows=4, length=32, max_targets=None, save_every=6, log_every=4, pad_vocabulary=128,
+        optimizer=OptimizerConfig("adamw", 0.02, 0.02, "constant", 0.1, 1e-8, 0.0, 1.0), mesh=MeshConfig(1, 1, 1),
+        lora=LoraConfig(rank=3, alpha=6.0),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer):
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    return GeneratorSource(rows, tokenizer, WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, source, config, tmp_path_factory):
+    """(workdir, parameters as they were trained, stopped once on the way)"""
+    workdir = tmp_path_factory.mktemp("lora")
+    done = train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+    return workdir, jax.device_get(done["params"])
+
+
+def test_new_adapters_change_nothing(tiny_model, config):
+    model = Model(replace(tiny_model.model.config, lora=config.lora))
+    params = lora.add(tiny_model.params, model.shapes(), jax.random.key(0))
+    np.testing.assert_allclose(logits(model, params), logits(tiny_model.model, tiny_model.params), atol=1e-6)
+    assert {p[-1] for p, _ in leaves(params)} >= {"lora_a", "lora_b"}
+    a = at(params, ("layers", "down", "lora_a"))
+    assert a.shape == (2, 48, 3) and 0.05 < a.std() < 0.3  # 1 / sqrt(48) is 0.14
+
+
+def test_only_adapters_and_tables_learn(tiny_model, trained):
+    start = dict(leaves(tiny_model.params))
+    for path, leaf in leaves(trained[1]):
+        if path[-1] == "lora_b":
+            assert np.abs(leaf).max() > 1e-3
+        elif path in start and path[0] != "embed":
+            np.testing.assert_array_equal(leaf, start[path])
+    V = tiny_model.model.config.vocab_size
+    assert np.abs(trained[1]["embed"]["embedding"][:V] - start["embed", "embedding"]).max() > 1e-2
+
+
+def test_merged_it_is_the_same_model(tiny_model, config, trained, tmp_path):
+    workdir, params = trained
+    adapted = logits(config.model(tiny_model.model.config), params)[..., : tiny_model.model.config.vocab_size]
+    assert np.abs(adapted - logits(tiny_model.model, tiny_model.params)).max() > 0.5
+    loaded = checkpoints.load(workdir)
+    assert loaded.model.config == tiny_model.model.config  # neither adapters nor padding
+    np.testing.assert_allclose(logits(loaded.model, loaded.params), adapted, atol=1e-4)
+    convert(workdir, tmp_path / "hf", "huggingface", None, False)
+    exported = checkpoints.load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), exported.params)
+
+
+def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_same(
+    tiny_model, source, config, trained, tmp_path, monkeypatch
+):
+    from selfrag_jax.training import train as trainer
+
+    step, calls = trainer.train_step, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 14:  # behind the checkpoint of step 12
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", stopped)
+    arguments = (tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, *arguments)
+    monkeypatch.setattr(trainer, "train_step", step)
+    again = jax.device_get(train(config, *arguments)["params"])
+    jax.tree.map(np.testing.assert_array_equal, again, trained[1])
+    with ocp.PyTreeCheckpointer() as one:
+        shapes = one.metadata(tmp_path / "checkpoints" / "20" / "state").item_metadata.tree["params"]
+    assert "kernel" not in shapes["layers"]["q"] and "lora_a" in shapes["layers"]["q"]
+
+
+def test_configs_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="rank=0"):
+        LoraConfig(0, 1.0)
