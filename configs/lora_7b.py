@@ -7,7 +7,7 @@ The paper has no such training, so no score of it is known. The published data (
 below, as the TPU compiler says (launch/compile_table.py); the hours are the least that the chips' peak rates allow, none was
 measured.
 
-    v5e:2x4  6.2 h    v4:2x2x1  8.9 h    v5p:2x2x1  5.3 h    v6e:2x2  2.7 h
+    v5e:2x4  6.9 h    v4:2x2x1  9.9 h    v5p:2x2x1  5.9 h    v6e:2x2  3.0 h
 """
 
 from ml_collections import ConfigDict

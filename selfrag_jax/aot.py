@@ -8,9 +8,10 @@ public peak rates allow (its roofline).
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from selfrag_jax.training.stage import ROLES
 from selfrag_jax.training.train import TrainConfig
 
 PROGRAMS = ("train",)
-_TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):(\d+)x(\d+)(?:x(\d+))?")
+_TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
 
 
 def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
         "hbm": int(chip.memory),
     }
     found = collectives(compiled.as_text())
+    out["custom_kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')  # attention's, forward and back
     out["collectives"] = {kind: {"count": n, "bytes_per_chip": b} for kind, (n, b) in sorted(found.items())}
     out |= times(section, section.model(base).config, mesh, chip, sum(b for _, b in found.values()))
     return out | {"fits": used <= chip.memory}
@@ -87,7 +89,9 @@ def topology_devices(topology: str) -> list:
     """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or libtpu is not installed."""
     match = _TOPOLOGY.fullmatch(topology)
     if not match:
-        raise BadInput(f"--topology={topology}: expected a TPU and its slice, like v5e:4x4, v4:2x2x4, v5p:2x2x4 or v6e:8x8")
+        raise BadInput(
+            f"--topology={topology}: expected a TPU and its slice, like v5e:4x4 or v6e:8x8 (two sizes), v4:2x2x4 or v5p:2x2x4 (three)"
+        )
     # libtpu asks the machine what it is part of; these answers keep it from waiting for a metadata server.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("TPU_WORKER_ID", "0")):
         os.environ.setdefault(name, value)
@@ -95,9 +99,8 @@ def topology_devices(topology: str) -> list:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: several may compile at a time
     from jax.experimental import topologies
 
-    sizes = [int(n) for n in match.groups()[1:] if n]
-    options = {"chips_per_host_bounds": (1, 1, 1)} if set(sizes) == {1} else {}
-    if match.group(1) == "v4":
+    options = {"chips_per_host_bounds": (1, 1, 1)} if set(re.findall(r"\d+", topology.split(":")[1])) == {"1"} else {}
+    if topology.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as JAX has them
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
@@ -129,20 +132,20 @@ def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
 def times(section: TrainConfig, c: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float) -> dict[str, Any]:
     """Model FLOPs of a step, and the least seconds that arithmetic, memory and links need for it; the step's is the largest.
 
-    sent: bytes between chips, per chip. Arithmetic includes what remat computes again (the forward pass, for "full").
+    sent: bytes between chips, per chip. Arithmetic includes what is computed again in the backward pass.
     Memory is what cannot be avoided: the optimizer's state read and written once, and the weights read in every pass of
     every part of the batch.
     """
     tokens = section.rows * section.length
     per_token = roofline.train_flops_per_token(c, section.length)
-    passes = 3 if section.remat == "none" else 4 if section.remat == "full" else 3.1  # forward, two of backward, again
+    again = roofline.recomputed_flops_per_token(c, section.length, section.loss_chunk is not None)
     parts, chips = section.micro_batches(mesh), mesh.size
     weights = roofline.weights(c)
     trained = weights if c.lora is None else roofline.trained_weights(c)
     state = 2 * 12 * trained / chips  # f32: weights and two moments, read and written
     gathered = parts * (3 if section.remat == "full" else 2) * 2 * weights / mesh.shape["tensor"]
     seconds = {
-        "arithmetic": tokens * per_token * passes / 3 / (chips * chip.bf16_flops),
+        "arithmetic": tokens * (per_token + again) / (chips * chip.bf16_flops),
         "memory": (state + gathered) / chip.memory_bandwidth,
         "links": sent / chip.link_bandwidth,
     }
@@ -189,6 +192,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """
     computations, entry = _computations(hlo)
     _count(computations, entry)
+    everyone = int(known.group(1)) if (known := re.search(r"num_partitions=(\d+)", hlo)) else 1
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0])
     channels = set()
     for one in computations.values():
@@ -199,7 +203,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
                 continue
             if channel:  # an asynchronous one may be spelled in its beginning and in its end
                 channels.add(channel.group(1))
-            sent = _sent(match.group(2), match.group(1), _group_size(line))
+            sent = _sent(match.group(2), match.group(1), _group_size(line, everyone), f"{match.group(2)}-start" in line)
             found[match.group(2)][0] += one.times
             found[match.group(2)][1] += one.times * sent
     return {kind: (round(n), round(b)) for kind, (n, b) in found.items()}
@@ -242,10 +246,10 @@ def _count(computations: dict[str, _Computation], entry: str) -> None:
                     computations[callee].times += computations[name].times * turns
 
 
-def _callees(line: str) -> Counter:
-    names = Counter(_CALLS.findall(line))
+def _callees(line: str) -> list[str]:
+    names = _CALLS.findall(line)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-        names.update(b.strip().lstrip("%") for b in branches.group(1).split(","))
+        names += [b.strip().lstrip("%") for b in branches.group(1).split(",")]
     return names
 
 
@@ -270,33 +274,30 @@ def _step(body: list[str], counter: int) -> int:
     return 1
 
 
-def _group_size(line: str) -> int:
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+def _group_size(line: str, everyone: int) -> int:
+    """Of how many chips a collective is. Raises ValueError for a spelling that is not known here, rather than count nothing."""
+    if " collective-permute" in line:
+        return 2
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-        size = 1
-        for axis in re.findall(r"'(\w+)'", named.group(2)):
-            size *= int(sizes[axis])
-        return size
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
     if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(tiled.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed.group(1).split(","))
-    return 1
+    if re.search(r"replica_groups=\{\}", line):
+        return everyone
+    raise ValueError(f"the groups of a collective cannot be read: {line.strip()[:300]}")
 
 
-def _sent(kind: str, shapes: str, group: int) -> float:
-    """Bytes that a chip sends. shapes: of the results; an asynchronous start lists its operand first."""
+def _sent(kind: str, shapes: str, group: int, asynchronous: bool) -> float:
+    """Bytes that a chip sends. shapes: of the results, after those of the operands where it only starts there."""
     sizes = []
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        size = _BYTES.get(dtype, 4)
-        for n in filter(None, dims.split(",")):
-            size *= int(n)
-        sizes.append(size)
-    largest, share = max(sizes, default=0), (group - 1) / group if group > 1 else 0.0
+        sizes.append(_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(",")))))
     if kind == "collective-permute":
-        return largest
-    if kind == "all-reduce":
-        return 2 * sum(sizes) * share
-    if kind == "reduce-scatter":
-        return (largest if shapes.startswith("(") else largest * group) * share
-    return largest * share
+        return max(sizes)
+    if asynchronous and kind != "all-reduce" and len(sizes) > 1:
+        sizes = sizes[len(sizes) // 2 :]
+    factor = {"all-reduce": 2, "reduce-scatter": group}.get(kind, 1)
+    return factor * sum(sizes) * (group - 1) / group

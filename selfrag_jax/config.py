@@ -94,13 +94,15 @@ def reseed(config: ConfigDict, seed: int) -> ConfigDict:
 
 
 def _parse(flag: str, value: str, old: Any) -> Any:
+    if value.lower() == "none" and not isinstance(old, ConfigDict):
+        return None  # `build` refuses it where there must be a value
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False}[value.lower()]
         if old is None:
             return _guess(value)
         if isinstance(old, (int, float)):
-            return None if value.lower() == "none" else type(old)(value)
+            return type(old)(value)
     except (KeyError, ValueError):
         raise BadInput(f"{flag}={value}: expected a value like {old!r}") from None
     if isinstance(old, str):

@@ -70,8 +70,8 @@ class Tokenizer:
         try:
             row = json.loads(record.read_text())
             recorded = row["mode"]
-            if recorded != "words" and not (isinstance(row["added"], dict) and isinstance(row["names"], dict)):
-                raise TypeError("added and names must be objects")
+            if recorded in MODES and recorded != "words":
+                dict(row["added"]), dict(row["names"])  # raise where they are no objects
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{record}: not readable as the record of a tokenizer: {e}") from None
         if recorded not in MODES:

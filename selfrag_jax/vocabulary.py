@@ -45,6 +45,11 @@ class SentencePiece:
         except RuntimeError as e:
             raise ValueError(f"{path}: not readable as a sentencepiece model ({e}); is it truncated?") from None
         self.size = self._sp.get_piece_size()
+        pieces = [self._sp.id_to_piece(i) for i in self._sp.encode("a  \ufb01")]  # a ligature that NFKC would take apart
+        if not pieces[0].startswith(_SPACE) or self._sp.decode(self._sp.encode("a  \ufb01")) != "a  \ufb01":
+            raise ValueError(
+                f"{path}: changes text before it cuts it, or puts no space in front: not Llama's rules, not supported"
+            )
         special = [i for i in range(self.size) if self._sp.is_control(i) or self._sp.is_unknown(i)]
         self.controls = {self._sp.id_to_piece(i): i for i in special}
 
@@ -95,9 +100,7 @@ class Bpe:
         if kind != "BPE":
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
-        self.llama = bool(spec["model"].get("byte_fallback")) and _SPACE in json.dumps(
-            [spec.get("normalizer"), spec.get("pre_tokenizer")], ensure_ascii=False
-        )
+        self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
         self.added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         vocabulary = spec["model"]["vocab"]
         self.controls = {t: i for t, i in self.added.items() if i < len(vocabulary)}
@@ -130,6 +133,17 @@ class Bpe:
         return self._spec | {"added_tokens": [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]}
 
 
+def _puts_a_space_in_front(spec: dict[str, Any]) -> bool:
+    """As the normalizer of transformers 4 and the pre-tokenizer of transformers 5 do."""
+    normalizer, cutter = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    if {"type": "Prepend", "prepend": _SPACE} in [normalizer, *normalizer.get("normalizers", ())]:
+        return True
+    return any(
+        one.get("type") == "Metaspace" and one.get("prepend_scheme", "always") != "never"
+        for one in [cutter, *cutter.get("pretokenizers", ())]
+    )
+
+
 def _llama_rules(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
     """A tokenizer.json that encodes each section as the sentencepiece original does, with the `added` control tokens."""
     # A merge that makes a control token or a byte out of text stands first in converted files; the original has none.
@@ -141,6 +155,14 @@ def _llama_rules(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}  # in front of a text, where `transformers` is asked for it
+    sequence = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
+    front = {
+        "type": "TemplateProcessing",
+        "single": [first, sequence[0]],
+        "pair": [first, sequence[0], {"SpecialToken": {"id": "<s>", "type_id": 1}}, sequence[1]],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [added.get("<s>", 1)], "tokens": ["<s>"]}},
+    }
     prepend, replace = (
         {"type": "Prepend", "prepend": _SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
@@ -152,7 +174,7 @@ def _llama_rules(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
         "added_tokens": [_added_token(t, i) for t, i in _by_id(added)],
         "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": front if "<s>" in added else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": spec["model"] | {"merges": merges, "dropout": None},
     }

@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, and one that is damaged is noticed and passed over."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints
+from selfrag_jax.models import checkpoints, fingerprints, huggingface
 from selfrag_jax.models.convert import convert
 from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 from selfrag_jax.training.optimizer import OptimizerConfig
@@ -23,21 +24,27 @@ from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 @settings(max_examples=60, deadline=None)
 def test_one_flipped_bit_changes_the_fingerprint(seed, dtype, data):
     x = np.asarray(jnp.asarray(np.random.default_rng(seed).normal(size=(3, 5)) * 100).astype(dtype))
-    before = checkpoints.fingerprint_of(x)
-    assert checkpoints.fingerprints({"x": jnp.asarray(x)}) == {"['x']": before}
+    before = fingerprints.of_part(x)
+    assert fingerprints.of_tree({"x": jnp.asarray(x)}) == {"['x']": before}
     flipped = x.copy()
     bits = flipped.reshape(-1).view(f"uint{8 * x.itemsize}")
     at, bit = data.draw(st.integers(0, 14)), data.draw(st.integers(0, 8 * x.itemsize - 1))
     bits[at] ^= bits.dtype.type(1 << bit)
-    assert checkpoints.fingerprint_of(flipped) != before
+    assert fingerprints.of_part(flipped) != before
     swapped = x[[1, 0, 2]]
-    assert (x == swapped).all() or checkpoints.fingerprint_of(swapped) != before
+    assert (x == swapped).all() or fingerprints.of_part(swapped) != before
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[::-1], lambda x: np.roll(x, 1), lambda x: x * 2])
+def test_many_changes_do_not_cancel(change):
+    x = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    assert fingerprints.of_part(change(x)) != fingerprints.of_part(x)
 
 
 def test_a_fingerprint_is_the_sum_of_its_parts():
     x = np.random.default_rng(0).normal(size=(4, 6, 7)).astype(np.float32)
-    parts = sum(checkpoints.fingerprint_of(layer, i * layer.size) for i, layer in enumerate(x)) % 2**32
-    assert parts == checkpoints.fingerprint_of(x) == checkpoints.fingerprints({"x": jnp.asarray(x)})["['x']"]
+    parts = sum(fingerprints.of_part(layer, i * layer.size) for i, layer in enumerate(x)) % 2**32
+    assert parts == fingerprints.of_part(x) == fingerprints.of_tree({"x": jnp.asarray(x)})["['x']"]
 
 
 def config(**changes):
@@ -73,6 +80,39 @@ def damage(workdir, step):
         content = bytearray(file.read_bytes())
         content[997::997] = bytes(c ^ 4 for c in content[997::997])
         file.write_bytes(content)
+
+
+def test_a_damaged_record_is_passed_over(run, tmp_path, capsys):
+    """The position of the data iterator, or the loss that Orbax reads of every checkpoint."""
+    whole, w = run(tmp_path / "whole"), tmp_path / "w"
+    run(steps=6)
+    record = w / "checkpoints" / "6" / "data" / "metadata"
+    changed = re.sub(r'"example": (\d+)', lambda m: f'"example": {int(m.group(1)) ^ 1}', record.read_text())
+    assert changed != record.read_text()
+    record.write_text(changed)
+    (w / "checkpoints" / "4" / "metrics" / "metrics").write_text('{"loss": 1.2')
+    jax.tree.map(np.testing.assert_array_equal, run(), whole)
+    said = capsys.readouterr().err
+    assert "metadata is not what was written; step 4 is taken instead" in said and "the loss cannot be read" in said
+
+
+def test_a_converted_model_that_is_damaged_is_refused(tiny_model, tmp_path):
+    source, w = tmp_path / "hf", tmp_path / "w"
+    huggingface.save(source, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
+    convert(source, w, "orbax", None, False)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(w).params, jax.device_get(tiny_model.params))
+    damage(w, 0)
+    with pytest.raises(BadInput, match="no checkpoint can be read, all seem damaged: .*checkpoints/0: "):
+        checkpoints.load(w)
+
+
+def test_a_disk_that_fails_is_no_damage(run, tmp_path, monkeypatch):
+    run(steps=6)
+    monkeypatch.setattr(checkpoints, "read_record", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        run()
+    assert steps(tmp_path / "w") == [2, 4, 6] or steps(tmp_path / "w") == [4, 6]
+    assert not (tmp_path / "w" / "damaged").exists()
 
 
 def test_no_flipped_bit_is_read_in_silence(run, tmp_path, capsys):
@@ -129,9 +169,9 @@ def test_reading_a_model_passes_a_damaged_checkpoint_over(run, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
     for step in steps(w):
         damage(w, step) if step != 8 else None
-    with pytest.raises(BadInput, match="no checkpoint can be read: .*checkpoints/8: "):
+    with pytest.raises(BadInput, match="no checkpoint can be read, .*checkpoints/8: "):
         checkpoints.load(w)
-    with pytest.raises(BadInput, match="Remove .* to begin anew"):
+    with pytest.raises(BadInput, match="all seem damaged"):
         run(steps=10)
 
 

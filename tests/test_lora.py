@@ -81,6 +81,15 @@ def test_merged_it_is_the_same_model(tiny_model, config, trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), exported.params)
 
 
+def test_merging_into_half_precision_weights_keeps_small_updates(tmp_path):
+    """Frozen weights are bfloat16, whose steps are larger than most of what adapters learn."""
+    rng = np.random.default_rng(0)
+    kernel = (rng.normal(size=(64, 64)) * 0.02).astype("bfloat16")
+    a, b = rng.normal(size=(64, 4)).astype(np.float32), (rng.normal(size=(4, 64)) * 2e-5).astype(np.float32)
+    update = lora.merged_kernel(kernel, a, b, LoraConfig(4, 8.0)) - kernel.astype(np.float32)
+    np.testing.assert_allclose(update, 2.0 * a @ b, atol=1e-8)
+
+
 def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_same(
     tiny_model, source, config, trained, tmp_path, monkeypatch
 ):

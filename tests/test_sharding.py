@@ -152,8 +152,21 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
 def test_two_processes_train_together(trained, tmp_path):
     port = free_port()
     both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
-    for losses in [result(p)["two"]["losses"] for p in both]:
-        np.testing.assert_allclose(losses, trained[str(MESHES[0])]["losses"], atol=1e-4, rtol=0)
+    for found in map(result, both):
+        one, two = trained[str(MESHES[0])], found["two"]
+        np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-4, rtol=0)
+        assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+    # What one of them cannot read, neither takes: both go on from the checkpoint before.
+    parts = (tmp_path / "two" / "checkpoints" / "6" / "state" / "ocdbt.process_1").rglob("*")
+    file = max((p for p in parts if p.is_file()), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    port = free_port()
+    both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
+    for found in map(result, both):
+        np.testing.assert_allclose(found["two"]["losses"], one["losses"][3:], atol=1e-4, rtol=0)
+        assert found["two"]["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert (tmp_path / "two" / "damaged" / "6.0").is_dir()
 
 
 if __name__ == "__main__":

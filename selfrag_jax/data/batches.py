@@ -91,11 +91,15 @@ class Packer:
         random.Random(f"order-{self.seed}-{epoch}").shuffle(order)
         return order
 
-    def _example(self, i: int) -> Example:
-        if self.source.size:
-            epoch, at = divmod(i, self.source.size)
-            i = self._order(epoch)[at]
-        return self.source.example(i)
+    def rows_of(self, first: int, end: int) -> list[int]:
+        """The source's own numbers of the examples from `first` up to `end` in training order."""
+        return [self._row(i) for i in range(first, end)]
+
+    def _row(self, i: int) -> int:
+        if not self.source.size:
+            return i
+        epoch, at = divmod(i, self.source.size)
+        return self._order(epoch)[at]
 
     def next(self) -> Batch:
         """The next batch; `state` moves on by the number of examples in it."""
@@ -103,7 +107,7 @@ class Packer:
         used, targets, taken, truncated = [0] * self.rows, 0, 0, 0
         most = self.rows * self.length if self.max_targets is None else self.max_targets
         while True:
-            e = self._example(self.state + taken)
+            e = self.source.example(self._row(self.state + taken))
             if len(e.tokens) > self.length:
                 e = Example(*(a[: self.length] for a in (e.tokens, e.weight, e.group)))
                 truncated += 1

@@ -2,15 +2,15 @@
 
 A workdir holds `model.json` (the architecture), the tokenizer, and `checkpoints/<step>` with two items: `state`
 (parameters and optimizer state) and `data` (the position of the data iterator, and a fingerprint of every array). Orbax
-writes a checkpoint under a temporary name and renames it, so one that was interrupted is never restored. One whose
-arrays are not those that were saved is passed over, with a warning. What LoRA does not train lies in `frozen`, once.
-
-An array's fingerprint is the sum of its elements' bits, each times an odd number of its own, modulo 2^32. One flipped bit
-always changes it; devices compute it where the array is, and it is the same on every mesh.
+writes a checkpoint under a temporary name and renames it, so one that was interrupted is never restored. One that is not
+what was saved is passed over, with a warning. What LoRA does not train lies in `frozen`, once.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import re
 import sys
@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from selfrag_jax.models import huggingface, lora
+from selfrag_jax.models import fingerprints, huggingface, lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, leaves
 from selfrag_jax.records import BadInput, read_json, write_json
@@ -54,49 +53,65 @@ def read_architecture(workdir: Path) -> LlamaConfig:
         raise BadInput(f"{file}: is no architecture of this version: {e}") from None
 
 
-# ---- fingerprints ----------------------------------------------------------------------------------------------------
-@jax.jit
-def _fingerprints(arrays: list[jax.Array]) -> jax.Array:
-    """Of all in one program: several that talk between processes could overtake each other."""
-
-    def one(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        flat = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(x.shape):  # modulo 2^32, as uint32 is
-            flat = flat * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * flat + 1), dtype=jnp.uint32)
-
-    return jnp.stack([one(x) for x in arrays])
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """Of every array of a tree, by its path."""
-    paths, arrays = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    return dict(zip(map(jax.tree_util.keystr, paths), map(int, jax.device_get(_fingerprints(list(arrays)))), strict=True))
-
-
-def fingerprint_of(part: np.ndarray, first: int = 0) -> int:
-    """The share that a part of a host array, from its flat index `first` on, has in the array's fingerprint."""
-    bits = np.ascontiguousarray(part).reshape(-1).view(f"uint{8 * part.dtype.itemsize}")
-    total, step = 0, 1 << 22
-    for at in range(0, bits.size, step):
-        some = bits[at : at + step].astype(np.uint32)
-        odd = (2 * (np.arange(some.size, dtype=np.uint64) + np.uint64(first + at)) + 1).astype(np.uint32)
-        total += int((some * odd).sum(dtype=np.uint64))
-    return total % 2**32
-
-
+# ---- what makes a checkpoint whole -----------------------------------------------------------------------------------
 class _Damaged(ValueError):
     pass
 
 
-_NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError)  # a device or a host that is full
+def write_record(file: Path, position: dict[str, Any], prints: dict[str, int]) -> None:
+    """The `data` of a checkpoint, for one that is not written by training."""
+    file.write_text(json.dumps(_record(position, prints)))
 
 
-def _compare(found: dict[str, int], wanted: dict[str, int]) -> None:
-    for path, value in wanted.items():
-        if path in found and found[path] != value:
+def _record(position: dict[str, Any], prints: dict[str, int]) -> dict[str, Any]:
+    row = {"position": position, "fingerprints": prints}
+    return row | {"sha256": hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()}
+
+
+def read_record(workdir: Path, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """(position of the data iterator, fingerprints) of a checkpoint. Raises ValueError when it is not what was written."""
+    file = Path(workdir) / CHECKPOINTS / str(step) / "data" / "metadata"
+    row = json.loads(file.read_text())
+    if row != _record(row["position"], row["fingerprints"]):
+        raise _Damaged(f"{file} is not what was written")
+    return row["position"], row["fingerprints"]
+
+
+def _compare(found: dict[str, int], wanted: dict[str, int], item: str = "") -> None:
+    """item: compares what begins with this name only."""
+    wanted = {path: value for path, value in wanted.items() if path.startswith(item)}
+    for path in sorted(found.keys() | wanted.keys()):
+        if found.get(path) != wanted.get(path):
             raise _Damaged(f"the bits of {path} are not those that were saved")
+
+
+def _newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int], Any]) -> tuple[int, Any] | None:
+    """The last step whose checkpoint `read` finds whole, and what it read; None when there is no checkpoint.
+
+    Warns of those that are passed over. Raises BadInput when all are damaged, and OSError when the file system fails.
+    """
+    damaged = []
+    for step in sorted(steps, reverse=True):
+        try:
+            found = read(step)
+        except Exception as e:  # Orbax and tensorstore raise many kinds
+            code = re.search(r"os_error_code='(\d+)'", str(e))
+            if code and int(code.group(1)) != errno.ENOENT:
+                raise OSError(f"{Path(workdir) / CHECKPOINTS / str(step)}: {os.strerror(int(code.group(1)))}") from e
+            if isinstance(e, (jax.errors.JaxRuntimeError, MemoryError, OSError)) and not isinstance(e, FileNotFoundError):
+                raise  # a full device, a full host, a disk that does not answer
+            damaged.append(f"{Path(workdir) / CHECKPOINTS / str(step)}: {_first_line(e)}")
+            continue
+        for line in damaged:
+            print(f"warning: {line}; step {step} is taken instead", file=sys.stderr)
+        return step, found
+    if damaged:
+        raise BadInput(f"no checkpoint can be read, all seem damaged: {'; '.join(damaged)}")
+    return None
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:300]
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
@@ -105,12 +120,27 @@ def manager(workdir: str | Path, keep_last: int, keep_best: int):
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
+    _mend_losses(Path(workdir) / CHECKPOINTS)
     best = policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *([best] if keep_best else [])])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, enable_async_checkpointing=True, best_fn=_loss, best_mode="min"
+        preservation_policy=kept,
+        enable_async_checkpointing=True,
+        best_fn=_loss,
+        best_mode="min",
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
+
+
+def _mend_losses(folder: Path) -> None:
+    """Orbax reads the loss of every checkpoint at once, and fails on one that is damaged."""
+    for file in folder.glob("*/metrics/metrics") if jax.process_index() == 0 else ():
+        try:
+            float(json.loads(file.read_text())["loss"])
+        except (ValueError, KeyError, TypeError):
+            print(f"warning: {file}: the loss cannot be read; this checkpoint counts as none of the best", file=sys.stderr)
+            write_json(file, {"loss": sys.float_info.max})
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -121,21 +151,21 @@ def save(saved, step: int, state: Any, data: dict[str, Any], loss: float) -> Non
     """Saves in the background. data: the position of the data iterator; loss: what the best checkpoint is chosen by."""
     import orbax.checkpoint as ocp
 
-    data = data | {"fingerprints": fingerprints(state)}
+    record = _record(data, fingerprints.of_tree(state))
     state = {k: v for k, v in state.items() if k != FROZEN}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(record))
     saved.save(step, args=args, metrics={"loss": loss})
 
 
 @contextmanager
-def writing(saved, workdir: str | Path) -> Iterator[None]:
+def writing(saved, workdir: str | Path) -> Iterator[Any]:
     """Within the block checkpoints are written in the background; leaving it, in whatever way, waits for the last one.
 
     Raises OSError when one could not be written, because the disk is full for example. The ones before it are kept.
     """
     try:
         with saved:
-            yield
+            yield saved
     except ValueError as e:  # tensorstore's
         code = re.search(r"os_error_code='(\d+)'", str(e))
         if not code:
@@ -147,10 +177,10 @@ def writing(saved, workdir: str | Path) -> Iterator[None]:
 
 
 def save_frozen(workdir: str | Path, frozen: Params) -> None:
-    """What a training with LoRA leaves as it is: written once, before the first checkpoint."""
+    """What a training with LoRA leaves as it is, for whoever reads the model later: written before the first checkpoint."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as one:
+    with writing(ocp.StandardCheckpointer(), workdir) as one:
         one.save(Path(workdir).absolute() / FROZEN, frozen, force=True)
 
 
@@ -160,7 +190,7 @@ def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, 
     A damaged checkpoint is moved to `damaged/`, with a warning, and the one before it is taken. Raises BadInput when all
     are damaged.
     """
-    found = _newest_whole(saved, workdir, lambda step: _restore(saved, workdir, step, like))
+    found = _newest_whole(saved.all_steps(), workdir, lambda step: _restore(saved, workdir, step, like))
     if found is None:
         return None
     step, restored = found
@@ -168,39 +198,29 @@ def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, 
     return restored
 
 
-def _newest_whole(saved, workdir: str | Path, read: Callable[[int], Any]) -> tuple[int, Any] | None:
-    """The last step whose checkpoint `read` finds whole, and what it read; None when there is no checkpoint.
-
-    Warns of those that are passed over. Raises BadInput when all are damaged.
-    """
-    damaged = []
-    for step in sorted(saved.all_steps(), reverse=True):
-        try:
-            found = read(step)
-        except _NOT_DAMAGE:
-            raise
-        except Exception as e:  # Orbax and tensorstore raise many kinds
-            damaged.append(f"{Path(workdir) / CHECKPOINTS / str(step)}: {_first_line(e)}")
-            continue
-        for line in damaged:
-            print(f"warning: {line}; step {step} is taken instead", file=sys.stderr)
-        return step, found
-    if damaged:
-        raise BadInput(f"no checkpoint can be read: {'; '.join(damaged)}. Remove {workdir} to begin anew.")
-    return None
-
-
 def _restore(saved, workdir, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
-    trained = {k: v for k, v in like.items() if k != FROZEN}
-    found = saved.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(trained), data=ocp.args.JsonRestore()))
-    state, data = found.state, found.data
-    if FROZEN in like:
-        with ocp.StandardCheckpointer() as one:
-            state = state | {FROZEN: one.restore(Path(workdir).absolute() / FROZEN, like[FROZEN])}
-    _compare(fingerprints(state), data.pop("fingerprints", {}))
-    return state, data
+    found = error = None
+    try:
+        position, wanted = read_record(workdir, step)
+        found = saved.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+    except Exception as e:
+        error = e
+    if not _agreed(error is None):  # what one process cannot read, none takes
+        raise error or _Damaged("another process cannot read it")
+    prints = fingerprints.of_tree(found)
+    _compare(prints, {k: v for k, v in wanted.items() if not k.startswith(fingerprints.name((FROZEN,)))})
+    return found, position
+
+
+def _agreed(mine: bool) -> bool:
+    """Whether all processes say yes."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array([mine])).all())
 
 
 def _move_aside(saved, workdir, good: int) -> None:
@@ -217,10 +237,6 @@ def _move_aside(saved, workdir, good: int) -> None:
 
             multihost_utils.sync_global_devices("damaged checkpoints are aside")
         saved.reload()
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:300]
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------
@@ -254,53 +270,44 @@ def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
         raise BadInput(str(e)) from e
 
 
-def open_last(path: Path, handlers) -> Any:
-    """The CheckpointManager of a finished or interrupted training, for reading. Raises BadInput when nothing was saved."""
-    import orbax.checkpoint as ocp
-
-    saved = ocp.CheckpointManager(path.absolute() / CHECKPOINTS, handler_registry=handlers)
-    if saved.latest_step() is None:
-        raise BadInput(f"{path}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
-    return saved
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of which there is a checkpoint. Raises BadInput when there is none."""
+    folder = Path(workdir) / CHECKPOINTS
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise BadInput(f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
+    return steps
 
 
 def _load_params(path: Path) -> Params:
     """Of the last checkpoint that is whole, in host memory."""
-    import orbax.checkpoint as ocp
-
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-    handlers.add("data", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with open_last(path, handlers) as saved:
-        _, params = _newest_whole(saved, path, lambda step: _params_of(saved, path, step))
+    _, params = _newest_whole(saved_steps(path), path, lambda step: _params_of(path, step))
     return params
 
 
-def _params_of(saved, path: Path, step: int) -> Params:
-    import orbax.checkpoint as ocp
-
-    # Into host memory: what device or mesh they were saved from does not matter.
-    on_host = lambda tree: jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # noqa: E731
-    args = ocp.args.PyTreeRestore(restore_args=on_host(saved.item_metadata(step)["state"].tree))
-    found = saved.restore(step, args=ocp.args.Composite(state=args, data=ocp.args.JsonRestore()))
-    wanted, params = (found["data"] or {}).get("fingerprints", {}), found["state"]["params"]
-    _compare(_host_fingerprints("params", params), wanted)
+def _params_of(path: Path, step: int) -> Params:
+    _, wanted = read_record(path, step)
+    params = _on_host(path / CHECKPOINTS / str(step) / "state")["params"]
+    _compare(_host_fingerprints("params", params), wanted, fingerprints.name(("params",)))
     if (path / FROZEN).is_dir():
-        with ocp.PyTreeCheckpointer() as one:
-            shapes = one.metadata(path.absolute() / FROZEN).item_metadata.tree
-            frozen = one.restore(path.absolute() / FROZEN, restore_args=on_host(shapes))
-        _compare(_host_fingerprints(FROZEN, frozen), wanted)
+        frozen = _on_host(path / FROZEN)
+        _compare(_host_fingerprints(FROZEN, frozen), wanted, fingerprints.name((FROZEN,)))
         params = lora.join(params, frozen)
     return params
 
 
+def _on_host(folder: Path) -> Any:
+    """A saved tree in host memory: what device or mesh it was saved from does not matter."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    shapes = handler.metadata(folder.absolute()).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
 def _host_fingerprints(item: str, tree: Params) -> dict[str, int]:
-    return {keystr((item, *at)): fingerprint_of(np.asarray(leaf)) for at, leaf in leaves(tree)}
-
-
-def keystr(path: tuple[str, ...]) -> str:
-    """A path as `fingerprints` writes it."""
-    return "".join(f"[{key!r}]" for key in path)
+    return {fingerprints.name((item, *at)): fingerprints.of_part(np.asarray(leaf)) for at, leaf in leaves(tree)}
 
 
 # ---- the vocabulary's rows -------------------------------------------------------------------------------------------

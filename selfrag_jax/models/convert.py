@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from selfrag_jax import artifacts
-from selfrag_jax.models import checkpoints, huggingface, lora
+from selfrag_jax.models import checkpoints, fingerprints, huggingface, lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, at, build, leaves
 from selfrag_jax.progress import Progress, progress
@@ -146,12 +146,15 @@ def _from_workdir(workdir: Path) -> Stored:
     def stored(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         array, total = at(arrays, path), 0
         layered = path[0] == "layers"
-        for i in range(array.shape[0] if layered else 1):
-            part = (array[i] if layered else array).read().result()
-            total += checkpoints.fingerprint_of(part, i * part.size)
-            yield part
-        if total % 2**32 != wanted.get(path, total % 2**32):
-            raise BadInput(f"{workdir}: the bits of {'/'.join(path)} are not those that were saved; the checkpoint is damaged")
+        try:
+            for i in range(array.shape[0] if layered else 1):
+                part = (array[i] if layered else array).read().result()
+                total += fingerprints.of_part(part, i * part.size)
+                yield part
+        except ValueError as e:  # tensorstore's
+            raise _damaged(workdir, f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})") from e
+        if total % 2**32 != wanted[path]:
+            raise _damaged(workdir, f"the bits of {'/'.join(path)} are not those that were saved")
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         axis = {"embed": 0, "head": 1}.get(path[0])
@@ -165,7 +168,8 @@ def _from_workdir(workdir: Path) -> Stored:
             for kernel, a, b in zip(*three, strict=True):
                 yield lora.merged_kernel(kernel, a, b, trained.lora)
 
-    types = lambda path: str(at(arrays, path).dtype.numpy_dtype)  # noqa: E731
+    # Merged in f32: rounded to the type of the frozen weights, most of a small update would be lost.
+    types = lambda path: "float32" if trained.lora else str(at(arrays, path).dtype.numpy_dtype)  # noqa: E731
     return Stored(config, Model(config).shapes(), parts, types)
 
 
@@ -271,10 +275,18 @@ def _handler(*types) -> ocp.PyTreeCheckpointHandler:
 
 def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     """A training workdir whose checkpoint of step 0 holds the parameters."""
+    prints: dict[str, int] = {}
 
     def leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> _Streamed:
+        def parts() -> Iterator[np.ndarray]:
+            total = 0
+            for i, part in enumerate(s.read(path)):
+                total += fingerprints.of_part(part, i * part.size)
+                yield part
+            prints[fingerprints.name(("params", *path))] = total % 2**32
+
         done = lambda: bar.advance(note="/".join(path))  # noqa: E731
-        return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", lambda: s.read(path), done)
+        return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", parts, done)
 
     tree = build((path, leaf(path, shape.shape)) for path, shape in leaves(s.shapes))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -286,30 +298,33 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
         saved.save(0, args=args)
+    checkpoints.write_record(folder / "0" / "data" / "metadata", {}, prints)  # known once all has been read
     checkpoints.write_architecture(out, s.config, s.tokenizer)
 
 
 def _lazy_params(workdir: Path) -> tuple[Params, dict[tuple[str, ...], int]]:
     """The parameters of the last checkpoint as opened, unread tensorstore arrays, and their fingerprints."""
+    step = checkpoints.saved_steps(workdir)[-1]
     lazy = ((np.ndarray, _LazyHandler("np.ndarray")), (jax.Array, _LazyHandler("jax.Array")))
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add("state", ocp.args.PyTreeRestore, _handler(*lazy))
-    handlers.add("data", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with checkpoints.open_last(workdir, handlers) as saved:
-        step, args = saved.latest_step(), ocp.args.Composite(state=ocp.args.PyTreeRestore(), data=ocp.args.JsonRestore())
-        try:
-            found = saved.restore(step, args=args)
-        except Exception as e:  # Orbax and tensorstore raise many kinds
-            raise BadInput(f"{workdir}: the checkpoint of step {step} cannot be read: {str(e).splitlines()[0][:300]}") from e
-    params, frozen = found["state"]["params"], workdir / checkpoints.FROZEN
-    names = {path: ("params", *path) for path, _ in leaves(params)}
-    if frozen.is_dir():
-        with ocp.Checkpointer(_handler(*lazy)) as one:
-            more = one.restore(frozen.absolute(), args=ocp.args.PyTreeRestore())
-        names |= {path: (checkpoints.FROZEN, *path) for path, _ in leaves(more)}
-        params = lora.join(params, more)
-    wanted = (found["data"] or {}).get("fingerprints", {})
-    fingerprints = {
-        path: wanted[checkpoints.keystr(name)] for path, name in names.items() if checkpoints.keystr(name) in wanted
-    }
-    return params, fingerprints
+
+    def opened(folder: Path) -> Any:
+        return _handler(*lazy).restore(folder.absolute(), args=ocp.args.PyTreeRestore())
+
+    try:
+        _, prints = checkpoints.read_record(workdir, step)
+        params = opened(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
+        names = {path: ("params", *path) for path, _ in leaves(params)}
+        if (workdir / checkpoints.FROZEN).is_dir():
+            more = opened(workdir / checkpoints.FROZEN)
+            names |= {path: (checkpoints.FROZEN, *path) for path, _ in leaves(more)}
+            params = lora.join(params, more)
+        return params, {path: prints[fingerprints.name(name)] for path, name in names.items()}
+    except Exception as e:  # Orbax and tensorstore raise many kinds
+        raise _damaged(workdir, f"{(str(e).splitlines() or [''])[0][:300]}") from e
+
+
+def _damaged(workdir: Path, what: str) -> BadInput:
+    return BadInput(
+        f"{workdir}: the last checkpoint is damaged: {what}; without its folder in {checkpoints.CHECKPOINTS}/, the one before it is "
+        "taken"
+    )

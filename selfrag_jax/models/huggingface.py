@@ -4,7 +4,7 @@ One table maps tensors. Hugging Face stores a linear layer as [outputs, inputs],
 [inputs, outputs] and the layers of a stack share one array [L, inputs, outputs]. Both rotate halves in the rotary
 embedding, so no permutation.
 
-Tensors are read one at a time (`Folder.tensor`) and written one shard at a time (`ShardWriter`), so that a model need not
+Tensors are read one at a time (`Folder.tensor`) and written one shard at a time (`write_tensors`), so that a model need not
 fit into memory to be converted.
 """
 

@@ -58,14 +58,13 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def merged_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -> np.ndarray:
-    """The kernel of one layer as a model without LoRA has it, in the type that the kernel had."""
-    out = np.asarray(kernel, np.float32) + np.asarray(a, np.float32) @ np.asarray(b, np.float32) * np.float32(lora.scale)
-    return out.astype(kernel.dtype)
+    """The kernel of one layer as a model without LoRA has it, in f32: most of an update is smaller than a step of bf16."""
+    return np.asarray(kernel, np.float32) + np.asarray(a, np.float32) @ np.asarray(b, np.float32) * np.float32(lora.scale)
 
 
 def merge(params: Params, lora: LoraConfig) -> Params:
-    """Parameters of the same model without LoRA, layer by layer in host memory."""
-    have = dict(leaves(params))
+    """Parameters of the same model without LoRA, in f32 and in host memory."""
+    have = {path: np.asarray(leaf, np.float32) for path, leaf in leaves(params)}
     for path in [p for p in have if p[-1] == A]:
         a, b, at = have.pop(path), have.pop((*path[:-1], B)), (*path[:-1], "kernel")
         have[at] = np.stack([merged_kernel(w, *ab, lora) for w, *ab in zip(have[at], a, b, strict=True)])

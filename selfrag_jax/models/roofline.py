@@ -69,3 +69,12 @@ def train_flops_per_token(c: LlamaConfig, length: int) -> float:
     attention = 6 * c.num_layers * c.num_heads * c.head_dim * min(length, c.sliding_window or length)
     learned = c.vocab_size * c.embed_dim + c.num_layers * (_adapter_weights(c) if c.lora else _layer_weights(c))
     return 6.0 * learned + (4.0 * c.num_layers * _layer_weights(c) if c.lora else 0.0) + attention
+
+
+def recomputed_flops_per_token(c: LlamaConfig, length: int, loss_chunk: bool) -> float:
+    """What the backward pass computes again, beside the model's own: a layer's forward pass with remat="full", its attention
+    with "dots", and the logits when the loss is computed in chunks."""
+    attention = 2 * c.num_layers * c.num_heads * c.head_dim * min(length, c.sliding_window or length)
+    layers = 2 * c.num_layers * (_layer_weights(c) + (_adapter_weights(c) if c.lora else 0))
+    again = {"none": 0, "dots": attention, "full": attention + layers}[c.remat]
+    return float(again + (2 * c.vocab_size * c.embed_dim if loss_chunk else 0))

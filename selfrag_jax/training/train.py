@@ -218,12 +218,11 @@ def train(
     if leads:
         checkpoints.write_architecture(workdir, replace(model.config, remat="none", attention="auto"), tokenizer)
     saved = checkpoints.manager(workdir, config.keep_last, config.keep_best)
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
     packer = Packer(source, config.rows, config.length, config.max_targets, config.seed, packed=config.packed)
-    if (found := checkpoints.restore_last(saved, workdir, like)) is not None:
-        state, position = found
-        packer.state, truncated = position["example"], position["truncated"]
-    else:
+    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
+    frozen = like.pop("frozen", None)
+    found = checkpoints.restore_last(saved, workdir, like)
+    if found is None or frozen is not None:  # what is frozen comes from the base each time
         start = checkpoints.pad_vocabulary(initial, model.config)
         if config.lora is not None:
             start = lora.add(start, model.shapes(), jax.random.key(config.seed))
@@ -231,8 +230,12 @@ def train(
         on_mesh = sharding.shardings(mesh, start)
         params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
         state, truncated = jax.jit(begin, out_shardings=placement, donate_argnums=0)(params), 0
-        if config.lora is not None:
+        if frozen is not None:
             checkpoints.save_frozen(workdir, state["frozen"])
+    if found is not None:
+        restored, position = found
+        state = restored if frozen is None else state | restored
+        packer.state, truncated = position["example"], position["truncated"]
 
     # ---- steps -----------------------------------------------------------------------------------------------------
     peak = roofline.chip(mesh.devices.flat[0].device_kind)
@@ -248,7 +251,7 @@ def train(
             state, step_metrics = train_step(state, _place(mesh, batch, parts, config.packed), model, tx, config.loss_chunk)
             if unseen is not None:
                 log.add(*_finite(workdir, *unseen))
-            unseen = step, (at, packer.state - 1), step_metrics, int((batch.doc_ids > 0).sum())
+            unseen = step, packer.rows_of(at, packer.state), step_metrics, int((batch.doc_ids > 0).sum())
             done = step + 1
             stopping = stop.caught(done)
             saves = done % config.save_every == 0 or done == steps or stopping
@@ -281,14 +284,14 @@ def _steps(config: TrainConfig, source: Source) -> int:
     return max(1, round(config.epochs * source.size / each))
 
 
-def _finite(workdir, step: int, examples: tuple[int, int], step_metrics: dict, tokens: int) -> tuple[dict, int]:
+def _finite(workdir, step: int, rows: list[int], step_metrics: dict, tokens: int) -> tuple[dict, int]:
     """The metrics of a step for the log. Raises FloatingPointError when they are not finite."""
     seen = jax.device_get(step_metrics)
     for what, name in (("loss", "total"), ("gradient norm", "gradient_norm")):
         if not np.isfinite(seen[name]):
             raise FloatingPointError(
-                f"{workdir}: the {what} of step {step} is {float(seen[name])}; its batch holds examples {examples[0]} "
-                f"to {examples[1]} in training order. Earlier checkpoints are kept; lower the learning rate."
+                f"{workdir}: the {what} of step {step} is {float(seen[name])}; its batch holds the rows {', '.join(map(str, rows))} "
+                "of the data, counted from 0. Earlier checkpoints are kept; lower the learning rate."
             )
     return {k: v for k, v in seen.items() if k != "total"}, tokens
 
