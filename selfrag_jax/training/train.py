@@ -67,7 +67,9 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise BadInput(f"steps={self.steps}, epochs={self.epochs}: give one of them")
-        for name in ("steps", "epochs", "rows", "length", "save_every", "log_every", "pad_vocabulary", "keep_last"):
+        if self.steps is not None and self.steps < 0:
+            raise BadInput(f"steps={self.steps}: must not be below 0")
+        for name in ("epochs", "rows", "length", "save_every", "log_every", "pad_vocabulary", "keep_last"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise BadInput(f"{name}={getattr(self, name)}: must be above 0")
         positions, name = (self.length, "length") if self.max_targets is None else (self.max_targets, "max_targets")
@@ -206,7 +208,7 @@ def train(
     # ---- mesh and state --------------------------------------------------------------------------------------------
     mesh = config.make_mesh()
     parts, model = config.micro_batches(mesh), config.model(base.config)
-    steps = config.steps or _steps(config, source)
+    steps = _steps(config, source) if config.steps is None else config.steps
     tx = optimizer.make(config.optimizer, steps, new_rows, model.config.vocab_padding)
     begin = partial(fresh_state, tx=tx, c=config, dtype=model.config.dtype)
     shapes = jax.eval_shape(begin, model.shapes())
@@ -230,7 +232,7 @@ def train(
         on_mesh = sharding.shardings(mesh, start)
         params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
         state, truncated = jax.jit(begin, out_shardings=placement, donate_argnums=0)(params), 0
-        if frozen is not None:
+        if frozen is not None and not (Path(workdir) / checkpoints.FROZEN).is_dir():
             checkpoints.save_frozen(workdir, state["frozen"])
     if found is not None:
         restored, position = found
