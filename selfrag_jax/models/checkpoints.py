@@ -190,7 +190,7 @@ def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, 
     A damaged checkpoint is moved to `damaged/`, with a warning, and the one before it is taken. Raises BadInput when all
     are damaged.
     """
-    found = _newest_whole(saved.all_steps(), workdir, lambda step: _restore(saved, workdir, step, like))
+    found = _newest_whole(saved.all_steps(), workdir, lambda step: _restore(workdir, step, like))
     if found is None:
         return None
     step, restored = found
@@ -198,13 +198,15 @@ def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, 
     return restored
 
 
-def _restore(saved, workdir, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+def _restore(workdir, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     found = error = None
     try:
         position, wanted = read_record(workdir, step)
-        found = saved.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+        # Not by the manager, which waits for the other processes only where it succeeds.
+        folder = Path(workdir).absolute() / CHECKPOINTS / str(step) / "state"
+        found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
     except Exception as e:
         error = e
     if not _agreed(error is None):  # what one process cannot read, none takes
