@@ -13,7 +13,6 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -67,8 +66,9 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
         "total": used,
         "hbm": int(chip.memory),
     }
-    found = collectives(compiled.as_text())
-    out["custom_kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')  # attention's, forward and back
+    hlo = compiled.as_text()
+    found = collectives(hlo)
+    out["custom_kernels"] = hlo.count('custom_call_target="tpu_custom_call"')  # attention's, forward and back
     out["collectives"] = {kind: {"count": n, "bytes_per_chip": b} for kind, (n, b) in sorted(found.items())}
     out |= times(section, section.model(base).config, mesh, chip, sum(b for _, b in found.values()))
     return out | {"fits": used <= chip.memory}
@@ -114,9 +114,7 @@ def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
     """The trainer's own jitted step, for arrays that are described instead of held."""
     parts, model = section.micro_batches(mesh), section.model(base)
     tx = optimizer.make(section.optimizer, section.steps or 1000, 0, model.config.vocab_padding)
-    state = jax.eval_shape(partial(train.fresh_state, tx=tx, c=section, dtype=model.config.dtype), model.shapes())
-    place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
-    state = jax.tree.map(place, state, sharding.shardings(mesh, state))
+    state = train.state_like(section, model, tx, mesh)
     shape, axes = (section.rows, section.length), sharding.BATCH
     if parts > 1:
         shape, axes = (parts, section.rows // parts, section.length), PartitionSpec(None, *axes)
@@ -140,10 +138,8 @@ def times(section: TrainConfig, c: LlamaConfig, mesh: Mesh, chip: roofline.Chip,
     per_token = roofline.train_flops_per_token(c, section.length)
     again = roofline.recomputed_flops_per_token(c, section.length, section.loss_chunk is not None)
     parts, chips = section.micro_batches(mesh), mesh.size
-    weights = roofline.weights(c)
-    trained = weights if c.lora is None else roofline.trained_weights(c)
-    state = 2 * 12 * trained / chips  # f32: weights and two moments, read and written
-    gathered = parts * (3 if section.remat == "full" else 2) * 2 * weights / mesh.shape["tensor"]
+    state = 2 * 12 * roofline.trained_weights(c) / chips  # f32: weights and two moments, read and written
+    gathered = parts * (3 if section.remat == "full" else 2) * 2 * roofline.weights(c) / mesh.shape["tensor"]
     seconds = {
         "arithmetic": tokens * (per_token + again) / (chips * chip.bf16_flops),
         "memory": (state + gathered) / chip.memory_bandwidth,

@@ -21,6 +21,7 @@ vocabulary lacks, such as a heading, is part of the text.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Control:
 Part = str | Control
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """A vocabulary, the control tokens, and the mode in which text is cut. Made by `load` or `train`."""
 
     mode: str
@@ -80,35 +81,35 @@ class Tokenizer:
             raise ValueError(f"{record}: this vocabulary is of mode {recorded!r}; it cannot be read as {mode!r}")
         return _Words.read(folder) if recorded == "words" else _Published.read(folder, mode or recorded, row)
 
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Writes vocabulary and mode, and for published vocabularies what `transformers` reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_reflection_tokens(self) -> Tokenizer:
         """A copy whose vocabulary ends with the reflection tokens it lacked, in the released order."""
-        raise NotImplementedError
 
     @property
-    def vocab_size(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def vocab_size(self) -> int: ...
 
+    @abstractmethod
     def encode_segments(self, segments: Sequence[Sequence[Part]], before_control: bool = False) -> list[list[Encoded]]:
         """Ids of consecutive lists of parts, of each by itself, a control beside its name. Text does not join across them.
 
         before_control: a control token will follow (white space before it is lost in mode llama_slow).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control tokens are written out as their names. Encoding then decoding restores one text part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token(self, i: int) -> str:
         """The name of an id, for people."""
-        raise NotImplementedError
 
-    def _id(self, control: str) -> int | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _id(self, control: str) -> int | None: ...
 
     # ---- the same in all modes -----------------------------------------------------------------------------------
     def encode(self, parts: Part | Sequence[Part], before_control: bool = False) -> list[int]:
@@ -213,9 +214,8 @@ class _Published(Tokenizer):
             source, vocabulary = folder / FILE, Bpe(folder / FILE)
         else:
             raise FileNotFoundError(f"{folder}: no tokenizer here; expected {MODEL_FILE} or {FILE}")
-        llama = isinstance(vocabulary, SentencePiece) or vocabulary.llama
-        mode = mode or ("llama_fast" if llama else "json")
-        possible = ("llama_slow", "llama_fast") if llama else ("json",)
+        mode = mode or ("llama_fast" if vocabulary.llama else "json")
+        possible = ("llama_slow", "llama_fast") if vocabulary.llama else ("json",)
         if mode not in possible:
             raise ValueError(f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}")
         if record is not None:
@@ -301,7 +301,7 @@ class _Published(Tokenizer):
 def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, str]]:
     """Control tokens of a folder that `transformers` wrote, and what it calls beginning, end and padding."""
     config = _read(folder / CONFIG_FILE)
-    controls = {**vocabulary.controls, **getattr(vocabulary, "added", {}), **_read(folder / "added_tokens.json")}
+    controls = {**vocabulary.controls, **_read(folder / "added_tokens.json")}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         controls[token["content"]] = int(i)
     given = {**config, **_read(folder / "special_tokens_map.json")}

@@ -23,6 +23,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Vocabulary(Protocol):
+    llama: bool  # whether Llama's rules are followed
     size: int  # ids of pieces, without what was added later
     controls: dict[str, int]  # control tokens that the file itself holds
 
@@ -35,6 +36,8 @@ class Vocabulary(Protocol):
 
 class SentencePiece:
     """A `tokenizer.model`, as Llama-2 has one. Raises ValueError when it cannot be read."""
+
+    llama = True
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -101,9 +104,8 @@ class Bpe:
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
         self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
-        self.added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        self.controls = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         vocabulary = spec["model"]["vocab"]
-        self.controls = {t: i for t, i in self.added.items() if i < len(vocabulary)}
         self.size = len(vocabulary)
         self._names = {i: t for t, i in vocabulary.items()}
         # No control token is known to the backend, so that it finds none in text.

@@ -38,8 +38,8 @@ def convert(
 
     dtype: of the written parameters; None keeps that of each array, and every value bit by bit. reflection_tokens: gives
     the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). mode: of the tokenizer, where the
-    source records none. Written under a temporary name
-    and renamed at the end. Raises BadInput naming what is wrong with the source, and when `out` is already there.
+    source records none. Written under a temporary name and renamed at the end. Raises BadInput naming what is wrong with the
+    source, and when `out` is already there.
     """
     if form not in FORMATS:
         raise BadInput(f"--format={form!r}: must be one of {', '.join(FORMATS)}")

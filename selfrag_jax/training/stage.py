@@ -30,6 +30,11 @@ def embedded_base() -> Path:
     return Path(str(resources.files("selfrag_jax") / "world" / "base_model"))
 
 
+def _base_folder(c: ConfigDict) -> Path:
+    """Of the model that training starts from; one of the hub is downloaded if need be."""
+    return embedded_base() if c.base == "embedded" else huggingface.local(c.base)
+
+
 def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     """The model that training starts from, its vocabulary grown by the reflection tokens, and by how many.
 
@@ -40,7 +45,7 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
     """
     if c.base != "scratch":
-        loaded = checkpoints.load(embedded_base() if c.base == "embedded" else huggingface.local(c.base), c.tokenizer)
+        loaded = checkpoints.load(_base_folder(c), c.tokenizer)
         tokenizer = loaded.tokenizer.with_reflection_tokens()
         like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in _new_rows(c)}
         old, grown = loaded.tokenizer.vocab_size, tokenizer.vocab_size
@@ -85,7 +90,7 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     if c.base != "scratch":
         made["new_rows"] = _new_rows(c)
         made["tokenizer"] = c.tokenizer
-        inputs["base"] = embedded_base() if c.base == "embedded" else huggingface.local(c.base)
+        inputs["base"] = _base_folder(c)
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
     start, new = starting_model(c)

@@ -182,6 +182,13 @@ def fresh_state(params: Params, tx: optax.GradientTransformation, c: TrainConfig
     return state if frozen is None else state | {"frozen": jax.tree.map(lambda x: x.astype(dtype), frozen)}
 
 
+def state_like(c: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> dict[str, Any]:
+    """The state as jax.ShapeDtypeStructs with their places on the mesh, without allocating it."""
+    shapes = jax.eval_shape(partial(fresh_state, tx=tx, c=c, dtype=model.config.dtype), model.shapes())
+    place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
+    return jax.tree.map(place, shapes, sharding.shardings(mesh, shapes))
+
+
 def arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
     """What a step reads of a batch. Rows of one document need no `doc_ids`: causality is enough."""
     names = ("tokens", "positions", "doc_ids", "loss_index", "targets", "weights", "groups")
@@ -205,41 +212,21 @@ def train(
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError naming step and examples when the
     loss is not finite; the checkpoints before it stay.
     """
-    # ---- mesh and state --------------------------------------------------------------------------------------------
     mesh = config.make_mesh()
     parts, model = config.micro_batches(mesh), config.model(base.config)
     steps = _steps(config, source) if config.steps is None else config.steps
     tx = optimizer.make(config.optimizer, steps, new_rows, model.config.vocab_padding)
-    begin = partial(fresh_state, tx=tx, c=config, dtype=model.config.dtype)
-    shapes = jax.eval_shape(begin, model.shapes())
-    placement = sharding.shardings(mesh, shapes)
-
-    # ---- resume ----------------------------------------------------------------------------------------------------
     Path(workdir).mkdir(parents=True, exist_ok=True)
     leads = jax.process_index() == 0  # of several processes, the one that writes and reports
     if leads:
         checkpoints.write_architecture(workdir, replace(model.config, remat="none", attention="auto"), tokenizer)
     saved = checkpoints.manager(workdir, config.keep_last, config.keep_best)
-    packer = Packer(source, config.rows, config.length, config.max_targets, config.seed, packed=config.packed)
-    like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
-    frozen = like.pop("frozen", None)
-    found = checkpoints.restore_last(saved, workdir, like)
-    if found is None or frozen is not None:  # what is frozen comes from the base each time
-        start = checkpoints.pad_vocabulary(initial, model.config)
-        if config.lora is not None:
-            start = lora.add(start, model.shapes(), jax.random.key(config.seed))
-        # Each array goes to its devices on its own; a copy, for the step donates its state.
-        on_mesh = sharding.shardings(mesh, start)
-        params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
-        state, truncated = jax.jit(begin, out_shardings=placement, donate_argnums=0)(params), 0
-        if frozen is not None and not (Path(workdir) / checkpoints.FROZEN).is_dir():
-            checkpoints.save_frozen(workdir, state["frozen"])
-    if found is not None:
-        restored, position = found
-        state = restored if frozen is None else state | restored
-        packer.state, truncated = position["example"], position["truncated"]
+    state, position = _begin_or_resume(config, model, tx, mesh, initial, saved, workdir)
+    packer = Packer(
+        source, config.rows, config.length, config.max_targets, config.seed, position["example"], packed=config.packed
+    )
+    truncated = position["truncated"]
 
-    # ---- steps -----------------------------------------------------------------------------------------------------
     peak = roofline.chip(mesh.devices.flat[0].device_kind)
     cost = roofline.train_flops_per_token(model.config, config.length)
     log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None)
@@ -270,6 +257,31 @@ def train(
     log.close()
     params = state["params"] if config.lora is None else lora.join(state["params"], state["frozen"])
     return {"params": params, "steps": steps, "examples": packer.state, "truncated": truncated}
+
+
+def _begin_or_resume(
+    config: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, initial: Params, saved, workdir
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The state on the mesh, and the position in the data: of the last checkpoint, or of the beginning."""
+    like = state_like(config, model, tx, mesh)
+    trained = {k: v for k, v in like.items() if k != "frozen"}
+    found = checkpoints.restore_last(saved, workdir, trained)
+    if found is not None and config.lora is None:
+        return found
+    start = checkpoints.pad_vocabulary(initial, model.config)
+    if config.lora is not None:
+        start = lora.add(start, model.shapes(), jax.random.key(config.seed))
+    # Each array goes to its devices on its own; a copy, for the step donates its state.
+    on_mesh = sharding.shardings(mesh, start)
+    params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
+    begin = partial(fresh_state, tx=tx, c=config, dtype=model.config.dtype)
+    state = jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
+    if config.lora is not None and not (Path(workdir) / checkpoints.FROZEN).is_dir():
+        checkpoints.save_frozen(workdir, state["frozen"])
+    if found is None:
+        return state, {"example": 0, "truncated": 0}
+    restored, position = found
+    return state | restored, position  # what is frozen comes from the base each time
 
 
 def _steps(config: TrainConfig, source: Source) -> int:
