@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def fingerprint(path: str | Path) -> str:
     """A hash of an input: a file's content, or a finished folder's manifest. Raises BadInput when it isn't there."""
     path = Path(path)
     if path.is_file():
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        stat = path.stat()
+        return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
     manifest = manifest_path(path)
     if manifest.is_file():
         made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
@@ -46,6 +47,13 @@ def fingerprint(path: str | Path) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return hashlib.sha256("".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files).encode()).hexdigest()[:16]
     raise BadInput(f"{path}: no such file or folder")
+
+
+@lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """Read once as long as it has not changed: weights are large."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
@@ -72,14 +80,15 @@ def _made(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dict[str
     return json.loads(json.dumps(made, sort_keys=True, default=str))
 
 
-def claim(folder: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path]) -> None:
+def claim(folder: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path], write: bool = True) -> None:
     """Marks an unfinished folder as this stage's, config's and inputs' own, so that only the same may continue it.
 
-    Raises BadInput naming the first difference when it was begun with others.
+    write: False, in all but one of several processes, only looks whether it is another's. Raises BadInput naming the first difference when it was begun with others.
     """
     path, new = Path(folder) / "started.json", _made(stage, config, inputs)
     if not path.is_file():
-        write_json(path, new)
+        if write:
+            write_json(path, new)
     elif (old := read_json(path)) != new:
         raise BadInput(f"{folder}: was begun with something else ({_difference(old, new)}); remove it or choose another")
 

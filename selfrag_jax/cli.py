@@ -59,6 +59,11 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[dict, list[str]]:
     except flags.Error as e:
         raise BadInput(str(e)) from None
     values = {f.name: parser[f.name].value for f in stage.flags} | {"overrides": overrides}
+    for flag, value in values.items():
+        if isinstance(value, str) and "://" in value:
+            raise BadInput(
+                f"--{flag}={value}: storage in a cloud is not reached by address; mount it (gcsfuse) or copy it here"
+            )
     if missing := [f.name for f in stage.flags if f.required and not values[f.name]]:
         raise BadInput(f"missing {', '.join('--' + m for m in missing)}; for example: {stage.example}")
     if positional and not stage.positional:

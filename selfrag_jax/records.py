@@ -116,6 +116,11 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     return n
 
 
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_write(path) as f:
+        f.write(text)
+
+
 def write_json(path: str | Path, data: Any) -> None:
     with atomic_write(path) as f:
         json.dump(data, f, indent=2, ensure_ascii=False)
@@ -152,7 +157,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 return
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield _object(f"{path}:{number}", json.loads(line))
+                    yield _object(f"{path}:{number}", json.loads(line), line)
         except json.JSONDecodeError as e:
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
             raise BadInput(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
@@ -160,9 +165,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
 
 
-def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:
+def _object(where: str, row: Any, written: str = "\\ud") -> tuple[str, dict[str, Any]]:
+    """written: the row as it stands in the file."""
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if "\\ud" in written.lower():  # JSON can spell what no text holds
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise BadInput(f"{where}: holds half of a character, {e.object[e.start]!r}, which stands for no text") from None
     return where, row
 
 

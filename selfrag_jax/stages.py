@@ -159,7 +159,7 @@ def _changes(v: dict) -> dict:
 def _convert(v: dict, _) -> None:
     from selfrag_jax.models.convert import convert
 
-    n = convert(v["from"], v["to"], v["format"], v["dtype"], v["reflection_tokens"], v["tokenizer"])
+    n = convert(v["from"], v["to"], v["format"], v["dtype"], v["reflection_tokens"], v["tokenizer"], v["step"])
     print(f"{v['to']}: {n / 1e6:,.1f}M parameters")
 
 
@@ -396,6 +396,7 @@ STAGES: dict[str, Stage] = {
             Flag("from", "a Hugging Face folder, a hub name (owner/model), or a training workdir", required=True),
             Flag("to", "folder to write", required=True),
             Flag("format", "orbax (a training workdir) or huggingface", required=True),
+            Flag("step", "which checkpoint of a workdir: last, best (the lowest training loss), or its number", "last"),
             Flag("dtype", "of the parameters: float32, bfloat16 or float16; default: as they are"),
             Flag(
                 "tokenizer", "how text is cut: llama_slow (as the released model was trained) or llama_fast (as it was served)"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import reflection
+from selfrag_jax.records import write_text
 from selfrag_jax.vocabulary import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
 
 BOS, EOS, PAD = "<s>", "</s>", "[PAD]"  # whatever a vocabulary calls them
@@ -157,8 +158,8 @@ class _Words(Tokenizer):
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(self._backend.to_str())
-        (folder / MODE_FILE).write_text(json.dumps({"mode": self.mode}) + "\n")
+        write_text(folder / FILE, self._backend.to_str())
+        write_text(folder / MODE_FILE, json.dumps({"mode": self.mode}) + "\n")
         _write_transformers_config(folder, BOS, EOS, PAD)
 
     def with_reflection_tokens(self) -> Tokenizer:
@@ -227,9 +228,9 @@ class _Published(Tokenizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
-        (folder / FILE).write_text(json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n")
+        write_text(folder / FILE, json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n")
         row = {"mode": self.mode, "names": self._names, "added": self._controls}
-        (folder / MODE_FILE).write_text(json.dumps(row, ensure_ascii=False, indent=2) + "\n")
+        write_text(folder / MODE_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
         _write_transformers_config(folder, *(None if self._id(t) is None else self._names.get(t, t) for t in (BOS, EOS, PAD)))
 
     def with_reflection_tokens(self) -> Tokenizer:
@@ -333,7 +334,7 @@ def _write_transformers_config(folder: Path, bos: str, eos: str, pad: str | None
     """For AutoTokenizer, which would otherwise build its own rules and change ids (as it does for LlamaTokenizer)."""
     row = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad}
     row |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
-    (folder / CONFIG_FILE).write_text(json.dumps(row, ensure_ascii=False, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
 
 
 def train(pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls: Sequence[str] = ()) -> Tokenizer:

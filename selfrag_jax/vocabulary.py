@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from selfrag_jax.records import atomic_write
+
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"
 _LLAMA_CONTROLS = ("<unk>", "<s>", "</s>")
@@ -66,7 +68,8 @@ class SentencePiece:
         return self._sp.id_to_piece(i)
 
     def save(self, folder: Path) -> None:
-        (folder / MODEL_FILE).write_bytes(self._content)
+        with atomic_write(folder / MODEL_FILE, "wb") as f:
+            f.write(self._content)
 
     def to_json(self, added: dict[str, int]) -> dict[str, Any]:
         """The same vocabulary as a tokenizer.json."""

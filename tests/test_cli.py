@@ -45,6 +45,7 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["world", "--out=W", "--config.world.wrong_output_rate=2"], "wrong_output_rate=2.0: must be between 0 and 1"),
         (["world", "--out=W", "--config.world.values_per_kind=3"], "values_per_kind=3: multiple choice needs at least 4"),
         (["world", "--out=W", "--config.world.vocabulary=klingon"], "vocabulary='klingon': must be base or world"),
+        (["train", "--role=critic", "--data=x", "--workdir=gs://bucket/w"], "--workdir=gs://bucket/w: storage in a cloud"),
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from selfrag_jax.data.batches import LOSS_GROUPS, Packer, build_example
 from selfrag_jax.data.critic import CriticSource
 from selfrag_jax.data.generator import GeneratorSource, output_segments
-from selfrag_jax.records import BadInput, CriticExample, GeneratorExample, Passage
+from selfrag_jax.records import BadInput, CriticExample, GeneratorExample, Passage, read_rows
 from selfrag_jax.tokenizer import Control
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 2.0, "issup": 1.0, "isuse": 1.0}
@@ -97,3 +97,34 @@ def test_an_overlong_example_is_cut_and_counted(tokenizer):
             return build_example(tokenizer, [(["word " * 50], 1.0)], WEIGHTS)
 
     assert Packer(Long(), 1, 16, 64, seed=0).next().truncated >= 1
+
+
+def test_an_overlong_critic_row_keeps_its_verdict(tokenizer):
+    evidence = Passage("p", "Title", "word " * 60)
+    row = CriticExample("isrel", "Is it true?", "[Relevant]", evidence=evidence)
+    source = CriticSource([row], tokenizer, True, WEIGHTS)
+    batch = Packer(source, 1, 24, 8, seed=0).next()
+    assert batch.truncated == 1 and list(batch.targets[batch.weights > 0]) == [tokenizer.id("[Relevant]")]
+    whole = source.example(0).tokens
+    assert batch.tokens[0, 0] == tokenizer.bos_id and list(batch.tokens[0, -12:]) == list(whole[-12:])
+    np.testing.assert_array_equal(batch.positions[0], range(24))
+
+
+def test_more_targets_than_there_is_room_for_are_counted(tokenizer):
+    class Long:
+        size = 1
+
+        def example(self, i):
+            return build_example(tokenizer, [(["word " * 12], 1.0)], WEIGHTS)
+
+    batch = Packer(Long(), 1, 64, 8, seed=0).next()
+    assert batch.truncated == 1 and (batch.weights > 0).sum() == 8
+
+
+def test_half_a_character_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a \\ud83d\\ude00", "output": "b"}\n{"instruction": "a \\ud83d", "output": "b"}\n')
+    rows = read_rows(file)
+    assert next(rows)[1]["instruction"] == "a 😀"
+    with pytest.raises(BadInput, match=r"rows.jsonl:2: holds half of a character"):
+        next(rows)

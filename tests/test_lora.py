@@ -1,5 +1,6 @@
 """Low-rank adapters: nothing changes at first, only they and the tables learn, and merged they are the same model."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,7 @@ from selfrag_jax.models.convert import convert
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import at, leaves
-from selfrag_jax.records import GeneratorExample
+from selfrag_jax.records import BadInput, GeneratorExample
 from selfrag_jax.training.optimizer import OptimizerConfig
 from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 
@@ -113,6 +114,30 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_same(
     with ocp.PyTreeCheckpointer() as one:
         shapes = one.metadata(tmp_path / "checkpoints" / "20" / "state").item_metadata.tree["params"]
     assert "kernel" not in shapes["layers"]["q"] and "lora_a" in shapes["layers"]["q"]
+
+
+def test_other_frozen_weights_are_refused(tiny_model, source, config, trained, tmp_path):
+    w = tmp_path / "w"
+    shutil.copytree(trained[0], w)
+    other = {**tiny_model.params, "norm": {"scale": tiny_model.params["norm"]["scale"] * 1.5}}
+    with pytest.raises(BadInput, match="the base is not the one that this training began with .*norm"):
+        train(replace(config, steps=24), tiny_model.model, other, source, tiny_model.tokenizer, w)
+
+
+def test_damaged_frozen_weights_are_named_and_mended(tiny_model, source, config, trained, tmp_path):
+    w = tmp_path / "w"
+    shutil.copytree(trained[0], w)
+    for file in (w / "frozen").rglob("*"):
+        if file.is_file():
+            content = bytearray(file.read_bytes())
+            content[299::299] = bytes(c ^ 4 for c in content[299::299])
+            file.write_bytes(content)
+    for read in (lambda: checkpoints.load(w), lambda: convert(w, tmp_path / "out", "huggingface", None, False)):
+        with pytest.raises(BadInput, match="frozen: the weights that LoRA left as they are are damaged .*Remove frozen/"):
+            read()
+    shutil.rmtree(w / "frozen")
+    train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, w)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(w).params, checkpoints.load(trained[0]).params)
 
 
 def test_configs_that_make_no_sense_are_refused():

@@ -91,6 +91,16 @@ def test_new_rows_may_start_as_words(tiny_model):
     np.testing.assert_allclose(table[config.vocab_size :], [old.mean(0), old[[5, 7]].mean(0)], atol=1e-6)
 
 
+def test_the_mean_of_many_half_precision_rows_is_exact(tiny_model):
+    config = tiny_model.model.config
+    table = (np.random.default_rng(0).normal(1.0, 0.1, (config.vocab_size, config.embed_dim))).astype("bfloat16")
+    params = {**tiny_model.params, "embed": {"embedding": table}}
+    _, grown = checkpoints.with_vocabulary(config, params, config.vocab_size, config.vocab_size + 1)
+    new = np.asarray(grown["embed"]["embedding"])[-1]
+    assert new.dtype == table.dtype
+    np.testing.assert_allclose(new.astype(np.float32), table.astype(np.float64).mean(0), rtol=2**-8)
+
+
 def test_new_tokens_take_the_rows_that_a_padded_table_has(tiny_model):
     config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
     V = config.vocab_size - 5  # the last five rows are of no token

@@ -203,12 +203,14 @@ def test_weight_decay_goes_with_the_rate(name):
     for _ in range(50):
         updates, state = tx.update(zero, state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    np.testing.assert_allclose(params["w"], (1 - 0.01 * 0.1) ** 49, atol=1e-5)  # the first step of the warm-up has rate 0
+    np.testing.assert_allclose(params["w"], (1 - 0.01 * 0.1) ** 50, atol=1e-5)
 
 
 def test_schedule_warms_up_and_decays():
     rate = schedule("linear", 2e-5, 0.1, 100)
     assert float(rate(0)) == 0.0 and float(rate(10)) == pytest.approx(2e-5) and float(rate(100)) == pytest.approx(0.0)
+    assert float(schedule("linear", 2e-5, 0.0, 100)(0)) == pytest.approx(2e-5)  # without a warm-up
+    assert float(schedule("linear", 2e-5, 0.1, 1)(0)) == pytest.approx(2e-5)  # the only step learns
 
 
 def test_configs_that_cannot_run_are_refused():

@@ -1,6 +1,6 @@
 """Training examples packed into batches of fixed shape.
 
-Documents are packed first-fit into rows; positions restart in each document and `doc_ids` keep attention inside it.
+Each document goes into the fullest row that still has room for it; positions restart in each document and `doc_ids` keep attention inside it.
 With `max_targets`, the losses of a batch sit at no more than so many positions, gathered from all rows, so that the
 vocabulary logits are computed there only: the choice for small models on one device. Without, every position has a
 target and a weight, and each device computes those of its own rows.
@@ -52,8 +52,7 @@ class Batch:
     targets: np.ndarray  # [M] int32, or [B, T]
     weights: np.ndarray  # [M] float32, 0 for unused entries, or [B, T]
     groups: np.ndarray  # [M] int8, or [B, T]
-    examples: int
-    truncated: int
+    truncated: int  # examples of which something was left out
 
 
 def build_example(
@@ -108,22 +107,21 @@ class Packer:
         most = self.rows * self.length if self.max_targets is None else self.max_targets
         while True:
             e = self.source.example(self._row(self.state + taken))
-            if len(e.tokens) > self.length:
-                e = Example(*(a[: self.length] for a in (e.tokens, e.weight, e.group)))
-                truncated += 1
+            whole, e = e, _cut(e, self.length)
             learned = int((e.weight[1:] > 0).sum())
             fits = [r for r in range(self.rows) if used[r] + len(e.tokens) <= self.length and (self.packed or not rows[r])]
             if taken and (not fits or targets + learned > most):
                 break
             row = max(fits, key=lambda r: used[r])  # the fullest row that still has room
             rows[row].append(e)
+            truncated += e is not whole or learned > most
             used[row] += len(e.tokens)
             targets += min(learned, most)
             taken += 1
         self.state += taken
-        return self._assemble(rows, taken, truncated)
+        return self._assemble(rows, truncated)
 
-    def _assemble(self, rows: list[list[Example]], taken: int, truncated: int) -> Batch:
+    def _assemble(self, rows: list[list[Example]], truncated: int) -> Batch:
         B, T = self.rows, self.length
         tokens, positions, doc_ids = (np.zeros((B, T), np.int32) for _ in range(3))
         targets, weights, groups = np.zeros((B, T), np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.int8)
@@ -137,10 +135,21 @@ class Packer:
                 groups[b, next_tokens] = e.group[1:]
                 at += n
         if self.max_targets is None:
-            return Batch(tokens, positions, doc_ids, None, targets, weights, groups, taken, truncated)
+            return Batch(tokens, positions, doc_ids, None, targets, weights, groups, truncated)
         index = np.flatnonzero(weights)[: self.max_targets].astype(np.int32)
         learned = (_padded(x.ravel()[index], self.max_targets) for x in (targets, weights, groups))
-        return Batch(tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, taken, truncated)
+        return Batch(tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, truncated)
+
+
+def _cut(e: Example, length: int) -> Example:
+    """At most `length` tokens: without its end or, where only that is learned (a critic's verdict), without its middle."""
+    n = len(e.tokens)
+    if n <= length:
+        return e
+    kept = np.arange(length)
+    if not (e.weight[1:length] > 0).any():
+        kept[length // 2 :] += n - length
+    return Example(e.tokens[kept], e.weight[kept], e.group[kept])
 
 
 def _padded(a: np.ndarray, n: int) -> np.ndarray:

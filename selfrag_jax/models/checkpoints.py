@@ -1,9 +1,10 @@
 """Models on disk: a trainer's workdir with Orbax checkpoints, or a Hugging Face folder.
 
-A workdir holds `model.json` (the architecture), the tokenizer, and `checkpoints/<step>` with two items: `state`
-(parameters and optimizer state) and `data` (the position of the data iterator, and a fingerprint of every array). Orbax
-writes a checkpoint under a temporary name and renames it, so one that was interrupted is never restored. One that is not
-what was saved is passed over, with a warning. What LoRA does not train lies in `frozen`, once.
+A workdir holds `model.json` (the architecture), the tokenizer, and `checkpoints/<step>` with three items: `state`
+(parameters and optimizer state), `data` (the position of the data iterator, and a fingerprint of every array) and `metrics`
+(the loss that the best are chosen by). Orbax writes a checkpoint under a temporary name and renames it, so one that was
+interrupted is never restored. One that is not what was saved is passed over, with a warning. What LoRA does not train lies
+in `frozen`, once.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def read_architecture(workdir: Path) -> LlamaConfig:
 
 
 # ---- what makes a checkpoint whole -----------------------------------------------------------------------------------
-class _Damaged(ValueError):
-    pass
+class Damaged(ValueError):
+    """A checkpoint is not what was saved."""
 
 
 def write_record(file: Path, position: dict[str, Any], prints: dict[str, int]) -> None:
@@ -73,7 +74,7 @@ def read_record(workdir: Path, step: int) -> tuple[dict[str, Any], dict[str, int
     file = Path(workdir) / CHECKPOINTS / str(step) / "data" / "metadata"
     row = json.loads(file.read_text())
     if row != _record(row["position"], row["fingerprints"]):
-        raise _Damaged(f"{file} is not what was written")
+        raise Damaged(f"{file} is not what was written")
     return row["position"], row["fingerprints"]
 
 
@@ -82,10 +83,10 @@ def _compare(found: dict[str, int], wanted: dict[str, int], item: str = "") -> N
     wanted = {path: value for path, value in wanted.items() if path.startswith(item)}
     for path in sorted(found.keys() | wanted.keys()):
         if found.get(path) != wanted.get(path):
-            raise _Damaged(f"the bits of {path} are not those that were saved")
+            raise Damaged(f"the bits of {path} are not those that were saved")
 
 
-def _newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int], Any]) -> tuple[int, Any] | None:
+def newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int], Any]) -> tuple[int, Any] | None:
     """The last step whose checkpoint `read` finds whole, and what it read; None when there is no checkpoint.
 
     Warns of those that are passed over. Raises BadInput when all are damaged, and OSError when the file system fails.
@@ -95,11 +96,8 @@ def _newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int
         try:
             found = read(step)
         except Exception as e:  # Orbax and tensorstore raise many kinds
-            code = re.search(r"os_error_code='(\d+)'", str(e))
-            if code and int(code.group(1)) != errno.ENOENT:
-                raise OSError(f"{Path(workdir) / CHECKPOINTS / str(step)}: {os.strerror(int(code.group(1)))}") from e
-            if isinstance(e, (jax.errors.JaxRuntimeError, MemoryError, OSError)) and not isinstance(e, FileNotFoundError):
-                raise  # a full device, a full host, a disk that does not answer
+            if other := _no_damage(e, Path(workdir) / CHECKPOINTS / str(step)):
+                raise other from e
             damaged.append(f"{Path(workdir) / CHECKPOINTS / str(step)}: {_first_line(e)}")
             continue
         for line in damaged:
@@ -110,18 +108,34 @@ def _newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int
     return None
 
 
+def _no_damage(e: Exception, what: Path) -> Exception | None:
+    """The error to raise where reading failed for another reason than damage: a full device, a full host, a disk that does
+    not answer, something else for the user to mend. None for damage."""
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    if code and int(code.group(1)) != errno.ENOENT:
+        return OSError(f"{what}: {os.strerror(int(code.group(1)))}")
+    other = (jax.errors.JaxRuntimeError, MemoryError, OSError, BadInput)
+    return e if isinstance(e, other) and not isinstance(e, FileNotFoundError) else None
+
+
 def _first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:300]
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
 def manager(workdir: str | Path, keep_last: int, keep_best: int):
-    """Orbax's CheckpointManager of a workdir. keep_best: how many beside the last ones, by their loss."""
+    """Orbax's CheckpointManager of a workdir. keep_best: how many beside the last ones are kept, by their loss."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
     _mend_losses(Path(workdir) / CHECKPOINTS)
-    best = policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+
+    class BestOfTheOthers(policies.BestN):
+        def should_preserve(self, checkpoints, *, context):
+            last = [False] * len(checkpoints[-keep_last:])
+            return [*super().should_preserve(checkpoints[:-keep_last], context=context), *last]
+
+    best = BestOfTheOthers(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *([best] if keep_best else [])])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
@@ -136,9 +150,7 @@ def manager(workdir: str | Path, keep_last: int, keep_best: int):
 def _mend_losses(folder: Path) -> None:
     """Orbax reads the loss of every checkpoint at once, and fails on one that is damaged."""
     for file in folder.glob("*/metrics/metrics") if jax.process_index() == 0 else ():
-        try:
-            float(json.loads(file.read_text())["loss"])
-        except (ValueError, KeyError, TypeError):
+        if _loss_in(file) is None:
             print(f"warning: {file}: the loss cannot be read; this checkpoint counts as none of the best", file=sys.stderr)
             write_json(file, {"loss": sys.float_info.max})
 
@@ -184,13 +196,22 @@ def save_frozen(workdir: str | Path, frozen: Params) -> None:
         one.save(Path(workdir).absolute() / FROZEN, frozen, force=True)
 
 
+def check_frozen(workdir: str | Path, step: int, frozen: Params) -> None:
+    """Raises BadInput when these are not the weights beside which the checkpoint's LoRA was trained."""
+    _, wanted = read_record(Path(workdir), step)
+    try:
+        _compare(fingerprints.of_tree({FROZEN: frozen}), wanted, fingerprints.name((FROZEN,)))
+    except Damaged as e:
+        raise BadInput(f"{workdir}: the base is not the one that this training began with ({e}); choose another workdir") from e
+
+
 def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """State shaped and sharded `like` the given tree, and the position of the data iterator; None if nothing was saved.
 
     A damaged checkpoint is moved to `damaged/`, with a warning, and the one before it is taken. Raises BadInput when all
     are damaged.
     """
-    found = _newest_whole(saved.all_steps(), workdir, lambda step: _restore(workdir, step, like))
+    found = newest_whole(saved.all_steps(), workdir, lambda step: _restore(workdir, step, like))
     if found is None:
         return None
     step, restored = found
@@ -202,17 +223,22 @@ def _restore(workdir, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     found = error = None
+    what = Path(workdir) / CHECKPOINTS / str(step)
     try:
         position, wanted = read_record(workdir, step)
         # Not by the manager, which waits for the other processes only where it succeeds.
-        folder = Path(workdir).absolute() / CHECKPOINTS / str(step) / "state"
+        folder = what.absolute() / "state"
         found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
     except Exception as e:
         error = e
-    if not _agreed(error is None):  # what one process cannot read, none takes
-        raise error or _Damaged("another process cannot read it")
+    fatal = error is not None and _no_damage(error, what) is not None
+    if not _agreed(not fatal):  # none goes on to an earlier one where another has stopped
+        raise error if fatal else OSError(f"{what}: another process cannot read it")
+    if not _agreed(error is None):  # what is damaged for one process, none takes
+        raise error or Damaged("it is damaged for another process")
     prints = fingerprints.of_tree(found)
-    _compare(prints, {k: v for k, v in wanted.items() if not k.startswith(fingerprints.name((FROZEN,)))})
+    frozen = fingerprints.name((FROZEN,))
+    _compare(prints, {k: v for k, v in wanted.items() if not k.startswith(frozen)})
     return found, position
 
 
@@ -249,16 +275,23 @@ def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     Raises BadInput saying what was looked for.
     """
     path = huggingface.local(path)
+    model, tokenizer = describe(path, mode)
+    if not (path / MODEL_FILE).is_file():
+        return LoadedModel(model, huggingface.load(path)[1], tokenizer)
+    trained = read_architecture(path)
+    params = _load_params(path)
+    if trained.lora is not None:
+        params = lora.merge(params, trained.lora)
+    return LoadedModel(model, unpad_vocabulary(params, trained), tokenizer)
+
+
+def describe(path: str | Path, mode: str | None = None) -> tuple[Model, Tokenizer]:
+    """As `load`, without reading the parameters."""
+    path = huggingface.local(path)
     if (path / MODEL_FILE).is_file():
-        config = read_architecture(path)
-        params = _load_params(path)
-        if config.lora is not None:
-            params = lora.merge(params, config.lora)
-        params = unpad_vocabulary(params, config)
-        return LoadedModel(Model(replace(config, lora=None, vocab_padding=0)), params, read_tokenizer(path, mode))
+        return Model(replace(read_architecture(path), lora=None, vocab_padding=0)), read_tokenizer(path, mode)
     if (path / huggingface.CONFIG).is_file():
-        config, params = huggingface.load(path)
-        return LoadedModel(Model(config), params, read_tokenizer(path, mode))
+        return Model(huggingface.config_from_json(path / huggingface.CONFIG)), read_tokenizer(path, mode)
     raise BadInput(
         f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
         f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
@@ -273,39 +306,74 @@ def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of which there is a checkpoint. Raises BadInput when there is none."""
+    """Steps of which there is a checkpoint, in order."""
     folder = Path(workdir) / CHECKPOINTS
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def steps_to_read(workdir: Path, step: str = "last") -> list[int]:
+    """The checkpoints of which the newest whole one is read. step: "last" (any), "best" (the one of the lowest loss), or the
+    number of one. Raises BadInput when there is none of that name."""
+    steps = saved_steps(workdir)
     if not steps:
         raise BadInput(f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to continue it")
-    return steps
+    if step == "last":
+        return steps
+    if step == "best":
+        files = {s: Path(workdir) / CHECKPOINTS / str(s) / "metrics" / "metrics" for s in steps}
+        losses = {s: loss for s, file in files.items() if (loss := _loss_in(file)) is not None}
+        if not losses:
+            raise BadInput(f"{workdir}: no checkpoint has a loss to choose the best by; there are {', '.join(map(str, steps))}")
+        return [min(losses, key=losses.get)]
+    if not step.isdigit() or int(step) not in steps:
+        raise BadInput(f"--step={step}: must be last, best, or one of {', '.join(map(str, steps))}")
+    return [int(step)]
+
+
+def _loss_in(file: Path) -> float | None:
+    try:
+        return float(json.loads(file.read_text())["loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _load_params(path: Path) -> Params:
     """Of the last checkpoint that is whole, in host memory."""
-    _, params = _newest_whole(saved_steps(path), path, lambda step: _params_of(path, step))
+    _, params = newest_whole(steps_to_read(path), path, lambda step: _params_of(path, step))
     return params
 
 
 def _params_of(path: Path, step: int) -> Params:
     _, wanted = read_record(path, step)
-    params = _on_host(path / CHECKPOINTS / str(step) / "state")["params"]
+    params = _on_host(path / CHECKPOINTS / str(step) / "state", "params")["params"]
     _compare(_host_fingerprints("params", params), wanted, fingerprints.name(("params",)))
     if (path / FROZEN).is_dir():
-        frozen = _on_host(path / FROZEN)
-        _compare(_host_fingerprints(FROZEN, frozen), wanted, fingerprints.name((FROZEN,)))
+        try:
+            frozen = _on_host(path / FROZEN)
+            _compare(_host_fingerprints(FROZEN, frozen), wanted, fingerprints.name((FROZEN,)))
+        except Exception as e:
+            raise _no_damage(e, path / FROZEN) or frozen_is_damaged(path, e) from e
         params = lora.join(params, frozen)
     return params
 
 
-def _on_host(folder: Path) -> Any:
-    """A saved tree in host memory: what device or mesh it was saved from does not matter."""
+def frozen_is_damaged(workdir: Path, e: Exception) -> BadInput:
+    return BadInput(
+        f"{workdir / FROZEN}: the weights that LoRA left as they are are damaged ({_first_line(e)}); the checkpoints may be whole. "
+        f"Remove {FROZEN}/ and manifest.json there and run the same `selfrag train` again: it is written anew from the base"
+    )
+
+
+def _on_host(folder: Path, item: str | None = None) -> Any:
+    """A saved tree in host memory: what device or mesh it was saved from does not matter. item: only what has this name."""
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
     shapes = handler.metadata(folder.absolute()).tree
+    shapes = shapes if item is None else {item: shapes[item]}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    return handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    args = ocp.args.PyTreeRestore(item=shapes, restore_args=as_numpy, partial_restore=item is not None)
+    return handler.restore(folder.absolute(), args=args)
 
 
 def _host_fingerprints(item: str, tree: Params) -> dict[str, int]:
@@ -334,12 +402,12 @@ def _each_table(params: Params, change) -> Params:
 
 
 def with_vocabulary(
-    config: LlamaConfig, params: Params, old: int, vocab_size: int, like: Mapping[int, Sequence[int]] | None = None
-) -> tuple[LlamaConfig, Params]:
+    config: LlamaConfig, params: Params | None, old: int, vocab_size: int, like: Mapping[int, Sequence[int]] | None = None
+) -> tuple[LlamaConfig, Params | None]:
     """Gives the tokens from `old` on, up to `vocab_size`, their rows: the mean of the old ones (as for new reflection tokens).
 
     A table may have more rows than the tokenizer has tokens; new tokens take those first. like: for some of the new ids
-    the old ids whose mean row they start from instead. Raises BadInput when there are more tokens than rows already.
+    the old ids whose mean row they start from instead. Without params the config alone is grown. Raises BadInput when there are more tokens than rows already.
     """
     if old > config.vocab_size:
         raise BadInput(
@@ -350,12 +418,12 @@ def with_vocabulary(
 
     def grow(table, axis: int):
         rows = np.moveaxis(table, axis, 0)
-        mean = rows[:old].mean(0, keepdims=True)
+        mean = rows[:old].mean(0, dtype=np.float32, keepdims=True).astype(rows.dtype)  # bf16 would be summed in bf16
         rows = np.concatenate([rows, np.repeat(mean, size - len(rows), 0)])
         rows[old:vocab_size] = mean
         for i, words in (like or {}).items():
             if i >= old:
-                rows[i] = rows[list(words)].mean(0)
+                rows[i] = rows[list(words)].mean(0, dtype=np.float32)
         return np.moveaxis(rows, 0, axis)
 
-    return replace(config, vocab_size=size), _each_table(params, grow)
+    return replace(config, vocab_size=size), None if params is None else _each_table(params, grow)

@@ -32,14 +32,21 @@ EMBEDDING = ("embed", "embedding")
 
 
 def convert(
-    source: str | Path, out: str | Path, form: str, dtype: str | None, reflection_tokens: bool, mode: str | None = None
+    source: str | Path,
+    out: str | Path,
+    form: str,
+    dtype: str | None,
+    reflection_tokens: bool,
+    mode: str | None = None,
+    step: str = "last",
 ) -> int:
     """Writes the model of `source` to `out` in the format `form`; returns the number of its parameters.
 
     dtype: of the written parameters; None keeps that of each array, and every value bit by bit. reflection_tokens: gives
     the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). mode: of the tokenizer, where the
-    source records none. Written under a temporary name and renamed at the end. Raises BadInput naming what is wrong with the
-    source, and when `out` is already there.
+    source records none. step: which checkpoint of a workdir: "last" (a damaged one is passed over, with a warning), "best" or
+    a number. Written under a temporary name and renamed at the end. Raises BadInput naming what is wrong with the source, and
+    when `out` is already there.
     """
     if form not in FORMATS:
         raise BadInput(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
@@ -50,8 +57,45 @@ def convert(
         raise BadInput(f"{out}: is already there; choose another --to, or remove it")
     if source in (out, *out.parents):
         raise BadInput(f"{out}: lies in --from={source}; choose another --to")
-    read = _from_workdir if (source / checkpoints.MODEL_FILE).is_file() else _from_folder
-    stored = replace(read(source), tokenizer=checkpoints.read_tokenizer(source, mode), cast=dtype)
+    is_workdir = (source / checkpoints.MODEL_FILE).is_file()
+    if not is_workdir and step != "last":
+        raise BadInput(f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one model only")
+    tokenizer = checkpoints.read_tokenizer(source, mode)
+    temporary = out.with_name(f".{out.name}.tmp")
+
+    def write(stored: Stored) -> int:
+        stored = _as_written(source, replace(stored, tokenizer=tokenizer, cast=dtype), reflection_tokens)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with progress("convert", sum(1 for _ in leaves(stored.shapes)), "arrays") as bar:
+            (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
+        # The hash of all that was read tells this model from another that was converted from the same path.
+        made = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens, "from": str(source)}
+        made["tokenizer"] = stored.tokenizer.mode
+        made["content"] = stored.content.hexdigest()
+        artifacts.finish(temporary, "convert", made, {}, {"parameters": stored.parameters})
+        return stored.parameters
+
+    try:
+        if is_workdir:
+            steps = checkpoints.steps_to_read(source, step)
+            _, parameters = checkpoints.newest_whole(steps, source, lambda s: write(_from_workdir(source, s)))
+        else:
+            parameters = write(_from_folder(source))
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BadInput:
+        raise
+    except ValueError as e:  # tensorstore's, of a full disk
+        raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return parameters
+
+
+def _as_written(source: Path, stored: Stored, reflection_tokens: bool) -> Stored:
+    """The model with its new rows, if any, and the type of its activations. Raises BadInput for another model's tokenizer."""
     if reflection_tokens:
         stored = _with_reflection_tokens(stored)
     if stored.tokenizer.vocab_size > stored.config.vocab_size:
@@ -60,28 +104,7 @@ def convert(
             "not belong together (--reflection_tokens adds rows for reflection tokens)"
         )
     half = stored.dtype(EMBEDDING) != "float32"
-    stored = replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))  # of activations
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with progress("convert", sum(1 for _ in leaves(stored.shapes)), "arrays") as bar:
-            (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
-        # The hash of all that was read tells this model from another that was converted from the same path.
-        made = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens, "from": str(source)}
-        made["tokenizer"] = stored.tokenizer.mode
-        made["content"] = stored.content.hexdigest()
-        artifacts.finish(temporary, "convert", made, {}, {"parameters": stored.parameters})
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except BadInput:
-        raise
-    except ValueError as e:  # tensorstore's, of a full disk or a damaged checkpoint
-        raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return stored.parameters
+    return replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))
 
 
 # a path of the parameter tree -> that array's layers, or itself as the only part
@@ -109,11 +132,14 @@ class Stored:
 
     def read(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
         """The parts of an array in the type to be written. Raises BadInput where a value is not finite, or not in that type."""
-        for part in self.parts(path):
+        parts = self.parts(path)
+        for part in parts:
             self.content.update(np.ascontiguousarray(part).view(np.uint8))
             with np.errstate(over="ignore"):
                 out = np.asarray(part).astype(self.dtype(path), copy=False)
             if not np.isfinite(out).all():
+                for _ in parts:
+                    pass  # where the reason is damage, the rest tells
                 raise BadInput(f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for {out.dtype}")
             yield out
 
@@ -130,10 +156,11 @@ def _from_folder(folder: Path) -> Stored:
     return Stored(config, shapes, parts, types)
 
 
-def _from_workdir(workdir: Path) -> Stored:
+def _from_workdir(workdir: Path, step: int) -> Stored:
+    """Reading it raises checkpoints.Damaged where the checkpoint is not what was saved."""
     trained = checkpoints.read_architecture(workdir)
     config = replace(trained, lora=None, vocab_padding=0)
-    arrays, wanted = _lazy_params(workdir)
+    arrays, wanted, frozen = _lazy_params(workdir, step)
     found = {path: tuple(array.shape) for path, array in leaves(arrays)}
     expected = {path: leaf.shape for path, leaf in leaves(Model(trained).shapes())}
     for path in sorted(found.keys() | expected.keys()):
@@ -148,13 +175,16 @@ def _from_workdir(workdir: Path) -> Stored:
         layered = path[0] == "layers"
         try:
             for i in range(array.shape[0] if layered else 1):
-                part = (array[i] if layered else array).read().result()
+                try:
+                    part = (array[i] if layered else array).read().result()
+                except ValueError as e:  # tensorstore's
+                    raise checkpoints.Damaged(f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})") from e
                 total += fingerprints.of_part(part, i * part.size)
                 yield part
-        except ValueError as e:  # tensorstore's
-            raise _damaged(workdir, f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})") from e
-        if total % 2**32 != wanted[path]:
-            raise _damaged(workdir, f"the bits of {'/'.join(path)} are not those that were saved")
+            if total % 2**32 != wanted[path]:
+                raise checkpoints.Damaged(f"the bits of {'/'.join(path)} are not those that were saved")
+        except checkpoints.Damaged as e:
+            raise checkpoints.frozen_is_damaged(workdir, e) if path in frozen else e from None
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         axis = {"embed": 0, "head": 1}.get(path[0])
@@ -302,29 +332,22 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     checkpoints.write_architecture(out, s.config, s.tokenizer)
 
 
-def _lazy_params(workdir: Path) -> tuple[Params, dict[tuple[str, ...], int]]:
-    """The parameters of the last checkpoint as opened, unread tensorstore arrays, and their fingerprints."""
-    step = checkpoints.saved_steps(workdir)[-1]
+def _lazy_params(workdir: Path, step: int) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
+    """The parameters of a checkpoint as opened, unread tensorstore arrays, their fingerprints, and which of them LoRA froze."""
     lazy = ((np.ndarray, _LazyHandler("np.ndarray")), (jax.Array, _LazyHandler("jax.Array")))
 
     def opened(folder: Path) -> Any:
         return _handler(*lazy).restore(folder.absolute(), args=ocp.args.PyTreeRestore())
 
-    try:
-        _, prints = checkpoints.read_record(workdir, step)
-        params = opened(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
-        names = {path: ("params", *path) for path, _ in leaves(params)}
-        if (workdir / checkpoints.FROZEN).is_dir():
+    _, prints = checkpoints.read_record(workdir, step)
+    params = opened(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
+    names, frozen = {path: ("params", *path) for path, _ in leaves(params)}, set()
+    if (workdir / checkpoints.FROZEN).is_dir():
+        try:
             more = opened(workdir / checkpoints.FROZEN)
-            names |= {path: (checkpoints.FROZEN, *path) for path, _ in leaves(more)}
-            params = lora.join(params, more)
-        return params, {path: prints[fingerprints.name(name)] for path, name in names.items()}
-    except Exception as e:  # Orbax and tensorstore raise many kinds
-        raise _damaged(workdir, f"{(str(e).splitlines() or [''])[0][:300]}") from e
-
-
-def _damaged(workdir: Path, what: str) -> BadInput:
-    return BadInput(
-        f"{workdir}: the last checkpoint is damaged: {what}; without its folder in {checkpoints.CHECKPOINTS}/, the one before it is "
-        "taken"
-    )
+        except Exception as e:  # Orbax and tensorstore raise many kinds
+            raise checkpoints.frozen_is_damaged(workdir, e) from e
+        frozen = {path for path, _ in leaves(more)}
+        names |= {path: (checkpoints.FROZEN, *path) for path in frozen}
+        params = lora.join(params, more)
+    return params, {path: prints[fingerprints.name(name)] for path, name in names.items()}, frozen

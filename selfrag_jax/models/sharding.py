@@ -50,6 +50,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     n = data * fsdp * tensor
     if n > len(devices):
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) needs {n} devices; there are {len(devices)}")
+    if n < len(devices) and jax.process_count() > 1:  # a process without a part would leave the others waiting
+        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) uses {n} of {len(devices)} devices; several processes must use all")
     auto = (jax.sharding.AxisType.Auto,) * 3
     try:
         return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices[:n], axis_types=auto)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,30 @@ def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: 
     return {"loss": losses @ member, "correct": correct @ member, "count": member.sum(0)}
 
 
+class _EventFile:
+    """A TensorBoard event file, written at once: tensorboardX's own writer has a thread, and waits for it for ever once a full
+    disk has ended it."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Raises OSError when the disk is full."""
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+
+        for name, value in scalars.items():
+            seen = summary.scalar(name, value)
+            self._events.write_event(event_pb2.Event(summary=seen, step=step, wall_time=time.time()))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
 class Log:
     """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
     the first one does.
@@ -28,9 +53,7 @@ class Log:
     """
 
     def __init__(self, workdir: str | Path, share_per_rate: float | None = None):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(Path(workdir) / "logs")) if jax.process_index() == 0 else None
+        self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
         self.share_per_rate = share_per_rate
         self.loss_sum = self.loss_count = 0.0
         self.reset()
@@ -49,7 +72,7 @@ class Log:
 
     def loss_since_save(self) -> float:
         """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
-        mean = self.loss_sum / max(self.loss_count, 1.0)
+        mean = self.loss_sum / self.loss_count if self.loss_count else sys.float_info.max
         self.loss_sum = self.loss_count = 0.0
         return mean
 
@@ -68,8 +91,8 @@ class Log:
             if self.sums["count"][i]:
                 scalars[f"loss/{group}"], scalars[f"accuracy/{group}"] = loss[i], accuracy[i]
                 parts.append(f"{group} {loss[i]:.2f}")
-        for name, value in scalars.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
+        if self.writer:
+            self.writer.write(scalars, step)
         self.reset()
         return f"loss: {', '.join(parts)}; {shown}"
 

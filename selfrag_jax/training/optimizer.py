@@ -42,13 +42,15 @@ class OptimizerConfig:
 
 
 def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the named decay to 0 at `steps`."""
-    warmup = max(1, round(warmup_fraction * steps))
+    """Linear warm-up from 0, if there is any, then the named decay to 0 at `steps`."""
+    warmup = min(steps - 1, max(1, round(warmup_fraction * steps))) if warmup_fraction > 0 else 0
     decay = {
         "linear": optax.linear_schedule(peak, 0.0, max(1, steps - warmup)),
         "cosine": optax.cosine_decay_schedule(peak, max(1, steps - warmup)),
         "constant": optax.constant_schedule(peak),
     }[name]
+    if warmup <= 0:
+        return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 

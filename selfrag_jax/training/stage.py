@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from selfrag_jax.training.train import TrainConfig, train
 
 ROLES = ("critic", "generator")
 # Fields of TrainConfig that do not change what is learned.
-_WHERE = ("mesh", "save_every", "log_every", "rows_per_device", "remat", "attention", "keep_last", "keep_best")
+_WHERE = ("mesh", "save_every", "log_every", "rows_per_device", "loss_chunk", "remat", "attention", "keep_last", "keep_best")
 
 
 def embedded_base() -> Path:
@@ -35,8 +35,10 @@ def _base_folder(c: ConfigDict) -> Path:
     return embedded_base() if c.base == "embedded" else huggingface.local(c.base)
 
 
-def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
+def starting_model(c: ConfigDict, read: bool = True) -> tuple[checkpoints.LoadedModel, int]:
     """The model that training starts from, its vocabulary grown by the reflection tokens, and by how many.
+
+    read: False leaves the base's parameters unread, and those of the result None.
 
     c.base: "embedded", "scratch" (the embedded tokenizer, random weights of the architecture c.scratch), or a path.
     c.new_rows: for reflection tokens the words whose rows of the embedding they start from; the others start at the
@@ -45,13 +47,13 @@ def starting_model(c: ConfigDict) -> tuple[checkpoints.LoadedModel, int]:
     Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
     """
     if c.base != "scratch":
-        loaded = checkpoints.load(_base_folder(c), c.tokenizer)
-        tokenizer = loaded.tokenizer.with_reflection_tokens()
-        like = {tokenizer.id(token): loaded.tokenizer.encode(words) for token, words in _new_rows(c)}
-        old, grown = loaded.tokenizer.vocab_size, tokenizer.vocab_size
-        config, params = checkpoints.with_vocabulary(loaded.model.config, loaded.params, old, grown, like)
-        new = grown - old
-        return checkpoints.LoadedModel(Model(config), params, tokenizer), new
+        model, of_base = checkpoints.describe(_base_folder(c), c.tokenizer)
+        tokenizer = of_base.with_reflection_tokens()
+        like = {tokenizer.id(token): of_base.encode(words) for token, words in _new_rows(c)}
+        old, grown = of_base.vocab_size, tokenizer.vocab_size
+        params = checkpoints.load(_base_folder(c), c.tokenizer).params if read else None
+        config, params = checkpoints.with_vocabulary(model.config, params, old, grown, like)
+        return checkpoints.LoadedModel(Model(config), params, tokenizer), grown - old
     tokenizer = checkpoints.load(embedded_base()).tokenizer.with_reflection_tokens()
     fields = c.scratch.to_dict()
     std = fields.pop("embed_std")
@@ -80,10 +82,12 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     if role not in ROLES or role not in c:
         raise BadInput(f"--role={role}: must be one of {', '.join(r for r in ROLES if r in c) or 'none in this config'}")
     section = configs.build(TrainConfig, c[role], role)
+    if section.steps == 0:
+        raise BadInput(f"config {role}: steps=0 trains nothing")
     weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
     # What a training is: not where it runs, nor how often it saves. It may go on over another mesh.
     learned = {k: v for k, v in asdict(section).items() if k not in _WHERE}
-    made: dict[str, Any] = {"role": role, "train": learned, "base": c.base, "weights": weights}
+    made: dict[str, Any] = {"role": role, "train": learned, "weights": weights}
     made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
     made["brief"] = c.label.critic.brief
     inputs = {"data": data}
@@ -93,16 +97,19 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         inputs["base"] = _base_folder(c)
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
-    start, new = starting_model(c)
+    # A checkpoint holds all but what LoRA leaves as it is.
+    start, new = starting_model(c, read=section.lora is not None or not checkpoints.saved_steps(Path(workdir)))
     if role == "critic":
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
     section.make_mesh()
     leads = jax.process_index() == 0  # of several processes, the one that writes
-    if leads:  # not before data and mesh have been looked at: bad ones leave nothing behind
-        artifacts.claim(workdir, "train", made, inputs)
-    result = train(section, start.model, start.params, source, start.tokenizer, workdir, name, new)
+    # Not before data and mesh have been looked at: bad ones leave nothing behind. All of them look, so that all refuse.
+    artifacts.claim(workdir, "train", made, inputs, write=leads)
+    held = [start.params]
+    start = replace(start, params=None)  # the trainer alone holds them, and lets them go
+    result = train(section, start.model, held.pop, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
     if leads:
         artifacts.finish(workdir, "train", made, inputs, counts)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from selfrag_jax.models import checkpoints, lora, roofline, sharding
 from selfrag_jax.models.attention import KERNELS
 from selfrag_jax.models.llama import REMAT, LlamaConfig, Model
 from selfrag_jax.models.lora import LoraConfig
-from selfrag_jax.models.params import Params
+from selfrag_jax.models.params import Params, build, leaves
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput
 from selfrag_jax.tokenizer import Tokenizer
@@ -62,7 +64,7 @@ class TrainConfig:
     pad_vocabulary: int = 1  # inside, the vocabulary is padded to a multiple of this
     lora: LoraConfig | None = None  # train low-rank adapters and the embeddings only
     keep_last: int = 2  # checkpoints
-    keep_best: int = 1  # further ones, of the lowest training loss since the one before
+    keep_best: int = 1  # further ones, of the lowest training loss since the one before (`selfrag convert --step=best`)
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -199,7 +201,7 @@ def arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
 def train(
     config: TrainConfig,
     base: Model,
-    initial: Params,
+    initial: Params | Callable[[], Params],
     source: Source,
     tokenizer: Tokenizer,
     workdir: str | Path,
@@ -208,7 +210,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains from `initial` (or from the last checkpoint of `workdir`) and returns {"params", "examples", ...}.
 
-    base: the model of `initial`. new_rows: how many tokens at the end of its vocabulary it has just been given.
+    base: the model of `initial`, which is called for the parameters where it is a function (so that nobody holds them
+    longer than needed), and not at all where a checkpoint has everything. new_rows: how many tokens at the end of its vocabulary it has just been given.
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError naming step and examples when the
     loss is not finite; the checkpoints before it stay.
     """
@@ -218,10 +221,10 @@ def train(
     tx = optimizer.make(config.optimizer, steps, new_rows, model.config.vocab_padding)
     Path(workdir).mkdir(parents=True, exist_ok=True)
     leads = jax.process_index() == 0  # of several processes, the one that writes and reports
-    if leads:
-        checkpoints.write_architecture(workdir, replace(model.config, remat="none", attention="auto"), tokenizer)
     saved = checkpoints.manager(workdir, config.keep_last, config.keep_best)
     state, position = _begin_or_resume(config, model, tx, mesh, initial, saved, workdir)
+    if leads:
+        checkpoints.write_architecture(workdir, replace(model.config, remat="none", attention="auto"), tokenizer)
     packer = Packer(
         source, config.rows, config.length, config.max_targets, config.seed, position["example"], packed=config.packed
     )
@@ -231,7 +234,8 @@ def train(
     cost = roofline.train_flops_per_token(model.config, config.length)
     log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None)
     first, stop = int(state["step"]), _StopSignal(saved)
-    with jax.set_mesh(mesh), checkpoints.writing(saved, workdir), progress(name, steps, "steps", first, leads) as bar, stop:
+    # A signal is caught until the last checkpoint is written.
+    with jax.set_mesh(mesh), stop, checkpoints.writing(saved, workdir), progress(name, steps, "steps", first, leads) as bar:
         unseen = None  # the last step's metrics: looked at when the next one is on its way, so that the device never waits
         for step in range(first, steps):
             at = packer.state
@@ -253,14 +257,20 @@ def train(
                 position = {"example": packer.state, "truncated": truncated}
                 checkpoints.save(saved, done, state, position, log.loss_since_save())
             if stopping:
-                raise SystemExit(143)
+                break
     log.close()
+    if stop.noted:
+        raise SystemExit(143)
+    if leads and truncated:
+        print(
+            f"{name}: {truncated} of {packer.state} examples were longer than there was room for, and were cut", file=sys.stderr
+        )
     params = state["params"] if config.lora is None else lora.join(state["params"], state["frozen"])
     return {"params": params, "steps": steps, "examples": packer.state, "truncated": truncated}
 
 
 def _begin_or_resume(
-    config: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, initial: Params, saved, workdir
+    config: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, initial, saved, workdir
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The state on the mesh, and the position in the data: of the last checkpoint, or of the beginning."""
     like = state_like(config, model, tx, mesh)
@@ -268,12 +278,14 @@ def _begin_or_resume(
     found = checkpoints.restore_last(saved, workdir, trained)
     if found is not None and config.lora is None:
         return found
-    start = checkpoints.pad_vocabulary(initial, model.config)
+    start = checkpoints.pad_vocabulary(initial() if callable(initial) else initial, model.config)
     if config.lora is not None:
         start = lora.add(start, model.shapes(), jax.random.key(config.seed))
-    # Each array goes to its devices on its own; a copy, for the step donates its state.
-    on_mesh = sharding.shardings(mesh, start)
-    params = jax.tree.map(lambda x, p: sharding.put(mesh, np.array(x, np.float32), p.spec), start, on_mesh)
+    # Each array goes to its devices on its own, in the type that it keeps; a copy, for the step donates its state.
+    kept = lambda path: np.float32 if config.lora is None or lora.is_trained(path) else model.config.dtype  # noqa: E731
+    on_mesh = dict(leaves(sharding.shardings(mesh, start)))
+    params = build((path, sharding.put(mesh, np.array(x, kept(path)), on_mesh[path].spec)) for path, x in leaves(start))
+    del start
     begin = partial(fresh_state, tx=tx, c=config, dtype=model.config.dtype)
     state = jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
     if config.lora is not None and not (Path(workdir) / checkpoints.FROZEN).is_dir():
@@ -281,6 +293,7 @@ def _begin_or_resume(
     if found is None:
         return state, {"example": 0, "truncated": 0}
     restored, position = found
+    checkpoints.check_frozen(workdir, int(restored["step"]), state["frozen"])
     return state | restored, position  # what is frozen comes from the base each time
 
 
@@ -305,7 +318,7 @@ def _finite(workdir, step: int, rows: list[int], step_metrics: dict, tokens: int
         if not np.isfinite(seen[name]):
             raise FloatingPointError(
                 f"{workdir}: the {what} of step {step} is {float(seen[name])}; its batch holds the rows {', '.join(map(str, rows))} "
-                "of the data, counted from 0. Earlier checkpoints are kept; lower the learning rate."
+                "of the data, counted from 0. Earlier checkpoints are kept. Mend the rows or lower the learning rate, in another workdir."
             )
     return {k: v for k, v in seen.items() if k != "total"}, tokens
 
@@ -328,10 +341,13 @@ class _StopSignal:
     """
 
     def __init__(self, saved):
-        self._saved, self._caught, self._several = saved, False, jax.process_count() > 1
+        self._saved, self.noted, self._several = saved, False, jax.process_count() > 1
 
     def caught(self, step: int) -> bool:
-        return self._saved.reached_preemption(step) if self._several else self._caught
+        """Whether this is the step to stop at."""
+        if self._several:
+            self.noted = self._saved.reached_preemption(step)
+        return self.noted
 
     def __enter__(self):
         try:
@@ -341,7 +357,7 @@ class _StopSignal:
         return self
 
     def _catch(self, *_):
-        self._caught = True
+        self.noted = True
         os.write(2, b"\nSIGTERM: saving a checkpoint before leaving\n")
 
     def __exit__(self, *_):
