@@ -61,6 +61,22 @@ def test_all_kernels_agree_with_a_loop(qkv, docs, window):
         np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("window", (None, 37, 200))
+@pytest.mark.parametrize("docs", DOCS)
+def test_gradients_block_by_block_agree_with_autodiff(qkv, docs, window, monkeypatch):
+    """Of the plain form over the whole mask; also where the last block is short."""
+    ids = jnp.asarray(DOCS[docs])
+    real = (ids > 0)[..., None, None]
+    loss = lambda f: lambda *qkv: (jnp.sin(f(*qkv)) * real).sum()  # noqa: E731
+    mask = attention.document_mask(ids, window)
+    expected = jax.grad(loss(lambda q, k, v: attention.attend(q, k, v, mask)), argnums=(0, 1, 2))(*qkv)
+    for block in (128, 96):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        got = jax.grad(loss(lambda q, k, v: attention.attend_blocks(q, k, v, ids, window)), argnums=(0, 1, 2))(*qkv)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_gradients_of_the_splash_kernel_agree(qkv):
     ids = jnp.asarray(DOCS["packed"])
     real = (ids > 0)[..., None, None]

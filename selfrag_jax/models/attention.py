@@ -2,7 +2,7 @@
 
 Whole sequences (training, no cache) take the fastest kernel of the platform, one switch for all:
 
-  xla      plain einsums, everywhere; the reference
+  xla      plain einsums, everywhere; the reference. Long rows go block by block, with the backward pass written out
   splash   jax's Pallas kernel for TPUs: never holds the [T, T] scores
   cudnn    cuDNN's flash attention through jax.nn.dot_product_attention, on NVIDIA GPUs
   auto     splash on TPU and cudnn on GPU where the shapes allow it, else xla
@@ -18,9 +18,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
+BLOCK = 128  # queries of a block; shorter rows than two of them are attended to whole
+OUTPUT = "attention"  # what a backward pass may keep instead of computing it again (jax.ad_checkpoint.checkpoint_name)
 _TILE = 128  # of the TPU: splash attention wants lengths and head sizes in multiples of it
 MASKED = -1e30
 
@@ -127,6 +130,90 @@ def _attend_own(q, k, v, mask):
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
+# ---- the plain form, block by block ----------------------------------------------------------------------------------
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_blocks(q, k, v, doc_ids, window: int | None):
+    """Causal attention of whole rows, as `attend` with `document_mask`; a block of queries never sees what comes after it, so
+    nearly half of the products are not computed.
+
+    q: [B, T, N, H]; k, v: [B, T, K, H]; doc_ids: [B, T]. Returns [B, T, N, H]. The backward pass is that of Dao et al. (2022,
+    Section 3.1): weights come again from the log-sum-exp of the scores, and softmax's share from the output alone.
+    """
+    return _blocks_forward(q, k, v, doc_ids, window)[0]
+
+
+def _blocks_forward(q, k, v, doc_ids, window):
+    qs, ks, vs = _heads_first(q, k), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    outs, sums = [], []
+    for at, mask, keys in _blocks(doc_ids, window):
+        scores = _block_scores(qs, ks, at, mask, keys)
+        most = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.einsum("BKTS,BKSH->BKTH", _rows(weights).astype(v.dtype), vs[:, :, keys])
+        outs.append(out.reshape(*weights.shape[:-1], -1) / total.astype(v.dtype))
+        sums.append(most + jnp.log(total))
+    out, lse = (checkpoint_name(jnp.concatenate(x, 3), OUTPUT) for x in (outs, sums))
+    return _heads_last(out), (q, k, v, doc_ids, out, lse)
+
+
+def _blocks_backward(window, saved, d_out):
+    q, k, v, doc_ids, out, lse = saved
+    qs, ks, vs, d = _heads_first(q, k), k.swapaxes(1, 2), v.swapaxes(1, 2), _heads_first(d_out, k, 1.0)
+    share = (d.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32)
+    for at, mask, keys in _blocks(doc_ids, window):
+        weights = jnp.exp(_block_scores(qs, ks, at, mask, keys) - lse[:, :, :, at])
+        d_rows, q_rows = _rows(d[:, :, :, at]), _rows(qs[:, :, :, at])
+        d_weights = jnp.einsum("BKTH,BKSH->BKTS", d_rows, vs[:, :, keys], preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights.reshape(weights.shape) - share[:, :, :, at])
+        rows, weights = _rows(d_scores).astype(q.dtype), _rows(weights).astype(v.dtype)
+        one = jnp.einsum("BKTS,BKSH->BKTH", rows, ks[:, :, keys]).reshape(*d_scores.shape[:-1], -1)
+        d_q.append(one * (q.shape[-1] ** -0.5))
+        d_k = d_k.at[:, :, keys].add(jnp.einsum("BKTS,BKTH->BKSH", rows, q_rows, preferred_element_type=jnp.float32))
+        d_v = d_v.at[:, :, keys].add(jnp.einsum("BKTS,BKTH->BKSH", weights, d_rows, preferred_element_type=jnp.float32))
+    back = lambda x, like: x.swapaxes(1, 2).astype(like.dtype)  # noqa: E731
+    return _heads_last(jnp.concatenate(d_q, 3)), back(d_k, k), back(d_v, v), None
+
+
+attend_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _blocks(doc_ids, window):
+    """(slice of the queries, mask, slice of the keys that they may see) of each block."""
+    T = doc_ids.shape[1]
+    for a in range(0, T, BLOCK):
+        at, first = slice(a, min(a + BLOCK, T)), 0 if window is None else max(0, a - window + 1)
+        keys = slice(first, at.stop)
+        back = jnp.arange(at.start, at.stop)[:, None] - jnp.arange(first, at.stop)
+        near = (back >= 0) if window is None else (back >= 0) & (back < window)
+        yield at, (doc_ids[:, at, None] == doc_ids[:, None, keys]) & near, keys
+
+
+def _block_scores(q, k, at, mask, keys):
+    """[B, K, G, t, S] f32. q: [B, K, G, T, H], scaled; k: [B, K, T, H]; mask: [B, t, S]."""
+    q = q[:, :, :, at]
+    scores = jnp.einsum("BKTH,BKSH->BKTS", _rows(q), k[:, :, keys], preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], scores.reshape(*q.shape[:-1], -1), MASKED)
+
+
+def _heads_first(q, k, scale: float | None = None):
+    """[B, T, N, H] -> [B, K, G, T, H], scaled by 1 / sqrt(H) if not otherwise."""
+    B, T, _, H = q.shape
+    q = q.reshape(B, T, k.shape[2], -1, H) * (H**-0.5 if scale is None else scale)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x):
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _rows(x):
+    """[B, K, G, t, ...] -> [B, K, G * t, ...]: the queries of a kv head as the rows of one product."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
 # ---- kernels for whole sequences -------------------------------------------------------------------------------------
 def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
     """What `kernel` stands for here: itself, or for "auto" the platform's own where its shapes allow it.
@@ -164,6 +251,8 @@ def attend_sequences(q, k, v, doc_ids, window: int | None, kernel: str, interpre
         return _dot_product(q, k, v, doc_ids, window, "cudnn")
     if doc_ids is None:
         doc_ids = jnp.ones(q.shape[:2], jnp.int32)
+    if q.shape[1] >= 2 * BLOCK:
+        return attend_blocks(q, k, v, doc_ids, window)
     return attend(q, k, v, document_mask(doc_ids, window))
 
 

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from selfrag_jax.models.attention import (
+    BLOCK,
     KERNELS,
     MASKED,
+    OUTPUT,
     RopeScaling,
     attend,
     attend_sequences,
@@ -38,7 +40,10 @@ from selfrag_jax.models.sharding import constrain
 # What the forward pass keeps of a layer for the backward pass; the rest is computed again.
 REMAT = {
     "none": None,  # everything is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # the products with weights, and what attention gives
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(OUTPUT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # its input only
 }
 
@@ -272,7 +277,7 @@ class Model:
             if prefix is not None:
                 raise ValueError("a prefix is read together with a cache; there is none")
             kernel = choose(c.attention, tokens.shape[1], c.head_dim, c.dtype)
-            if kernel == "xla":  # the mask is the same in all layers
+            if kernel == "xla" and tokens.shape[1] < 2 * BLOCK:  # the mask is the same in all layers
                 mask = document_mask(jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window)
                 attention = lambda q, k, v: attend(q, k, v, mask)  # noqa: E731
             else:
