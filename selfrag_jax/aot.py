@@ -49,6 +49,11 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
     devices = topology_devices(topology)
     mesh = section.make_mesh(devices)
     chip = roofline.chip(devices[0].device_kind)
+    section.check(base, mesh)
+    if section.max_targets is not None:
+        raise BadInput(
+            f"config {role}: max_targets={section.max_targets} is for one device; a slice computes all positions (none)"
+        )
     out = {"config": c.name, "program": program, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape)}
     lowered = lower_training_step(section, base, mesh)
     try:
@@ -56,7 +61,7 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return out | {"fits": False, "compiler": " ".join(str(e).split())[:400]}
+        return out | {"memory_per_chip": _memory_named(str(e), chip), "fits": False, "compiler": " ".join(str(e).split())[:400]}
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)  # most outputs take their argument's place
@@ -76,13 +81,21 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
 
 def why_not(found: dict[str, Any]) -> str:
     """One line on a program that does not fit."""
-    if "compiler" in found:
-        return f"does not fit: {found['compiler']}"
     memory = {k: v / 1e9 for k, v in found["memory_per_chip"].items()}
+    if "compiler" in found:
+        return f"does not fit {found['topology']}: {memory.get('total', 0):.1f} GB a chip, of {memory['hbm']:.1f}: {found['compiler']}"
     return (
         f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
         f"temporaries a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
     )
+
+
+def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
+    """The bytes that the compiler names where it gives up: "Used 17.25G of 15.75G hbm"."""
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
+    total = {"total": int(float(found.group(1)) * unit[found.group(2)])} if found else {}
+    return total | {"hbm": int(chip.memory)}
 
 
 def topology_devices(topology: str) -> list:

@@ -23,6 +23,14 @@ from typing import Any
 
 from selfrag_jax.records import BadInput, read_json, write_json
 
+_OF_A_MODEL = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
@@ -44,7 +52,9 @@ def fingerprint(path: str | Path) -> str:
         made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
+        model = (path / "config.json").is_file()  # of which its own files count, not what else lies there
+        found = [p for name in _OF_A_MODEL for p in path.glob(name)] if model else path.rglob("*")
+        files = sorted(p for p in found if p.is_file())
         return hashlib.sha256("".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files).encode()).hexdigest()[:16]
     raise BadInput(f"{path}: no such file or folder")
 

@@ -47,6 +47,10 @@ def load(spec: str) -> ConfigDict:
         config = module.get_config(variant) if variant else module.get_config()
     except ValueError as e:
         raise BadInput(f"--config={spec}: {e}") from None
+    except TypeError as e:
+        if not variant or "positional argument" not in str(e):
+            raise
+        raise BadInput(f"--config={spec}: {path.stem} has no variants; leave {':' + variant!r} out") from None
     config.lock()
     return config
 
@@ -65,6 +69,16 @@ def require_kind(config: ConfigDict, kind: str, example: str) -> None:
     found = config.kind if "kind" in config else "unknown"
     if found != kind:
         raise BadInput(f"this config is of kind {found!r}; here one of kind {kind!r} is needed, like {example}")
+
+
+def require(config: ConfigDict, *fields: str) -> None:
+    """Raises BadInput naming a field (`section.field`) that a config lacks."""
+    for name in fields:
+        node = config
+        for part in name.split("."):
+            if not isinstance(node, ConfigDict) or part not in node:
+                raise BadInput(f"config: lacks {name}")
+            node = node[part]
 
 
 def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDict:

@@ -163,6 +163,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise BadInput(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
         except UnicodeDecodeError as e:
             raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        except RecursionError:
+            raise BadInput(f"{path}:{number}: nested too deeply to be a row of data") from None
 
 
 def _object(where: str, row: Any, written: str = "\\ud") -> tuple[str, dict[str, Any]]:

@@ -73,7 +73,7 @@ class Tokenizer(ABC):
             row = json.loads(record.read_text())
             recorded = row["mode"]
             if recorded in MODES and recorded != "words":
-                dict(row["added"]), dict(row["names"])  # raise where they are no objects
+                _ids(row["added"]), dict(row["names"])  # raise where they are none
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{record}: not readable as the record of a tokenizer: {e}") from None
         if recorded not in MODES:
@@ -301,21 +301,40 @@ class _Published(Tokenizer):
 
 def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, str]]:
     """Control tokens of a folder that `transformers` wrote, and what it calls beginning, end and padding."""
-    config = _read(folder / CONFIG_FILE)
-    controls = {**vocabulary.controls, **_read(folder / "added_tokens.json")}
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        controls[token["content"]] = int(i)
+    config, controls = _read(folder / CONFIG_FILE), dict(vocabulary.controls)
+    for file, read in (
+        (folder / FILE, lambda row: {t["content"]: t["id"] for t in row.get("added_tokens") or []}),
+        (folder / "added_tokens.json", lambda row: row),
+        (folder / CONFIG_FILE, lambda row: {t["content"]: int(i) for i, t in (row.get("added_tokens_decoder") or {}).items()}),
+    ):
+        try:
+            found = _ids(read(_read(file)))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{file}: its added tokens cannot be read ({type(e).__name__}: {e})") from None
+        for token, i in found.items():
+            if controls.setdefault(token, i) != i:
+                raise ValueError(f"{file}: {token!r} has id {i}, elsewhere in this folder {controls[token]}")
+            if token not in vocabulary.controls and i < vocabulary.size and vocabulary.piece(i) != token:
+                raise ValueError(f"{file}: {token!r} has id {i}, which is {vocabulary.piece(i)!r} in the vocabulary")
     given = {**config, **_read(folder / "special_tokens_map.json")}
     names = {}
     for ours, field in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):
         name = given.get(field)
         name = name.get("content") if isinstance(name, dict) else name
+        if not isinstance(name, (str, type(None))):
+            raise ValueError(f"{folder}: {field}={name!r} is no token")
         if name and name != ours and name in controls and ours not in controls:
             names[ours] = name
     for ours, field in ((BOS, "bos_token"), (EOS, "eos_token")):
         if names.get(ours, ours) not in controls:
             raise ValueError(f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no {field}")
     return controls, names
+
+
+def _ids(tokens: dict[str, Any]) -> dict[str, int]:
+    if bad := [i for i in dict(tokens).values() if type(i) is not int or i < 0]:
+        raise ValueError(f"{bad[0]!r} is no id")
+    return tokens
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -100,17 +100,15 @@ class Bpe:
 
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
-            kind = spec["model"]["type"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}: not readable as a tokenizer ({e}); is it truncated?") from None
+            kind, vocabulary = spec["model"]["type"], spec["model"].get("vocab", {})
+            self.controls = {str(t["content"]): _id(t["id"]) for t in spec.get("added_tokens") or []}
+            self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
+            self.size, self._names = len(vocabulary), {_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?") from None
         if kind != "BPE":
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
-        self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
-        self.controls = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-        vocabulary = spec["model"]["vocab"]
-        self.size = len(vocabulary)
-        self._names = {i: t for t, i in vocabulary.items()}
         # No control token is known to the backend, so that it finds none in text.
         plain = _llama_rules(spec, {}) if self.llama else spec | {"added_tokens": [], "post_processor": None}
         try:
@@ -136,6 +134,12 @@ class Bpe:
             return _llama_rules(self._spec, added)
         known = {t["content"]: t for t in self._spec.get("added_tokens") or []}
         return self._spec | {"added_tokens": [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]}
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no id")
+    return value
 
 
 def _puts_a_space_in_front(spec: dict[str, Any]) -> bool:

@@ -4,12 +4,14 @@ model is never in memory."""
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -290,3 +292,38 @@ def test_the_model_is_never_in_memory(tokenizer, tmp_path):
 
 def stacks(config):
     return [(path, leaf) for path, leaf in huggingface.leaves(Model(config).shapes()) if path[0] == "layers"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tiny_model, tmp_path):
+    """In both directions: files may have 20 kB at most."""
+    params = jax.device_get(tiny_model.params)
+    huggingface.save(tmp_path / "hf", tiny_model.model.config, params, tiny_model.tokenizer)
+    convert.convert(tmp_path / "hf", tmp_path / "w", "orbax", None, False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for source, form in (("hf", "huggingface"), ("w", "huggingface"), ("hf", "orbax")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large|os error 27"):
+                convert.convert(tmp_path / source, tmp_path / "out", form, None, False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_weights_in_torchs_format_are_named_with_what_to_do(tiny_model, tmp_path):
+    huggingface.save(tmp_path, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"pytorch_model.bin is torch's own format.*save_pretrained"):
+        huggingface.load(tmp_path)
+
+
+def test_a_trained_stack_is_stored_by_layers(tiny_model, tmp_path):
+    """So that an export reads one layer without the others, here and where the stack is split over a mesh."""
+    state = {"params": tiny_model.params, "step": jnp.int32(3)}
+    checkpoints.write_architecture(tmp_path, tiny_model.model.config, tiny_model.tokenizer)
+    with checkpoints.writing(checkpoints.manager(tmp_path, 1, 0), tmp_path) as saved:
+        checkpoints.save(saved, 3, state, {}, 1.0)
+    arrays, _, _ = convert._lazy_params(tmp_path, 3)
+    for path, array in huggingface.leaves(arrays):
+        if len(array.shape) == 3:
+            assert array.chunk_layout.read_chunk.shape == (1, *array.shape[1:]), path

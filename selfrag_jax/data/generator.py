@@ -11,9 +11,11 @@ from pathlib import Path
 
 from selfrag_jax import prompts
 from selfrag_jax.data.batches import Example, build_example
-from selfrag_jax.records import GeneratorExample, generator_example_from, read_records
+from selfrag_jax.records import BadInput, GeneratorExample, generator_example_from, read_records
 from selfrag_jax.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
 from selfrag_jax.tokenizer import EOS, Control, Part, Tokenizer
+
+_MARKS = (PARAGRAPH_OPEN, PARAGRAPH_CLOSE)
 
 
 class GeneratorSource:
@@ -25,7 +27,16 @@ class GeneratorSource:
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Tokenizer, group_weights: dict[str, float]) -> GeneratorSource:
-        return cls(read_records(path, generator_example_from), tokenizer, group_weights)
+        """Raises BadInput naming file and line of a row that is no example, or whose passages do not end."""
+
+        def check(where, row):
+            example = generator_example_from(where, row)
+            marks = [p.token for p in prompts.parse_output(example.output) if isinstance(p, Control) and p.token in _MARKS]
+            if marks != list(_MARKS) * (len(marks) // 2):
+                raise BadInput(f"{where}: each {PARAGRAPH_OPEN} in output must be followed by its own {PARAGRAPH_CLOSE}")
+            return example
+
+        return cls(read_records(path, check), tokenizer, group_weights)
 
     def example(self, i: int) -> Example:
         row = self.rows[i]

@@ -229,10 +229,15 @@ def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
         )
     if kernel == "cudnn" and dtype == "float32":
         raise ValueError("attention='cudnn' needs bfloat16 or float16 activations; they are float32")
-    if kernel != "auto":
-        return kernel
     mesh = jax.sharding.get_abstract_mesh()  # ahead of time, of devices that are not here
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
+    if platform != needed:
+        raise ValueError(
+            f"attention={kernel!r} runs on a {needed.upper()} only; this is a {platform.upper()}: take auto or xla"
+        )
+    if kernel != "auto":
+        return kernel
     if platform == "tpu" and tiled:
         return "splash"
     small = dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128 and length % 64 == 0

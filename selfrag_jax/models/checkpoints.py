@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -165,8 +166,19 @@ def save(saved, step: int, state: Any, data: dict[str, Any], loss: float) -> Non
 
     record = _record(data, fingerprints.of_tree(state))
     state = {k: v for k, v in state.items() if k != FROZEN}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(record))
+    by_layer = ocp.args.StandardSave(state, jax.tree.map(_by_layer, state))
+    args = ocp.args.Composite(state=by_layer, data=ocp.args.JsonSave(record))
     saved.save(step, args=args, metrics={"loss": loss})
+
+
+def _by_layer(x: jax.Array):
+    """How an array is cut into pieces on disk: a stack by its layers, so that `convert` reads one without the others."""
+    import orbax.checkpoint as ocp
+
+    if x.ndim != 3:
+        return ocp.SaveArgs()
+    layer = math.prod(x.sharding.shard_shape(x.shape)[1:]) * x.dtype.itemsize
+    return ocp.SaveArgs(chunk_byte_size=layer, shard_axes=(0,))
 
 
 @contextmanager
@@ -193,7 +205,7 @@ def save_frozen(workdir: str | Path, frozen: Params) -> None:
     import orbax.checkpoint as ocp
 
     with writing(ocp.StandardCheckpointer(), workdir) as one:
-        one.save(Path(workdir).absolute() / FROZEN, frozen, force=True)
+        one.save(Path(workdir).absolute() / FROZEN, frozen, save_args=jax.tree.map(_by_layer, frozen), force=True)
 
 
 def check_frozen(workdir: str | Path, step: int, frozen: Params) -> None:

@@ -59,13 +59,14 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours -> saf
 # Fields that say nothing about the function that the model computes, or only how transformers runs or prints it.
 _NEUTRAL = frozenset(
     "_name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range "
-    "is_encoder_decoder label2id output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
+    "label2id output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
     "torch_dtype transformers_version unk_token_id use_cache".split()
 )
 # Fields of which one value alone can be honoured.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0,
 }
 _REQUIRED = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -134,8 +135,11 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
         if row.get(field) is not None and not (type(row[field]) is int and row[field] > 0):
             raise BadInput(f"{path}: {field}={row[field]!r}: must be a whole number above 0")
     for field in ("rms_norm_eps", "rope_theta"):
-        if field in row and not (isinstance(row[field], (int, float)) and row[field] > 0):
-            raise BadInput(f"{path}: {field}={row[field]!r}: must be a number above 0")
+        if field in row:
+            _positive(path, field, row[field])
+    for field in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(row.get(field) or False, bool):
+            raise BadInput(f"{path}: {field}={row[field]!r}: must be true or false")
     if nulls := [n for n in _REQUIRED if row[n] is None]:
         raise BadInput(f"{path}: {nulls[0]} is null")
     window = _sliding_window(path, row, kind)
@@ -171,6 +175,12 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
         raise BadInput(f"{path}: {e}") from None
 
 
+def _positive(path, field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise BadInput(f"{path}: {field}={value!r}: must be a number above 0")
+    return float(value)
+
+
 def _sliding_window(path, row: dict[str, Any], kind: str) -> int | None:
     if kind == "mistral" and "sliding_window" not in row:
         raise BadInput(f"{path}: lacks sliding_window (null for none)")
@@ -178,8 +188,9 @@ def _sliding_window(path, row: dict[str, Any], kind: str) -> int | None:
     if kind == "llama" and window is not None:
         raise BadInput(f"{path}: sliding_window={window!r} is not supported for model_type 'llama'")
     wanted = "full_attention" if window is None else "sliding_attention"
-    if any(kind != wanted for kind in row.get("layer_types") or ()):
-        raise BadInput(f"{path}: layer_types={row['layer_types']!r} is not supported; all layers must be {wanted!r}")
+    types = row.get("layer_types")
+    if types is not None and types != [wanted] * row["num_hidden_layers"]:
+        raise BadInput(f"{path}: layer_types={types!r} is not supported; all {row['num_hidden_layers']} must be {wanted!r}")
     return window
 
 
@@ -188,16 +199,25 @@ def _rope(path, row: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(row.get(field) or {}, dict):
             raise BadInput(f"{path}: {field}={row[field]!r}: expected an object with a rope_type")
-    given = {**(row.get("rope_scaling") or {}), **(row.get("rope_parameters") or {})}
-    theta = float(given.pop("rope_theta", None) or row.get("rope_theta") or _EARLY_ROPE_THETA)
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
+    forms = [dict(row.get(field) or {}) for field in ("rope_scaling", "rope_parameters")]
+    for form in forms:
+        if "type" in form:  # the older name
+            form.setdefault("rope_type", form.pop("type"))
+    given = forms[0] | forms[1]
+    if row.get("rope_theta") is not None:
+        forms.append({"rope_theta": row["rope_theta"]})
+        given.setdefault("rope_theta", row["rope_theta"])
+    for name, value in given.items():
+        if other := [f[name] for f in forms if name in f and f[name] != value]:
+            raise BadInput(f"{path}: says both {name}={other[0]!r} and {name}={value!r}")
+    theta = _positive(path, "rope_theta", given.pop("rope_theta", _EARLY_ROPE_THETA))
+    kind = given.pop("rope_type", None) or "default"
     names = {
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise BadInput(f"{path}: rope_scaling of type {kind!r} is not supported; {', '.join(names)} are")
     if given.get("partial_rotary_factor", 1.0) == 1.0:
         given.pop("partial_rotary_factor", None)
@@ -208,6 +228,8 @@ def _rope(path, row: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise BadInput(f"{path}: rope_scaling.{unknown[0]}={given[unknown[0]]!r} is not supported for type {kind!r}")
     if kind == "default":
         return theta, None
+    for name in names[kind]:
+        _positive(path, f"rope_scaling.{name}", given[name])
     low, high, original = (given.get(n, 0) for n in names["llama3"][1:])
     try:
         return theta, RopeScaling(kind, float(given["factor"]), float(low), float(high), int(original))
@@ -237,12 +259,17 @@ def local(name: str | Path) -> Path:
             raise BadInput(f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected the folder of a model")
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     files = ["*.safetensors", "*.json", "tokenizer.model"]
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers()
-        return Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
+        folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
+        if not any(folder.glob("*.safetensors")) and not offline:  # published in torch's format: say what to do with it
+            folder = Path(snapshot_download(str(name), allow_patterns=[*files, "pytorch_model*.bin"]))
+        return folder
+    except HFValidationError as e:
+        raise BadInput(f"{name}: no such folder, and no name of a model on the Hugging Face hub ({e})") from None
     except RepositoryNotFoundError:
         raise BadInput(f"{name}: no such folder, and the Hugging Face hub has no such model (or wants a login)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
@@ -283,7 +310,11 @@ class Folder:
             if not wanted or not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
                 raise BadInput(f"{index}: has no weight_map from tensors to files")
         elif not single.is_file():
-            raise BadInput(f"{self.folder}: no weights here; expected {WEIGHTS}, or {INDEX} with its shards")
+            raise BadInput(
+                f"{self.folder}: no weights here; expected {WEIGHTS}, or {INDEX} with its shards{_of_torch(self.folder)}"
+            )
+        if wanted and single.is_file():
+            raise BadInput(f"{self.folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is not the model")
         names = sorted(set(wanted.values())) or [WEIGHTS]
         if missing := [n for n in names if not (self.folder / n).is_file()]:
             raise BadInput(f"{self.folder}: shard {missing[0]} is missing; {INDEX} names {len(names)} shards")
@@ -326,6 +357,18 @@ class Folder:
         if not np.isfinite(value).all():
             raise BadInput(f"{path}: tensor {name!r} holds NaN or infinite values")
         return value
+
+
+def _of_torch(folder: Path) -> str:
+    """What to do where a folder, like some published ones, has its weights in torch's own format only."""
+    found = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    if not found:
+        return ""
+    return (
+        f". {found[0]} is torch's own format, which can hold any program and is not read here. Make safetensors of it, where "
+        'torch and transformers are: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\", and copy its tokenizer files"
+    )
 
 
 def _open(file: Path):
@@ -394,6 +437,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
 
     All files get temporary names and are renamed at the end, the index last.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     shard_bytes = shard_bytes or SHARD_BYTES
@@ -405,7 +449,10 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
     def flush() -> None:
         shards.append(folder / f".shard-{len(shards)}.tmp")
         where.update(dict.fromkeys(held, len(shards) - 1))
-        save_file(held, shards[-1], metadata={"format": "pt"})
+        try:
+            save_file(held, shards[-1], metadata={"format": "pt"})
+        except SafetensorError as e:  # of a full disk, for example
+            raise OSError(f"{folder}: weights could not be written ({e})") from e
         held.clear()
 
     try:

@@ -37,6 +37,8 @@ from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import Params
 from selfrag_jax.models.sharding import constrain
 
+DTYPES = ("float32", "bfloat16", "float16")  # of activations
+
 # What the forward pass keeps of a layer for the backward pass; the rest is computed again.
 REMAT = {
     "none": None,  # everything is kept

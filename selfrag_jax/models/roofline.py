@@ -59,14 +59,20 @@ def trained_weights(c: LlamaConfig) -> int:
     return weights(c) - (c.num_layers * _layer_weights(c) if c.lora else 0)
 
 
+def _seen(c: LlamaConfig, length: int) -> float:
+    """Keys that a token of a row sees on average: half of the row, or nearly all of a short window."""
+    window = min(length, c.sliding_window or length)
+    return window * (1 - window / (2 * length))
+
+
 def train_flops_per_token(c: LlamaConfig, length: int) -> float:
     """Floating-point operations of the model for one token of training, forward and backward (maxtext's convention).
 
     6 for every weight that multiplies (the embedding is looked up, so only the output head counts), and causal attention,
-    of which half is computed: 6 * L * N * H * T, with T no more than a sliding window. What remat computes again does not
+    of which half is computed: 6 * L * N * H * T (12 * L * N * H for each pair of tokens, see `_seen`). What remat computes again does not
     count. With LoRA the gradients of the frozen weights are not computed: 4 for each of those.
     """
-    attention = 6 * c.num_layers * c.num_heads * c.head_dim * min(length, c.sliding_window or length)
+    attention = 12 * c.num_layers * c.num_heads * c.head_dim * _seen(c, length)
     learned = c.vocab_size * c.embed_dim + c.num_layers * (_adapter_weights(c) if c.lora else _layer_weights(c))
     return 6.0 * learned + (4.0 * c.num_layers * _layer_weights(c) if c.lora else 0.0) + attention
 
@@ -74,7 +80,7 @@ def train_flops_per_token(c: LlamaConfig, length: int) -> float:
 def recomputed_flops_per_token(c: LlamaConfig, length: int, loss_chunk: bool) -> float:
     """What the backward pass computes again, beside the model's own: a layer's forward pass with remat="full", its attention
     with "dots", and the logits when the loss is computed in chunks."""
-    attention = 2 * c.num_layers * c.num_heads * c.head_dim * min(length, c.sliding_window or length)
+    attention = 4 * c.num_layers * c.num_heads * c.head_dim * _seen(c, length)
     layers = 2 * c.num_layers * (_layer_weights(c) + (_adapter_weights(c) if c.lora else 0))
     again = {"none": 0, "dots": attention, "full": attention + layers}[c.remat]
     return float(again + (2 * c.vocab_size * c.embed_dim if loss_chunk else 0))

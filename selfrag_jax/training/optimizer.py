@@ -36,9 +36,13 @@ class OptimizerConfig:
         for field, known in (("name", ("adamw", "adafactor", "muon")), ("schedule", ("linear", "cosine", "constant"))):
             if getattr(self, field) not in known:
                 raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
-        for field in ("adam_eps", "new_rows_factor"):
-            if not getattr(self, field) > 0:
+        for field in ("learning_rate", "adam_learning_rate", "adam_eps", "new_rows_factor", "clip"):
+            if not 0 < getattr(self, field) < float("inf"):
                 raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be above 0")
+        if not 0 <= self.warmup_fraction < 1:
+            raise BadInput(f"optimizer.warmup_fraction={self.warmup_fraction!r}: must be from 0 up to 1, of the steps")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise BadInput(f"optimizer.weight_decay={self.weight_decay!r}: must be 0 or above")
 
 
 def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:

@@ -46,6 +46,8 @@ def starting_model(c: ConfigDict, read: bool = True) -> tuple[checkpoints.Loaded
     c.tokenizer: the mode of the base's tokenizer (see tokenizer.py), or None for that which its folder records.
     Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
     """
+    if c.base is None:
+        raise BadInput("config: base is none; it names a folder, a model of the Hugging Face hub, embedded or scratch")
     if c.base != "scratch":
         model, of_base = checkpoints.describe(_base_folder(c), c.tokenizer)
         tokenizer = of_base.with_reflection_tokens()
@@ -81,10 +83,13 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     """
     if role not in ROLES or role not in c:
         raise BadInput(f"--role={role}: must be one of {', '.join(r for r in ROLES if r in c) or 'none in this config'}")
+    configs.require(
+        c, "base", "tokenizer", f"{role}_weights", "label.critic.brief", "scratch" if c.base == "scratch" else "new_rows"
+    )
     section = configs.build(TrainConfig, c[role], role)
     if section.steps == 0:
         raise BadInput(f"config {role}: steps=0 trains nothing")
-    weights = {k: float(v) for k, v in c[f"{role}_weights"].items()}
+    weights = _group_weights(c, role)
     # What a training is: not where it runs, nor how often it saves. It may go on over another mesh.
     learned = {k: v for k, v in asdict(section).items() if k not in _WHERE}
     made: dict[str, Any] = {"role": role, "train": learned, "weights": weights}
@@ -103,7 +108,7 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
-    section.make_mesh()
+    section.check(start.model.config, section.make_mesh())
     leads = jax.process_index() == 0  # of several processes, the one that writes
     # Not before data and mesh have been looked at: bad ones leave nothing behind. All of them look, so that all refuse.
     artifacts.claim(workdir, "train", made, inputs, write=leads)
@@ -115,6 +120,20 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         artifacts.finish(workdir, "train", made, inputs, counts)
 
 
+def _group_weights(c: ConfigDict, role: str) -> dict[str, float]:
+    """The loss weights of the groups of reflection tokens. Raises BadInput for one that is missing, unknown or below 0."""
+    name, given = f"{role}_weights", dict(c[f"{role}_weights"].items())
+    if set(given) != set(reflection.GROUPS):
+        wrong = sorted(set(given) ^ set(reflection.GROUPS))
+        raise BadInput(
+            f"config {name}: {wrong[0]!r} is {'unknown' if wrong[0] in given else 'missing'}; it has {', '.join(reflection.GROUPS)}"
+        )
+    for group, weight in given.items():
+        if isinstance(weight, (str, bool)) or weight is None or not 0 <= weight < float("inf"):
+            raise BadInput(f"config {name}: {group}={weight!r} must be a number from 0 up")
+    return {k: float(v) for k, v in given.items()}
+
+
 def join_processes(spec: str) -> None:
     """Makes this process one of several that train together.
 
@@ -122,7 +141,12 @@ def join_processes(spec: str) -> None:
     BadInput for another form.
     """
     if spec == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as e:
+            raise BadInput(
+                f"--distributed=auto: JAX finds no other processes here ({e}); give HOST:PORT,PROCESSES,INDEX"
+            ) from None
         return
     match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", spec)
     if not match or int(match.group(3)) >= int(match.group(2)):

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from selfrag_jax.data.batches import Batch, Packer, Source
 from selfrag_jax.models import checkpoints, lora, roofline, sharding
-from selfrag_jax.models.attention import KERNELS
-from selfrag_jax.models.llama import REMAT, LlamaConfig, Model
+from selfrag_jax.models.attention import KERNELS, choose
+from selfrag_jax.models.llama import DTYPES, REMAT, LlamaConfig, Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import Params, build, leaves
 from selfrag_jax.progress import progress
@@ -71,9 +71,12 @@ class TrainConfig:
             raise BadInput(f"steps={self.steps}, epochs={self.epochs}: give one of them")
         if self.steps is not None and self.steps < 0:
             raise BadInput(f"steps={self.steps}: must not be below 0")
-        for name in ("epochs", "rows", "length", "save_every", "log_every", "pad_vocabulary", "keep_last"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise BadInput(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("epochs", "rows", "length", "save_every", "log_every", "pad_vocabulary", "keep_last", "max_targets"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, (str, bool)) or not 0 < value < float("inf")):
+                raise BadInput(f"{name}={value}: must be a number above 0")
+        if self.dtype not in (None, *DTYPES):
+            raise BadInput(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         positions, name = (self.length, "length") if self.max_targets is None else (self.max_targets, "max_targets")
         if self.loss_chunk is not None and (self.loss_chunk < 1 or positions % self.loss_chunk):
             raise BadInput(f"loss_chunk={self.loss_chunk} does not divide {name}={positions}")
@@ -98,6 +101,20 @@ class TrainConfig:
             what = "" if self.rows_per_device is None else f" x rows_per_device={self.rows_per_device}"
             raise BadInput(f"rows={self.rows} is not divisible by mesh data x fsdp = {devices}{what}")
         return self.rows // at_a_time
+
+    def check(self, c: LlamaConfig, mesh: Mesh) -> None:
+        """Raises BadInput where this training cannot run that model on this mesh."""
+        if self.length > c.max_length:
+            raise BadInput(
+                f"length={self.length}: the model attends over {c.max_length} tokens at most (max_position_embeddings)"
+            )
+        if c.num_heads % mesh.shape["tensor"]:
+            raise BadInput(f"mesh tensor={mesh.shape['tensor']} does not divide the model's {c.num_heads} attention heads")
+        try:
+            with jax.set_mesh(mesh):
+                choose(self.attention, self.length, c.head_dim, self.dtype or c.dtype)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
 
     def model(self, c: LlamaConfig) -> Model:
         """The model as this training runs it."""
