@@ -101,6 +101,8 @@ def _answer(pick) -> dict:
             max_depth=pick(4, 2),
             ndocs=5,
             accumulate="mean",
+            constraints=(),
+            keep_passages=True,
             max_new_tokens=pick(24, 16),
             length_bucket=32,
         ),

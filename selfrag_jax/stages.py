@@ -149,11 +149,19 @@ _SEARCH_FLAGS = (
     Flag("beam_width", "segments kept at each step", type=int),
     Flag("max_depth", "segments of an answer at most", type=int),
     Flag("ndocs", "passages per retrieval", type=int),
+    Flag("accumulate", "how a path's segments are ranked: by the sum (paper), mean or product of their scores"),
+    Flag(
+        "constraints", "drop segments that say one of these critique tokens, e.g. '[No support / Contradictory]'; with commas"
+    ),
+    Flag("keep_passages", "true or false: keep the passages of earlier segments in the history", type=bool),
 )
 
 
 def _changes(v: dict) -> dict:
-    return {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
+    changes = {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
+    if "constraints" in changes:
+        changes["constraints"] = tuple(t.strip() for t in changes["constraints"].split(",") if t.strip())
+    return changes
 
 
 def _convert(v: dict, _) -> None:

@@ -48,6 +48,8 @@ DEFAULT = AnswerConfig(
         max_depth=7,
         ndocs=5,
         accumulate="sum",
+        constraints=(),
+        keep_passages=True,
         max_new_tokens=100,
         length_bucket=32,
     ),
@@ -85,6 +87,7 @@ class Answer:
     tree: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = ()
     task: str = ""
+    error: str = ""  # why there is no answer; the other questions of its batch have theirs
 
     def to_row(self) -> dict[str, Any]:
         """The record of `selfrag answer`."""
@@ -137,6 +140,8 @@ class SelfRAG:
         unknown field.
         """
         rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
+        if empty := [q.id for q in rows if not q.question.strip()]:
+            raise BadInput(f"question {empty[0]!r} is empty")
         out: list[Answer] = []
         for answers in self.batches(rows, **changes):
             out += answers
@@ -171,29 +176,51 @@ class SelfRAG:
 
     def _batch(self, search: BeamSearch, rows: list[Question]) -> list[Answer]:
         notices: list[list[str]] = [[] for _ in rows]
+        errors: dict[int, str] = {}  # by question: one that fails does not take the others of its batch along
         ids = []
-        for notice, q in zip(notices, rows, strict=True):
-            prompt = self.loaded.tokenizer.encode(prompts.instruction(question_text(q)), before_control=True)
-            tokens = [self.loaded.tokenizer.bos_id, *prompt]
-            if len(tokens) > self.config.max_length:
-                notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
-                tokens = [*tokens[: self.config.max_length - 1], tokens[-1]]  # keeps the response heading
-            ids.append(tokens)
+        for i, q in enumerate(rows):
+            try:
+                ids.append(self._prompt(q, notices[i]))
+            except Exception as e:
+                errors[i] = f"{type(e).__name__}: {e}"
+                ids.append([self.loaded.tokenizer.bos_id])
 
         def retrieve(queries):
-            static = [rows[q].ctxs for q, _ in queries]
-            texts = [prompts.query_for(rows[q].question, previous) for q, previous in queries]
-            with_own = StaticRetriever().passages(static, texts, search.config.ndocs)
-            if self.retriever is None:
-                return with_own
-            missing = [i for i, own in enumerate(with_own) if not own]
-            found = self.retriever.passages([()] * len(missing), [texts[i] for i in missing], search.config.ndocs)
-            for i, passages in zip(missing, found, strict=True):
-                with_own[i] = passages
-            return with_own
+            try:
+                return self._retrieve(rows, queries, search.config.ndocs)
+            except Exception as e:
+                if len(queries) > 1:
+                    return [found for one in queries for found in retrieve([one])]
+                errors[queries[0][0]] = f"{type(e).__name__}: {e}"
+                return [[]]
 
         searches = search.run(ids, retrieve)
-        return [self._answer(search, q, s, n) for q, s, n in zip(rows, searches, notices, strict=True)]
+        return [
+            self._answer(search, q, s, n) if i not in errors else _failed(q, errors[i])
+            for i, (q, s, n) in enumerate(zip(rows, searches, notices, strict=True))
+        ]
+
+    def _prompt(self, q: Question, notice: list[str]) -> list[int]:
+        """Tokens up to the response heading, cut to max_length with a notice."""
+        prompt = self.loaded.tokenizer.encode(prompts.instruction(question_text(q)), before_control=True)
+        tokens = [self.loaded.tokenizer.bos_id, *prompt]
+        if len(tokens) > self.config.max_length:
+            notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
+            tokens = [*tokens[: self.config.max_length - 1], tokens[-1]]  # keeps the response heading
+        return tokens
+
+    def _retrieve(self, rows: list[Question], queries, ndocs: int) -> list[list[Passage]]:
+        """Passages for (question, previous segments) pairs: the question's own, or else the index's."""
+        static = [rows[q].ctxs for q, _ in queries]
+        texts = [prompts.query_for(rows[q].question, previous) for q, previous in queries]
+        with_own = StaticRetriever().passages(static, texts, ndocs)
+        if self.retriever is None:
+            return with_own
+        missing = [i for i, own in enumerate(with_own) if not own]
+        found = self.retriever.passages([()] * len(missing), [texts[i] for i in missing], ndocs)
+        for i, passages in zip(missing, found, strict=True):
+            with_own[i] = passages
+        return with_own
 
     def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
         best = outcome.best()
@@ -210,11 +237,16 @@ class SelfRAG:
             passages=tuple(passages),
             retrieved=any(n.action == "retrieve" for n in path),
             p_retrieve=path[0].p_retrieve,
-            score=best.total,
+            score=best.node.total,
             tree=tuple(_tree_node(search, n, path) for n in outcome.nodes),
             notices=(*notices, *dict.fromkeys(outcome.notices), *_doubts(path, citations)),
             task=q.task,
         )
+
+
+def _failed(q: Question, error: str) -> Answer:
+    nothing: dict[str, Any] = dict(answer="", segments=(), citations=(), passages=(), retrieved=False, tree=())
+    return Answer(id=q.id, question=q.question, **nothing, p_retrieve=0.0, score=0.0, task=q.task, error=error)
 
 
 def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:
@@ -251,6 +283,8 @@ def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
         "action": n.action,
         "passage": None if n.passage is None else {"id": n.passage.id, "title": n.passage.title, "text": n.passage.text},
         "text": search.text(n.tokens),
+        "said": search.critiques(n.tokens),
+        "allowed": n.allowed,
         "p_segment": round(n.p_segment, 4),
         "isrel": rounded(n.isrel),
         "issup": rounded(n.issup),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
             bar.advance(len(answers))
 
         rag.answer(remaining, on_batch=keep, **changes)
+    if failed := [i for i in ids if done[i]["error"]]:
+        print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
     write_jsonl(out, (done[i] for i in ids))
     artifacts.finish(out, "answer", config, inputs, {"answers": len(ids)})
     partial.unlink()

@@ -24,6 +24,7 @@ from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control, Tokenizer
 
 MAX_NDOCS = 100
+ACCUMULATE = ("sum", "mean", "product")
 MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
 
 
@@ -36,7 +37,11 @@ class SearchConfig:
     beam_width: int  # W
     max_depth: int  # segments at most
     ndocs: int  # P, passages per retrieval
-    accumulate: str  # rank paths by the "sum" (paper) or the "mean" of their segments' scores; sums favour long answers
+    accumulate: str  # rank paths by the "sum" (paper), "mean" or "product" of their segments' scores; sums favour long answers
+    constraints: tuple[
+        str, ...
+    ]  # a segment that says one of these critique tokens is dropped ("hard constraints" in the paper)
+    keep_passages: bool  # in the history of later segments, as in training data; the released script drops them
     max_new_tokens: int  # of a segment
     length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
 
@@ -47,8 +52,12 @@ class SearchConfig:
             raise BadInput(f"normalise={self.normalise!r}: must be yes_no or all")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold={self.threshold}: must be a probability between 0 and 1")
-        if self.accumulate not in ("sum", "mean"):
-            raise BadInput(f"accumulate={self.accumulate!r}: must be sum or mean")
+        if self.accumulate not in ACCUMULATE:
+            raise BadInput(f"--accumulate={self.accumulate!r}: must be one of {', '.join(ACCUMULATE)}")
+        critiques = (*reflection.ISREL, *reflection.ISSUP, *reflection.ISUSE)
+        for token in self.constraints:
+            if token not in critiques:
+                raise BadInput(f"--constraints: {token!r} is no critique token; they are {', '.join(critiques)}")
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
@@ -72,7 +81,9 @@ class Node:
     issup: tuple[float, ...]
     isuse: tuple[float, ...]
     score: float  # f of this segment
-    total: float  # sum over the path
+    total: float  # sum or product over the path
+    allowed: bool  # by the hard constraints
+    start: int  # position of its first token, the Retrieve token
     finished: bool
     complete: bool  # False where the length limit cut the segment
 
@@ -86,13 +97,9 @@ class Beam:
     next_position: int
     row: int = -1
 
-    @property
-    def total(self) -> float:
-        return self.node.total if self.node else 0.0
-
     def rank(self, accumulate: str) -> float:
         """What paths are compared by."""
-        return self.total / (self.node.depth + 1) if accumulate == "mean" and self.node else self.total
+        return self.node.total / (self.node.depth + 1 if accumulate == "mean" else 1)
 
     @property
     def finished(self) -> bool:
@@ -129,6 +136,7 @@ class BeamSearch:
         self.max_length = max_length  # of prompt and of passage, in tokens
         self.rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids())
         self.id_of = {t: tokenizer.id(t) for t in reflection.RETRIEVE}
+        self.refused = {tokenizer.id(t) for t in config.constraints}
 
     def run(self, prompt_ids: Sequence[list[int]], retrieve: Retrieve) -> list[Search]:
         """Searches one batch of questions. prompt_ids: tokens of each prompt, up to the response heading."""
@@ -161,7 +169,7 @@ class BeamSearch:
         """What precedes the beam's next segment, and p(retrieve)."""
         c, p = self.config, beam.retrieve
         probability = float(scoring.p_retrieve(p, c.normalise))
-        has_evidence = beam.node is not None and beam.node.action != "no_retrieval"
+        has_evidence = c.keep_passages and beam.node is not None and beam.node.action != "no_retrieval"
         if c.mode == "no_retrieval":
             return "no_retrieval", probability
         if has_evidence and p.argmax() == 2:
@@ -200,18 +208,41 @@ class BeamSearch:
                 new = Beam(node, out.retrieve[i], int(out.next_position[i]))
                 candidates[q].append((new, beam.row, i))
 
-        # Keep the best W of each question; ties go to the earlier candidate.
+        parent, branch = self._keep_best(searches, candidates)
+        if depth + 1 == self.config.max_depth or all(b.finished for s in searches for b in s.beams):
+            return None
+        if not self.config.keep_passages:
+            return self._without_passages(searches, prefix, parent)
+        return segments.append_branches(prefix, branches, jnp.asarray(parent), jnp.asarray(branch))
+
+    def _keep_best(self, searches: list[Search], candidates) -> tuple[np.ndarray, np.ndarray]:
+        """Keeps the best W of each question; ties go to the earlier candidate. Returns the rows of the prefix and of the
+        branches that the new beams stand on, [Q * W] each."""
         W = self.config.beam_width
         parent, branch = np.zeros(len(searches) * W, np.int32), np.zeros(len(searches) * W, np.int32)
         for q, search in enumerate(searches):
-            kept = sorted(candidates[q], key=lambda c: -c[0].rank(self.config.accumulate))[:W]
+            allowed = [c for c in candidates[q] if c[0].node.allowed]
+            if candidates[q] and not allowed:
+                search.notices.append("every segment was refused by the constraints; the best of them are kept")
+            kept = sorted(allowed or candidates[q], key=lambda c: -c[0].rank(self.config.accumulate))[:W]
             search.beams = [beam for beam, _, _ in kept]
             for w, (beam, parent_row, branch_row) in enumerate(kept):
                 beam.row = q * W + w
                 parent[beam.row], branch[beam.row] = max(parent_row, 0), max(branch_row, 0)
-        if depth + 1 == self.config.max_depth or all(b.finished for s in searches for b in s.beams):
-            return None
-        return segments.append_branches(prefix, branches, jnp.asarray(parent), jnp.asarray(branch))
+        return parent, branch
+
+    def _without_passages(self, searches: list[Search], prefix, parent: np.ndarray):
+        """The prefix of each new beam without the passage of its last segment, which is read once more for that."""
+        rows: list[list[int]] = [[] for _ in parent]
+        start = np.zeros(len(parent), np.int32)
+        for beam in (b for s in searches for b in s.beams if not b.finished):
+            node = beam.node
+            fed = [] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]
+            rows[beam.row] = [*fed, *node.tokens]
+            start[beam.row] = node.start
+            beam.next_position = node.start + len(rows[beam.row])
+        tokens, valid = self._pad(rows)
+        return segments.append_tokens(self.model, self.params, prefix, jnp.asarray(parent), start, tokens, valid)
 
     def _passages(self, searches, live, actions, retrieve: Retrieve) -> list[list[Passage | None]]:
         """For each live beam the passages of its branches; [None] for the single branch without a new passage."""
@@ -265,12 +296,24 @@ class BeamSearch:
             issup=tuple(map(float, out.issup[i])),
             isuse=tuple(map(float, out.isuse[i])),
             score=score,
-            total=beam.total + score,
+            total=self._total(beam, score),
+            allowed=not self.refused & {int(t) for t in out.tokens[i, : out.length[i]]},
+            start=beam.next_position,
             finished=bool(out.finished[i]),
             complete=bool(out.complete[i]),
         )
         search.nodes.append(node)
         return node
+
+    def _total(self, beam: Beam, score: float) -> float:
+        if beam.node is None:
+            return score
+        return beam.node.total * score if self.config.accumulate == "product" else beam.node.total + score
+
+    def critiques(self, tokens: Sequence[int]) -> list[str]:
+        """The critique tokens that a segment says, by name."""
+        r = self.rules.reflection
+        return [self.tokenizer.token(t) for t in tokens if t in (*r.isrel, *r.issup, *r.isuse)]
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a segment without its control tokens."""

@@ -173,6 +173,21 @@ def retrieve_distribution(logits: jax.Array, rules: TokenRules) -> jax.Array:
     return group_distribution(logits, rules.reflection.retrieve)
 
 
+@partial(jax.jit, static_argnames=("model",))
+def append_tokens(
+    model: Model, params: Params, prefix: Cache, parent: jax.Array, start: jax.Array, tokens: jax.Array, valid: jax.Array
+) -> Cache:
+    """The prefix of each new beam: its parent's, followed by `tokens`, which are read for that.
+
+    parent: [R'] row indices; start: [R'] position of the first token; tokens, valid: [R', T], padded on the right.
+    """
+    rows = Cache(prefix.k[:, parent], prefix.v[:, parent], prefix.valid[parent], prefix.positions[parent], prefix.cursor)
+    cache = Cache.empty(model.config, *tokens.shape)
+    positions = start[:, None] + jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+    _, cache = model.hidden(params, tokens, positions, valid, cache, rows)
+    return append_branches(rows, cache, jnp.arange(len(parent)), jnp.arange(len(parent)))
+
+
 @jax.jit
 def append_branches(prefix: Cache, branches: Cache, parent: jax.Array, branch: jax.Array) -> Cache:
     """The prefix of each new beam: its parent's, followed by the branch that won. parent, branch: [R'] row indices."""

@@ -18,6 +18,9 @@ def show(answer: Answer, console: Console | None = None) -> None:
     marks = {c.segment: c.passage + 1 for c in answer.citations}
     cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]
     console.print()
+    if answer.error:
+        console.print(f"no answer: {escape(answer.error)}", style="red")
+        return
     for notice in answer.notices:  # first: a guess should not be read as an answer
         console.print(f"note: {escape(notice)}", style="yellow")
     console.print(f"[bold]{escape(' '.join(cited))}[/bold]")
