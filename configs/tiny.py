@@ -105,6 +105,7 @@ def _answer(pick) -> dict:
             keep_passages=True,
             max_new_tokens=pick(24, 16),
             length_bucket=32,
+            scorer="paper",
         ),
         batch=pick(50, 12),
         max_length=160,

@@ -83,7 +83,8 @@ def why_not(found: dict[str, Any]) -> str:
     """One line on a program that does not fit."""
     memory = {k: v / 1e9 for k, v in found["memory_per_chip"].items()}
     if "compiler" in found:
-        return f"does not fit {found['topology']}: {memory.get('total', 0):.1f} GB a chip, of {memory['hbm']:.1f}: {found['compiler']}"
+        needed = ", ".join(f"{memory[k]:.1f} GB ({k})" for k in ("total", "temporaries") if k in memory)
+        return f"does not fit {found['topology']}: {needed} a chip, which has {memory['hbm']:.1f}: {found['compiler']}"
     return (
         f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
         f"temporaries a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
@@ -91,11 +92,16 @@ def why_not(found: dict[str, Any]) -> str:
 
 
 def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
-    """The bytes that the compiler names where it gives up: "Used 17.25G of 15.75G hbm"."""
+    """The bytes that the compiler names where it gives up: "Used 17.25G of 15.75G hbm", or "temporaries (40.61G) exceeds"."""
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message)
-    total = {"total": int(float(found.group(1)) * unit[found.group(2)])} if found else {}
-    return total | {"hbm": int(chip.memory)}
+    out = {"hbm": int(chip.memory)}
+    for name, pattern in (
+        ("total", r"[Uu]sed ([\d.]+)([KMG]?) of"),
+        ("temporaries", r"temporaries \(([\d.]+)([KMG]?)\) exceed"),
+    ):
+        if found := re.search(pattern, message):
+            out[name] = int(float(found.group(1)) * unit[found.group(2)])
+    return out
 
 
 def topology_devices(topology: str) -> list:

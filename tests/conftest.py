@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from dataclasses import replace
+
 import jax
+import numpy as np
 import pytest
 
 from selfrag_jax.models.checkpoints import LoadedModel
@@ -38,6 +41,16 @@ def tiny_model(tokenizer):
     )
     model = Model(config)
     return LoadedModel(model, model.init(jax.random.key(0), 0.5), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def talkative(tiny_model):
+    """A tiny model of which every third token is a reflection token, so that segments end, continue and finish in all ways."""
+    model = Model(replace(tiny_model.model.config, tie_embeddings=False))
+    params = jax.device_get(model.init(jax.random.key(0), 0.5))
+    r, head = tiny_model.tokenizer.reflection_ids(), np.array(params["head"]["kernel"])
+    head[:, [*r.retrieve, *r.isrel, *r.issup, *r.isuse, tiny_model.tokenizer.eos_id]] *= 2.0
+    return replace(tiny_model, model=model, params={**params, "head": {"kernel": head}})
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from selfrag_jax import artifacts, prompts
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
+from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, Passage, Question
 from selfrag_jax.reflection import ISREL, ISSUP, ISUSE
@@ -52,6 +53,7 @@ DEFAULT = AnswerConfig(
         keep_passages=True,
         max_new_tokens=100,
         length_bucket=32,
+        scorer="paper",
     ),
     batch=16,
     max_length=512,
@@ -171,7 +173,8 @@ class SelfRAG:
         config = replace(base, weights=replace(base.weights, **weights), **changes)
         if config not in self._searches:
             loaded = self.loaded
-            self._searches[config] = BeamSearch(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
+            kind = ReleasedSearch if config.scorer == "released" else BeamSearch
+            self._searches[config] = kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
         return self._searches[config]
 
     def _batch(self, search: BeamSearch, rows: list[Question]) -> list[Answer]:
@@ -297,15 +300,24 @@ def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
 def _vote(search: BeamSearch, outcome: Search, q: Question) -> Beam | None:
     """Closed-set voting (paper, Section 3.3): the option whose passages' scores sum highest, and its best node.
 
-    None when no passage led to an option.
+    None when no passage led to an option. The released script takes every text for an option of its own.
     """
+    if search.config.scorer == "released":
+        said: dict[str, list[Node]] = {}
+        for node in (n for n in outcome.nodes if n.action == "retrieve" and n.depth == 0):
+            said.setdefault(search.text(node.tokens), []).append(node)
+        return _most_voted(outcome, list(said.values()))
     bare = lambda text: text.strip().rstrip(".").lower()  # noqa: E731
-    said: dict[str, list[Node]] = {bare(option): [] for option in q.options}
+    said = {bare(option): [] for option in q.options}
     for node in outcome.nodes:
         option = bare(search.text(node.tokens))
         if node.depth == 0 and option in said:
             said[option].append(node)
-    voted = [nodes for nodes in said.values() if nodes]
+    return _most_voted(outcome, [nodes for nodes in said.values() if nodes])
+
+
+def _most_voted(outcome: Search, voted: list[list[Node]]) -> Beam | None:
+    """voted: the nodes of each option."""
     if not voted:
         return None
     best = max(voted, key=lambda nodes: sum(n.score for n in nodes))

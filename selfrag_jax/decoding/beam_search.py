@@ -24,6 +24,7 @@ from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control, Tokenizer
 
 MAX_NDOCS = 100
+SCORERS = ("paper", "released")  # the paper's equations, or what the released scripts compute (see released.py)
 ACCUMULATE = ("sum", "mean", "product")
 MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
 
@@ -44,6 +45,7 @@ class SearchConfig:
     keep_passages: bool  # in the history of later segments, as in training data; the released script drops them
     max_new_tokens: int  # of a segment
     length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
+    scorer: str  # one of SCORERS
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -54,6 +56,8 @@ class SearchConfig:
             raise BadInput(f"--threshold={self.threshold}: must be a probability between 0 and 1")
         if self.accumulate not in ACCUMULATE:
             raise BadInput(f"--accumulate={self.accumulate!r}: must be one of {', '.join(ACCUMULATE)}")
+        if self.scorer not in SCORERS:
+            raise BadInput(f"--scorer={self.scorer!r}: must be one of {', '.join(SCORERS)}")
         critiques = (*reflection.ISREL, *reflection.ISSUP, *reflection.ISUSE)
         for token in self.constraints:
             if token not in critiques:

@@ -28,7 +28,8 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
         if node.passage is None:
             continue
         support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
-        if support == reflection.NO_SUPPORT or node.isrel[0] > node.isrel[1]:
+        judged = sum(node.issup) > 0  # by the released scripts only where the model said so
+        if not judged or support == reflection.NO_SUPPORT or node.isrel[0] > node.isrel[1]:
             continue
         if node.passage not in passages:
             passages.append(node.passage)

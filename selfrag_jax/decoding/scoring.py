@@ -64,3 +64,24 @@ def segment_score(p_segment, isrel, issup, isuse, has_passage, weights: Weights)
     """
     evidence = weights.w_rel * s_rel(isrel) + weights.w_sup * s_sup(issup)
     return weights.w_seq * p_segment + has_passage * evidence + weights.w_use * s_use(isuse)
+
+
+# ---- what the released scripts compute -------------------------------------------------------------------------------
+def released_gate(log_probs) -> float:
+    """The short-form script's quotient of log-probabilities [3], in the order of reflection.RETRIEVE. Logarithms are negative,
+    so that the less likely retrieval is, the larger it gets."""
+    return float(log_probs[1] / (log_probs[1] + log_probs[0]))
+
+
+def released_score(p_sequence, isrel, issup, isuse, weights: Weights):
+    """f of the short-form script. Distributions as in `segment_score`, all zeros for a group that was never said, which then
+    counts 0. p_sequence is over all tokens, the reflection tokens and the end of text among them."""
+    said = lambda p: float(p.sum()) > 0  # noqa: E731
+    evidence = weights.w_rel * s_rel(isrel) + (weights.w_sup * s_sup(issup) if said(issup) else 0.0)
+    return weights.w_seq * p_sequence + evidence + (weights.w_use * s_use(isuse) if said(isuse) else 0.0)
+
+
+def released_score_long(isrel, issup) -> float:
+    """f of the long-form script: without the sequence, without IsUse (whose values it looks up by IsSup's names), and with
+    weights of 1 whatever the command line says."""
+    return float(s_rel(isrel) + (s_sup(issup) if float(issup.sum()) > 0 else 0.0))

@@ -25,6 +25,7 @@ class TokenRules:
     eos: int
     pad: int
     reflection: ReflectionIds | None
+    whole: bool = False  # as the released scripts generate: on to the end of text, each group read where it is said first
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +44,7 @@ class Segment:
     finished: jax.Array  # [B] bool: the answer is complete (Utility token or end of text)
     complete: jax.Array  # [B] bool: ended by a token, not by the length limit
     next_position: jax.Array  # [B] int32: position of the token that would follow
+    retrieve_at: jax.Array | None = None  # [B, M, 3] f32: at every position (TokenRules.whole only)
 
 
 def group_distribution(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
@@ -59,6 +61,8 @@ def _roles(token: jax.Array, rules: TokenRules) -> tuple[jax.Array, jax.Array, j
     r, is_eos = rules.reflection, token == rules.eos
     if r is None:
         return jnp.zeros_like(is_eos), is_eos, is_eos
+    if rules.whole:
+        return jnp.zeros_like(is_eos), is_eos, jnp.zeros_like(is_eos)
     return _member(token, r.retrieve), is_eos | _member(token, r.isuse), is_eos | _member(token, r.all)
 
 
@@ -71,6 +75,16 @@ def _read_groups(s, logits, token, live, ending, r: ReflectionIds, max_new: int)
     when = (s["step"] == 0, is_sup | (ending & ~s["sup_seen"]), ending | (s["step"] == max_new - 1), ending)
     groups = tuple(jnp.where((live & w)[:, None], n, g) for n, g, w in zip(new, s["groups"], when, strict=True))
     return groups, s["sup_seen"] | (live & is_sup)
+
+
+def _read_groups_whole(s, logits, token, live, r: ReflectionIds):
+    """As `_read_groups`, each group where one of its tokens is said first; one that never is stays zero."""
+    says = [_member(token, ids) for ids in (r.issup, r.isuse)]
+    new = [group_distribution(logits, ids) for ids in (r.isrel, r.issup, r.isuse, r.retrieve)]
+    sup, use = (said & ~s[seen] for said, seen in zip(says, ("sup_seen", "use_seen"), strict=True))
+    when = (s["step"] == 0, sup, use, s["step"] == 0)
+    groups = tuple(jnp.where((live & w)[:, None], n, g) for n, g, w in zip(new, s["groups"], when, strict=True))
+    return groups, s["sup_seen"] | (live & says[0]), s["use_seen"] | (live & says[1]), new[3]
 
 
 @partial(jax.jit, static_argnames=("model", "length"))
@@ -121,8 +135,10 @@ def generate(
         "length": jnp.zeros(B, jnp.int32),
         "log_prob": jnp.zeros(B, jnp.float32),
         "text_tokens": jnp.zeros(B, jnp.int32),
-        "groups": tuple(jnp.full((B, n), 1.0 / n, jnp.float32) for n in sizes),
+        "groups": tuple(jnp.full((B, n), 0.0 if rules.whole else 1.0 / n, jnp.float32) for n in sizes),
         "sup_seen": jnp.zeros(B, bool),
+        "use_seen": jnp.zeros(B, bool),
+        "retrieve_at": jnp.zeros((B, max_new, 3), jnp.float32) if rules.whole else None,
         "finished": jnp.zeros(B, bool),
         "complete": jnp.zeros(B, bool),
     }
@@ -134,8 +150,11 @@ def generate(
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         live = ~s["done"]
         ends_before, last_token, is_control = _roles(token, rules)
-        groups, sup_seen = s["groups"], s["sup_seen"]
-        if rules.reflection is not None:
+        groups, sup_seen, use_seen, retrieve_at = s["groups"], s["sup_seen"], s["use_seen"], s["retrieve_at"]
+        if rules.whole:
+            groups, sup_seen, use_seen, now = _read_groups_whole(s, logits, token, live, rules.reflection)
+            retrieve_at = jnp.where((jnp.arange(max_new) == s["step"])[None, :, None], now[:, None], retrieve_at)
+        elif rules.reflection is not None:
             groups, sup_seen = _read_groups(s, logits, token, live, ends_before | last_token, rules.reflection, max_new)
         writes = live & ~ends_before
         column = jnp.arange(max_new) == s["length"][:, None]
@@ -154,6 +173,8 @@ def generate(
             "text_tokens": s["text_tokens"] + is_text,
             "groups": groups,
             "sup_seen": sup_seen,
+            "use_seen": use_seen,
+            "retrieve_at": retrieve_at,
             "finished": s["finished"] | (live & last_token),
             "complete": s["complete"] | (live & (last_token | ends_before)),
         }
@@ -162,7 +183,7 @@ def generate(
     isrel, issup, isuse, retrieve = s["groups"]
     segment = Segment(
         s["tokens"], s["length"], s["log_prob"], s["text_tokens"], isrel, issup, isuse, retrieve, s["finished"],
-        s["complete"], start + fed + s["length"],
+        s["complete"], start + fed + s["length"], s["retrieve_at"],
     )  # fmt: skip
     return segment, s["cache"]
 
@@ -171,6 +192,12 @@ def generate(
 def retrieve_distribution(logits: jax.Array, rules: TokenRules) -> jax.Array:
     """[B, V] -> [B, 3] over the Retrieve tokens."""
     return group_distribution(logits, rules.reflection.retrieve)
+
+
+@partial(jax.jit, static_argnames=("rules",))
+def retrieve_log_probs(logits: jax.Array, rules: TokenRules) -> jax.Array:
+    """[B, V] -> [B, 3]: log-probabilities of the Retrieve tokens among all tokens."""
+    return jax.nn.log_softmax(logits)[:, jnp.array(rules.reflection.retrieve)]
 
 
 @partial(jax.jit, static_argnames=("model",))

@@ -1,0 +1,273 @@
+"""Answering speed beside the algorithm of Self-RAG's released scripts, on torch: the same weights, questions and passages, in
+one run.
+
+    python launch/benchmarks/answer.py            # about 100M parameters, f32, on a CPU: short form, then long form
+    python launch/benchmarks/answer.py --curves   # ours alone over passages and batch; memory with and without a shared prefix
+
+Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache, log-probabilities of the whole
+vocabulary at every position, generation on to the length limit, everything read again at every step of the long form. Ours:
+all questions together, what passages share read once, generation up to the segment's end. Needs torch and transformers, as
+`pip install '.[test]'` brings them. Compilation is not timed, but printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+
+from selfrag_jax import reflection
+from selfrag_jax.decoding import segments
+from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
+from selfrag_jax.decoding.scoring import Weights
+from selfrag_jax.models.llama import Cache, LlamaConfig, Model
+from selfrag_jax.models.params import Params
+from selfrag_jax.records import Passage
+from selfrag_jax.tokenizer import Control
+
+WORDS = 32_000  # the vocabulary's; the reflection tokens stand behind them
+
+
+class Ids:
+    """Stands for a tokenizer: texts are written as their ids."""
+
+    eos_id, pad_id, bos_id = 2, 0, 1
+    vocab_size = WORDS + len(reflection.ALL)
+
+    def id(self, control: str) -> int:
+        return WORDS + reflection.ALL.index(control) if control in reflection.ALL else 13
+
+    def reflection_ids(self) -> reflection.ReflectionIds:
+        return reflection.lookup(self.id)
+
+    def encode(self, parts) -> list[int]:
+        return [i for p in parts for i in ([self.id(p.token)] if isinstance(p, Control) else map(int, p.split()))]
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+
+def model_of(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
+    """Random weights. segment_tokens: how long segments are on average, by the odds of the [Retrieval] token; None: they end at
+    the length limit."""
+    sizes = {
+        "100m": dict(embed_dim=640, mlp_dim=1728, num_layers=12, num_heads=10, num_kv_heads=10, head_dim=64),
+        "7b": dict(embed_dim=4096, mlp_dim=11_008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128),
+    }
+    more = dict(max_length=4096, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, remat="none", scan_unroll=1)
+    dtype = "float32" if size == "100m" else "bfloat16"
+    model = Model(LlamaConfig(**sizes[size], **more, vocab_size=Ids.vocab_size, dtype=dtype))
+    params = jax.device_get(model.init(jax.random.key(0), 0.5))
+    head = np.array(params["head"]["kernel"])
+    quiet = [Ids.eos_id, Ids.pad_id, *(Ids().id(t) for t in reflection.ALL)]
+    head[:, quiet] *= 0.1  # never the most likely
+    if segment_tokens:
+        # Odds of 1 in n against the most likely of 32,000 words, whose logits are normal with the same deviation.
+        best = np.sqrt(2 * np.log(WORDS)) - 0.4
+        column = Ids().id(reflection.RETRIEVAL)
+        head[:, column] *= 10 * best / {10: 1.28, 20: 1.64, 25: 1.75, 50: 2.05}[segment_tokens]
+    return model, {**params, "head": {"kernel": head}}
+
+
+def questions(n: int, prompt: int, passage: int, k: int) -> list[tuple[list[int], list[Passage]]]:
+    rng = np.random.default_rng(0)
+    words = lambda m: rng.integers(100, WORDS, m)  # noqa: E731
+    text = lambda m: " ".join(map(str, words(m)))  # noqa: E731
+    return [([1, *map(int, words(prompt - 1))], [Passage(str(i), "", text(passage - 3)) for i in range(k)]) for _ in range(n)]
+
+
+# ---- theirs ----------------------------------------------------------------------------------------------------------
+class Released:
+    """What run_short_form.py and run_long_form_static.py compute, with transformers in place of their generation engine."""
+
+    def __init__(self, c: LlamaConfig, params: Params):
+        import tempfile
+
+        import torch
+        import transformers
+
+        from selfrag_jax.models import huggingface
+
+        self.torch = torch
+        with tempfile.TemporaryDirectory() as folder:
+            from pathlib import Path
+
+            huggingface.write_tensors(
+                Path(folder), (t for path, a in huggingface.leaves(params)
+                               for t in huggingface.tensors_of(path, c, a if path[0] == "layers" else [a]))
+            )  # fmt: skip
+            huggingface.write_json(Path(folder) / huggingface.CONFIG, huggingface.config_to_json(c, 1, 2, 0))
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(self.device)
+        self.r, self.ids = Ids().reflection_ids(), Ids()
+        self.read = self.written = 0  # tokens
+
+    def generate(self, prompts: list[list[int]], new: int):
+        """Greedy, to the end of text or the limit: tokens [B, n], and log-probabilities [n, B, V]."""
+        torch = self.torch
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = (
+            torch.arange(longest, device=self.device) >= torch.tensor([[longest - len(p)] for p in prompts], device=self.device)
+        ).long()
+        self.read += tokens.numel()
+        cache, out, logs, done = None, [], [], torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        with torch.inference_mode():
+            for _ in range(new):
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+                seen = self.model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+                cache, log_probs = seen.past_key_values, seen.logits[:, -1].float().log_softmax(-1)
+                tokens = log_probs.argmax(-1, keepdim=True)
+                out.append(tokens), logs.append(log_probs)
+                done |= tokens[:, 0] == self.ids.eos_id
+                mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+                self.written += len(prompts)
+                if done.all():
+                    break
+        return torch.cat(out, 1).cpu().numpy(), torch.stack(logs).float().cpu().numpy()
+
+    def step(self, prompt: list[int], passages: list[Passage], new: int) -> list[tuple[list[int], float]]:
+        """For each passage what is generated, and its score (the long form's, and the short form's without its sequence)."""
+        p = self.ids
+        fed = [
+            prompt + p.encode([Control("[Retrieval]"), Control("<paragraph>"), x.text, Control("</paragraph>")])
+            for x in passages
+        ]
+        tokens, logs = self.generate(fed, new)
+        out = []
+        for i, row in enumerate(tokens):
+            relevance = np.exp(logs[0, i, list(self.r.isrel)])
+            score = relevance[1] / relevance.sum()
+            at = next((j for j, t in enumerate(row) if t in self.r.issup), None)
+            if at is not None:
+                support = np.exp(logs[at, i, list(self.r.issup)])
+                score += (support[0] + 0.5 * support[1]) / support.sum()
+            out.append((list(map(int, row)), float(score)))
+        return out
+
+    def short(self, prompt, passages, new):
+        return max(self.step(prompt, passages, new), key=lambda s: s[1])
+
+    def long(self, prompt, passages, new, width, steps):
+        """Level by level; a child's text is cut at its first [Retrieval], and only children that say it go on."""
+        level = [(prompt, [], 1.0)]
+        for _ in range(steps):
+            found = []
+            for history, said, score in level:
+                for row, s in self.step(history + said, passages, new):
+                    cut = row.index(p) if (p := self.ids.id("[Retrieval]")) in row else len(row)
+                    found.append((history + said, row[:cut], score * s))
+            level = sorted(found, key=lambda f: -f[2])[:width]
+        return level[0]
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------
+def search(model: Model, params: Params, new: int, k: int, width: int, depth: int) -> BeamSearch:
+    config = SearchConfig(
+        mode="always_retrieve", threshold=None, normalise="yes_no", weights=Weights(), beam_width=width, max_depth=depth, ndocs=k,
+        accumulate="sum", constraints=(), keep_passages=True, max_new_tokens=new, length_bucket=8,
+        scorer="paper",
+    )  # fmt: skip
+    return BeamSearch(model, jax.device_put(params), Ids(), config, 4096)
+
+
+def ours(s: BeamSearch, asked):
+    return s.run([prompt for prompt, _ in asked], lambda queries: [asked[q][1] for q, _ in queries])
+
+
+def timed(f):
+    begin = time.perf_counter()
+    out = f()
+    return out, time.perf_counter() - begin
+
+
+def flops(c: LlamaConfig, tokens: float) -> float:
+    """Of the products with weights, for tokens that are read; attention and the output head are a few per cent more."""
+    from selfrag_jax.models.roofline import weights
+
+    return 2.0 * tokens * (weights(c) - 2 * c.vocab_size * c.embed_dim)
+
+
+def compare(a, form: str) -> None:
+    short = form == "short"
+    n, k, new = (a.questions, a.passages or 10, 50) if short else (max(1, a.questions // 4), a.passages or 5, 100)
+    width, depth = (1, 1) if short else (2, 7)
+    model, params = model_of(a.size, None if short else 25)
+    asked = questions(n, 200, 150, k)
+    theirs = Released(model.config, params)
+    _, per_question = timed(lambda: [theirs.short(*q, new) if short else theirs.long(*q, new, width, depth) for q in asked])
+    s = search(model, params, new, k, width, depth)
+    del params
+    _, first = timed(lambda: ours(s, asked))
+    times = []
+    for _ in range(a.rounds):
+        found, seconds = timed(lambda: ours(s, asked))
+        times.append(seconds)
+    mine = sorted(times)[len(times) // 2]
+    written = [len(node.tokens) for one in found for node in one.nodes]
+    read = n * 200 + len(written) * 150
+    print(f"{form} form: {n} questions, {k} passages, {jax.devices()[0].device_kind}")
+    print(f"  theirs {n / per_question:8.4f} questions/s   {theirs.read} tokens read, {theirs.written} generated")
+    print(
+        f"  ours   {n / mine:8.4f} questions/s   {read} tokens read, {sum(written)} generated (segments of {np.mean(written):.0f})"
+    )
+    work = [flops(model.config, t) for t in (theirs.read + theirs.written, read + sum(written))]
+    print(
+        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {work[0] / work[1]:.2f}; compiled in {first - mine:.0f} s"
+    )
+
+
+def curves(a) -> None:
+    model, params = model_of(a.size, None)
+    print("passages K, 4 questions: seconds for a question")
+    for k in (1, 2, 5, 10, 20):
+        asked, s = questions(4, 200, 150, k), search(model, params, 50, k, 1, 1)
+        ours(s, asked)
+        print(f"  K={k:<3} {timed(lambda s=s, asked=asked: ours(s, asked))[1] / 4:.3f}")
+    print("questions at once, K=5: questions a second")
+    for n in (1, 2, 4, 8, 16, 32):
+        asked, s = questions(n, 200, 150, 5), search(model, params, 50, 5, 1, 1)
+        ours(s, asked)
+        print(f"  {n:<3} {n / timed(lambda s=s, asked=asked: ours(s, asked))[1]:.3f}")
+    print("memory of one step beside the weights, 16 questions, K=10, by the compiler: GB")
+    for shared in (True, False):
+        print(f"  prefix {'shared' if shared else 'copied':<7} {memory(model, 16, 10, shared) / 1e9:.2f}")
+
+
+def memory(model: Model, n: int, k: int, shared: bool) -> int:
+    """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
+    shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
+    fed = 152 if shared else 352
+    prefix = shape(jax.eval_shape(lambda: Cache.empty(model.config, n, 200))) if shared else None
+    row = lambda *more: jax.ShapeDtypeStruct((n * k, *more), np.int32)  # noqa: E731
+    valid = jax.ShapeDtypeStruct((n * k, fed), bool)
+    rules = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids())
+    lowered = segments.generate.lower(model, model.shapes(), rules, prefix, row(), row(fed), valid, 50)
+    m = lowered.compile().memory_analysis()
+    weights = sum(4 * x.size for x in jax.tree.leaves(model.shapes()))
+    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - weights
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=("100m", "7b"), default="100m")
+    p.add_argument("--form", choices=("short", "long", "both"), default="both")
+    p.add_argument("--questions", type=int, default=16, help="of the short form; the long form takes a quarter")
+    p.add_argument("--passages", type=int, default=0, help="default: 10 in the short form, 5 in the long")
+    p.add_argument("--rounds", type=int, default=3, help="of ours, of which the median counts")
+    p.add_argument("--curves", action="store_true", help="ours alone: time over passages and batch, and memory")
+    a = p.parse_args()
+    if a.curves:
+        return curves(a)
+    for form in ("short", "long") if a.form == "both" else (a.form,):
+        compare(a, form)
+
+
+if __name__ == "__main__":
+    main()
