@@ -110,6 +110,9 @@ def _answer(pick) -> dict:
         batch=pick(50, 12),
         max_length=160,
         closed_set=True,
+        dtype=None,
+        quantization=None,
+        tensor=1,
     )
 
 

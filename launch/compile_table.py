@@ -41,7 +41,7 @@ def compile_one(config: str, topology: str, out: Path) -> dict:
 def row(r: dict) -> str:
     mesh = " x ".join(f"{n} {axis}" for axis, n in r["mesh"].items() if n > 1)
     head = f"| {r['config']} | {r['topology']} | {mesh}"
-    if "memory_per_chip" not in r:
+    if "compiler" in r:  # it gave up
         return f"{head} | does not fit | | | |"
     m, s = r["memory_per_chip"], r["roofline_seconds"]
     memory = f"{m['arguments'] / 1e9:.1f} + {m['temporaries'] / 1e9:.1f} of {m['hbm'] / 1e9:.0f}" + (

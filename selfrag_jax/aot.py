@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPU slices that are not here: does a training fit, what is sent between chips, how fast
+"""Ahead-of-time compilation for TPU slices that are not here: does a training or answering fit, what is sent between chips, how fast
 can it be at best?
 
 The compiler is the real one (libtpu, extra `.[tpu]`), run on a CPU host for a described topology such as `v5e:4x4`. What
@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from selfrag_jax import aot_decode, reflection
 from selfrag_jax import config as configs
-from selfrag_jax import reflection
+from selfrag_jax.decoding.answer import AnswerConfig
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.llama import LlamaConfig
@@ -30,20 +31,27 @@ from selfrag_jax.training import optimizer, train
 from selfrag_jax.training.stage import ROLES
 from selfrag_jax.training.train import TrainConfig
 
-PROGRAMS = ("train",)
+PROGRAMS = ("train", "decode")
 _TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
 
 
 def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
     """Compiles a program of a config for a slice; returns what is printed as JSON ("fits" says whether it fits).
 
+    program: "train", the trainer's step, or "decode", reading the prompts of a batch and generating a segment for each passage.
     Raises BadInput for an unknown program or topology, a config without an architecture, or when libtpu is missing.
     """
     if program not in PROGRAMS:
         raise BadInput(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
-    role = next((r for r in ROLES if r in c), None)
-    if role is None or "architecture" not in c:
-        raise BadInput("this config has no architecture to compile; critic_7b, generator_7b, generator_13b and lora_7b have")
+    needed = ROLES if program == "train" else ("answer",)
+    section = next((r for r in needed if r in c), None)
+    if section is None or "architecture" not in c:
+        known = "critic_7b, generator_7b, generator_13b and lora_7b" if program == "train" else "short_form and long_form"
+        raise BadInput(f"this config has no architecture to compile a {program} program of; {known} have")
+    return (_train if program == "train" else _decode)(c, section, topology)
+
+
+def _train(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
     section = configs.build(TrainConfig, c[role], role)
     base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")  # and [PAD]
     devices = topology_devices(topology)
@@ -54,29 +62,62 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
         raise BadInput(
             f"config {role}: max_targets={section.max_targets} is for one device; a slice computes all positions (none)"
         )
-    out = {"config": c.name, "program": program, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape)}
-    lowered = lower_training_step(section, base, mesh)
+    out = _head(c, "train", topology, mesh)
+    found, compiled = _compiled(lower_training_step(section, base, mesh), chip)
+    out |= found
+    if compiled is not None:
+        sent = sum(kind["bytes_per_chip"] for kind in out["collectives"].values())
+        fits = out.pop("fits")
+        out |= times(section, section.model(base).config, mesh, chip, sent) | {"fits": fits}
+    return out
+
+
+def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
+    section = configs.build(AnswerConfig, c[name], name)
+    base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")
+    base = replace(base, quantized=section.quantization == "int8")
+    devices = topology_devices(topology)
+    mesh, chip = sharding.make_mesh(tensor=-1, devices=devices), roofline.chip(devices[0].device_kind)
+    out = _head(c, "decode", topology, mesh) | {"questions": section.batch, "passages": section.search.ndocs}
+    programs = {what: _compiled(low, chip)[0] for what, low in aot_decode.lower(section, base, mesh).items()}
+    largest = max(programs.values(), key=lambda p: p["memory_per_chip"].get("total", float("inf")))
+    return (
+        out
+        | largest
+        | {"programs": programs}
+        | aot_decode.times(section, base, mesh, chip)
+        | {"fits": all(p["fits"] for p in programs.values())}
+    )
+
+
+def _head(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, Any]:
+    return {"config": c.name, "program": program, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape)}
+
+
+def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
+    """What the compiler says of a program, and the program; None where the compiler itself runs out of the chip's memory."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return out | {"memory_per_chip": _memory_named(str(e), chip), "fits": False, "compiler": " ".join(str(e).split())[:400]}
+        said = " ".join(str(e).split())[:400]
+        return {"memory_per_chip": _memory_named(str(e), chip), "fits": False, "compiler": said}, None
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)  # most outputs take their argument's place
-    out["memory_per_chip"] = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "total": used,
-        "hbm": int(chip.memory),
-    }
     hlo = compiled.as_text()
-    found = collectives(hlo)
-    out["custom_kernels"] = hlo.count('custom_call_target="tpu_custom_call"')  # attention's, forward and back
-    out["collectives"] = {kind: {"count": n, "bytes_per_chip": b} for kind, (n, b) in sorted(found.items())}
-    out |= times(section, section.model(base).config, mesh, chip, sum(b for _, b in found.values()))
-    return out | {"fits": used <= chip.memory}
+    return {
+        "memory_per_chip": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "total": used,
+            "hbm": int(chip.memory),
+        },
+        "custom_kernels": hlo.count('custom_call_target="tpu_custom_call"'),  # attention's, forward and back
+        "collectives": {k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())},
+        "fits": used <= chip.memory,
+    }, compiled
 
 
 def why_not(found: dict[str, Any]) -> str:

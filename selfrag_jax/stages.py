@@ -158,6 +158,13 @@ _SEARCH_FLAGS = (
 )
 
 
+_HOW_FLAGS = (
+    Flag("dtype", "float32, bfloat16 or float16; default: the model's"),
+    Flag("quantization", "int8: weights in 8 bits"),
+    Flag("tensor", "devices over which the model is split", type=int),
+)
+
+
 def _changes(v: dict) -> dict:
     changes = {f.name: v[f.name] for f in _SEARCH_FLAGS if v[f.name] is not None}
     if "constraints" in changes:
@@ -204,7 +211,8 @@ def _rag(v: dict):
         model, index = model or Path(v["workdir"]) / "generator", index or Path(v["workdir"]) / "index"
     if not model:
         raise BadInput("give --model (a training workdir or a Hugging Face folder) or --workdir of a finished quickstart")
-    return SelfRAG.load(model, index, _section(v, AnswerConfig, "answer"))
+    changes = {f.name: v[f.name] for f in _HOW_FLAGS if v[f.name] is not None}
+    return SelfRAG.load(model, index, replace(_section(v, AnswerConfig, "answer"), **changes))
 
 
 def _ask(v: dict, positional: list[str]) -> None:
@@ -369,7 +377,13 @@ STAGES: dict[str, Stage] = {
     "ask": Stage(
         "Answers one question, with its passages, their critiques and citations.",
         'selfrag ask --workdir=W "Where was Marvin Tellock born?"',
-        (*_MODEL_FLAGS, *_SEARCH_FLAGS, Flag("json", "print the record instead", False, type=bool), _config_flag()),
+        (
+            *_MODEL_FLAGS,
+            *_SEARCH_FLAGS,
+            *_HOW_FLAGS,
+            Flag("json", "print the record instead", False, type=bool),
+            _config_flag(),
+        ),
         _ask,
         "question",
     ),
@@ -382,6 +396,7 @@ STAGES: dict[str, Stage] = {
             Flag("out", "answers (JSON lines)", required=True),
             Flag("task", "name of the task; default: the input file's name"),
             *_SEARCH_FLAGS,
+            *_HOW_FLAGS,
             _config_flag(),
         ),
         _answer,
@@ -415,11 +430,11 @@ STAGES: dict[str, Stage] = {
         _convert,
     ),
     "compile": Stage(
-        "Compiles a training for a TPU slice that is not here: memory, traffic between chips, best step time. Needs `.[tpu]`.",
+        "Compiles training or answering for a TPU slice that is not here: memory, traffic between chips, best step time. Needs `.[tpu]`.",
         "selfrag compile --config=generator_7b --topology=v5e:4x4",
         (
             Flag("topology", "a TPU and its slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8, ...", required=True),
-            Flag("program", "train", "train"),
+            Flag("program", "train, or decode: answering (configs short_form and long_form)", "train"),
             Flag("out", "JSON file to write, beside the screen"),
             _config_flag("generator_7b"),
         ),

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plain_search import PlainSearch, make_passages, make_rag
 
 from selfrag_jax import prompts, reflection
@@ -16,6 +18,7 @@ from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import ACCUMULATE, BeamSearch, SearchConfig
 from selfrag_jax.decoding.citations import cite
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
+from selfrag_jax.tokenizer import Control
 
 
 def test_scores_by_hand():
@@ -85,6 +88,60 @@ def test_search_equals_the_plain_one(talkative, seeds):
             np.testing.assert_allclose([b.node.total for b in got.beams], [b["total"] for b in expected], atol=1e-4)
             endings |= {(n.finished, n.complete) for n in got.nodes}
     assert endings == {(True, True), (False, True), (False, False)}  # answers end, segments end, or are cut
+
+
+def searched(loaded, seed, **changes):
+    """(search, prompts, passages) of a random question with four passages."""
+    rng = np.random.default_rng(seed)
+    config = replace(drawn(0), **(dict(mode="always_retrieve", beam_width=2, max_depth=2, ndocs=4, threshold=None) | changes))
+    prompt = prompts.instruction(" ".join(rng.choice(["where", "what", "who is Mara", "the ropemaker"], rng.integers(1, 4))))
+    ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
+    return BeamSearch(loaded.model, loaded.params, loaded.tokenizer, config, 64), ids, make_passages(rng, loaded.tokenizer, 4)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**20), st.permutations(range(4)))
+@settings(max_examples=25, deadline=None)
+def test_permuted_passages_have_permuted_scores(talkative, seed, order):
+    search, ids, passages = searched(talkative, seed, max_depth=1)
+    [one] = search.run([ids], lambda _: [passages])
+    [other] = search.run([ids], lambda _: [[passages[i] for i in order]])
+    assert [n.tokens for n in other.nodes] == [one.nodes[i].tokens for i in order]
+    np.testing.assert_allclose([n.score for n in other.nodes], [one.nodes[i].score for i in order], atol=1e-5)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**20), st.sampled_from([16, 48, 64]))
+@settings(max_examples=25, deadline=None)
+def test_padding_never_changes_a_result(talkative, seed, bucket):
+    found = []
+    for length in (32, bucket):
+        search, ids, passages = searched(talkative, seed, length_bucket=length)
+        [outcome] = search.run([ids], lambda queries, p=passages: [p for _ in queries])
+        found.append(outcome)
+    assert [(n.parent, n.tokens) for n in found[0].nodes] == [(n.parent, n.tokens) for n in found[1].nodes]
+    np.testing.assert_allclose(*([n.score for n in f.nodes] for f in found), atol=1e-5)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**20))
+@settings(max_examples=25, deadline=None)
+def test_one_beam_and_one_passage_is_greedy_decoding(talkative, seed):
+    """Token by token the most likely one after the prompt and the passage, up to the end of the segment."""
+    search, ids, passages = searched(talkative, seed, beam_width=1, ndocs=1, max_depth=1)
+    [outcome] = search.run([ids], lambda _: [passages])
+    plain, r = PlainSearch(talkative, search.config), talkative.tokenizer.reflection_ids()
+    text = ids + talkative.tokenizer.encode([Control(reflection.RETRIEVAL), *prompts.passage(passages[0])])
+    greedy = []
+    while len(greedy) < search.config.max_new_tokens:
+        logits = plain.logits(text + greedy)
+        logits[talkative.tokenizer.pad_id] = -np.inf
+        if (token := int(logits.argmax())) in r.retrieve:
+            break
+        greedy.append(token)
+        if token in r.isuse or token == talkative.tokenizer.eos_id:
+            break
+    assert outcome.best().node.tokens == tuple(greedy)
 
 
 def test_answers_do_not_depend_on_their_neighbours(talkative):

@@ -50,6 +50,7 @@ class Critic:
 
     def __init__(self, loaded: checkpoints.LoadedModel, config: CriticConfig):
         self.loaded, self.config = loaded, config
+        self.params = jax.device_put(loaded.params)  # once, not at every call
         self.ids = loaded.tokenizer.reflection_ids()
         self._forward = jax.jit(partial(self._logits, loaded.model, self.ids))
 
@@ -72,7 +73,7 @@ class Critic:
             valid[:, 0] = True
             for row, i in enumerate(chunk):
                 tokens[row, : len(ids[i])], valid[row, : len(ids[i])] = ids[i], True
-            groups = {g: np.asarray(p) for g, p in self._forward(self.loaded.params, tokens, valid).items()}
+            groups = {g: np.asarray(p) for g, p in self._forward(self.params, tokens, valid).items()}
             for row, i in enumerate(chunk):
                 out[i] = groups[queries[i].group][row]
         return out

@@ -7,18 +7,23 @@ for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from selfrag_jax import artifacts, prompts
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
 from selfrag_jax.decoding.released import ReleasedSearch
-from selfrag_jax.models import checkpoints
+from selfrag_jax.models import checkpoints, quantize, sharding
+from selfrag_jax.models.llama import DTYPES, Model
 from selfrag_jax.records import BadInput, Passage, Question
 from selfrag_jax.reflection import ISREL, ISSUP, ISUSE
 from selfrag_jax.retrieval.retriever import OnlineRetriever, Retriever, StaticRetriever
@@ -30,8 +35,17 @@ class AnswerConfig:
     batch: int  # questions searched together
     max_length: int  # tokens of a prompt, and of a passage
     closed_set: bool  # sum the scores of passages that give the same option, take the best option
+    dtype: str | None  # of activations and parameters; None: the model's
+    quantization: str | None  # "int8": weights of the layers in 8 bits (models/quantize.py)
+    tensor: int  # devices over which heads, mlp and vocabulary are split
 
     def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise BadInput(f"--dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.quantization not in (None, "int8"):
+            raise BadInput(f"--quantization={self.quantization!r}: must be int8, or left out")
+        if self.tensor < 1:
+            raise BadInput(f"--tensor={self.tensor}: must be at least 1")
         if self.batch < 1:
             raise BadInput(f"batch={self.batch}: must be at least 1")
         if self.max_length < 32:
@@ -58,6 +72,9 @@ DEFAULT = AnswerConfig(
     batch=16,
     max_length=512,
     closed_set=True,
+    dtype=None,
+    quantization=None,
+    tensor=1,
 )
 
 
@@ -106,6 +123,27 @@ def question_text(q: Question) -> str:
     return q.question + " " + " ".join(f"{label}: {text}" for label, text in q.choices)
 
 
+def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoints.LoadedModel:
+    """The model in the type, the bits and over the devices that `config` says.
+
+    Raises BadInput when there are not that many devices, or they do not divide the heads.
+    """
+    model, params, dtype = loaded.model, loaded.params, config.dtype
+    if dtype is not None:
+        model = Model(replace(model.config, dtype=dtype))
+    if config.quantization == "int8":
+        model, params = quantize.quantize(model, params, dtype)
+    elif dtype is not None:
+        params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+    mesh, device = None, None
+    if config.tensor > 1:
+        if model.config.num_kv_heads % config.tensor:
+            raise BadInput(f"--tensor={config.tensor} does not divide the model's {model.config.num_kv_heads} key-value heads")
+        mesh = sharding.make_mesh(tensor=config.tensor)
+        device = sharding.shardings(mesh, params)
+    return replace(loaded, model=model, params=jax.device_put(params, device), mesh=mesh)  # put there once, not at every call
+
+
 @dataclass
 class SelfRAG:
     """A generator with its tokenizer and, for questions without passages of their own, an index."""
@@ -130,7 +168,8 @@ class SelfRAG:
         except ValueError as e:
             raise BadInput(f"{model}: {e}") from None
         sources = {"model": Path(model)} | ({"index": Path(index)} if index else {})
-        return cls(loaded, OnlineRetriever(index) if index else None, config or DEFAULT, sources)
+        config = config or DEFAULT
+        return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
     def answer(
         self, questions: Sequence[str | Question], on_batch: Callable[[list[Answer]], None] | None = None, **changes: Any
@@ -197,7 +236,8 @@ class SelfRAG:
                 errors[queries[0][0]] = f"{type(e).__name__}: {e}"
                 return [[]]
 
-        searches = search.run(ids, retrieve)
+        with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
+            searches = search.run(ids, retrieve)
         return [
             self._answer(search, q, s, n) if i not in errors else _failed(q, errors[i])
             for i, (q, s, n) in enumerate(zip(rows, searches, notices, strict=True))

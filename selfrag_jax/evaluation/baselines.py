@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from selfrag_jax import prompts
@@ -36,6 +37,7 @@ def answer_plain(
     """
     tokenizer = loaded.tokenizer
     rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
+    params = jax.device_put(loaded.params)  # once, not for every batch
     rows: list[dict[str, Any]] = []
     for at in range(0, len(questions), config.batch):
         chunk, given = questions[at : at + config.batch], passages[at : at + config.batch]
@@ -46,7 +48,7 @@ def answer_plain(
         for i, row in enumerate(ids):
             tokens[i, : len(row)], valid[i, : len(row)] = row, True
         start = np.zeros(config.batch, np.int32)
-        out, _ = generate(loaded.model, loaded.params, rules, None, start, tokens, valid, config.max_new_tokens)
+        out, _ = generate(loaded.model, params, rules, None, start, tokens, valid, config.max_new_tokens)
         texts, lengths, words = np.asarray(out.tokens), np.asarray(out.length), np.asarray(out.text_tokens)
         p_sequence = np.where(words > 0, np.exp(np.asarray(out.log_prob) / np.maximum(words, 1)), 0.0)
         for i, (q, p) in enumerate(zip(chunk, given, strict=True)):

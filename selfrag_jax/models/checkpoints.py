@@ -39,6 +39,7 @@ class LoadedModel:
     model: Model
     params: Params
     tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh | None = None  # over which the parameters are split
 
 
 def write_architecture(workdir: str | Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
@@ -175,9 +176,9 @@ def _by_layer(x: jax.Array):
     """How an array is cut into pieces on disk: a stack by its layers, so that `convert` reads one without the others."""
     import orbax.checkpoint as ocp
 
-    if x.ndim != 3:
-        return ocp.SaveArgs()
     layer = math.prod(x.sharding.shard_shape(x.shape)[1:]) * x.dtype.itemsize
+    if x.ndim != 3 or layer < 2**20:  # pieces of less than a megabyte cost more than they spare
+        return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=layer, shard_axes=(0,))
 
 

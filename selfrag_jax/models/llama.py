@@ -73,6 +73,7 @@ class LlamaConfig:
     attention: str = "auto"  # kernel for whole sequences, see attention.py
     vocab_padding: int = 0  # rows behind the vocabulary that no token has, so that a mesh divides the table
     lora: LoraConfig | None = None
+    quantized: bool = False  # kernels of the layers in int8, see quantize.py; for inference
 
     def __post_init__(self):
         if isinstance(self.lora, dict):
@@ -130,11 +131,15 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Linear):
-    """y = x W, with LoRA y = x W + (x A) B * scale."""
+    """y = x W, with LoRA y = x W + (x A) B * scale; quantized, W is int8 times a scale for each output."""
 
     def __init__(self, c: LlamaConfig, inputs: int, outputs: int, rngs, bias: bool = False, adapted: bool = True):
         normal = nnx.initializers.lecun_normal()
         super().__init__(inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=normal)
+        self.quantized = c.quantized and adapted
+        if self.quantized:
+            self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
+            self.kernel_scale = nnx.Param(jnp.ones(outputs))
         self.lora = c.lora if adapted else None
         if self.lora is not None:
             self.lora_a = nnx.Param(normal(rngs.params(), (inputs, self.lora.rank)))
@@ -144,6 +149,8 @@ class Linear(nnx.Linear):
         cast = lambda p: p[...].astype(self.dtype)  # noqa: E731
         x = x.astype(self.dtype)
         out = _product(x, cast(self.kernel))
+        if self.quantized:
+            out = (out * self.kernel_scale[...]).astype(self.dtype)
         if self.lora is not None:
             out = out + _product(_product(x, cast(self.lora_a)), cast(self.lora_b)) * self.lora.scale
         return out if self.bias is None else out + cast(self.bias)
@@ -165,21 +172,19 @@ class Block(nnx.Module):
         self.up = Linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
         self.down = Linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
 
-    def __call__(self, x, turned, attention, cache_k, cache_v, cursor):
-        """x: [B, T, D]; turned: from `rotation`; attention: (q, k, v) -> [B, T, N, H] over all keys; cache_k, cache_v: [B, S, K, H] or None.
-        Returns x and the new cache rows."""
+    def __call__(self, x, turned, attention, write=None):
+        """x: [B, T, D]; turned: from `rotation`; attention: (q, k, v) -> [B, T, N, H] over all keys; write: (k, v) of the new
+        tokens -> those of all, and what the caller keeps of them. Returns x and that, or None."""
         c, (B, T, _) = self.c, x.shape
         h = self.attention_norm(x)
         q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), turned)
         k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), turned)
         v = self.v(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        if cache_k is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache_k, k, cursor, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache_v, v, cursor, axis=1)
+        k, v, kept = (k, v, None) if write is None else write(k, v)
         x = x + self.o(attention(q, k, v).reshape(B, T, -1))
         h = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-        return x, (k, v) if cache_k is not None else None
+        return x, kept
 
 
 class Llama(nnx.Module):
@@ -200,23 +205,32 @@ class Llama(nnx.Module):
         graph, layers = nnx.split(self.layers)
         turned = rotation(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
-        def layer(x, per_layer):
-            state, cache_kv, prefix_kv = per_layer
-            k, v = (None, None) if cache_kv is None else cache_kv
-            cursor = None if cache is None else cache.cursor
+        def layer(x, state):
+            return nnx.merge(graph, state)(x, turned, attention)
+
+        def cached_layer(carry, per_layer):
+            """The whole cache is carried through the layers, each of which writes its own part in place: were it handed out and
+            collected by layers, every step of decoding would copy it."""
+            (x, *slots), (i, state, prefix_kv) = carry, per_layer
+
+            def write(*new):
+                at = (i, 0, cache.cursor, 0, 0)
+                whole = [jax.lax.dynamic_update_slice(s, n[None], at) for s, n in zip(slots, new, strict=True)]
+                return *(jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in whole), whole
+
             attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
-            return nnx.merge(graph, state)(x, turned, attend_all, k, v, cursor)
+            x, whole = nnx.merge(graph, state)(x, turned, attend_all, write)
+            return (x, *whole), None
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])  # in a scan there is nothing to merge
-        per_layer = (
-            layers,
-            None if cache is None else (cache.k, cache.v),
-            None if prefix is None else (prefix.k, prefix.v),
-        )
         # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
         x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
-        x, new = jax.lax.scan(layer, x, per_layer, unroll=c.scan_unroll)
+        if cache is None:
+            x, _ = jax.lax.scan(layer, x, layers, unroll=c.scan_unroll)
+            return self.norm(x), None
+        per_layer = (jnp.arange(c.num_layers), layers, None if prefix is None else (prefix.k, prefix.v))
+        (x, *new), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll)
         return self.norm(x), new
 
     def logits(self, hidden):
@@ -241,6 +255,8 @@ class Model:
         starts at 1 / (embed_std * sqrt(D)), so that the first logits have unit scale.
         """
         params = nnx.to_pure_dict(nnx.state(Llama(self.config, nnx.Rngs(params=key)), nnx.Param))
+        if self.config.quantized:  # of which only the shapes are asked for
+            return params
         for module in ("o", "down"):
             params["layers"][module]["kernel"] *= (2 * self.config.num_layers) ** -0.5
         params["embed"]["embedding"] *= embed_std / 0.02

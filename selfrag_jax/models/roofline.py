@@ -54,6 +54,12 @@ def weights(c: LlamaConfig) -> int:
     return c.num_layers * (_layer_weights(c) + adapters) + tables
 
 
+def decode_flops_per_token(c: LlamaConfig, context: float) -> float:
+    """Floating-point operations for a token that is read or generated, of the products with weights (without the output head,
+    whose logits are needed at generated tokens only) and of attention over `context` keys."""
+    return 2.0 * c.num_layers * (_layer_weights(c) + 2 * c.num_heads * c.head_dim * context)
+
+
 def trained_weights(c: LlamaConfig) -> int:
     """Those that a training changes: with LoRA the adapters, the embedding and the head."""
     return weights(c) - (c.num_layers * _layer_weights(c) if c.lora else 0)
