@@ -17,7 +17,7 @@ from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.records import BadInput
 
-_HEADS = PartitionSpec(None, None, None, "tensor", None)  # of a cache [L, B, S, K, H]
+_HEADS = PartitionSpec(None, None, "tensor", None, None)  # of a cache [L, B, K, S, H]
 
 
 def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, Any]:

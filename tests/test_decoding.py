@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plain_search import PlainSearch, make_passages, make_rag
 
 from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding import scoring, segments
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import ACCUMULATE, BeamSearch, SearchConfig
@@ -142,6 +142,23 @@ def test_one_beam_and_one_passage_is_greedy_decoding(talkative, seed):
         if token in r.isuse or token == talkative.tokenizer.eos_id:
             break
     assert outcome.best().node.tokens == tuple(greedy)
+
+
+@pytest.mark.slow
+def test_layers_one_by_one_and_stacked_are_the_same(talkative, monkeypatch):
+    """On a CPU a step of decoding takes the layers one by one, elsewhere from their stack."""
+    found = []
+    for where in ("cpu", "tpu"):
+        monkeypatch.setattr(segments, "platform", lambda where=where: where)
+        segments.generate.clear_cache()
+        for seed in range(3):
+            search, ids, passages = searched(talkative, seed)
+            [outcome] = search.run([ids], lambda queries, p=passages: [p for _ in queries])
+            found.append(outcome)
+    segments.generate.clear_cache()
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert [(n.parent, n.tokens) for n in one.nodes] == [(n.parent, n.tokens) for n in other.nodes]
+        np.testing.assert_allclose([n.score for n in one.nodes], [n.score for n in other.nodes], atol=1e-5)
 
 
 def test_answers_do_not_depend_on_their_neighbours(talkative):

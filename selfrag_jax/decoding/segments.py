@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from selfrag_jax.models.attention import platform
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.reflection import ReflectionIds
@@ -119,11 +120,15 @@ def generate(
     the fed and the generated tokens are written (not the Retrieve token before which a segment ended).
     """
     B, T = tokens.shape
-    cache = Cache.empty(model.config, B, T + max_new)
+    cache = Cache.empty(model.config, B, T)
     positions = start[:, None] + jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
     hidden, cache = model.hidden(params, tokens, positions, valid, cache, prefix)
+    cache = cache.longer(max_new)  # only now: what is fed need not look at slots that nothing stands in
     fed = valid.sum(1)
     last = jnp.take_along_axis(hidden, jnp.maximum(fed - 1, 0)[:, None, None], axis=1)[:, 0]
+
+    if platform() == "cpu":
+        params, cache, prefix = model.by_layers(params), cache.by_layers(), prefix and prefix.by_layers()
 
     sizes = (2, 3, 5, 3)  # of IsRel, IsSup, IsUse, Retrieve
     state = {
@@ -185,7 +190,7 @@ def generate(
         s["tokens"], s["length"], s["log_prob"], s["text_tokens"], isrel, issup, isuse, retrieve, s["finished"],
         s["complete"], start + fed + s["length"], s["retrieve_at"],
     )  # fmt: skip
-    return segment, s["cache"]
+    return segment, s["cache"].stacked()
 
 
 @partial(jax.jit, static_argnames=("rules",))
@@ -219,8 +224,8 @@ def append_tokens(
 def append_branches(prefix: Cache, branches: Cache, parent: jax.Array, branch: jax.Array) -> Cache:
     """The prefix of each new beam: its parent's, followed by the branch that won. parent, branch: [R'] row indices."""
     return Cache(
-        k=jnp.concatenate([prefix.k[:, parent], branches.k[:, branch]], axis=2),
-        v=jnp.concatenate([prefix.v[:, parent], branches.v[:, branch]], axis=2),
+        k=jnp.concatenate([prefix.k[:, parent], branches.k[:, branch]], axis=3),
+        v=jnp.concatenate([prefix.v[:, parent], branches.v[:, branch]], axis=3),
         valid=jnp.concatenate([prefix.valid[parent], branches.valid[branch]], axis=1),
         positions=jnp.concatenate([prefix.positions[parent], branches.positions[branch]], axis=1),
         cursor=prefix.cursor + branches.cursor,

@@ -92,30 +92,47 @@ def document_mask(doc_ids: jax.Array, window: int | None = None) -> jax.Array:
 
 
 # ---- the plain form --------------------------------------------------------------------------------------------------
-def attend(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_mask=None):
-    """Softmax attention over [prefix, own] keys without copying the prefix to its branches.
+def attend(q, k, v, mask):
+    """Softmax attention. q: [B, T, N, H]; k, v: [B, S, K, H]; mask: [B, T, S] bool. Returns [B, T, N, H].
 
-    q: [B, T, N, H]; k, v: [B, S, K, H]; mask: [B, T, S] bool; prefix_k, prefix_v: [R, S', K, H] with B = R * P;
+    Every query must see at least one key.
+    """
+    B, T, N, H = q.shape
+    q = q.reshape(B, T, k.shape[2], -1, H) * (H**-0.5)
+    return _attend_own(q, k, v, mask).reshape(B, T, N, H)
+
+
+def attend_cached(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_mask=None):
+    """Softmax attention over [prefix, own] keys of a cache, without copying the prefix to its branches: each part is
+    computed by itself, relative to the largest score of both (as in Hydragen, arXiv 2402.05099).
+
+    q: [B, T, N, H]; k, v: [B, K, S, H]; mask: [B, T, S] bool; prefix_k, prefix_v: [R, K, S', H] with B = R * P;
     prefix_mask: broadcasts to [R, P, T, S']. Returns [B, T, N, H]. Every query must see at least one key.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H) * (H**-0.5)
-    if prefix_k is None:
-        return _attend_own(q, k, v, mask).reshape(B, T, N, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    K = k.shape[1]
+    q = _heads_first(q, K)
+    dot = lambda form, *xs: jnp.einsum(form, *xs, preferred_element_type=jnp.float32)  # noqa: E731
+    scores = dot("BKTH,BKSH->BKTS", _rows(q), k).reshape(B, K, N // K, T, -1)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
-    R = prefix_k.shape[0]
-    shared_q = q.reshape(R, B // R, T, K, N // K, H)
-    shared = jnp.einsum("RPTKGH,RSKH->RPKGTS", shared_q, prefix_k, preferred_element_type=jnp.float32)
-    shared = jnp.where(prefix_mask[:, :, None, None], shared, MASKED)
-    S_prefix = prefix_k.shape[1]
-    scores = jnp.concatenate([shared.reshape(B, K, N // K, T, S_prefix), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    shared_weights = weights[..., :S_prefix].reshape(R, B // R, K, N // K, T, S_prefix)
-    out = jnp.einsum("RPKGTS,RSKH->RPTKGH", shared_weights, prefix_v).reshape(B, T, K, N // K, H)
-    out = out + jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., S_prefix:], v)
-    return out.reshape(B, T, N, H)
+    most = scores.max(-1, keepdims=True)
+    if prefix_k is not None:
+        R, P = prefix_k.shape[0], B // prefix_k.shape[0]
+        # The queries of all branches of a prefix as the rows of one product.
+        together = q.reshape(R, P, K, -1, H).swapaxes(1, 2).reshape(R, K, -1, H)
+        shared = dot("RKTH,RKSH->RKTS", together, prefix_k).reshape(R, K, P, N // K, T, -1).swapaxes(1, 2)
+        shared = jnp.where(prefix_mask[:, :, None, None], shared, MASKED)
+        most = jnp.maximum(most, shared.max(-1, keepdims=True).reshape(most.shape))
+    weights = jnp.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    out = dot("BKTS,BKSH->BKTH", _rows(weights).astype(v.dtype), v).reshape(B, K, N // K, T, H)
+    if prefix_k is not None:
+        weights = jnp.exp(shared - most.reshape(R, P, K, N // K, T, 1))
+        total = total + weights.sum(-1, keepdims=True).reshape(total.shape)
+        rows = weights.astype(v.dtype).swapaxes(1, 2).reshape(R, K, P * (N // K) * T, -1)
+        more = dot("RKTS,RKSH->RKTH", rows, prefix_v).reshape(R, K, P, N // K, T, H)
+        out = out + more.swapaxes(1, 2).reshape(out.shape)
+    return _heads_last((out / total).astype(v.dtype))
 
 
 def _attend_own(q, k, v, mask):
@@ -143,7 +160,7 @@ def attend_blocks(q, k, v, doc_ids, window: int | None):
 
 
 def _blocks_forward(q, k, v, doc_ids, window):
-    qs, ks, vs = _heads_first(q, k), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    qs, ks, vs = _heads_first(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     outs, sums = [], []
     for at, mask, keys in _blocks(doc_ids, window):
         scores = _block_scores(qs, ks, at, mask, keys)
@@ -159,7 +176,8 @@ def _blocks_forward(q, k, v, doc_ids, window):
 
 def _blocks_backward(window, saved, d_out):
     q, k, v, doc_ids, out, lse = saved
-    qs, ks, vs, d = _heads_first(q, k), k.swapaxes(1, 2), v.swapaxes(1, 2), _heads_first(d_out, k, 1.0)
+    ks, vs = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    qs, d = _heads_first(q, k.shape[2]), _heads_first(d_out, k.shape[2], 1.0)
     share = (d.astype(jnp.float32) * out).sum(-1, keepdims=True)
     d_q, d_k, d_v = [], jnp.zeros(ks.shape, jnp.float32), jnp.zeros(vs.shape, jnp.float32)
     for at, mask, keys in _blocks(doc_ids, window):
@@ -197,10 +215,10 @@ def _block_scores(q, k, at, mask, keys):
     return jnp.where(mask[:, None, None], scores.reshape(*q.shape[:-1], -1), MASKED)
 
 
-def _heads_first(q, k, scale: float | None = None):
+def _heads_first(q, K: int, scale: float | None = None):
     """[B, T, N, H] -> [B, K, G, T, H], scaled by 1 / sqrt(H) if not otherwise."""
     B, T, _, H = q.shape
-    q = q.reshape(B, T, k.shape[2], -1, H) * (H**-0.5 if scale is None else scale)
+    q = q.reshape(B, T, K, -1, H) * (H**-0.5 if scale is None else scale)
     return q.transpose(0, 2, 3, 1, 4)
 
 
@@ -229,19 +247,22 @@ def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
         )
     if kernel == "cudnn" and dtype == "float32":
         raise ValueError("attention='cudnn' needs bfloat16 or float16 activations; they are float32")
-    mesh = jax.sharding.get_abstract_mesh()  # ahead of time, of devices that are not here
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
-    if platform != needed:
-        raise ValueError(
-            f"attention={kernel!r} runs on a {needed.upper()} only; this is a {platform.upper()}: take auto or xla"
-        )
+    here = platform()
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, here)
+    if here != needed:
+        raise ValueError(f"attention={kernel!r} runs on a {needed.upper()} only; this is a {here.upper()}: take auto or xla")
     if kernel != "auto":
         return kernel
-    if platform == "tpu" and tiled:
+    if here == "tpu" and tiled:
         return "splash"
     small = dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128 and length % 64 == 0
-    return "cudnn" if platform == "gpu" and small else "xla"
+    return "cudnn" if here == "gpu" and small else "xla"
+
+
+def platform() -> str:
+    """Of the devices that a program is traced for: ahead of time, these are not here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def attend_sequences(q, k, v, doc_ids, window: int | None, kernel: str, interpret: bool = False):

@@ -13,7 +13,7 @@ question read one copy of their common history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from selfrag_jax.models.attention import (
     OUTPUT,
     RopeScaling,
     attend,
+    attend_cached,
     attend_sequences,
     choose,
     document_mask,
@@ -95,18 +96,32 @@ class LlamaConfig:
 class Cache:
     """Keys and values of past tokens. Slots are written in order of time, so causality is the order of slots."""
 
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]: a head's keys lie together, as products read them
+    v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, S, H]
     valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
     positions: jax.Array  # [B, S] int32: of the tokens in the slots
     cursor: jax.Array  # [] int32: the next slot to write, shared by all rows
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int) -> Cache:
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
         dtype = jnp.dtype(config.dtype)
         valid, positions = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, positions, jnp.int32(0))
+
+    def longer(self, more: int) -> Cache:
+        """With `more` empty slots at the end."""
+        slots = [(0, 0), (0, more)]
+        k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
+        return replace(self, k=k, v=v, valid=jnp.pad(self.valid, slots), positions=jnp.pad(self.positions, slots))
+
+    def by_layers(self) -> Cache:
+        """For many small steps on a CPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
+        return replace(self, k=tuple(self.k), v=tuple(self.v))
+
+    def stacked(self) -> Cache:
+        """The inverse of `by_layers`."""
+        return self if not isinstance(self.k, tuple) else replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
 
 
 @jax.custom_vjp
@@ -199,8 +214,9 @@ class Llama(nnx.Module):
         if not c.tie_embeddings:
             self.head = Linear(c, c.embed_dim, rows, rngs, adapted=False)
 
-    def hidden(self, tokens, positions, attention, cache: Cache | None, prefix: Cache | None):
-        """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one."""
+    def hidden(self, tokens, positions, attention, cache: Cache | None, prefix: Cache | None, by_layers=None):
+        """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one.
+        by_layers: the parameters of each layer, where they are not stacked; then nor are cache and prefix."""
         c = self.c
         graph, layers = nnx.split(self.layers)
         turned = rotation(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
@@ -214,8 +230,13 @@ class Llama(nnx.Module):
             (x, *slots), (i, state, prefix_kv) = carry, per_layer
 
             def write(*new):
-                at = (i, 0, cache.cursor, 0, 0)
-                whole = [jax.lax.dynamic_update_slice(s, n[None], at) for s, n in zip(slots, new, strict=True)]
+                at = (i, 0, 0, cache.cursor, 0)
+                if i is None:
+                    heads = (n.swapaxes(1, 2) for n in new)
+                    whole = [jax.lax.dynamic_update_slice(s, n, at[1:]) for s, n in zip(slots, heads, strict=True)]
+                    return *whole, whole
+                heads = (n.swapaxes(1, 2)[None] for n in new)
+                whole = [jax.lax.dynamic_update_slice(s, n, at) for s, n in zip(slots, heads, strict=True)]
                 return *(jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in whole), whole
 
             attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
@@ -229,6 +250,14 @@ class Llama(nnx.Module):
         if cache is None:
             x, _ = jax.lax.scan(layer, x, layers, unroll=c.scan_unroll)
             return self.norm(x), None
+        if by_layers is not None:
+            new = []
+            for j, slots in enumerate(zip(cache.k, cache.v, strict=True)):
+                state = jax.tree.map(lambda p: p, layers)
+                nnx.replace_by_pure_dict(state, by_layers[j])
+                (x, *whole), _ = cached_layer((x, *slots), (None, state, prefix and (prefix.k[j], prefix.v[j])))
+                new.append(whole)
+            return self.norm(x), tuple(zip(*new, strict=True))
         per_layer = (jnp.arange(c.num_layers), layers, None if prefix is None else (prefix.k, prefix.v))
         (x, *new), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll)
         return self.norm(x), new
@@ -268,9 +297,15 @@ class Model:
         """The parameters as jax.ShapeDtypeStructs, without allocating them."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
+    def by_layers(self, params: Params) -> Params:
+        """The same parameters with a tuple of layers in place of their stack, for `hidden` with a cache (see Cache.by_layers)."""
+        layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(self.config.num_layers))
+        return {**params, "layers": layers}
+
     def _merge(self, params: Params) -> Llama:
         graph, state = nnx.split(nnx.eval_shape(lambda: Llama(self.config, nnx.Rngs(params=jax.random.key(0)))))
-        nnx.replace_by_pure_dict(state, params)
+        stacked = not isinstance(params["layers"], tuple)  # else the layers are given one by one
+        nnx.replace_by_pure_dict(state, params if stacked else {k: v for k, v in params.items() if k != "layers"})
         return nnx.merge(graph, state)
 
     def hidden(
@@ -301,7 +336,7 @@ class Model:
             else:
                 attention = lambda q, k, v: attend_sequences(q, k, v, doc_ids, c.sliding_window, kernel)  # noqa: E731
             return module.hidden(tokens, positions, attention, None, None)[0], None
-        T, S = tokens.shape[1], cache.k.shape[2]
+        T, S = tokens.shape[1], cache.valid.shape[1]
         doc_ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
         write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, cache.cursor, axis=1)  # noqa: E731
         valid, slots = write(cache.valid, jnp.asarray(doc_ids) > 0), write(cache.positions, jnp.asarray(positions, jnp.int32))
@@ -309,8 +344,9 @@ class Model:
         causal = jnp.arange(S) <= cache.cursor + jnp.arange(T)[:, None]
         mask = (valid[:, None, :] & causal & self._near(positions, slots)) | own
         prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
-        attention = lambda q, k, v, *shared: attend(q, k, v, mask, *shared, *([prefix_mask] if shared else []))  # noqa: E731
-        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix)
+        attention = lambda q, *kv: attend_cached(q, *kv[:2], mask, *kv[2:], *([prefix_mask] if kv[2:] else []))  # noqa: E731
+        by_layers = params["layers"] if isinstance(params["layers"], tuple) else None
+        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix, by_layers)
         return hidden, Cache(k, v, valid, slots, cache.cursor + T)
 
     def _near(self, positions: jax.Array, slots: jax.Array) -> jax.Array:
