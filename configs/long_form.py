@@ -1,9 +1,10 @@
 """Answering long-form questions as in the paper (Section 4.2): up to seven segments, five passages each, two beams.
 
-    selfrag answer --config=long_form --model=selfrag/selfrag_llama2_7b --input=asqa.jsonl --out=answers.jsonl
+    selfrag answer --config=long_form --model=selfrag_llama2_7b-safetensors --input=asqa.jsonl --out=answers.jsonl
 
-Variants and hardware as in short_form.py. Scores to expect (paper, Table 2, 7B): ASQA str-em 30.0, citation precision 66.9 and
-recall 67.8. ASQA retrieves always (threshold 0).
+Variants as in short_form.py; `selfrag compile` covers the first of the segments. The paper's scores (Table 2, 7B: ASQA str-em
+30.0, citation precision 66.9 and recall 67.8) come from the authors' scripts, that is from --scorer=released. ASQA retrieves
+always (threshold 0).
 """
 
 import importlib.util

@@ -1,10 +1,11 @@
 """Answering short-form questions as in the paper (Section 4.2): one segment, ten passages, the best by its critiques.
 
-    selfrag answer --config=short_form --model=selfrag/selfrag_llama2_7b --input=popqa.jsonl --out=answers.jsonl
+    selfrag answer --config=short_form --model=selfrag_llama2_7b-safetensors --input=popqa.jsonl --out=answers.jsonl
     selfrag compile --config=short_form --program=decode --topology=v5e:1x1      # does it fit, before you rent it
 
 Variants: 7b_int8 (the default; weights in 8 bits, one chip of 16 GB), 7b (bf16, four v5e chips), 13b (bf16, eight v5e chips).
-Each was compiled with the TPU compiler; none was timed. Scores to expect (paper, Table 2, 7B): PopQA 54.9, TriviaQA 66.4.
+Each was compiled with the TPU compiler; none was timed. The paper's scores (Table 2, 7B: PopQA 54.9, TriviaQA 66.4) come from the
+authors' scripts, that is from --scorer=released.
 """
 
 from ml_collections import ConfigDict

@@ -77,8 +77,13 @@ def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
     base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")
     base = replace(base, quantized=section.quantization == "int8")
     devices = topology_devices(topology)
+    if section.tensor != len(devices):
+        raise BadInput(
+            f"config {name}: tensor={section.tensor}, but {topology} has {len(devices)} chips: --config.{name}.tensor"
+        )
     mesh, chip = sharding.make_mesh(tensor=-1, devices=devices), roofline.chip(devices[0].device_kind)
     out = _head(c, "decode", topology, mesh) | {"questions": section.batch, "passages": section.search.ndocs}
+    out["segment"] = f"the first of {section.search.max_depth}"  # later ones stand on a longer history
     programs = {what: _compiled(low, chip)[0] for what, low in aot_decode.lower(section, base, mesh).items()}
     largest = max(programs.values(), key=lambda p: p["memory_per_chip"].get("total", float("inf")))
     return (

@@ -21,7 +21,8 @@ _HEADS = PartitionSpec(None, None, "tensor", None, None)  # of a cache [L, B, K,
 
 
 def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
-    """The search's own jitted programs for a batch of questions at their greatest lengths, by name, lowered.
+    """The search's own jitted programs for the first segments of a batch of questions, at the greatest lengths of prompt and
+    passage, by name, lowered.
 
     base: the model, its type and bits as they will run. Raises BadInput where the mesh does not divide its heads.
     """

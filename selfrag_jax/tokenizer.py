@@ -314,7 +314,7 @@ def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int]
         for token, i in found.items():
             if controls.setdefault(token, i) != i:
                 raise ValueError(f"{file}: {token!r} has id {i}, elsewhere in this folder {controls[token]}")
-            if token not in vocabulary.controls and i < vocabulary.size and vocabulary.piece(i) != token:
+            if token not in vocabulary.controls and i < vocabulary.size and vocabulary.piece(i) not in (token, f"<{i}>"):
                 raise ValueError(f"{file}: {token!r} has id {i}, which is {vocabulary.piece(i)!r} in the vocabulary")
     given = {**config, **_read(folder / "special_tokens_map.json")}
     names = {}

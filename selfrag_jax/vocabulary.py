@@ -124,7 +124,7 @@ class Bpe:
         return text.removeprefix(" ") if self.llama else text
 
     def piece(self, i: int) -> str:
-        return self._names[i]
+        return self._names.get(i, f"<{i}>")  # a hole, where an added token may stand
 
     def save(self, folder: Path) -> None:
         pass  # what `to_json` gives is written

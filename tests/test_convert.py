@@ -313,7 +313,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_model, tmp_path):
 def test_weights_in_torchs_format_are_named_with_what_to_do(tiny_model, tmp_path):
     huggingface.save(tmp_path, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"pytorch_model.bin is torch's own format.*save_pretrained"):
+    with pytest.raises(BadInput, match=r"there is pytorch_model.bin.*Torch's own format.*save_pretrained"):
         huggingface.load(tmp_path)
 
 

@@ -68,6 +68,10 @@ class PlainScripts(PlainSearch):
     def with_passage(self, prompt, passage):
         return prompt + self.t.encode([Control(reflection.RETRIEVAL), *prompts.passage(passage)])
 
+    def first_paragraph(self, tokens):
+        ends = [n for n in range(len(tokens)) if "\n\n" in self.t.decode(tokens[: n + 1])]
+        return tokens[: ends[0]] if ends else tokens
+
     def short(self, prompt, passages):
         """(retrieved, tokens and scores of the tree)"""
         c, (no, yes, _) = self.c, self.r.retrieve
@@ -90,10 +94,11 @@ class PlainScripts(PlainSearch):
         retrieve = c.mode == "always_retrieve"
         if c.mode == "adaptive_retrieval":
             tokens, logs = self.sample(prompt, 25)
+            tokens = self.first_paragraph(tokens)
             p = np.exp([logs[0][i] for i in self.r.retrieve])
             retrieve = yes not in tokens or p[1] / (p[0] + p[1]) > c.threshold
         if not retrieve:
-            tokens = self.sample([*prompt, no], c.max_new_tokens)[0]
+            tokens = self.first_paragraph(self.sample([*prompt, no], c.max_new_tokens)[0])
             return False, [(-1, tuple(tokens), 0.0)], [0]
         nodes = [dict(prompt=prompt, pred=[yes], said=[], score=None)]  # the root
         levels = {0: [0]}

@@ -22,7 +22,7 @@ from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
 from selfrag_jax.decoding.released import ReleasedSearch
-from selfrag_jax.models import checkpoints, quantize, sharding
+from selfrag_jax.models import checkpoints, huggingface, quantize, sharding
 from selfrag_jax.models.llama import DTYPES, Model
 from selfrag_jax.records import BadInput, Passage, Question
 from selfrag_jax.reflection import ISREL, ISSUP, ISUSE
@@ -160,14 +160,15 @@ class SelfRAG:
 
         Raises BadInput when either is missing, unfinished, or the tokenizer has no reflection tokens.
         """
-        if (Path(model) / checkpoints.MODEL_FILE).is_file():
+        model = huggingface.local(model)
+        if (model / checkpoints.MODEL_FILE).is_file():
             artifacts.require_finished(model, "train", "generator")
         loaded = checkpoints.load(model)
         try:
             loaded.tokenizer.reflection_ids()
         except ValueError as e:
             raise BadInput(f"{model}: {e}") from None
-        sources = {"model": Path(model)} | ({"index": Path(index)} if index else {})
+        sources = {"model": model} | ({"index": Path(index)} if index else {})
         config = config or DEFAULT
         return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
@@ -267,7 +268,8 @@ class SelfRAG:
 
     def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
         best = outcome.best()
-        if self.config.closed_set and q.options:
+        votes = search.config.scorer == "paper" or search.config.max_depth == 1  # the released long form has none
+        if self.config.closed_set and q.options and votes:
             best = _vote(search, outcome, q) or best
         path = outcome.path(best)
         passages, citations = cite(path)

@@ -33,7 +33,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     if artifacts.is_finished(out, "answer", config, inputs):
         return len(questions)
     partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
-    done = {row["id"]: row for row in _whole_rows(partial)}
+    done = {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
     remaining = [q for q in questions if q.id not in done]
     partial.parent.mkdir(parents=True, exist_ok=True)
     with progress("answer", len(questions), "questions", len(done)) as bar, open(partial, "a", encoding="utf-8") as f:

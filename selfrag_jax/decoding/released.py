@@ -5,6 +5,7 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
 
   gate (short)   compares log-probabilities, which inverts it
   gate (long)    retrieves when the model does not say [Retrieval] within 25 tokens, and asks the threshold when it does
+  no retrieval   (long) ends at the first blank line
   generation     goes on to the end of text or the limit, never ends with a segment
   scores         see scoring.released_score and scoring.released_score_long
   long form      depth T gives T - 1 segments; scores are multiplied; only what says [Retrieval] goes on, the rest is dropped
@@ -99,7 +100,7 @@ class ReleasedSearch(BeamSearch):
         tokens = [int(t) for t in out.tokens[i, : out.length[i]]]
         for n in range(1, len(tokens) + 1):
             if "\n\n" in self.tokenizer.decode(tokens[:n]):
-                return tokens[:n]
+                return tokens[: n - 1]
         return tokens
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -124,6 +125,8 @@ class ReleasedSearch(BeamSearch):
         out = self._generate([prompts[q] for q in which], [[[self.no_retrieval]] for _ in which], self.config.max_new_tokens)
         for i, q in enumerate(which):
             tokens = [int(t) for t in out.tokens[i, : out.length[i]]]
+            if self.config.max_depth > 1:
+                tokens = self._before_blank_line(out, i)
             node = self._add(searches[q], None, "no_retrieval", None, tokens, out, i, 0.0, 0.0)
             searches[q].beams = [Beam(node, searches[q].beams[0].retrieve, 0)]
 

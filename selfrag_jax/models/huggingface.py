@@ -265,8 +265,8 @@ def local(name: str | Path) -> Path:
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers()
         folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
-        if not any(folder.glob("*.safetensors")) and not offline:  # published in torch's format: say what to do with it
-            folder = Path(snapshot_download(str(name), allow_patterns=[*files, "pytorch_model*.bin"]))
+        if not any(folder.glob("*.safetensors")):
+            raise BadInput(f"{name}: the hub has no safetensors of it{_torch_recipe(str(name))}")
         return folder
     except HFValidationError as e:
         raise BadInput(f"{name}: no such folder, and no name of a model on the Hugging Face hub ({e})") from None
@@ -364,10 +364,15 @@ def _of_torch(folder: Path) -> str:
     found = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
     if not found:
         return ""
+    return f" (there is {found[0]}){_torch_recipe(folder)}"
+
+
+def _torch_recipe(source: str | Path) -> str:
+    out = f"{Path(source).name}-safetensors"
     return (
-        f". {found[0]} is torch's own format, which can hold any program and is not read here. Make safetensors of it, where "
-        'torch and transformers are: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\", and copy its tokenizer files"
+        ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make safetensors of it, where torch "
+        'and transformers are: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", and copy its tokenizer files there"
     )
 
 
