@@ -39,6 +39,9 @@ def get_config(variant: str = "7b_int8") -> ConfigDict:
             max_new_tokens=100,
             length_bucket=64,
             scorer="paper",
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
         ),
         batch=v["batch"],
         max_length=320,  # tokens of a prompt, and of a passage of about 100 words

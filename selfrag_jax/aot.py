@@ -83,8 +83,14 @@ def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
         )
     mesh, chip = sharding.make_mesh(tensor=-1, devices=devices), roofline.chip(devices[0].device_kind)
     out = _head(c, "decode", topology, mesh) | {"questions": section.batch, "passages": section.search.ndocs}
-    out["segment"] = f"the first of {section.search.max_depth}"  # later ones stand on a longer history
-    programs = {what: _compiled(low, chip)[0] for what, low in aot_decode.lower(section, base, mesh).items()}
+    out["history"] = aot_decode.longest_history(section)  # tokens that the last segment can stand on
+    programs = {}
+    for what, (lowered, beside) in aot_decode.lower(section, base, mesh).items():
+        programs[what] = found = _compiled(lowered, chip)[0]
+        memory = found["memory_per_chip"]
+        if "total" in memory:
+            memory |= {"held_beside": beside, "total": memory["total"] + beside}
+            found["fits"] = memory["total"] <= memory["hbm"]
     largest = max(programs.values(), key=lambda p: p["memory_per_chip"].get("total", float("inf")))
     return (
         out

@@ -1,8 +1,9 @@
-"""Ahead-of-time compilation of answering: what reading the prompts, and generating a segment for every passage, need on a TPU
-slice that is not here. The search itself runs on the host (decoding/beam_search.py)."""
+"""Ahead-of-time compilation of answering: what reading prompts and passages, and generating segments for all of them, need on a
+TPU slice that is not here. The search itself runs on the host (decoding/beam_search.py)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,53 +11,75 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selfrag_jax import reflection
-from selfrag_jax.decoding import segments
+from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
+from selfrag_jax.decoding.engine import bucket, room
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.records import BadInput
 
-_HEADS = PartitionSpec(None, None, "tensor", None, None)  # of a cache [L, B, K, S, H]
 
-
-def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
-    """The search's own jitted programs for the first segments of a batch of questions, at the greatest lengths of prompt and
-    passage, by name, lowered.
+def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any, int]]:
+    """The engine's own jitted programs (decoding/slots.py) at the greatest lengths of prompt and passage, and on the longest
+    history that a search of `max_depth` segments can have, by name, lowered; with each the bytes on a chip of what the engine
+    holds beside the program's arguments.
 
     base: the model, its type and bits as they will run. Raises BadInput where the mesh does not divide its heads.
     """
     if base.num_kv_heads % mesh.shape["tensor"]:
         raise BadInput(f"{mesh.shape['tensor']} chips do not divide the model's {base.num_kv_heads} key-value heads")
-    model, search, Q = Model(base), c.search, c.batch
+    model, search, Q, T = Model(base), c.search, c.batch, c.max_length
+    W, P, M = 1 if search.max_depth == 1 else search.beam_width, search.ndocs, search.max_new_tokens
     first = len(reflection.ALL)
     ids = reflection.lookup(lambda token: base.vocab_size - 1 - first + reflection.ALL.index(token))
     rules = TokenRules(2, base.vocab_size - 1, ids)
     whole = NamedSharding(mesh, PartitionSpec())
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None, None))  # of a cache [L, B, K, S, H]
     shape = lambda s, p=whole: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
     rows = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=whole)  # noqa: E731
     stored = jax.tree.map(
         lambda s: s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype), model.shapes()
     )
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
-    prefix = jax.eval_shape(lambda: Cache.empty(base, Q, c.max_length))
-    prefix = Cache(
-        *(shape(x, NamedSharding(mesh, _HEADS)) for x in (prefix.k, prefix.v)),
-        *(shape(x) for x in (prefix.valid, prefix.positions, prefix.cursor)),
+    history = longest_history(c)
+    state = jax.eval_shape(
+        lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, bucket(T, search.length_bucket), M, W, False)
     )
-    B, T = Q * search.ndocs, c.max_length
+    state = jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), state)
+    one, fed = rows(jnp.int32, 1), bucket(T, search.length_bucket)
+    n = W * P  # branches of a question
     with jax.set_mesh(mesh):
         return {
-            "prompts": segments.prefill.lower(model, params, rows(jnp.int32, Q, T), rows(bool, Q, T), T),
-            "segment": segments.generate.lower(
-                model, params, rules, prefix, rows(jnp.int32, B), rows(jnp.int32, B, T), rows(bool, B, T), search.max_new_tokens
+            "prompt": (slots.read.lower(
+                model, params, rules, state.prefix, one, one, rows(jnp.int32, 1, fed), rows(bool, 1, fed), one, W, True
+            ), bytes_per_chip(state.own)),
+            "passages": (slots.feed.lower(
+                model, params, rules, state, one, rows(jnp.int32, n, fed), rows(bool, n, fed), rows(jnp.int32, n),
+                rows(jnp.int32, n), rows(jnp.uint32, n, 2),
+            ), 0),
+            "segment": (slots.decode.lower(model, params, rules, state, rows(jnp.int32), None), 0),
+            "keep": (
+                slots.keep.lower(state.prefix, state.own, one, rows(jnp.int32, W), rows(jnp.int32, W)), bytes_per_chip(params),
             ),
-        }
+        }  # fmt: skip
+
+
+def bytes_per_chip(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def longest_history(c: AnswerConfig) -> int:
+    """Tokens of the prefix of the last segment: prompt, and passage and text of all before."""
+    s = c.search
+    if s.max_depth == 1:
+        return bucket(c.max_length, s.length_bucket)
+    return room(c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket)
 
 
 def times(c: AnswerConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip) -> dict[str, Any]:
-    """The least seconds of the first segments of a batch of questions, as the chips' peak rates allow: reading prompts and
-    passages (arithmetic), and a generated token of every branch (reading weights and caches)."""
+    """The least seconds of the first segments of as many questions as there are slots, as the chips' peak rates allow: reading
+    prompts and passages (arithmetic), and a generated token of every branch (reading weights and caches)."""
     Q, B, T, new = c.batch, c.batch * c.search.ndocs, c.max_length, c.search.max_new_tokens
     read = Q * T * roofline.decode_flops_per_token(base, T / 2) + B * T * roofline.decode_flops_per_token(base, 1.5 * T)
     layer = 1 if base.quantized else jnp.dtype(base.dtype).itemsize

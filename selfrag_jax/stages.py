@@ -155,6 +155,10 @@ _SEARCH_FLAGS = (
         "constraints", "drop segments that say one of these critique tokens, e.g. '[No support / Contradictory]'; with commas"
     ),
     Flag("keep_passages", "true or false: keep the passages of earlier segments in the history", type=bool),
+    Flag("max_new_tokens", "tokens of a segment at most", type=int),
+    Flag("temperature", "0 takes the most likely token; above, tokens are drawn, the more evenly the higher it is", type=float),
+    Flag("top_p", "draw from the most likely tokens that make up this much of the probability", type=float),
+    Flag("seed", "of the draws; the same question draws the same, whatever else is asked", type=int),
 )
 
 
@@ -218,6 +222,7 @@ def _rag(v: dict):
 def _ask(v: dict, positional: list[str]) -> None:
     import json
 
+    from selfrag_jax.decoding.answer import Answer
     from selfrag_jax.decoding.show import show
 
     question = " ".join(positional).strip()
@@ -226,8 +231,12 @@ def _ask(v: dict, positional: list[str]) -> None:
     rag = _rag(v)
     if rag.retriever is None and v["mode"] != "no_retrieval":
         raise BadInput("give --index, made by `selfrag index`, or --mode=no_retrieval")
-    [answer] = rag.answer([question], **_changes(v))
-    print(json.dumps(answer.to_row(), ensure_ascii=False)) if v["json"] else show(answer)
+    for event in rag.stream([question], **_changes(v)):
+        if not isinstance(event, Answer):
+            if not v["json"]:  # a long answer is read while it is written
+                print(event.segment.text, flush=True)
+        else:
+            print(json.dumps(event.to_row(), ensure_ascii=False)) if v["json"] else show(event)
 
 
 def _answer(v: dict, _) -> None:

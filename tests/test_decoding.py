@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plain_search import PlainSearch, make_passages, make_rag
 
 from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import scoring, segments
+from selfrag_jax.decoding import engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import ACCUMULATE, BeamSearch, SearchConfig
@@ -61,6 +61,9 @@ def drawn(seed):
         max_new_tokens=6,
         length_bucket=32,
         scorer="paper",
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
     )
 
 
@@ -149,13 +152,12 @@ def test_layers_one_by_one_and_stacked_are_the_same(talkative, monkeypatch):
     """On a CPU a step of decoding takes the layers one by one, elsewhere from their stack."""
     found = []
     for where in ("cpu", "tpu"):
-        monkeypatch.setattr(segments, "platform", lambda where=where: where)
-        segments.generate.clear_cache()
+        monkeypatch.setattr(engine, "platform", lambda where=where: where)
         for seed in range(3):
             search, ids, passages = searched(talkative, seed)
             [outcome] = search.run([ids], lambda queries, p=passages: [p for _ in queries])
             found.append(outcome)
-    segments.generate.clear_cache()
+            assert isinstance(search.params["layers"], tuple) == (where == "cpu")
     for one, other in zip(found[:3], found[3:], strict=True):
         assert [(n.parent, n.tokens) for n in one.nodes] == [(n.parent, n.tokens) for n in other.nodes]
         np.testing.assert_allclose([n.score for n in one.nodes], [n.score for n in other.nodes], atol=1e-5)
@@ -252,26 +254,41 @@ def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
     whole = make_rag(talkative)
     assert answer_file(whole, questions, tmp_path / "whole.jsonl", None, dict(changes)) == 10
 
-    rag, asked = make_rag(talkative), []
-    batch = rag._batch
+    rag, told = make_rag(talkative), []
+    answer = rag._answer
 
-    def dies_in_the_second_batch(search, rows):
-        if asked:
+    def dies_after_the_fifth(search, q, *rest):
+        if len(told) == 5:
             raise KeyboardInterrupt
-        asked.extend(q.id for q in rows)
-        return batch(search, rows)
+        told.append(q.id)
+        return answer(search, q, *rest)
 
-    rag._batch = dies_in_the_second_batch
+    rag._answer = dies_after_the_fifth
     with pytest.raises(KeyboardInterrupt):
         answer_file(rag, questions, out, None, dict(changes))
+    assert len(set(told)) == 5
     [partial] = tmp_path.glob(".a.jsonl.*.partial")
     with open(partial, "a") as f:
         f.write('{"id": "4", "ans')  # as a kill in the middle of a line leaves it
     assert not out.exists()
-    rag._batch = lambda search, rows: asked.extend(q.id for q in rows) or batch(search, rows)
+    rag._answer = lambda search, q, *rest: told.append(q.id) or answer(search, q, *rest)
     assert answer_file(rag, questions, out, None, dict(changes)) == 10
-    assert asked == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "9", "9"]  # the last batch is filled up
-    assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
+    assert sorted(told) == [str(i) for i in range(10)] and not partial.exists()  # none twice
+    same_rows(out, tmp_path / "whole.jsonl")
+
+
+def same_rows(one, other):
+    """The same answers; numbers are within the rounding of sums in another order, for other questions stand beside them."""
+
+    def rounded(x):
+        if isinstance(x, dict):
+            return {k: rounded(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [rounded(v) for v in x]
+        return pytest.approx(x, abs=2e-4) if isinstance(x, float) else x  # they are written with four digits
+
+    lines, others = (path.read_text().splitlines() for path in (one, other))
+    assert [json.loads(line) for line in lines] == [rounded(json.loads(line)) for line in others]
 
 
 def test_no_passages_found_is_noticed_not_a_crash(talkative):
@@ -282,8 +299,8 @@ def test_no_passages_found_is_noticed_not_a_crash(talkative):
 def test_a_long_question_and_a_long_passage_are_cut_with_a_notice(talkative):
     rag = make_rag(talkative)
     seen = []
-    search = rag._search({"mode": "always_retrieve"})
-    search.run, run = (lambda ids, retrieve: seen.extend(ids) or run(ids, retrieve)), search.run
+    prompt = rag._prompt
+    rag._prompt = lambda q, notice: seen.append(prompt(q, notice)) or seen[-1]
     long = Passage("p7", "Long", " ".join(["word"] * 300))
     [a] = rag.answer([Question("1", "word " * 200, ctxs=(long,))], mode="always_retrieve")
     assert any("question was cut" in n for n in a.notices) and any("passage p7 was cut" in n for n in a.notices)
@@ -309,12 +326,11 @@ def test_unknown_fields_and_modes_are_refused(talkative):
 
 
 def test_more_passages_for_each_question_mean_fewer_questions_at_once(talkative, monkeypatch):
-    rag, sizes, batch = make_rag(talkative, ndocs=2), [], SelfRAG._batch
-    monkeypatch.setattr(SelfRAG, "_batch", lambda self, search, rows: sizes.append(len(rows)) or batch(self, search, rows))
-    rag.answer(["a", "b", "c"], mode="no_retrieval")
-    rag.answer(["a", "b", "c"], mode="no_retrieval", ndocs=4)
-    rag.answer(["a", "b"], mode="no_retrieval", ndocs=50)
-    assert sizes == [4, 2, 2, 1, 1]  # of 4 questions with 2 passages each
+    rag, sizes = make_rag(talkative, ndocs=2), []
+    monkeypatch.setattr(BeamSearch, "stream", lambda self, ids, retrieve, slots, *rest: iter(sizes.append(slots) or ()))
+    for asked, ndocs in ((3, 2), (3, 4), (2, 50), (1, 2), (9, 2)):
+        list(rag.stream(["a"] * asked, ndocs=ndocs))
+    assert sizes == [4, 2, 1, 1, 4]  # of 4 questions with 2 passages each
 
 
 def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):

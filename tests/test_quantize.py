@@ -77,9 +77,9 @@ def answers(folder, **changes):
 def test_answers_in_other_types(folder):
     _, plain = answers(folder)
     rag, half = answers(folder, dtype="bfloat16")
-    assert {x.dtype for _, x in leaves(rag.loaded.params)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(rag.loaded.params)} == {jnp.dtype("bfloat16")}
     rag, small = answers(folder, dtype="bfloat16", quantization="int8")
-    kinds = {x.dtype for _, x in leaves(rag.loaded.params)}
+    kinds = {x.dtype for x in jax.tree.leaves(rag.loaded.params)}
     assert kinds == {jnp.dtype(t) for t in ("int8", "bfloat16", "float32")} and rag.loaded.model.config.quantized
     for found in (half, small):
         assert all(a.segments and not a.error for a in found)
@@ -148,7 +148,7 @@ def test_answering_compiles_for_a_tpu(tmp_path):
         return done, json.loads(done.stdout)
 
     done, one = run(f"{tmp_path}/c.py:7b_int8", "v5e:1x1")
-    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompts", "segment"}
+    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment", "keep"}
     c = Model(replace(MODEL, quantized=True))
     stored = sum(x.size * (1 if x.dtype == np.int8 else 2) for x in jax.tree.leaves(c.shapes()))
     prefix = 2 * 2 * 320 * 4 * 128 * 2  # two layers, keys and values of 320 tokens

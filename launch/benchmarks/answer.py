@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from selfrag_jax import reflection
-from selfrag_jax.decoding import segments
+from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -172,7 +172,7 @@ def search(model: Model, params: Params, new: int, k: int, width: int, depth: in
     config = SearchConfig(
         mode="always_retrieve", threshold=None, normalise="yes_no", weights=Weights(), beam_width=width, max_depth=depth, ndocs=k,
         accumulate="sum", constraints=(), keep_passages=True, max_new_tokens=new, length_bucket=8,
-        scorer="paper",
+        scorer="paper", temperature=0.0, top_p=1.0, seed=0,
     )  # fmt: skip
     return BeamSearch(model, jax.device_put(params), Ids(), config, 4096)
 
@@ -196,7 +196,7 @@ def flops(c: LlamaConfig, tokens: float) -> float:
 
 def compare(a, form: str) -> None:
     short = form == "short"
-    n, k, new = (a.questions, a.passages or 10, 50) if short else (max(1, a.questions // 4), a.passages or 5, 100)
+    n, k, new = (a.questions, a.passages or 10, 50) if short else (max(1, a.questions // 4), a.passages or 5, a.new)
     width, depth = (1, 1) if short else (2, 7)
     model, params = model_of(a.size, None if short else 25)
     asked = questions(n, 200, 150, k)
@@ -212,7 +212,7 @@ def compare(a, form: str) -> None:
     mine = sorted(times)[len(times) // 2]
     written = [len(node.tokens) for one in found for node in one.nodes]
     read = n * 200 + len(written) * 150
-    print(f"{form} form: {n} questions, {k} passages, {jax.devices()[0].device_kind}")
+    print(f"{form} form: {n} questions, {k} passages, {new} tokens at most, {jax.devices()[0].device_kind}")
     print(f"  theirs {n / per_question:8.4f} questions/s   {theirs.read} tokens read, {theirs.written} generated")
     print(
         f"  ours   {n / mine:8.4f} questions/s   {read} tokens read, {sum(written)} generated (segments of {np.mean(written):.0f})"
@@ -242,16 +242,14 @@ def curves(a) -> None:
 
 def memory(model: Model, n: int, k: int, shared: bool) -> int:
     """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
-    shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
-    fed = 152 if shared else 352
-    prefix = shape(jax.eval_shape(lambda: Cache.empty(model.config, n, 200))) if shared else None
-    row = lambda *more: jax.ShapeDtypeStruct((n * k, *more), np.int32)  # noqa: E731
-    valid = jax.ShapeDtypeStruct((n * k, fed), bool)
-    rules = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids())
-    lowered = segments.generate.lower(model, model.shapes(), rules, prefix, row(), row(fed), valid, 50)
+    rules, fed = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), 152 if shared else 352
+    prefix = Cache.empty(model.config, n, 200 if shared else 1)
+    state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 1, False))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    lowered = slots.decode.lower(model, model.shapes(), rules, state, jax.ShapeDtypeStruct((), np.int32), None)
     m = lowered.compile().memory_analysis()
     weights = sum(4 * x.size for x in jax.tree.leaves(model.shapes()))
-    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - weights
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes - weights
 
 
 def main() -> None:
@@ -260,6 +258,7 @@ def main() -> None:
     p.add_argument("--form", choices=("short", "long", "both"), default="both")
     p.add_argument("--questions", type=int, default=16, help="of the short form; the long form takes a quarter")
     p.add_argument("--passages", type=int, default=0, help="default: 10 in the short form, 5 in the long")
+    p.add_argument("--new", type=int, default=300, help="tokens of the long form at most; the published command has 300")
     p.add_argument("--rounds", type=int, default=3, help="of ours, of which the median counts")
     p.add_argument("--curves", action="store_true", help="ours alone: time over passages and batch, and memory")
     a = p.parse_args()

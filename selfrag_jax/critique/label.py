@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from selfrag_jax import artifacts, prompts, reflection
 from selfrag_jax.critique.sentences import split
 from selfrag_jax.decoding import scoring
-from selfrag_jax.decoding.segments import group_distribution, prefill
+from selfrag_jax.decoding.segments import group_distribution
 from selfrag_jax.models import checkpoints
 from selfrag_jax.progress import progress
 from selfrag_jax.prompts import CritiqueQuery
@@ -56,7 +57,10 @@ class Critic:
 
     @staticmethod
     def _logits(model, ids, params, tokens, valid):
-        _, logits = prefill(model, params, tokens, valid, tokens.shape[1])
+        positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+        hidden, _ = model.hidden(params, tokens, positions, valid.astype(jnp.int32))
+        last = jnp.take_along_axis(hidden, (valid.sum(1) - 1)[:, None, None], axis=1)[:, 0]
+        logits = model.logits(params, last)
         return {group: group_distribution(logits, ids.group(group)) for group in reflection.GROUPS}
 
     def judge(self, queries: Sequence[CritiqueQuery]) -> list[np.ndarray]:

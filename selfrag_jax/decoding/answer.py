@@ -21,6 +21,7 @@ from selfrag_jax import artifacts, prompts
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
+from selfrag_jax.decoding.engine import on_device
 from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.models import checkpoints, huggingface, quantize, sharding
 from selfrag_jax.models.llama import DTYPES, Model
@@ -68,6 +69,9 @@ DEFAULT = AnswerConfig(
         max_new_tokens=100,
         length_bucket=32,
         scorer="paper",
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
     ),
     batch=16,
     max_length=512,
@@ -116,6 +120,21 @@ class Answer:
         return json.loads(json.dumps(row))
 
 
+@dataclass(frozen=True)
+class SegmentDone:
+    """A segment of a question's answer that nothing can change any more."""
+
+    id: str  # the question's
+    segment: Segment
+
+
+def _questions(questions: Sequence[str | Question]) -> list[Question]:
+    rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
+    if empty := [q.id for q in rows if not q.question.strip()]:
+        raise BadInput(f"question {empty[0]!r} is empty")
+    return rows
+
+
 def question_text(q: Question) -> str:
     """The instruction of a question; options follow it where it has any."""
     if not q.choices:
@@ -135,13 +154,13 @@ def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoint
         model, params = quantize.quantize(model, params, dtype)
     elif dtype is not None:
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
-    mesh, device = None, None
+    mesh = None
     if config.tensor > 1:
         if model.config.num_kv_heads % config.tensor:
             raise BadInput(f"--tensor={config.tensor} does not divide the model's {model.config.num_kv_heads} key-value heads")
         mesh = sharding.make_mesh(tensor=config.tensor)
-        device = sharding.shardings(mesh, params)
-    return replace(loaded, model=model, params=jax.device_put(params, device), mesh=mesh)  # put there once, not at every call
+        params = jax.device_put(params, sharding.shardings(mesh, params))
+    return replace(loaded, model=model, params=params, mesh=mesh)
 
 
 @dataclass
@@ -152,7 +171,9 @@ class SelfRAG:
     retriever: Retriever | None
     config: AnswerConfig
     sources: dict[str, Path] = field(default_factory=dict)  # where model and index came from
-    _searches: dict[SearchConfig, BeamSearch] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.loaded = replace(self.loaded, params=on_device(self.loaded.model, self.loaded.params))
 
     @classmethod
     def load(cls, model: str | Path, index: str | Path | None = None, config: AnswerConfig | None = None) -> SelfRAG:
@@ -173,35 +194,75 @@ class SelfRAG:
         return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
     def answer(
-        self, questions: Sequence[str | Question], on_batch: Callable[[list[Answer]], None] | None = None, **changes: Any
+        self, questions: Sequence[str | Question], on_answer: Callable[[Answer], None] | None = None, **changes: Any
     ) -> list[Answer]:
         """Answers in the order of the questions.
 
         changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
-        threshold=0.5, w_sup=2.0. on_batch is called with the answers of each finished batch. Raises BadInput on an
-        unknown field.
+        threshold=0.5, w_sup=2.0. on_answer is called with each answer as soon as there is one, whatever their order. Raises
+        BadInput on an unknown field.
         """
-        rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
-        if empty := [q.id for q in rows if not q.question.strip()]:
-            raise BadInput(f"question {empty[0]!r} is empty")
-        out: list[Answer] = []
-        for answers in self.batches(rows, **changes):
-            out += answers
-            if on_batch:
-                on_batch(answers)
-        return out
+        rows = _questions(questions)
+        out: dict[int, Answer] = {}
+        for i, event in self._events(rows, changes):
+            if isinstance(event, Answer):
+                out[i] = event
+                if on_answer:
+                    on_answer(event)
+        return [out[i] for i in range(len(rows))]
 
-    def batches(self, questions: Sequence[Question], **changes: Any) -> Iterator[list[Answer]]:
-        """Answers batch by batch. Batches have the configured size, filled up and cut (one question goes alone), so that
-        the number of questions never leads to another compilation."""
-        search = self._search(changes)
-        # More passages for each question, fewer questions at once: the branches are what takes memory.
+    def stream(self, questions: Sequence[str | Question], **changes: Any) -> Iterator[SegmentDone | Answer]:
+        """Segments as soon as nothing can change them any more, and each question's whole answer after them; of several
+        questions as they come. changes: as of `answer`."""
+        for _, event in self._events(_questions(questions), changes):
+            yield event
+
+    def _events(self, rows: list[Question], changes: dict[str, Any]) -> Iterator[tuple[int, SegmentDone | Answer]]:
+        search = self._search(dict(changes))
+        notices: list[list[str]] = [[] for _ in rows]
+        errors: dict[int, str] = {}  # by question: one that fails does not take the others along
+        ids: dict[int, list[int]] = {}
+        for i, q in enumerate(rows):
+            try:
+                ids[i] = self._prompt(q, notices[i])
+            except Exception as e:
+                yield i, _failed(q, f"{type(e).__name__}: {e}")
+        asked = list(ids)
+
+        def retrieve(queries):
+            try:
+                return self._retrieve(rows, [(asked[j], texts) for j, texts in queries], search.config.ndocs)
+            except Exception as e:
+                if len(queries) > 1:
+                    return [found for one in queries for found in retrieve([one])]
+                errors[asked[queries[0][0]]] = f"{type(e).__name__}: {e}"
+                return [[]]
+
+        slow = self.retriever is not None and not all(q.ctxs for q in rows)
+        events = search.stream(
+            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.config), [rows[i].id for i in asked], slow
+        )
+        while True:
+            with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
+                j, event = next(events, (None, None))
+            if j is None:
+                return
+            i = asked[j]
+            if isinstance(event, Exception):
+                yield i, _failed(rows[i], f"{type(event).__name__}: {event}")
+            elif i in errors and isinstance(event, Search):
+                yield i, _failed(rows[i], errors[i])
+            elif isinstance(event, Search):
+                yield i, self._answer(search, rows[i], event, notices[i])
+            elif i not in errors:
+                for node in event.segments:
+                    yield i, SegmentDone(rows[i].id, _segment(search, node))
+
+    def _slots(self, questions: int, config: SearchConfig) -> int:
+        """Questions at once: the configured number, or one for a single question, so that their number never leads to another
+        compilation; fewer where each has more passages, for the branches are what takes memory."""
         branches = self.config.batch * self.config.search.ndocs
-        size = 1 if len(questions) == 1 else max(1, min(self.config.batch, branches // search.config.ndocs))
-        for i in range(0, len(questions), size):
-            chunk = list(questions[i : i + size])
-            filled = chunk + [chunk[-1]] * (size - len(chunk))
-            yield self._batch(search, filled)[: len(chunk)]
+        return 1 if questions == 1 else max(1, min(self.config.batch, branches // config.ndocs))
 
     def _search(self, changes: dict[str, Any]) -> BeamSearch:
         base = self.config.search
@@ -211,38 +272,8 @@ class SelfRAG:
             known = sorted({*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__} - {"weights"})
             raise BadInput(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
         config = replace(base, weights=replace(base.weights, **weights), **changes)
-        if config not in self._searches:
-            loaded = self.loaded
-            kind = ReleasedSearch if config.scorer == "released" else BeamSearch
-            self._searches[config] = kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
-        return self._searches[config]
-
-    def _batch(self, search: BeamSearch, rows: list[Question]) -> list[Answer]:
-        notices: list[list[str]] = [[] for _ in rows]
-        errors: dict[int, str] = {}  # by question: one that fails does not take the others of its batch along
-        ids = []
-        for i, q in enumerate(rows):
-            try:
-                ids.append(self._prompt(q, notices[i]))
-            except Exception as e:
-                errors[i] = f"{type(e).__name__}: {e}"
-                ids.append([self.loaded.tokenizer.bos_id])
-
-        def retrieve(queries):
-            try:
-                return self._retrieve(rows, queries, search.config.ndocs)
-            except Exception as e:
-                if len(queries) > 1:
-                    return [found for one in queries for found in retrieve([one])]
-                errors[queries[0][0]] = f"{type(e).__name__}: {e}"
-                return [[]]
-
-        with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
-            searches = search.run(ids, retrieve)
-        return [
-            self._answer(search, q, s, n) if i not in errors else _failed(q, errors[i])
-            for i, (q, s, n) in enumerate(zip(rows, searches, notices, strict=True))
-        ]
+        loaded, kind = self.loaded, ReleasedSearch if config.scorer == "released" else BeamSearch
+        return kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
 
     def _prompt(self, q: Question, notice: list[str]) -> list[int]:
         """Tokens up to the response heading, cut to max_length with a notice."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.decoding.answer import SelfRAG
+from selfrag_jax.decoding import engine
+from selfrag_jax.decoding.answer import Answer, SelfRAG
 from selfrag_jax.evaluation.tasks import read_questions
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput, read_rows, write_jsonl
@@ -38,20 +39,32 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     partial.parent.mkdir(parents=True, exist_ok=True)
     with progress("answer", len(questions), "questions", len(done)) as bar, open(partial, "a", encoding="utf-8") as f:
 
-        def keep(answers) -> None:
-            for a in answers:
-                done[a.id] = a.to_row()
-                f.write(json.dumps(done[a.id], ensure_ascii=False) + "\n")
+        def keep(a: Answer) -> None:
+            done[a.id] = a.to_row()
+            f.write(json.dumps(done[a.id], ensure_ascii=False) + "\n")
             f.flush()
-            bar.advance(len(answers))
+            bar.advance(1)
 
-        rag.answer(remaining, on_batch=keep, **changes)
+        rag.answer(remaining, on_answer=keep, **changes)
+    print(_summary([done[i] for i in ids]), file=sys.stderr)
     if failed := [i for i in ids if done[i]["error"]]:
         print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
     write_jsonl(out, (done[i] for i in ids))
-    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids)})
+    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids), "retrieved": sum(done[i]["retrieved"] for i in ids)})
     partial.unlink()
     return len(ids)
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    """How often retrieval was decided for, and what was compiled on the way."""
+    first = sum(row["retrieved"] for row in rows)
+    segments = [s["action"] for row in rows for s in row["segments"]]
+    text = f"retrieved for {first} of {len(rows)} questions ({first / max(len(rows), 1):.1%})"
+    if len(segments) > len(rows):
+        text += f", for {segments.count('retrieve')} of their {len(segments)} segments"
+    if engine.compiled:
+        text += f"; {len(engine.compiled)} programs compiled in {sum(s for _, s in engine.compiled):.0f} s"
+    return text
 
 
 def _whole_rows(partial: Path) -> list[dict[str, Any]]:

@@ -1,23 +1,25 @@
 """Segment-level beam search (paper, Section 3.3, Algorithm 1): retrieve, generate per passage in parallel, criticise, keep.
 
-Many questions are searched at once. A step extends every live beam of every question by one segment: the beam's
-Retrieve distribution decides between retrieving (P branches, one for each passage), continuing with the evidence at
-hand, and no retrieval (one branch); all branches are generated together on the prefix that they share; the best W of
-each question's candidates stay. Finished beams are kept and compete with the others.
+A step extends every live beam of a question by one segment: the beam's Retrieve distribution decides between retrieving
+(P branches, one for each passage), continuing with the evidence at hand, and no retrieval (one branch); all branches are
+generated together on the prefix that they share; the best W candidates stay. Finished beams are kept and compete with the
+others. Many questions are searched at once, each at its own pace (engine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import scoring, segments
-from selfrag_jax.decoding.segments import TokenRules
+from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding.engine import Engine, Generate, Keep, Passages, Read, Settled, drive, on_device
+from selfrag_jax.decoding.segments import Segment, TokenRules
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.records import BadInput, Passage
@@ -46,6 +48,9 @@ class SearchConfig:
     max_new_tokens: int  # of a segment
     length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
     scorer: str  # one of SCORERS
+    temperature: float  # 0: always the most likely token; above, tokens are drawn, the more evenly the higher it is
+    top_p: float  # of the probability, from which tokens are drawn
+    seed: int  # of the draws: with a question's id it makes them, whatever else is answered
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -65,6 +70,10 @@ class SearchConfig:
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise BadInput(f"--temperature={self.temperature}: must be a number from 0 up; 0 takes the most likely token")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"--top_p={self.top_p}: must be above 0 and at most 1, which draws from all tokens")
         if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
             raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")
 
@@ -94,7 +103,7 @@ class Node:
 
 @dataclass
 class Beam:
-    """A path in the tree. `row` is its row in the device's prefix cache, -1 once it needs none."""
+    """A path in the tree. `row` is its lane in the question's slot."""
 
     node: Node | None
     retrieve: np.ndarray  # [3] distribution before its next segment
@@ -117,6 +126,16 @@ class Search:
     beams: list[Beam]
     nodes: list[Node] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    settled: int = 0  # segments that all beams share, so that nothing changes them any more
+
+    def settle(self) -> list[Node]:
+        """The segments that have settled since the last call."""
+        paths = [self.path(b) for b in self.beams]
+        common = 0
+        while all(len(p) > common and p[common] is paths[0][common] for p in paths):
+            common += 1
+        new, self.settled = paths[0][self.settled : common], max(self.settled, common)
+        return new
 
     def path(self, beam: Beam) -> list[Node]:
         """The nodes from the first segment to the beam's last."""
@@ -135,40 +154,95 @@ Retrieve = Callable[[Sequence[tuple[int, list[str]]]], list[list[Passage]]]
 
 
 class BeamSearch:
+    """max_length: of a passage, in tokens. Parameters as engine.on_device gives them, or stacked."""
+
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
-        self.model, self.params, self.tokenizer, self.config = model, params, tokenizer, config
-        self.max_length = max_length  # of prompt and of passage, in tokens
+        self.model, self.params, self.tokenizer, self.config = model, on_device(model, params), tokenizer, config
+        self.max_length = max_length
         self.rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids())
         self.id_of = {t: tokenizer.id(t) for t in reflection.RETRIEVE}
         self.refused = {tokenizer.id(t) for t in config.constraints}
 
-    def run(self, prompt_ids: Sequence[list[int]], retrieve: Retrieve) -> list[Search]:
-        """Searches one batch of questions. prompt_ids: tokens of each prompt, up to the response heading."""
-        searches, prefix = self._start(prompt_ids)
+    def run(self, prompt_ids: Sequence[list[int]], retrieve: Retrieve, slots: int | None = None) -> list[Search]:
+        """Searches questions, `slots` (default: all) at once. prompt_ids: tokens of each prompt, up to the response heading.
+
+        Raises what a search raises.
+        """
+        out: list[Search | None] = [None] * len(prompt_ids)
+        for i, event in self.stream(prompt_ids, retrieve, slots or len(prompt_ids)):
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Search):
+                out[i] = event
+        return out
+
+    def stream(
+        self,
+        prompt_ids: Sequence[list[int]],
+        retrieve: Retrieve,
+        slots: int,
+        names: Sequence[str] | None = None,
+        overlap: bool = False,
+    ) -> Iterator[tuple[int, Settled | Search | Exception]]:
+        """(index of the question, event) as they come: segments that have settled, and in the end a question's outcome.
+
+        names: of the questions, for the random numbers of sampling (default: their indices). overlap: see engine.drive.
+        """
+        if not prompt_ids:
+            return
+        c, names = self.config, names or [str(i) for i in range(len(prompt_ids))]
+        engine = Engine(
+            self.model, self.params, self.engine_rules, slots, self.width, c.ndocs, self.limit, c.length_bucket,
+            max(map(len, prompt_ids)), self.grows, (c.temperature, c.top_p) if c.temperature else None,
+        )  # fmt: skip
+        searches = ((i, self.search(list(ids), names[i])) for i, ids in enumerate(prompt_ids))
+        yield from drive(engine, searches, retrieve, overlap)
+
+    # What the engine is made for.
+    @property
+    def engine_rules(self) -> TokenRules:
+        return self.rules
+
+    @property
+    def width(self) -> int:
+        return self.config.beam_width if self.config.max_depth > 1 else 1
+
+    @property
+    def limit(self) -> int:
+        return self.config.max_new_tokens
+
+    @property
+    def grows(self) -> bool:
+        return self.config.max_depth > 1
+
+    # ---- the search of one question ------------------------------------------------------------------------------
+    def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
+        """Algorithm 1, as a generator that engine.drive runs."""
+        distribution, _ = yield Read([prompt], [0])
+        search = Search([Beam(None, distribution[0], len(prompt), 0)])
         for depth in range(self.config.max_depth):
-            live = [(q, b) for q, s in enumerate(searches) for b in s.beams if not b.finished]
+            live = [b for b in search.beams if not b.finished]
             if not live:
                 break
-            prefix = self._step(searches, live, prefix, depth, retrieve)
-        return searches
+            actions = [self._action(b) for b in live]
+            passages = yield from self._passages(search, live, actions)
+            out = yield self._branches(search, live, actions, passages, name)
+            candidates = [(b, -1, -1) for b in search.beams if b.finished]  # (new beam, parent lane, branch)
+            for beam, (action, p), found in zip(live, actions, passages, strict=True):
+                for j, passage in enumerate(found):
+                    mine = jax.tree.map(lambda x, at=(beam.row, j): x[at], out)
+                    node = self._node(search, beam, action, p, passage, mine)
+                    new = Beam(node, mine.retrieve, int(mine.next_position))
+                    candidates.append((new, beam.row, beam.row * self.config.ndocs + j))
+            parents, branches = self._keep_best(search, candidates)
+            last = depth + 1 == self.config.max_depth or all(b.finished for b in search.beams)
+            if last:
+                break
+            if settled := search.settle():
+                yield Settled(settled)
+            yield Keep(parents, branches) if self.config.keep_passages else self._without_passages(search, parents)
+        return search
 
-    # ---- first step: the prompts ---------------------------------------------------------------------------------
-    def _start(self, prompt_ids: Sequence[list[int]]):
-        tokens, valid = self._pad(prompt_ids)
-        cache, logits = segments.prefill(self.model, self.params, tokens, valid, tokens.shape[1])
-        retrieve = np.asarray(segments.retrieve_distribution(logits, self.rules))
-        return [Search([Beam(None, retrieve[q], len(ids), q)]) for q, ids in enumerate(prompt_ids)], cache
-
-    def _pad(self, rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        longest, bucket = max([1, *map(len, rows)]), self.config.length_bucket
-        length = 1 if longest == 1 else -(-longest // bucket) * bucket  # a lone Retrieve token needs no padding
-        tokens = np.full((len(rows), length), self.tokenizer.pad_id, np.int32)
-        valid = np.zeros((len(rows), length), bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], valid[i, : len(row)] = row, True
-        return tokens, valid
-
-    # ---- one step ------------------------------------------------------------------------------------------------
     def _action(self, beam: Beam) -> tuple[str, float]:
         """What precedes the beam's next segment, and p(retrieve)."""
         c, p = self.config, beam.retrieve
@@ -183,87 +257,60 @@ class BeamSearch:
         wanted = probability > c.threshold if c.threshold is not None else p.argmax() == 1
         return ("retrieve" if wanted else "no_retrieval"), probability
 
-    def _step(self, searches: list[Search], live: list[tuple[int, Beam]], prefix, depth: int, retrieve: Retrieve):
-        actions = [self._action(b) for _, b in live]
-        passages = self._passages(searches, live, actions, retrieve)
-        P = max(map(len, passages))
-        R = len(searches) * (1 if depth == 0 else self.config.beam_width)  # rows of the prefix cache
+    def _passages(self, search: Search, live: list[Beam], actions) -> Generator[Any, Any, list[list[Passage | None]]]:
+        """For each live beam the passages of its branches; [None] for the single branch without a new passage."""
+        wanted = [i for i, (action, _) in enumerate(actions) if action == "retrieve"]
+        out: list[list[Passage | None]] = [[None] for _ in live]
+        if not wanted:
+            return out
+        queries = [[self.text(n.tokens) for n in search.path(live[i])] for i in wanted]
+        for i, found in zip(wanted, (yield Passages(queries)), strict=True):
+            if found:
+                out[i] = list(found[: self.config.ndocs])
+            else:
+                search.notices.append("no passage was found; answered without one")
+                actions[i] = ("no_retrieval", actions[i][1])
+        return out
 
-        # Branch inputs [R * P]: rows without a live beam, and branches without a passage, stay empty.
-        rows: list[list[int]] = [[] for _ in range(R * P)]
-        start = np.zeros(R * P, np.int32)
-        for (q, beam), (action, _), found in zip(live, actions, passages, strict=True):
-            for j, passage in enumerate(found):
-                rows[beam.row * P + j] = self._branch_input(searches[q], action, passage)
-                start[beam.row * P + j] = beam.next_position
-        tokens, valid = self._pad(rows)
-        segment, branches = segments.generate(
-            self.model, self.params, self.rules, prefix, start, tokens, valid, self.config.max_new_tokens
-        )
-        out = jax.tree.map(np.asarray, segment)
+    def _branches(self, search: Search, live: list[Beam], actions, passages, name: str) -> Generate:
+        lanes = max(b.row for b in live) + 1
+        lanes = 1 if lanes == 1 else self.width  # two shapes only
+        branches: list[list[list[int]]] = [[] for _ in range(lanes)]
+        start, keys = [0] * lanes, np.zeros((lanes, self.config.ndocs, 2), np.uint32)
+        for beam, (action, _), found in zip(live, actions, passages, strict=True):
+            branches[beam.row] = [self._branch_input(search, action, passage) for passage in found]
+            start[beam.row] = beam.next_position
+            if self.config.temperature:
+                for j in range(len(found)):
+                    keys[beam.row, j] = _key(self.config.seed, name, beam.node.id if beam.node else -1, j)
+        return Generate(branches, start, self.config.max_new_tokens, keys)
 
-        candidates: list[list[tuple[Beam, int, int]]] = [  # (new beam, parent row, branch row)
-            [(b, -1, -1) for b in s.beams if b.finished] for s in searches
-        ]
-        for (q, beam), (action, p), found in zip(live, actions, passages, strict=True):
-            for j, passage in enumerate(found):
-                i = beam.row * P + j
-                node = self._node(searches[q], beam, action, p, passage, out, i)
-                new = Beam(node, out.retrieve[i], int(out.next_position[i]))
-                candidates[q].append((new, beam.row, i))
-
-        parent, branch = self._keep_best(searches, candidates)
-        if depth + 1 == self.config.max_depth or all(b.finished for s in searches for b in s.beams):
-            return None
-        if not self.config.keep_passages:
-            return self._without_passages(searches, prefix, parent)
-        return segments.append_branches(prefix, branches, jnp.asarray(parent), jnp.asarray(branch))
-
-    def _keep_best(self, searches: list[Search], candidates) -> tuple[np.ndarray, np.ndarray]:
-        """Keeps the best W of each question; ties go to the earlier candidate. Returns the rows of the prefix and of the
-        branches that the new beams stand on, [Q * W] each."""
+    def _keep_best(self, search: Search, candidates) -> tuple[list[int], list[int]]:
+        """Keeps the best W; ties go to the earlier candidate. Returns the lanes and the branches that the new beams stand on,
+        [W] each."""
         W = self.config.beam_width
-        parent, branch = np.zeros(len(searches) * W, np.int32), np.zeros(len(searches) * W, np.int32)
-        for q, search in enumerate(searches):
-            allowed = [c for c in candidates[q] if c[0].node.allowed]
-            if candidates[q] and not allowed:
-                search.notices.append("every segment was refused by the constraints; the best of them are kept")
-            kept = sorted(allowed or candidates[q], key=lambda c: -c[0].rank(self.config.accumulate))[:W]
-            search.beams = [beam for beam, _, _ in kept]
-            for w, (beam, parent_row, branch_row) in enumerate(kept):
-                beam.row = q * W + w
-                parent[beam.row], branch[beam.row] = max(parent_row, 0), max(branch_row, 0)
-        return parent, branch
+        allowed = [c for c in candidates if c[0].node.allowed]
+        if not allowed:
+            search.notices.append("every segment was refused by the constraints; the best of them are kept")
+        kept = sorted(allowed or candidates, key=lambda c: -c[0].rank(self.config.accumulate))[:W]
+        search.beams = [beam for beam, _, _ in kept]
+        parents, branches = [0] * W, [0] * W
+        for w, (beam, parent, branch) in enumerate(kept):
+            beam.row = w
+            parents[w], branches[w] = max(parent, 0), max(branch, 0)
+        return parents, branches
 
-    def _without_passages(self, searches: list[Search], prefix, parent: np.ndarray):
+    def _without_passages(self, search: Search, parents: list[int]) -> Read:
         """The prefix of each new beam without the passage of its last segment, which is read once more for that."""
-        rows: list[list[int]] = [[] for _ in parent]
-        start = np.zeros(len(parent), np.int32)
-        for beam in (b for s in searches for b in s.beams if not b.finished):
+        rows: list[list[int]] = [[] for _ in parents]
+        start = [0] * len(parents)
+        for beam in (b for b in search.beams if not b.finished):
             node = beam.node
             fed = [] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]
             rows[beam.row] = [*fed, *node.tokens]
             start[beam.row] = node.start
             beam.next_position = node.start + len(rows[beam.row])
-        tokens, valid = self._pad(rows)
-        return segments.append_tokens(self.model, self.params, prefix, jnp.asarray(parent), start, tokens, valid)
-
-    def _passages(self, searches, live, actions, retrieve: Retrieve) -> list[list[Passage | None]]:
-        """For each live beam the passages of its branches; [None] for the single branch without a new passage."""
-        wanted = [i for i, (action, _) in enumerate(actions) if action == "retrieve"]
-        queries = []
-        for i in wanted:
-            q, beam = live[i]
-            queries.append((q, [self.text(n.tokens) for n in searches[q].path(beam)]))
-        out: list[list[Passage | None]] = [[None] for _ in live]
-        for i, found in zip(wanted, retrieve(queries) if queries else [], strict=True):
-            q = live[i][0]
-            if found:
-                out[i] = list(found[: self.config.ndocs])
-            else:
-                searches[q].notices.append("no passage was found; answered without one")
-                actions[i] = ("no_retrieval", actions[i][1])
-        return out
+        return Read(rows, start, parents)
 
     def _branch_input(self, search: Search, action: str, passage: Passage | None) -> list[int]:
         if action == "no_retrieval":
@@ -276,17 +323,15 @@ class BeamSearch:
             ids = [*ids[: self.max_length - 1], ids[-1]]  # cut the text, keep </paragraph>
         return ids
 
-    def _node(self, search: Search, beam: Beam, action, p, passage, out: segments.Segment, i: int) -> Node:
-        evidence, isrel = passage, out.isrel[i]
+    def _node(self, search: Search, beam: Beam, action, p, passage, out: Segment) -> Node:
+        """out: the segment of one branch."""
+        evidence, isrel, tokens = passage, out.isrel, tuple(int(t) for t in out.tokens[: out.length])
         if action == "continue" and beam.node is not None:  # the same evidence, judged relevant when it was retrieved
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
-        words = int(out.text_tokens[i])
-        p_segment = float(np.exp(out.log_prob[i] / words)) if words else 0.0  # saying nothing is not certain
-        score = float(
-            scoring.segment_score(
-                p_segment, isrel, out.issup[i], out.isuse[i], float(evidence is not None), self.config.weights
-            )
-        )
+        words = int(out.text_tokens)
+        p_segment = float(np.exp(out.log_prob / words)) if words else 0.0  # saying nothing is not certain
+        judged = (isrel, out.issup, out.isuse, float(evidence is not None))
+        score = float(scoring.segment_score(p_segment, *judged, self.config.weights))
         node = Node(
             id=len(search.nodes),
             parent=beam.node.id if beam.node else -1,
@@ -294,17 +339,17 @@ class BeamSearch:
             action=action,
             p_retrieve=p,
             passage=evidence,
-            tokens=tuple(int(t) for t in out.tokens[i, : out.length[i]]),
+            tokens=tokens,
             p_segment=p_segment,
             isrel=tuple(map(float, isrel)),
-            issup=tuple(map(float, out.issup[i])),
-            isuse=tuple(map(float, out.isuse[i])),
+            issup=tuple(map(float, out.issup)),
+            isuse=tuple(map(float, out.isuse)),
             score=score,
             total=self._total(beam, score),
-            allowed=not self.refused & {int(t) for t in out.tokens[i, : out.length[i]]},
+            allowed=not self.refused & {*tokens},
             start=beam.next_position,
-            finished=bool(out.finished[i]),
-            complete=bool(out.complete[i]),
+            finished=bool(out.finished),
+            complete=bool(out.complete),
         )
         search.nodes.append(node)
         return node
@@ -323,3 +368,9 @@ class BeamSearch:
         """The text of a segment without its control tokens."""
         control = {*self.rules.reflection.all, self.rules.eos, self.rules.pad}
         return self.tokenizer.decode([t for t in tokens if t not in control]).strip()
+
+
+def _key(seed: int, name: str, node: int, branch: int) -> np.ndarray:
+    """[2] uint32: the same for a branch of a question's tree, wherever and beside whatever it is generated."""
+    digest = hashlib.sha256(f"{seed}/{node}/{branch}/{name}".encode("utf-8", "surrogatepass")).digest()
+    return np.frombuffer(digest[:8], "<u4")

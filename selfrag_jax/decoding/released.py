@@ -17,16 +17,18 @@ Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from selfrag_jax import reflection
-from selfrag_jax.decoding import scoring, segments
-from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Retrieve, Search, SearchConfig
-from selfrag_jax.decoding.segments import TokenRules
+from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
+from selfrag_jax.decoding.engine import Generate, Passages, Read
+from selfrag_jax.decoding.segments import Segment, TokenRules
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.records import BadInput, Passage
@@ -52,131 +54,115 @@ class ReleasedSearch(BeamSearch):
             raise BadInput("--constraints: the released scripts have none; use --scorer=paper")
         if config.mode == "adaptive_retrieval" and config.threshold is None:
             raise BadInput("--scorer=released needs a --threshold in adaptive mode: the scripts fail without one")
+        if config.accumulate != "sum":
+            raise BadInput(
+                f"--accumulate={config.accumulate}: the released scripts multiply, whatever is asked; use --scorer=paper"
+            )
+        if config.temperature:
+            raise BadInput("--temperature: the released scripts take the most likely token; use --scorer=paper")
+        self.long = config.max_depth > 1
         self.whole = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids(), whole=True)
         self.retrieval, self.no_retrieval = (self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL))
 
-    def run(self, prompt_ids: Sequence[list[int]], retrieve: Retrieve) -> list[Search]:
-        """As BeamSearch.run."""
-        prompts = [list(ids) for ids in prompt_ids]
-        long = self.config.max_depth > 1
-        wanted, p = self._gate(prompts, long)
-        searches = [Search([Beam(None, p[q], len(ids))]) for q, ids in enumerate(prompts)]
-        asked = [q for q in range(len(prompts)) if wanted[q]]
-        found = dict(zip(asked, retrieve([(q, []) for q in asked]) if asked else [], strict=True))
-        for q in asked:
-            if not found[q]:
-                searches[q].notices.append("no passage was found; answered without one")
-        self._without(searches, prompts, [q for q in range(len(prompts)) if not found.get(q)])
-        passages = {q: ps[: self.config.ndocs] for q, ps in found.items() if ps}
-        levels = {q: [_Open(None, prompts[q], [], True)] for q in passages}
-        for _ in range(self.config.max_depth - 1 if long else 1):
-            opened = {q: [o for o in level if o.goes_on] for q, level in levels.items()}
-            if not any(opened.values()):
+    engine_rules = property(lambda self: self.whole)
+    width = property(lambda self: 1)  # one open node after the other
+    limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
+
+    # ---- the search of one question ------------------------------------------------------------------------------
+    def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
+        """As BeamSearch.search; nothing settles before the end."""
+        p, log_probs = (x[0] for x in (yield Read([prompt], [0])))
+        search = Search([Beam(None, p, len(prompt))])
+        if self.long and self.config.weights != scoring.Weights():
+            search.notices.append("the released long form scores without weights: those that were given have no effect")
+        found: list[Passage] = []
+        if (yield from self._gate(prompt, p, log_probs)):
+            [found] = yield Passages([[]])
+            if not found:
+                search.notices.append("no passage was found; answered without one")
+        if not found:
+            yield from self._without(search, prompt)
+            return search
+        level = [_Open(None, prompt, [], True)]
+        for _ in range(self.config.max_depth - 1 if self.long else 1):
+            opened = [o for o in level if o.goes_on]
+            if not opened:
                 break
-            levels = self._level(searches, opened, passages, long)
-            for q, level in levels.items():
-                if level:  # the deepest level that there is
-                    searches[q].beams = [Beam(o.node, p[q], 0) for o in level]
-        return searches
+            level = yield from self._level(search, opened, found[: self.config.ndocs])
+            if level:  # the deepest level that there is
+                search.beams = [Beam(o.node, p, 0) for o in level]
+        return search
 
-    # ---- the gate ------------------------------------------------------------------------------------------------
-    def _gate(self, prompts: list[list[int]], long: bool) -> tuple[list[bool], np.ndarray]:
-        """Whether to retrieve, and the Retrieve distribution after each prompt [Q, 3]."""
+    def _gate(self, prompt: list[int], p: np.ndarray, log_probs: np.ndarray) -> Generator[Any, Any, bool]:
+        """Whether to retrieve. p, log_probs: [3] of the Retrieve tokens after the prompt."""
         c = self.config
-        tokens, valid = self._pad(prompts)
-        prefix, logits = segments.prefill(self.model, self.params, tokens, valid, tokens.shape[1])
-        p = np.asarray(segments.retrieve_distribution(logits, self.rules))
         if c.mode != "adaptive_retrieval":
-            return [c.mode == "always_retrieve"] * len(prompts), p
-        if not long:
-            log_probs = np.asarray(segments.retrieve_log_probs(logits, self.rules), np.float64)
-            return [scoring.released_gate(row) > c.threshold for row in log_probs], p
-        del prefix
-        out = self._generate(prompts, [[[]] for _ in prompts], GATE_TOKENS)
-        says = [self._before_blank_line(out, i).count(self.retrieval) > 0 for i in range(len(prompts))]
-        return [not s or scoring.p_retrieve(row, "yes_no") > c.threshold for s, row in zip(says, p, strict=True)], p
+            return c.mode == "always_retrieve"
+        if not self.long:
+            return scoring.released_gate(log_probs.astype(np.float64)) > c.threshold
+        [out] = yield from self._generate(prompt, [[]], GATE_TOKENS)
+        says = self.retrieval in self._before_blank_line(out)
+        return not says or scoring.p_retrieve(p, "yes_no") > c.threshold
 
-    def _before_blank_line(self, out: segments.Segment, i: int) -> list[int]:
-        tokens = [int(t) for t in out.tokens[i, : out.length[i]]]
+    def _before_blank_line(self, out: Segment) -> list[int]:
+        tokens = _tokens(out)
         for n in range(1, len(tokens) + 1):
             if "\n\n" in self.tokenizer.decode(tokens[:n]):
                 return tokens[: n - 1]
         return tokens
 
-    # ---- generation ----------------------------------------------------------------------------------------------
-    def _generate(self, histories: list[list[int]], branches: list[list[list[int]]], new: int) -> segments.Segment:
-        """Each branch on its history, which is read once for all of them. Row r * P + j is branch j of history r."""
-        P = max(map(len, branches))
-        tokens, valid = self._pad([h[:-1] for h in histories])  # the last token leads each branch, so that none is empty
-        prefix, _ = segments.prefill(self.model, self.params, tokens, valid, tokens.shape[1])
-        fed: list[list[int]] = [[] for _ in range(len(histories) * P)]
-        for r, (history, own) in enumerate(zip(histories, branches, strict=True)):
-            for j, branch in enumerate(own):
-                fed[r * P + j] = [history[-1], *branch]
-        start = np.repeat([len(h) - 1 for h in histories], P).astype(np.int32)
-        tokens, valid = self._pad(fed)
-        segment, _ = segments.generate(self.model, self.params, self.whole, prefix, start, tokens, valid, new)
-        return jax.tree.map(np.asarray, segment)
+    def _generate(self, history: list[int], branches: list[list[int]], new: int) -> Generator[Any, Any, list[Segment]]:
+        """The segment of each branch on a history."""
+        yield Read([history[:-1]], [0])  # the last token leads each branch, so that none is empty
+        out = yield Generate([[[history[-1], *b] for b in branches]], [len(history) - 1], new)
+        return [jax.tree.map(lambda x, j=j: x[0, j], out) for j in range(len(branches))]
 
-    def _without(self, searches: list[Search], prompts: list[list[int]], which: list[int]) -> None:
+    def _without(self, search: Search, prompt: list[int]) -> Generator[Any, Any, None]:
         """Answers without retrieval."""
-        if not which:
-            return
-        out = self._generate([prompts[q] for q in which], [[[self.no_retrieval]] for _ in which], self.config.max_new_tokens)
-        for i, q in enumerate(which):
-            tokens = [int(t) for t in out.tokens[i, : out.length[i]]]
-            if self.config.max_depth > 1:
-                tokens = self._before_blank_line(out, i)
-            node = self._add(searches[q], None, "no_retrieval", None, tokens, out, i, 0.0, 0.0)
-            searches[q].beams = [Beam(node, searches[q].beams[0].retrieve, 0)]
+        [out] = yield from self._generate(prompt, [[self.no_retrieval]], self.config.max_new_tokens)
+        tokens = self._before_blank_line(out) if self.long else _tokens(out)
+        node = self._add(search, None, "no_retrieval", None, tokens, out, 0.0, 0.0)
+        search.beams = [Beam(node, search.beams[0].retrieve, 0)]
 
-    def _level(self, searches: list[Search], opened: dict[int, list[_Open]], passages, long: bool) -> dict[int, list[_Open]]:
-        """The best children of all open nodes, by question."""
-        W, P = self.config.beam_width, max(len(passages[q]) for q, level in opened.items() if level)
-        at = [(q, o) for q, level in opened.items() for o in level]
-        histories = [o.prompt + o.said for _, o in at]
-        branches = [[self._branch_input(searches[q], "retrieve", passage) for passage in passages[q]] for q, _ in at]
-        out = self._generate(histories, branches, self.config.max_new_tokens)
-        children: dict[int, list[_Open]] = {q: [] for q in opened}
-        for r, (q, o) in enumerate(at):
+    def _level(self, search: Search, opened: list[_Open], passages: list[Passage]) -> Generator[Any, Any, list[_Open]]:
+        """The best children of the open nodes."""
+        children = []
+        for o in opened:
+            branches = [self._branch_input(search, "retrieve", passage) for passage in passages]
+            out = yield from self._generate(o.prompt + o.said, branches, self.config.max_new_tokens)
             previous = o.said
-            for j, passage in enumerate(passages[q]):
-                child, said = self._child(searches[q], o, passage, out, r * P + j, long)
-                children[q].append(_Open(child, o.prompt + previous, said, self.retrieval in self._remapped(out, r * P + j)))
+            for passage, segment in zip(passages, out, strict=True):
+                child, said = self._child(search, o, passage, segment)
+                children.append(_Open(child, o.prompt + previous, said, self.retrieval in self._remapped(segment)))
                 previous = said  # the next sibling's history
-        for q, found in children.items():
-            children[q] = sorted(found, key=lambda o: -o.node.total)[: W if long else len(found)]
-        return children
+        return sorted(children, key=lambda o: -o.node.total)[: self.config.beam_width if self.long else None]
 
-    def _child(self, search: Search, o: _Open, passage: Passage, out, i: int, long: bool) -> tuple[Node, list[int]]:
+    def _child(self, search: Search, o: _Open, passage: Passage, out: Segment) -> tuple[Node, list[int]]:
         """The node of a branch, and its text as later segments see it."""
-        tokens = self._remapped(out, i) if long else [int(t) for t in out.tokens[i, : out.length[i]]]
-        said = tokens[: tokens.index(self.retrieval)] if long and self.retrieval in tokens else tokens
-        if long:
-            score = scoring.released_score_long(out.isrel[i], out.issup[i])
+        tokens = self._remapped(out) if self.long else _tokens(out)
+        said = tokens[: tokens.index(self.retrieval)] if self.long and self.retrieval in tokens else tokens
+        if self.long:
+            score = scoring.released_score_long(out.isrel, out.issup)
         else:
-            score = float(
-                scoring.released_score(_p_sequence(out, i), out.isrel[i], out.issup[i], out.isuse[i], self.config.weights)
-            )
+            score = float(scoring.released_score(_p_sequence(out), out.isrel, out.issup, out.isuse, self.config.weights))
         total = score if o.node is None else o.node.total * score
-        return self._add(search, o.node, "retrieve", passage, said, out, i, score, total), [
-            t for t in said if t != self.rules.eos
-        ]
+        node = self._add(search, o.node, "retrieve", passage, said, out, score, total)
+        return node, [t for t in said if t != self.rules.eos]
 
-    def _remapped(self, out: segments.Segment, i: int) -> list[int]:
+    def _remapped(self, out: Segment) -> list[int]:
         """The long form decides at every [No Retrieval] once more, and puts one behind what said any."""
-        tokens = [int(t) for t in out.tokens[i, : out.length[i]]]
+        tokens = _tokens(out)
         where = [j for j, t in enumerate(tokens) if t == self.no_retrieval]
         if not where:
             return tokens
         threshold = self.config.threshold or 0.0
         for j in where:
-            no, yes, again = out.retrieve_at[i, j]
+            no, yes, again = out.retrieve_at[j]
             if float((yes + again) / (yes + no) > threshold) > threshold:
                 tokens[j] = self.retrieval
         return [t for t in tokens if t != self.rules.eos] + [self.no_retrieval]
 
-    def _add(self, search: Search, parent: Node | None, action: str, passage, tokens, out, i: int, score, total) -> Node:
+    def _add(self, search: Search, parent: Node | None, action: str, passage, tokens, out: Segment, score, total) -> Node:
         node = Node(
             id=len(search.nodes),
             parent=parent.id if parent else -1,
@@ -185,20 +171,24 @@ class ReleasedSearch(BeamSearch):
             p_retrieve=float(scoring.p_retrieve(search.beams[0].retrieve, self.config.normalise)),
             passage=passage,
             tokens=tuple(tokens),
-            p_segment=_p_sequence(out, i),
-            isrel=tuple(map(float, out.isrel[i])),
-            issup=tuple(map(float, out.issup[i])),
-            isuse=tuple(map(float, out.isuse[i])),
+            p_segment=_p_sequence(out),
+            isrel=tuple(map(float, out.isrel)),
+            issup=tuple(map(float, out.issup)),
+            isuse=tuple(map(float, out.isuse)),
             score=score,
             total=total,
             allowed=True,
             start=0,
-            finished=bool(out.finished[i]),
-            complete=bool(out.complete[i]),
+            finished=bool(out.finished),
+            complete=bool(out.complete),
         )
         search.nodes.append(node)
         return node
 
 
-def _p_sequence(out: segments.Segment, i: int) -> float:
-    return float(np.exp(out.log_prob[i] / max(int(out.text_tokens[i]), 1)))
+def _tokens(out: Segment) -> list[int]:
+    return [int(t) for t in out.tokens[: out.length]]
+
+
+def _p_sequence(out: Segment) -> float:
+    return float(np.exp(out.log_prob / max(int(out.text_tokens), 1)))

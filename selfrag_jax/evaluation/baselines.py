@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from selfrag_jax import prompts
 from selfrag_jax.decoding.answer import question_text
-from selfrag_jax.decoding.segments import TokenRules, generate
+from selfrag_jax.decoding.engine import Engine, Generate, Read, drive, on_device
+from selfrag_jax.decoding.segments import Segment, TokenRules
 from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.records import Passage, Question
 
@@ -37,31 +38,31 @@ def answer_plain(
     """
     tokenizer = loaded.tokenizer
     rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
-    params = jax.device_put(loaded.params)  # once, not for every batch
-    rows: list[dict[str, Any]] = []
-    for at in range(0, len(questions), config.batch):
-        chunk, given = questions[at : at + config.batch], passages[at : at + config.batch]
-        ids = [_prompt(loaded, q, p, config.max_length) for q, p in zip(chunk, given, strict=True)]
-        length = -(-max(map(len, ids)) // config.length_bucket) * config.length_bucket
-        tokens = np.full((config.batch, length), tokenizer.pad_id, np.int32)
-        valid = np.zeros((config.batch, length), bool)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)], valid[i, : len(row)] = row, True
-        start = np.zeros(config.batch, np.int32)
-        out, _ = generate(loaded.model, params, rules, None, start, tokens, valid, config.max_new_tokens)
-        texts, lengths, words = np.asarray(out.tokens), np.asarray(out.length), np.asarray(out.text_tokens)
-        p_sequence = np.where(words > 0, np.exp(np.asarray(out.log_prob) / np.maximum(words, 1)), 0.0)
-        for i, (q, p) in enumerate(zip(chunk, given, strict=True)):
-            text = tokenizer.decode([t for t in texts[i, : lengths[i]] if t != tokenizer.eos_id]).strip()
-            rows.append(
-                {
-                    "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
-                    "passages": [], "retrieved": bool(p), "p_sequence": float(p_sequence[i]),
-                }
-            )  # fmt: skip
+    ids = [_prompt(loaded, q, p, config.max_length) for q, p in zip(questions, passages, strict=True)]
+    engine = Engine(
+        loaded.model, on_device(loaded.model, loaded.params), rules, config.batch, 1, 1, config.max_new_tokens,
+        config.length_bucket, max(map(len, ids), default=1), grows=False,
+    )  # fmt: skip
+    rows: dict[int, dict[str, Any]] = {}
+    for i, out in drive(engine, ((i, _continue(row, config.max_new_tokens)) for i, row in enumerate(ids)), lambda _: []):
+        if isinstance(out, Exception):
+            raise out
+        text = tokenizer.decode([int(t) for t in out.tokens[: out.length] if t != tokenizer.eos_id]).strip()
+        words, q = int(out.text_tokens), questions[i]
+        rows[i] = {
+            "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
+            "passages": [], "retrieved": bool(passages[i]), "p_sequence": float(np.exp(out.log_prob / words)) if words else 0.0,
+        }  # fmt: skip
         if on_batch:
-            on_batch(len(chunk))
-    return rows
+            on_batch(1)
+    return [rows[i] for i in range(len(questions))]
+
+
+def _continue(prompt: list[int], new: int) -> Generator[Any, Any, Segment]:
+    """What the model says after a prompt."""
+    yield Read([prompt[:-1]], [0])
+    out = yield Generate([[[prompt[-1]]]], [len(prompt) - 1], new)
+    return jax.tree.map(lambda x: x[0, 0], out)
 
 
 def _prompt(loaded: LoadedModel, q: Question, passages: Sequence[Passage], max_length: int) -> list[int]:

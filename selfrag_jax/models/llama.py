@@ -94,7 +94,7 @@ class LlamaConfig:
 @jax.tree_util.register_dataclass
 @dataclass
 class Cache:
-    """Keys and values of past tokens. Slots are written in order of time, so causality is the order of slots."""
+    """Keys and values of past tokens. Where they stand says nothing of their order; their positions do."""
 
     k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]: a head's keys lie together, as products read them
     v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, S, H]
@@ -112,16 +112,13 @@ class Cache:
     def longer(self, more: int) -> Cache:
         """With `more` empty slots at the end."""
         slots = [(0, 0), (0, more)]
-        k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
+        widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])  # noqa: E731
+        k, v = (jax.tree.map(widen, x) for x in (self.k, self.v))
         return replace(self, k=k, v=v, valid=jnp.pad(self.valid, slots), positions=jnp.pad(self.positions, slots))
 
     def by_layers(self) -> Cache:
         """For many small steps on a CPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
         return replace(self, k=tuple(self.k), v=tuple(self.v))
-
-    def stacked(self) -> Cache:
-        """The inverse of `by_layers`."""
-        return self if not isinstance(self.k, tuple) else replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
 
 
 @jax.custom_vjp
@@ -321,7 +318,7 @@ class Model:
 
         tokens, positions: [B, T] int32. doc_ids: [B, T], 0 for padding. Without a cache a token sees itself and what
         stands before it in its document; None means that every row is one document with its padding at the end. With a
-        cache, real tokens are written at `cache.cursor` and see all valid earlier slots and themselves. prefix: a cache
+        cache, real tokens are written at `cache.cursor` and see all valid slots of earlier positions and themselves. prefix: a cache
         of R rows shared by B / R branches each; it is read, not written.
         Returns hidden [B, T, D] and the updated cache (None without one).
         """
@@ -341,7 +338,7 @@ class Model:
         write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, cache.cursor, axis=1)  # noqa: E731
         valid, slots = write(cache.valid, jnp.asarray(doc_ids) > 0), write(cache.positions, jnp.asarray(positions, jnp.int32))
         own = jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]  # padding sees itself, so that no row is empty
-        causal = jnp.arange(S) <= cache.cursor + jnp.arange(T)[:, None]
+        causal = slots[:, None, :] <= positions[..., None]
         mask = (valid[:, None, :] & causal & self._near(positions, slots)) | own
         prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
         attention = lambda q, *kv: attend_cached(q, *kv[:2], mask, *kv[2:], *([prefix_mask] if kv[2:] else []))  # noqa: E731

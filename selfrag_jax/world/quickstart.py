@@ -175,7 +175,7 @@ def evaluate_all(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
 def self_rag_rows(rag: SelfRAG, task: Sequence[Question], changes: dict[str, Any], advance) -> list[dict[str, Any]]:
     # The first retrieval is online here too: questions come without their ctxs.
     asked = [replace(q, ctxs=()) for q in task]
-    return [a.to_row() for a in rag.answer(asked, on_batch=lambda batch: advance(len(batch)), **changes)]
+    return [a.to_row() for a in rag.answer(asked, on_answer=lambda _: advance(1), **changes)]
 
 
 def _plain_rows(loaded, task, passages, plain: baselines.PlainConfig, advance) -> list[dict[str, Any]]:

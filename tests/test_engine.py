@@ -1,0 +1,213 @@
+"""The engine: sampling, streaming, slots that are filled as they become free, few compilations."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_search import make_passages, make_rag
+
+from selfrag_jax.decoding import engine, segments, slots
+from selfrag_jax.decoding.answer import Answer, SegmentDone
+from selfrag_jax.decoding.engine import bucket, room
+from selfrag_jax.records import BadInput, Question
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+def nucleus(logits, temperature, top_p):
+    """By sorting: the most likely tokens until their mass reaches top_p, and those as likely as the last."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    last = p[order[np.searchsorted(np.cumsum(p[order]), top_p - 1e-6)]] if top_p < 1 else 0.0
+    kept = np.where(p >= last, p, 0.0)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (1.0, 0.01)])
+def test_tokens_are_drawn_from_the_nucleus(temperature, top_p):
+    rng = np.random.default_rng(0)
+    logits, n = rng.normal(size=12).astype(np.float32) * 2, 20_000
+    keys = rng.integers(0, 2**32, (n, 2), dtype=np.uint32)
+    drawn = segments.sample(jnp.tile(logits, (n, 1)), keys, jnp.zeros(n, jnp.int32), temperature, top_p)
+    expected = nucleus(logits.astype(np.float64), temperature, top_p)
+    found = np.bincount(np.asarray(drawn), minlength=12) / n
+    assert (found[expected == 0] == 0).all()
+    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / n))  # five standard deviations
+
+
+@given(st.integers(0, 2**20))
+@settings(max_examples=30, deadline=None)
+def test_the_most_likely_token_is_argmax(seed):
+    logits = np.random.default_rng(seed).integers(0, 4, (3, 9)).astype(np.float32)  # with equals
+    np.testing.assert_array_equal(segments.most_likely(jnp.asarray(logits)), logits.argmax(-1))
+
+
+def asked(loaded, n, passages=2):
+    rng = np.random.default_rng(7)
+    words = ("Where is Mara?", "Who?", "What is the ropemaker of Quenport?", "Where does she live?")
+    return [
+        Question(str(i), words[i % 4] + " x" * i, ctxs=tuple(make_passages(rng, loaded.tokenizer, passages))) for i in range(n)
+    ]
+
+
+def test_draws_belong_to_a_question_and_a_seed(talkative):
+    """Not to what else is answered; and to nothing else."""
+    rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 6)
+    drawn = dict(mode="always_retrieve", temperature=1.0, top_p=0.95)
+    texts = lambda answers: [[n["text"] for n in a.tree] for a in answers]  # noqa: E731
+    one = texts(rag.answer(rows, **drawn, seed=1))
+    assert one == texts(rag.answer(rows, **drawn, seed=1))
+    assert one[2:] == texts(rag.answer(rows[2:], **drawn, seed=1))
+    assert one != texts(rag.answer(rows, **drawn, seed=2))
+    assert one != texts(rag.answer(rows, mode="always_retrieve"))
+    for wrong, message in (
+        (dict(temperature=-1.0), "--temperature=-1.0: must be a number from 0 up"),
+        (dict(top_p=0.0), "--top_p=0.0: must be above 0"),
+        (dict(temperature=1.0, scorer="released", threshold=0.2), "the released scripts take the most likely token"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            rag.answer(["q"], **wrong)
+
+
+def test_cold_draws_are_the_most_likely_tokens(talkative):
+    rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 4)
+    greedy = rag.answer(rows, mode="always_retrieve")
+    cold = rag.answer(rows, mode="always_retrieve", temperature=1.0, top_p=1e-6)
+    assert [a.answer for a in greedy] == [a.answer for a in cold]
+    for a, b in zip(greedy, cold, strict=True):  # and scored alike, by the model's own probabilities
+        assert a.score == pytest.approx(b.score, abs=1e-5)
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
+def test_a_slot_is_filled_as_soon_as_it_is_free(talkative, monkeypatch):
+    """One question that goes on and on never keeps the others waiting: they pass through the other slots."""
+    rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 14)
+    alone = {q.id: rag.answer([q], mode="always_retrieve")[0] for q in rows}
+    order, active = [], []
+    decode = engine.Engine.decode
+    monkeypatch.setattr(engine.Engine, "decode", lambda self, steps: active.append(1) or decode(self, steps))
+    answers = rag.answer(rows, on_answer=lambda a: order.append(a.id), mode="always_retrieve")
+    assert [a.id for a in answers] == [q.id for q in rows] and sorted(order) == sorted(q.id for q in rows)
+    assert order != [q.id for q in rows]  # who is done is done
+    for a in answers:
+        assert a.answer == alone[a.id].answer and a.score == pytest.approx(alone[a.id].score, abs=1e-4)
+
+
+@pytest.mark.parametrize(("width", "least"), [(1, 6), (2, 1)])
+def test_segments_are_told_when_they_have_settled(talkative, width, least):
+    """In the order of the answer, before it, and none of them changes any more. One beam settles each segment at once."""
+    rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 8)
+    told: dict[str, list[str]] = {q.id: [] for q in rows}
+    early = 0
+    for event in rag.stream(rows, mode="always_retrieve", max_depth=4, accumulate="mean", beam_width=width):
+        if isinstance(event, SegmentDone):
+            told[event.id].append(event.segment.text)
+            continue
+        assert isinstance(event, Answer)
+        texts = [s.text for s in event.segments]
+        assert told[event.id] == texts[: len(told[event.id])]
+        early += len(told[event.id])
+    assert early >= least
+
+
+def test_other_questions_go_on_while_passages_are_looked_for(talkative):
+    """The same answers whether retrieval is waited for or not, in the same order each time."""
+
+    class Slow:
+        def __init__(self):
+            self.calls: list[int] = []
+
+        def passages(self, static, queries, k):
+            self.calls.append(len(queries))
+            found = []
+            for q in queries:
+                found.append(make_passages(np.random.default_rng(len(q)), talkative.tokenizer, 2))
+            return found
+
+    rag = make_rag(talkative, ndocs=2)
+    rag.retriever = slow = Slow()
+    rows = [replace(q, ctxs=()) for q in asked(talkative, 7)]
+    orders = []
+    for _ in range(2):
+        orders.append([])
+        answers = rag.answer(rows, on_answer=lambda a: orders[-1].append(a.id), mode="always_retrieve")
+    assert orders[0] == orders[1]
+    assert max(slow.calls) > 1  # several questions are looked up together
+    for q, a in zip(rows, answers, strict=True):
+        [alone] = rag.answer([q], mode="always_retrieve")
+        assert alone.answer == a.answer
+
+
+def test_a_search_that_fails_frees_its_slot(talkative, monkeypatch):
+    rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 9)
+    from selfrag_jax.decoding.beam_search import BeamSearch
+
+    node = BeamSearch._node
+
+    def breaks(self, search, beam, action, p, passage, out):
+        if passage is rows[3].ctxs[0]:
+            raise RuntimeError("broken")
+        return node(self, search, beam, action, p, passage, out)
+
+    monkeypatch.setattr(BeamSearch, "_node", breaks)
+    answers = rag.answer(rows, mode="always_retrieve")
+    assert [a.error for a in answers] == [""] * 3 + ["RuntimeError: broken"] + [""] * 5
+    assert all(a.segments for a in answers if not a.error)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+@given(st.integers(1, 5000), st.sampled_from([1, 8, 32, 64]))
+def test_buckets_are_few_and_hold_what_they_should(n, least):
+    assert bucket(1, least) == 1
+    for f, steps in ((bucket, 4), (room, 2)):
+        assert f(n, least) >= n and (f(n, least) == f(n - 1, least) or f(n, least) >= n)
+        if n > 8 * least:
+            assert f(n, least) <= n * (1 + 1 / steps)
+        sizes = {f(m, least) for m in range(2, 4097)}
+        assert len(sizes) <= 8 + steps * np.log2(4096 / least)
+
+
+def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog):
+    rag = make_rag(talkative, ndocs=2)
+    rows = asked(talkative, 5)
+    with caplog.at_level("INFO", logger="selfrag_jax.decoding.engine"):
+        rag.answer(rows, mode="always_retrieve")
+        before = len(engine.compiled)
+        traced = [getattr(slots, name)._cache_size() for name in ("read", "feed", "decode", "keep")]
+        shorter = [replace(q, question=q.question[:-1]) for q in rows]
+        rag.answer(shorter, mode="always_retrieve", w_rel=0.3, w_use=2.0, w_sup=0.0, accumulate="mean", threshold=0.7)
+    assert len(engine.compiled) == before
+    assert traced == [getattr(slots, name)._cache_size() for name in ("read", "feed", "decode", "keep")]
+    lines = [r.message for r in caplog.records if "compiled" in r.message]
+    assert len(lines) == len({*lines})
+
+
+def test_room_grows_in_the_middle_of_a_search(talkative):
+    """Prefixes and fed tokens beyond the first sizes give what larger sizes from the start give."""
+    rng = np.random.default_rng(11)
+    rows = [
+        Question(str(i), "Where?" + " x" * i, ctxs=tuple(make_passages(rng, talkative.tokenizer, 2 * (i + 1))))
+        for i in range(3)
+    ]
+    long = [replace(p, text=" ".join([p.text] * 6)) for p in rows[2].ctxs]
+    rows[2] = replace(rows[2], ctxs=tuple(long))
+    found = []
+    for length in (4, 64):
+        rag = make_rag(talkative, ndocs=2)
+        rag.config = replace(rag.config, search=replace(rag.config.search, length_bucket=length, max_depth=4), batch=1)
+        found.append(rag.answer(rows, mode="always_retrieve"))
+    for a, b in zip(*found, strict=True):
+        assert a.answer == b.answer and [n["text"] for n in a.tree] == [n["text"] for n in b.tree]
+        assert a.score == pytest.approx(b.score, abs=1e-4)
+
+
+def test_sharing_is_by_slot(talkative):
+    """Rows of the device's arrays are counted as the module says."""
+    e = engine.Engine(talkative.model, talkative.params, segments.TokenRules(2, 0, None), 3, 2, 4, 5, 8, 10, True)
+    e._grow_feed(8)
+    assert e.slots.done.shape == (24,) and e.prefix.valid.shape[0] == 6
+    assert jax.tree.leaves(e.slots.own.k)[0].shape[-2] == 8 + 5
