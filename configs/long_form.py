@@ -2,7 +2,7 @@
 
     selfrag answer --config=long_form --model=selfrag_llama2_7b-safetensors --input=asqa.jsonl --out=answers.jsonl
 
-Variants as in short_form.py; `selfrag compile` covers the first of the segments. The paper's scores (Table 2, 7B: ASQA str-em
+Variants as in short_form.py; `selfrag compile` takes the longest history that the last segment can stand on. The paper's scores (Table 2, 7B: ASQA str-em
 30.0, citation precision 66.9 and recall 67.8) come from the authors' scripts, that is from --scorer=released. ASQA retrieves
 always (threshold 0).
 """

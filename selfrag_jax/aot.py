@@ -38,7 +38,7 @@ _TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
 def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
     """Compiles a program of a config for a slice; returns what is printed as JSON ("fits" says whether it fits).
 
-    program: "train", the trainer's step, or "decode", reading the prompts of a batch and generating a segment for each passage.
+    program: "train", the trainer's step, or "decode", what answering runs: reading prompts and passages, generating segments.
     Raises BadInput for an unknown program or topology, a config without an architecture, or when libtpu is missing.
     """
     if program not in PROGRAMS:

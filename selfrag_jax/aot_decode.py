@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import bucket, room
+from selfrag_jax.decoding.engine import bucket, group_size, room
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -42,17 +42,19 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
         lambda s: s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype), model.shapes()
     )
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
-    history = longest_history(c)
-    state = jax.eval_shape(
-        lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, bucket(T, search.length_bucket), M, W, False)
-    )
+    history, fed = longest_history(c), bucket(T, search.length_bucket)
+    state = jax.eval_shape(lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, W, False))
     state = jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), state)
-    one, fed = rows(jnp.int32, 1), bucket(T, search.length_bucket)
-    n = W * P  # branches of a question
+    one, n = rows(jnp.int32, 1), W * P  # branches of a question
+    together = group_size(Q, fed)  # prompts that are read at once
+    some, tokens = rows(jnp.int32, together), (together, fed)
+    before = jax.eval_shape(lambda: Cache.empty(base, Q * W, room(history // 2, search.length_bucket)))
+    before = jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), before)
     with jax.set_mesh(mesh):
-        return {
+        grow = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
+        return ({"grow": grow} if search.max_depth > 1 else {}) | {
             "prompt": (slots.read.lower(
-                model, params, rules, state.prefix, one, one, rows(jnp.int32, 1, fed), rows(bool, 1, fed), one, W, True
+                model, params, rules, state.prefix, some, some, rows(jnp.int32, *tokens), rows(bool, *tokens), some, W, True
             ), bytes_per_chip(state.own)),
             "passages": (slots.feed.lower(
                 model, params, rules, state, one, rows(jnp.int32, n, fed), rows(bool, n, fed), rows(jnp.int32, n),

@@ -157,8 +157,8 @@ _SEARCH_FLAGS = (
     Flag("keep_passages", "true or false: keep the passages of earlier segments in the history", type=bool),
     Flag("max_new_tokens", "tokens of a segment at most", type=int),
     Flag("temperature", "0 takes the most likely token; above, tokens are drawn, the more evenly the higher it is", type=float),
-    Flag("top_p", "draw from the most likely tokens that make up this much of the probability", type=float),
-    Flag("seed", "of the draws; the same question draws the same, whatever else is asked", type=int),
+    Flag("top_p", "with --temperature: draw from the most likely tokens that make up this much of the probability", type=float),
+    Flag("seed", "with --temperature: of the draws; the same question draws the same, whatever else is asked", type=int),
 )
 
 

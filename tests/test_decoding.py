@@ -367,6 +367,7 @@ def test_a_question_that_fails_leaves_the_others_alone(talkative, tmp_path, caps
     assert [bool(r["error"]) for r in rows] == [False, True]
 
 
+@pytest.mark.slow
 def test_constraints_drop_segments_but_never_all(talkative):
     rng, rag = np.random.default_rng(3), make_rag(talkative, ndocs=4)
     rows = [Question(str(i), f"Where {i}?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 4))) for i in range(12)]

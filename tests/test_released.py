@@ -201,6 +201,7 @@ def test_the_long_form_equals_the_script(talkative):
     assert deep > 10 and stopped > 10 and remapped > 10
 
 
+@pytest.mark.slow
 def test_answers_of_the_released_scorer(talkative):
     """Through the public object: citations are valid, neighbours do not matter, nothing that was never judged is cited."""
     rng = np.random.default_rng(5)

@@ -110,7 +110,7 @@ class Answer:
     tree: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = ()
     task: str = ""
-    error: str = ""  # why there is no answer; the other questions of its batch have theirs
+    error: str = ""  # why there is no answer; the other questions have theirs
 
     def to_row(self) -> dict[str, Any]:
         """The record of `selfrag answer`."""
@@ -220,13 +220,12 @@ class SelfRAG:
     def _events(self, rows: list[Question], changes: dict[str, Any]) -> Iterator[tuple[int, SegmentDone | Answer]]:
         search = self._search(dict(changes))
         notices: list[list[str]] = [[] for _ in rows]
-        errors: dict[int, str] = {}  # by question: one that fails does not take the others along
         ids: dict[int, list[int]] = {}
         for i, q in enumerate(rows):
             try:
                 ids[i] = self._prompt(q, notices[i])
-            except Exception as e:
-                yield i, _failed(q, f"{type(e).__name__}: {e}")
+            except Exception as e:  # one question that fails does not take the others along
+                yield i, _failed(q, e)
         asked = list(ids)
 
         def retrieve(queries):
@@ -235,12 +234,11 @@ class SelfRAG:
             except Exception as e:
                 if len(queries) > 1:
                     return [found for one in queries for found in retrieve([one])]
-                errors[asked[queries[0][0]]] = f"{type(e).__name__}: {e}"
-                return [[]]
+                return [e]
 
         slow = self.retriever is not None and not all(q.ctxs for q in rows)
         events = search.stream(
-            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.config), [rows[i].id for i in asked], slow
+            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.config), [rows[i].question for i in asked], slow
         )
         while True:
             with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
@@ -249,12 +247,10 @@ class SelfRAG:
                 return
             i = asked[j]
             if isinstance(event, Exception):
-                yield i, _failed(rows[i], f"{type(event).__name__}: {event}")
-            elif i in errors and isinstance(event, Search):
-                yield i, _failed(rows[i], errors[i])
+                yield i, _failed(rows[i], event)
             elif isinstance(event, Search):
-                yield i, self._answer(search, rows[i], event, notices[i])
-            elif i not in errors:
+                yield i, self._answer_or_why_not(search, rows[i], event, notices[i])
+            elif not self._votes(search.config, rows[i]):  # a vote may still take another segment
                 for node in event.segments:
                     yield i, SegmentDone(rows[i].id, _segment(search, node))
 
@@ -297,10 +293,19 @@ class SelfRAG:
             with_own[i] = passages
         return with_own
 
+    def _votes(self, config: SearchConfig, q: Question) -> bool:
+        """Whether the answer is the option that the passages' scores elect; the released long form has no votes."""
+        return self.config.closed_set and bool(q.options) and (config.scorer == "paper" or config.max_depth == 1)
+
+    def _answer_or_why_not(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
+        try:
+            return self._answer(search, q, outcome, notices)
+        except Exception as e:
+            return _failed(q, e)
+
     def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
         best = outcome.best()
-        votes = search.config.scorer == "paper" or search.config.max_depth == 1  # the released long form has none
-        if self.config.closed_set and q.options and votes:
+        if self._votes(search.config, q):
             best = _vote(search, outcome, q) or best
         path = outcome.path(best)
         passages, citations = cite(path)
@@ -320,9 +325,11 @@ class SelfRAG:
         )
 
 
-def _failed(q: Question, error: str) -> Answer:
+def _failed(q: Question, why: Exception) -> Answer:
     nothing: dict[str, Any] = dict(answer="", segments=(), citations=(), passages=(), retrieved=False, tree=())
-    return Answer(id=q.id, question=q.question, **nothing, p_retrieve=0.0, score=0.0, task=q.task, error=error)
+    return Answer(
+        id=q.id, question=q.question, **nothing, p_retrieve=0.0, score=0.0, task=q.task, error=f"{type(why).__name__}: {why}"
+    )
 
 
 def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:

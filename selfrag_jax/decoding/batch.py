@@ -35,6 +35,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
         return len(questions)
     partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
     done = {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
+    before = len(engine.compiled)
     remaining = [q for q in questions if q.id not in done]
     partial.parent.mkdir(parents=True, exist_ok=True)
     with progress("answer", len(questions), "questions", len(done)) as bar, open(partial, "a", encoding="utf-8") as f:
@@ -46,7 +47,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
             bar.advance(1)
 
         rag.answer(remaining, on_answer=keep, **changes)
-    print(_summary([done[i] for i in ids]), file=sys.stderr)
+    print(_summary([done[i] for i in ids], engine.compiled[before:]), file=sys.stderr)
     if failed := [i for i in ids if done[i]["error"]]:
         print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
     write_jsonl(out, (done[i] for i in ids))
@@ -55,15 +56,16 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     return len(ids)
 
 
-def _summary(rows: list[dict[str, Any]]) -> str:
+def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:
     """How often retrieval was decided for, and what was compiled on the way."""
+    rows = [row for row in rows if not row["error"]]
     first = sum(row["retrieved"] for row in rows)
     segments = [s["action"] for row in rows for s in row["segments"]]
     text = f"retrieved for {first} of {len(rows)} questions ({first / max(len(rows), 1):.1%})"
     if len(segments) > len(rows):
         text += f", for {segments.count('retrieve')} of their {len(segments)} segments"
-    if engine.compiled:
-        text += f"; {len(engine.compiled)} programs compiled in {sum(s for _, s in engine.compiled):.0f} s"
+    if compiled:
+        text += f"; {len(compiled)} programs compiled in {sum(s for _, s in compiled):.0f} s"
     return text
 
 

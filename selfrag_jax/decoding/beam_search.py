@@ -70,10 +70,14 @@ class SearchConfig:
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise BadInput(f"--temperature={self.temperature}: must be a number from 0 up; 0 takes the most likely token")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"--top_p={self.top_p}: must be above 0 and at most 1, which draws from all tokens")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise BadInput(f"--temperature={self.temperature}: must be from 0.01 to 100, or 0 for the most likely token")
+        if not 1e-6 <= self.top_p <= 1:
+            raise BadInput(f"--top_p={self.top_p}: must be from 0.000001 to 1, which draws from all tokens")
+        if self.top_p < 1 and not self.temperature:
+            raise BadInput(
+                f"--top_p={self.top_p}: nothing is drawn without a --temperature; 1 draws by the model's probabilities"
+            )
         if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
             raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")
 
@@ -192,7 +196,7 @@ class BeamSearch:
             return
         c, names = self.config, names or [str(i) for i in range(len(prompt_ids))]
         engine = Engine(
-            self.model, self.params, self.engine_rules, slots, self.width, c.ndocs, self.limit, c.length_bucket,
+            self.model, self.params, self.engine_rules, slots, self.width, self.branches, self.limit, c.length_bucket,
             max(map(len, prompt_ids)), self.grows, (c.temperature, c.top_p) if c.temperature else None,
         )  # fmt: skip
         searches = ((i, self.search(list(ids), names[i])) for i, ids in enumerate(prompt_ids))
@@ -206,6 +210,10 @@ class BeamSearch:
     @property
     def width(self) -> int:
         return self.config.beam_width if self.config.max_depth > 1 else 1
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.config.mode == "no_retrieval" else self.config.ndocs
 
     @property
     def limit(self) -> int:
@@ -233,7 +241,7 @@ class BeamSearch:
                     mine = jax.tree.map(lambda x, at=(beam.row, j): x[at], out)
                     node = self._node(search, beam, action, p, passage, mine)
                     new = Beam(node, mine.retrieve, int(mine.next_position))
-                    candidates.append((new, beam.row, beam.row * self.config.ndocs + j))
+                    candidates.append((new, beam.row, beam.row * self.branches + j))
             parents, branches = self._keep_best(search, candidates)
             last = depth + 1 == self.config.max_depth or all(b.finished for b in search.beams)
             if last:
@@ -276,7 +284,7 @@ class BeamSearch:
         lanes = max(b.row for b in live) + 1
         lanes = 1 if lanes == 1 else self.width  # two shapes only
         branches: list[list[list[int]]] = [[] for _ in range(lanes)]
-        start, keys = [0] * lanes, np.zeros((lanes, self.config.ndocs, 2), np.uint32)
+        start, keys = [0] * lanes, np.zeros((lanes, self.branches, 2), np.uint32)
         for beam, (action, _), found in zip(live, actions, passages, strict=True):
             branches[beam.row] = [self._branch_input(search, action, passage) for passage in found]
             start[beam.row] = beam.next_position

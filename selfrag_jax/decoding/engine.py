@@ -98,6 +98,12 @@ def room(n: int, least: int) -> int:
     return -(-n // step) * step
 
 
+def group_size(slots: int, tokens: int) -> int:
+    """How many slots are changed at once where many are waiting: so many as give the device enough work. tokens: of each."""
+    size = min(slots, GROUP_TOKENS // tokens)
+    return size if size >= SMALLEST_GROUP else 1  # else another shape is not worth its compilation
+
+
 # ---- the device's side -----------------------------------------------------------------------------------------------
 @dataclass
 class Engine:
@@ -127,14 +133,16 @@ class Engine:
         self.lengths, self.fed = np.zeros((self.Q, self.W), int), np.zeros((self.Q, self.W * self.P), int)
         later = 4 * self.bucket + self.M if self.grows else 0  # room for a first segment, so that it need not grow at once
         self.space = (room if self.grows else bucket)(self.prompt + later, self.bucket)
+        self.held = self.space  # what the prefix that is there has room for
         self.fed_space = 0
         self.prefix = self._run(programs.empty_prefix, self.model, self.Q * self.W, self.space, self.by_layers)
 
     def _run(self, program, *args):
         """Calls a program of slots.py; one that has not run in this process with such shapes is compiled, which is logged."""
         shapes = [x.shape if isinstance(x, np.ndarray) else x if isinstance(x, int) else x is None for x in args]
-        sizes = (self.Q, self.W, self.P, self.M, self.space, self.fed_space)
-        key = (program.__name__, self.model, self.rules, jax.typeof(self.params["norm"]["scale"]), sizes, *shapes)
+        sizes = (self.Q, self.W, self.P, self.M, self.space, self.held, self.fed_space, self.by_layers)
+        where = jax.sharding.get_abstract_mesh(), jax.typeof(self.params["norm"]["scale"])
+        key = (program.__name__, self.model, self.rules, where, sizes, *shapes)
         if key in _seen:
             return program(*args)
         begin = time.perf_counter()
@@ -152,34 +160,35 @@ class Engine:
         if tokens > self.space:
             self.space = room(tokens, self.bucket)
             self.prefix = self._run(programs.longer_prefix, self.prefix, self.space)
+            self.held = self.space
+            if self.slots is not None:
+                self.slots.prefix = None  # the old one is let go
 
     def _grow_feed(self, tokens: int) -> None:
         if self.slots is not None and tokens <= self.fed_space:
             return
         if self.slots is None:
-            self.fed_space = bucket(tokens, self.bucket)
+            # Room for passages, even if the first questions to come this far go without.
+            self.fed_space = max(bucket(tokens, self.bucket), 4 * self.bucket if self.P > 1 else 1)
             self.slots = self._run(
                 programs.empty, self.model, self.rules, self.prefix, self.P, self.fed_space, self.M, self.W, self.by_layers
             )
             self.prefix = self.slots.prefix
         else:
-            before, self.fed_space = self.fed_space, room(tokens, self.bucket)
+            before, self.fed_space = self.fed_space, bucket(tokens, self.bucket)
             self.slots.own = self._run(programs.longer_feed, self.slots.own, before, self.fed_space)
 
     def groups(self, jobs: list, rows: int, tokens: int) -> Iterator[list]:
-        """Jobs of `rows` rows of `tokens` tokens each, in the numbers in which they are done: one, or so many as give the device
-        enough work, the last one again and again where there are fewer (which changes nothing)."""
-        size = min(self.Q, GROUP_TOKENS // (rows * tokens))
-        size = size if size >= SMALLEST_GROUP else 1  # else another shape is not worth its compilation
-        at = 0
+        """Jobs of `rows` rows of `tokens` tokens each, in the numbers in which they are done: one or `group_size`, the last one
+        again and again where there are fewer (which changes nothing)."""
+        size, at = group_size(self.Q, rows * tokens), 0
         while at < len(jobs):
             left = len(jobs) - at
             n = size if 2 * left > size else 1
             yield jobs[at : at + n] + [jobs[-1]] * (n - min(left, n))
             at += n
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        length = bucket(max(map(len, rows)), self.bucket)
+    def padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, valid = np.full((len(rows), length), self.rules.pad, np.int32), np.zeros((len(rows), length), bool)
         for i, row in enumerate(rows):
             tokens[i, : len(row)], valid[i, : len(row)] = row, True
@@ -189,9 +198,9 @@ class Engine:
         """The same number of lanes in all jobs. Returns by slot what `slots.read` does, of its lanes."""
         out = {}
         lanes, fresh = len(jobs[0][1].tokens), jobs[0][1].parents is None
-        longest = max(len(row) for _, job in jobs for row in job.tokens)
-        for group in self.groups(jobs, lanes, bucket(longest, self.bucket)):
-            tokens, valid = self.padded([row for _, job in group for row in job.tokens])
+        longest = bucket(max(len(row) for _, job in jobs for row in job.tokens), self.bucket)
+        for group in self.groups(jobs, lanes, longest):
+            tokens, valid = self.padded([row for _, job in group for row in job.tokens], longest)
             before = [[0] * lanes if fresh else [self.lengths[q, p] for p in job.parents] for q, job in group]
             after = [
                 [b + len(row) for b, row in zip(bs, job.tokens, strict=True)]
@@ -224,11 +233,11 @@ class Engine:
     def generate(self, jobs: list[tuple[int, Generate]]) -> None:
         """The same number of lanes in all jobs. `decode` makes progress with them."""
         lanes, P = len(jobs[0][1].branches), self.P
-        longest = max(len(b) for _, job in jobs for lane in job.branches for b in lane)
+        longest = bucket(max(len(b) for _, job in jobs for lane in job.branches for b in lane), self.bucket)
         self._grow_feed(longest)
-        for group in self.groups(jobs, lanes * P, bucket(longest, self.bucket)):
+        for group in self.groups(jobs, lanes * P, longest):
             rows = [[*lane, *[[]] * (P - len(lane))] for _, job in group for lane in job.branches]
-            tokens, valid = self.padded([b for lane in rows for b in lane])
+            tokens, valid = self.padded([b for lane in rows for b in lane], longest)
             start = np.repeat(np.array([s for _, job in group for s in job.start], np.int32), P)
             limit = np.repeat(np.array([job.limit for _, job in group], np.int32), lanes * P)
             none = np.zeros((lanes, P, 2), np.uint32)
@@ -298,13 +307,13 @@ class _Running:
 def drive(
     engine: Engine,
     searches: Iterable[tuple[Any, Search]],
-    retrieve: Callable[[list[tuple[Any, list[str]]]], list[list[Passage]]],
+    retrieve: Callable[[list[tuple[Any, list[str]]]], list[list[Passage] | Exception]],
     overlap: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Runs searches, as many at once as the engine has slots. Yields (name, event) as they come: a `Settled`, the exception that
     a search died of, or what it returned.
 
-    retrieve: (name, texts of the segments so far) pairs -> passages for each. overlap: it takes long, so other questions go on
+    retrieve: (name, texts of the segments so far) pairs -> passages for each, or what its search shall die of. overlap: it takes long, so other questions go on
     meanwhile. The order of all that happens depends on what is answered alone, never on time.
     """
     waiting, slots = iter(searches), {}
@@ -313,7 +322,8 @@ def drive(
         """Goes on with a search until it wants something of the device or the index."""
         running = slots[q]
         try:
-            running.wants = running.search.send(value)
+            failed = next((v for v in value if isinstance(v, Exception)), None) if isinstance(value, list) else None
+            running.wants = running.search.throw(failed) if failed else running.search.send(value)
             while isinstance(running.wants, Settled):
                 yield running.name, running.wants
                 running.wants = running.search.send(None)

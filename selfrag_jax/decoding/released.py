@@ -65,12 +65,13 @@ class ReleasedSearch(BeamSearch):
         self.retrieval, self.no_retrieval = (self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL))
 
     engine_rules = property(lambda self: self.whole)
+    branches = property(lambda self: self.config.ndocs)
     width = property(lambda self: 1)  # one open node after the other
     limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
 
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
-        """As BeamSearch.search; nothing settles before the end."""
+        """As BeamSearch.search; nothing settles before the end, and every history is read anew, for none continues another."""
         p, log_probs = (x[0] for x in (yield Read([prompt], [0])))
         search = Search([Beam(None, p, len(prompt))])
         if self.long and self.config.weights != scoring.Weights():

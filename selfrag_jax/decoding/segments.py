@@ -119,7 +119,7 @@ def sample(logits: jax.Array, key: jax.Array, age: jax.Array, temperature, top_p
     logits: [B, V]; key: [B, 2] uint32; age: [B]; temperature > 0 and 0 < top_p <= 1 scalars. Nothing is sorted: the probability
     of the nucleus's last token is found bit by bit.
     """
-    p = jax.nn.softmax(logits / temperature, axis=-1)
+    p = jax.nn.softmax((logits - logits.max(-1, keepdims=True)) / temperature, axis=-1)
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)  # in the order of p, for p is never negative
 
     def narrow(i, low):  # the largest threshold above which there still is enough
@@ -128,8 +128,10 @@ def sample(logits: jax.Array, key: jax.Array, age: jax.Array, temperature, top_p
         return jnp.where(enough, higher, low)
 
     low = jax.lax.fori_loop(0, 31, narrow, jnp.zeros(p.shape[0], jnp.int32))
-    mass = jnp.cumsum(jnp.where(bits >= low[:, None], p, 0.0), axis=-1)
+    kept = bits >= low[:, None]
+    mass = jnp.cumsum(jnp.where(kept, p, 0.0), axis=-1)
     draw = lambda k, i: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(k), i))  # noqa: E731
     point = jax.vmap(draw)(key, age) * mass[:, -1]
-    token = (mass <= point[:, None]).sum(-1)
-    return jnp.minimum(token, p.shape[1] - 1).astype(jnp.int32)
+    V = p.shape[1]
+    token = jnp.where(kept & (mass > point[:, None]), jnp.arange(V), V).min(-1)  # sums are rounded, but nothing else is drawn
+    return jnp.where(token < V, token, most_likely(logits)).astype(jnp.int32)

@@ -129,11 +129,12 @@ def _append(prefix: Cache, own: Cache) -> Cache:
     order = jnp.argsort(~own.valid, axis=1, stable=True)  # valid ones first
     at = jnp.arange(prefix.valid.shape[1]) - length
     source = jnp.take_along_axis(order, jnp.clip(at, 0, own.valid.shape[1] - 1), 1)
-    old, index = (at < 0)[:, None, :, None], source[:, None, :, None]
+    old = (at < 0)[:, None, :, None]
 
     def join(a, b):
-        expand = lambda x: x if a.ndim == 4 else x[None]  # noqa: E731
-        return jnp.where(expand(old), a, jnp.take_along_axis(b, expand(index), axis=-2))
+        rows = a.ndim - 4  # which axis they are
+        pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=-2, mode="clip"), in_axes=(rows, 0), out_axes=rows)
+        return jnp.where(old, a, pick(b, source))
 
     k, v = (jax.tree.map(join, *pair) for pair in ((prefix.k, own.k), (prefix.v, own.v)))
     valid = at < own.valid.sum(1)[:, None]

@@ -30,7 +30,7 @@ def answer_plain(
     questions: Sequence[Question],
     passages: Sequence[Sequence[Passage]],
     config: PlainConfig,
-    on_batch: Callable[[int], None] | None = None,
+    on_answer: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers to questions, each with its passages in front of the answer (none: from memory alone).
 
@@ -53,8 +53,8 @@ def answer_plain(
             "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
             "passages": [], "retrieved": bool(passages[i]), "p_sequence": float(np.exp(out.log_prob / words)) if words else 0.0,
         }  # fmt: skip
-        if on_batch:
-            on_batch(1)
+        if on_answer:
+            on_answer()
     return [rows[i] for i in range(len(questions))]
 
 
