@@ -137,9 +137,10 @@ def why_not(found: dict[str, Any]) -> str:
     if "compiler" in found:
         needed = ", ".join(f"{memory[k]:.1f} GB ({k})" for k in ("total", "temporaries") if k in memory)
         return f"does not fit {found['topology']}: {needed} a chip, which has {memory['hbm']:.1f}: {found['compiler']}"
+    beside = f" beside {memory['held_beside']:.1f} GB that are not theirs" if memory.get("held_beside") else ""
     return (
         f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
-        f"temporaries a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
+        f"temporaries{beside} a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
     )
 
 

@@ -4,6 +4,7 @@ TPU slice that is not here. The search itself runs on the host (decoding/beam_se
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import bucket, group_size, room
+from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size, room
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -21,9 +22,9 @@ from selfrag_jax.records import BadInput
 
 
 def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any, int]]:
-    """The engine's own jitted programs (decoding/slots.py) at the greatest lengths of prompt and passage, and on the longest
-    history that a search of `max_depth` segments can have, by name, lowered; with each the bytes on a chip of what the engine
-    holds beside the program's arguments.
+    """The engine's own jitted programs (decoding/slots.py), lowered, at the greatest lengths of prompt and passage and on the
+    longest history of `max_depth` segments. By name: the program, and the bytes on a chip of what the engine holds beside its
+    arguments.
 
     base: the model, its type and bits as they will run. Raises BadInput where the mesh does not divide its heads.
     """
@@ -42,29 +43,26 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
         lambda s: s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype), model.shapes()
     )
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
-    history, fed = longest_history(c), bucket(T, search.length_bucket)
-    state = jax.eval_shape(lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, W, False))
-    state = jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), state)
-    one, n = rows(jnp.int32, 1), W * P  # branches of a question
-    together = group_size(Q, fed)  # prompts that are read at once
-    some, tokens = rows(jnp.int32, together), (together, fed)
-    before = jax.eval_shape(lambda: Cache.empty(base, Q * W, room(history // 2, search.length_bucket)))
-    before = jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), before)
+    sharded = lambda tree: jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), tree)  # noqa: E731
+    history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
+    empty = lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, W, False)  # noqa: E731
+    state = sharded(jax.eval_shape(empty))
+    ints, n = partial(rows, jnp.int32), W * P  # branches of a question
     with jax.set_mesh(mesh):
-        grow = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
-        return ({"grow": grow} if search.max_depth > 1 else {}) | {
-            "prompt": (slots.read.lower(
-                model, params, rules, state.prefix, some, some, rows(jnp.int32, *tokens), rows(bool, *tokens), some, W, True
-            ), bytes_per_chip(state.own)),
-            "passages": (slots.feed.lower(
-                model, params, rules, state, one, rows(jnp.int32, n, fed), rows(bool, n, fed), rows(jnp.int32, n),
-                rows(jnp.int32, n), rows(jnp.uint32, n, 2),
-            ), 0),
-            "segment": (slots.decode.lower(model, params, rules, state, rows(jnp.int32), None), 0),
-            "keep": (
-                slots.keep.lower(state.prefix, state.own, one, rows(jnp.int32, W), rows(jnp.int32, W)), bytes_per_chip(params),
-            ),
-        }  # fmt: skip
+        read, some = bucket(T, search.length_bucket), group_size(Q, T)  # prompts that are read at once
+        prompts = (ints(some), ints(some), ints(some, read), rows(bool, some, read), ints(some), W, True)
+        passages = (ints(1), ints(n, read), rows(bool, n, read), ints(n), ints(n), rows(jnp.uint32, n, 2))
+        out = {
+            "prompt": (slots.read.lower(model, params, rules, state.prefix, *prompts), bytes_per_chip(state.own)),
+            "passages": (slots.feed.lower(model, params, rules, state, *passages), 0),
+            "segment": (slots.decode.lower(model, params, rules, state, ints(), None), 0),
+        }
+        if search.max_depth > 1:
+            smaller = next(n for n in range(history - 1, 0, -1) if room(n, search.length_bucket) < history)
+            before = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W, smaller)))
+            out["keep"] = (slots.keep.lower(state.prefix, state.own, ints(1), ints(W), ints(W)), bytes_per_chip(params))
+            out["grow"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
+        return out
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -74,9 +72,11 @@ def bytes_per_chip(tree: Any) -> int:
 def longest_history(c: AnswerConfig) -> int:
     """Tokens of the prefix of the last segment: prompt, and passage and text of all before."""
     s = c.search
-    if s.max_depth == 1:
-        return bucket(c.max_length, s.length_bucket)
-    return room(c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket)
+    first = first_room(c.max_length, s.max_new_tokens, s.max_depth > 1, s.length_bucket)
+    return max(
+        first,
+        room(c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket) if s.max_depth > 1 else 0,
+    )
 
 
 def times(c: AnswerConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip) -> dict[str, Any]:

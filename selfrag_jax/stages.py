@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,12 +230,12 @@ def _ask(v: dict, positional: list[str]) -> None:
     if not question:
         raise BadInput('ask what? For example: selfrag ask --workdir=W "Where was Marvin Tellock born?"')
     rag = _rag(v)
-    if rag.retriever is None and v["mode"] != "no_retrieval":
+    if rag.retriever is None and (v["mode"] or rag.config.search.mode) != "no_retrieval":
         raise BadInput("give --index, made by `selfrag index`, or --mode=no_retrieval")
     for event in rag.stream([question], **_changes(v)):
         if not isinstance(event, Answer):
-            if not v["json"]:  # a long answer is read while it is written
-                print(event.segment.text, flush=True)
+            if sys.stderr.isatty() and event.segment.text:  # a long answer is read while it is written
+                print(f"... {event.segment.text}", file=sys.stderr, flush=True)
         else:
             print(json.dumps(event.to_row(), ensure_ascii=False)) if v["json"] else show(event)
 

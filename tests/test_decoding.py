@@ -365,6 +365,13 @@ def test_a_question_that_fails_leaves_the_others_alone(talkative, tmp_path, caps
     assert "1 of 2 questions failed, '1' first" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [bool(r["error"]) for r in rows] == [False, True]
+    rag.retriever = SimpleNamespace(passages=lambda static, queries, k: [rows_of for _ in queries])
+    rows_of = make_passages(np.random.default_rng(0), talkative.tokenizer, 2)
+    answer_file(rag, tmp_path / "q.jsonl", tmp_path / "a.jsonl", None, {"mode": "always_retrieve"})  # only what failed
+    again = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert again[0] == rows[0] and again[1]["segments"] and not again[1]["error"]
+    with pytest.raises(BadInput, match="--mode='sometimes'"):  # before the file of the user is touched
+        answer_file(rag, tmp_path / "q.jsonl", tmp_path / "q.jsonl", None, {"mode": "sometimes"})
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_draws_belong_to_a_question_and_a_seed(talkative):
     for wrong, message in (
         (dict(temperature=-1.0), "--temperature=-1.0: must be from 0.01 to 100, or 0"),
         (dict(temperature=1.0, top_p=0.0), "--top_p=0.0: must be from 0.000001 to 1"),
-        (dict(top_p=0.5), "--top_p=0.5: nothing is drawn without a --temperature"),
+        (dict(top_p=0.5), "--top_p=0.5 needs a --temperature"),
         (dict(temperature=1.0, scorer="released", threshold=0.2), "the released scripts take the most likely token"),
     ):
         with pytest.raises(BadInput, match=message):

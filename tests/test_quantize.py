@@ -149,14 +149,15 @@ def test_answering_compiles_for_a_tpu(tmp_path):
         return done, json.loads(done.stdout)
 
     done, one = run(f"{tmp_path}/c.py:7b_int8", "v5e:1x1")
-    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment", "keep"}
+    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment"}
     c = Model(replace(MODEL, quantized=True))
     stored = sum(x.size * (1 if x.dtype == np.int8 else 2) for x in jax.tree.leaves(c.shapes()))
     # Two layers, keys and values: 320 tokens of a prompt; 320 of a passage and 100 new ones in ten branches.
     caches = 2 * 2 * (320 + 10 * (320 + 100)) * 4 * 128 * 2
     assert stored < one["programs"]["segment"]["memory_per_chip"]["arguments"] - caches < 1.2 * stored + 1e5
-    keep = one["programs"]["keep"]["memory_per_chip"]
-    assert stored <= keep["held_beside"] < 1.2 * stored + 1e5 and keep["total"] >= keep["held_beside"] + keep["arguments"]
+    prompt = one["programs"]["prompt"]["memory_per_chip"]  # the branches' own caches are held beside it
+    assert prompt["held_beside"] >= 2 * 2 * 10 * (320 + 100) * 4 * 128 * 2
+    assert prompt["total"] >= prompt["held_beside"] + prompt["arguments"]
     done, four = run(f"{tmp_path}/c.py:7b", "v5e:2x2")
     assert done.returncode == 0 and four["fits"] and four["mesh"]["tensor"] == 4 and four["collectives"]["all-reduce"]["count"]
     done, large = run("short_form:7b", "v5e:1x1", "--config.answer.tensor=1")

@@ -238,7 +238,7 @@ class SelfRAG:
 
         slow = self.retriever is not None and not all(q.ctxs for q in rows)
         events = search.stream(
-            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.config), [rows[i].question for i in asked], slow
+            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.branches), [rows[i].question for i in asked], slow
         )
         while True:
             with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
@@ -254,11 +254,15 @@ class SelfRAG:
                 for node in event.segments:
                     yield i, SegmentDone(rows[i].id, _segment(search, node))
 
-    def _slots(self, questions: int, config: SearchConfig) -> int:
+    def _slots(self, questions: int, each: int) -> int:
         """Questions at once: the configured number, or one for a single question, so that their number never leads to another
-        compilation; fewer where each has more passages, for the branches are what takes memory."""
+        compilation; fewer where each has more branches, which are what takes memory."""
         branches = self.config.batch * self.config.search.ndocs
-        return 1 if questions == 1 else max(1, min(self.config.batch, branches // config.ndocs))
+        return 1 if questions == 1 else max(1, min(self.config.batch, branches // each))
+
+    def check(self, changes: dict[str, Any]) -> None:
+        """Raises BadInput where `changes`, as of `answer`, are wrong."""
+        self._search(dict(changes))
 
     def _search(self, changes: dict[str, Any]) -> BeamSearch:
         base = self.config.search

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     BadInput for a file without questions, for ids that occur twice, and for questions without passages when there is
     no index.
     """
+    rag.check(changes)  # before anything is written
     questions = read_questions(input_path, task or "")
     ids = [q.id for q in questions]
     if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
@@ -29,12 +31,15 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     needs_passages = rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval"
     if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
         raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
-    config = {"changes": changes, "answer": json.loads(json.dumps(rag.config, default=vars))}
+    config = {"changes": changes, "task": task, "answer": json.loads(json.dumps(rag.config, default=vars))}
     inputs = {"input": input_path, **rag.sources}
+    done: dict[str, dict[str, Any]] = {}
     if artifacts.is_finished(out, "answer", config, inputs):
-        return len(questions)
+        done = {row["id"]: row for _, row in read_rows(out) if not row["error"]}
+        if len(done) == len(questions):
+            return len(questions)
     partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
-    done = {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
+    done |= {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
     before = len(engine.compiled)
     remaining = [q for q in questions if q.id not in done]
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -74,5 +79,6 @@ def _whole_rows(partial: Path) -> list[dict[str, Any]]:
     if not partial.is_file():
         return []
     data = partial.read_bytes()
-    partial.write_bytes(data[: data.rfind(b"\n") + 1])
+    if not data.endswith(b"\n"):
+        os.truncate(partial, data.rfind(b"\n") + 1)
     return [row for _, row in read_rows(partial)]

@@ -41,16 +41,15 @@ class SearchConfig:
     max_depth: int  # segments at most
     ndocs: int  # P, passages per retrieval
     accumulate: str  # rank paths by the "sum" (paper), "mean" or "product" of their segments' scores; sums favour long answers
-    constraints: tuple[
-        str, ...
-    ]  # a segment that says one of these critique tokens is dropped ("hard constraints" in the paper)
+    # A segment that says one of these critique tokens is dropped ("hard constraints" in the paper).
+    constraints: tuple[str, ...]
     keep_passages: bool  # in the history of later segments, as in training data; the released script drops them
     max_new_tokens: int  # of a segment
     length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
     scorer: str  # one of SCORERS
     temperature: float  # 0: always the most likely token; above, tokens are drawn, the more evenly the higher it is
     top_p: float  # of the probability, from which tokens are drawn
-    seed: int  # of the draws: with a question's id it makes them, whatever else is answered
+    seed: int  # of the draws: with a question's text it makes them, whatever else is answered
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -76,7 +75,7 @@ class SearchConfig:
             raise BadInput(f"--top_p={self.top_p}: must be from 0.000001 to 1, which draws from all tokens")
         if self.top_p < 1 and not self.temperature:
             raise BadInput(
-                f"--top_p={self.top_p}: nothing is drawn without a --temperature; 1 draws by the model's probabilities"
+                f"--top_p={self.top_p} needs a --temperature, e.g. --temperature=1; without one nothing is drawn: take --top_p=1"
             )
         if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
             raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")

@@ -104,6 +104,16 @@ def group_size(slots: int, tokens: int) -> int:
     return size if size >= SMALLEST_GROUP else 1  # else another shape is not worth its compilation
 
 
+def first_room(prompt: int, new: int, grows: bool, least: int) -> int:
+    """What prefixes have room for at first: a first segment too, where they grow."""
+    return room(prompt + 4 * least + new, least) if grows else bucket(prompt, least)
+
+
+def first_feed(tokens: int, branches: int, least: int) -> int:
+    """What branches have room for at first: passages, even if the first questions to come this far go without."""
+    return max(bucket(tokens, least), 4 * least if branches > 1 else 1)
+
+
 # ---- the device's side -----------------------------------------------------------------------------------------------
 @dataclass
 class Engine:
@@ -131,9 +141,8 @@ class Engine:
     def __post_init__(self):
         self.by_layers = isinstance(self.params["layers"], tuple)
         self.lengths, self.fed = np.zeros((self.Q, self.W), int), np.zeros((self.Q, self.W * self.P), int)
-        later = 4 * self.bucket + self.M if self.grows else 0  # room for a first segment, so that it need not grow at once
-        self.space = (room if self.grows else bucket)(self.prompt + later, self.bucket)
-        self.held = self.space  # what the prefix that is there has room for
+        self.space = first_room(self.prompt, self.M, self.grows, self.bucket)
+        self.held = self.space  # of the prefix that is there; another than `space` while that grows
         self.fed_space = 0
         self.prefix = self._run(programs.empty_prefix, self.model, self.Q * self.W, self.space, self.by_layers)
 
@@ -168,8 +177,7 @@ class Engine:
         if self.slots is not None and tokens <= self.fed_space:
             return
         if self.slots is None:
-            # Room for passages, even if the first questions to come this far go without.
-            self.fed_space = max(bucket(tokens, self.bucket), 4 * self.bucket if self.P > 1 else 1)
+            self.fed_space = first_feed(tokens, self.P, self.bucket)
             self.slots = self._run(
                 programs.empty, self.model, self.rules, self.prefix, self.P, self.fed_space, self.M, self.W, self.by_layers
             )

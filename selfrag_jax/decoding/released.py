@@ -65,7 +65,6 @@ class ReleasedSearch(BeamSearch):
         self.retrieval, self.no_retrieval = (self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL))
 
     engine_rules = property(lambda self: self.whole)
-    branches = property(lambda self: self.config.ndocs)
     width = property(lambda self: 1)  # one open node after the other
     limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
 
