@@ -321,8 +321,8 @@ def drive(
     """Runs searches, as many at once as the engine has slots. Yields (name, event) as they come: a `Settled`, the exception that
     a search died of, or what it returned.
 
-    retrieve: (name, texts of the segments so far) pairs -> passages for each, or what its search shall die of. overlap: it takes long, so other questions go on
-    meanwhile. The order of all that happens depends on what is answered alone, never on time.
+    retrieve: (name, texts of the segments so far) pairs -> passages for each, or what its search shall die of. overlap: it takes
+    long, so other questions go on meanwhile. The order of all that happens depends on what is answered alone, never on time.
     """
     waiting, slots = iter(searches), {}
 
