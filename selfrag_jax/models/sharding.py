@@ -6,6 +6,8 @@ table maps parameter paths to axes; parameters carry no metadata, so the same co
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -52,11 +54,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) needs {n} devices; there are {len(devices)}")
     if n < len(devices) and jax.process_count() > 1:  # a process without a part would leave the others waiting
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) uses {n} of {len(devices)} devices; several processes must use all")
+    impossible = BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {len(devices)} devices; use all of them")
+    if not _is_block(devices[:n]):
+        raise impossible
     auto = (jax.sharding.AxisType.Auto,) * 3
     try:
         return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices[:n], axis_types=auto)
-    except (AssertionError, NotImplementedError, ValueError) as e:  # some of the chips of a slice, or an odd shape
-        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {len(devices)} devices; use all of them") from e
+    except (NotImplementedError, ValueError) as e:  # an odd shape
+        raise impossible from e
+
+
+def _is_block(devices) -> bool:
+    """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so); others have no places."""
+    places = {(*d.coords, d.core_on_chip) for d in devices if hasattr(d, "coords")}
+    return math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) == max(len(places), 1)
 
 
 def spec(path: tuple, x) -> PartitionSpec:
