@@ -174,7 +174,7 @@ def search(model: Model, params: Params, new: int, k: int, width: int, depth: in
         accumulate="sum", constraints=(), keep_passages=True, max_new_tokens=new, length_bucket=8,
         scorer="paper", temperature=0.0, top_p=1.0, seed=0,
     )  # fmt: skip
-    return BeamSearch(model, jax.device_put(params), Ids(), config, 4096)
+    return BeamSearch(model, params, Ids(), config, 4096)
 
 
 def ours(s: BeamSearch, asked):

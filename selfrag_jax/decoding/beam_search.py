@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from selfrag_jax import prompts, reflection
@@ -237,7 +236,7 @@ class BeamSearch:
             candidates = [(b, -1, -1) for b in search.beams if b.finished]  # (new beam, parent lane, branch)
             for beam, (action, p), found in zip(live, actions, passages, strict=True):
                 for j, passage in enumerate(found):
-                    mine = jax.tree.map(lambda x, at=(beam.row, j): x[at], out)
+                    mine = out.at((beam.row, j))
                     node = self._node(search, beam, action, p, passage, mine)
                     new = Beam(node, mine.retrieve, int(mine.next_position))
                     candidates.append((new, beam.row, beam.row * self.branches + j))
@@ -332,11 +331,10 @@ class BeamSearch:
 
     def _node(self, search: Search, beam: Beam, action, p, passage, out: Segment) -> Node:
         """out: the segment of one branch."""
-        evidence, isrel, tokens = passage, out.isrel, tuple(int(t) for t in out.tokens[: out.length])
+        evidence, isrel, tokens = passage, out.isrel, tuple(out.said())
         if action == "continue" and beam.node is not None:  # the same evidence, judged relevant when it was retrieved
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
-        words = int(out.text_tokens)
-        p_segment = float(np.exp(out.log_prob / words)) if words else 0.0  # saying nothing is not certain
+        p_segment = out.mean_probability()
         judged = (isrel, out.issup, out.isuse, float(evidence is not None))
         score = float(scoring.segment_score(p_segment, *judged, self.config.weights))
         node = Node(

@@ -142,14 +142,13 @@ class Engine:
         self.by_layers = isinstance(self.params["layers"], tuple)
         self.lengths, self.fed = np.zeros((self.Q, self.W), int), np.zeros((self.Q, self.W * self.P), int)
         self.space = first_room(self.prompt, self.M, self.grows, self.bucket)
-        self.held = self.space  # of the prefix that is there; another than `space` while that grows
         self.fed_space = 0
         self.prefix = self._run(programs.empty_prefix, self.model, self.Q * self.W, self.space, self.by_layers)
 
     def _run(self, program, *args):
         """Calls a program of slots.py; one that has not run in this process with such shapes is compiled, which is logged."""
         shapes = [x.shape if isinstance(x, np.ndarray) else x if isinstance(x, int) else x is None for x in args]
-        sizes = (self.Q, self.W, self.P, self.M, self.space, self.held, self.fed_space, self.by_layers)
+        sizes = (self.Q, self.W, self.P, self.M, self.space, self.fed_space, self.by_layers)
         where = jax.sharding.get_abstract_mesh(), jax.typeof(self.params["norm"]["scale"])
         key = (program.__name__, self.model, self.rules, where, sizes, *shapes)
         if key in _seen:
@@ -167,9 +166,9 @@ class Engine:
 
     def _grow_prefix(self, tokens: int) -> None:
         if tokens > self.space:
-            self.space = room(tokens, self.bucket)
-            self.prefix = self._run(programs.longer_prefix, self.prefix, self.space)
-            self.held = self.space
+            longer = room(tokens, self.bucket)
+            self.prefix = self._run(programs.longer_prefix, self.prefix, longer)
+            self.space = longer
             if self.slots is not None:
                 self.slots.prefix = None  # the old one is let go
 
@@ -204,7 +203,7 @@ class Engine:
 
     def read(self, jobs: list[tuple[int, Read]]) -> dict[int, Any]:
         """The same number of lanes in all jobs. Returns by slot what `slots.read` does, of its lanes."""
-        out = {}
+        slots, found = [], []  # of each group
         lanes, fresh = len(jobs[0][1].tokens), jobs[0][1].parents is None
         longest = bucket(max(len(row) for _, job in jobs for row in job.tokens), self.bucket)
         for group in self.groups(jobs, lanes, longest):
@@ -217,26 +216,15 @@ class Engine:
             self._grow_prefix(max(map(max, after)))
             parent = np.array([0] * (lanes * len(group)) if fresh else [p for _, job in group for p in job.parents], np.int32)
             where, start = np.array([q for q, _ in group], np.int32), np.array([s for _, j in group for s in j.start], np.int32)
-            self.prefix, found = self._run(
-                programs.read,
-                self.model,
-                self.params,
-                self.rules,
-                self.prefix,
-                where,
-                parent,
-                tokens,
-                valid,
-                start,
-                self.W,
-                fresh,
-            )
-            for i, ((q, _), length) in enumerate(zip(group, after, strict=True)):
+            new = (where, parent, tokens, valid, start)
+            self.prefix, out = self._run(programs.read, self.model, self.params, self.rules, self.prefix, *new, self.W, fresh)
+            for (q, _), length in zip(group, after, strict=True):
                 self.lengths[q, :lanes] = length
-                out[q] = (found, slice(i * lanes, (i + 1) * lanes))
-        fetched = {id(f): f for f, _ in out.values()}
-        fetched = {i: jax.device_get(f) for i, f in fetched.items()}
-        return {q: f and tuple(x[at] for x in fetched[id(f)]) for q, (f, at) in out.items()}
+            slots.append([q for q, _ in group])
+            found.append(out)
+        at = lambda i: slice(i * lanes, (i + 1) * lanes)  # noqa: E731
+        told = zip(slots, jax.device_get(found), strict=True)
+        return {q: out and tuple(x[at(i)] for x in out) for qs, out in told for i, q in enumerate(qs)}
 
     def generate(self, jobs: list[tuple[int, Generate]]) -> None:
         """The same number of lanes in all jobs. `decode` makes progress with them."""
@@ -366,14 +354,15 @@ def drive(
         else:
             generating = [q for q in slots if slots[q].wants is None]
             asking = wanting(Passages)
-            if generating and (overlap or not asking):
+            decodes = generating and (overlap or not asking)
+            if decodes:
                 engine.decode(STEPS_BESIDE_RETRIEVAL if asking else engine.M)
             found = retrieve([(slots[q].name, texts) for q in asking for texts in slots[q].wants.previous]) if asking else []
-            if generating and (overlap or not asking):
+            if decodes:
                 ended, segments = engine.ended()
                 for q in generating:
                     if ended[q]:
-                        mine = jax.tree.map(lambda x, q=q: x[q], segments)
+                        mine = segments.at(q)
                         slots[q].generated = mine.length
                         yield from send(q, mine)
             rest = iter(found)

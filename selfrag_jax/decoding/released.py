@@ -21,7 +21,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from selfrag_jax import reflection
@@ -105,7 +104,7 @@ class ReleasedSearch(BeamSearch):
         return not says or scoring.p_retrieve(p, "yes_no") > c.threshold
 
     def _before_blank_line(self, out: Segment) -> list[int]:
-        tokens = _tokens(out)
+        tokens = out.said()
         for n in range(1, len(tokens) + 1):
             if "\n\n" in self.tokenizer.decode(tokens[:n]):
                 return tokens[: n - 1]
@@ -115,12 +114,12 @@ class ReleasedSearch(BeamSearch):
         """The segment of each branch on a history."""
         yield Read([history[:-1]], [0])  # the last token leads each branch, so that none is empty
         out = yield Generate([[[history[-1], *b] for b in branches]], [len(history) - 1], new)
-        return [jax.tree.map(lambda x, j=j: x[0, j], out) for j in range(len(branches))]
+        return [out.at((0, j)) for j in range(len(branches))]
 
     def _without(self, search: Search, prompt: list[int]) -> Generator[Any, Any, None]:
         """Answers without retrieval."""
         [out] = yield from self._generate(prompt, [[self.no_retrieval]], self.config.max_new_tokens)
-        tokens = self._before_blank_line(out) if self.long else _tokens(out)
+        tokens = self._before_blank_line(out) if self.long else out.said()
         node = self._add(search, None, "no_retrieval", None, tokens, out, 0.0, 0.0)
         search.beams = [Beam(node, search.beams[0].retrieve, 0)]
 
@@ -139,19 +138,19 @@ class ReleasedSearch(BeamSearch):
 
     def _child(self, search: Search, o: _Open, passage: Passage, out: Segment) -> tuple[Node, list[int]]:
         """The node of a branch, and its text as later segments see it."""
-        tokens = self._remapped(out) if self.long else _tokens(out)
+        tokens = self._remapped(out) if self.long else out.said()
         said = tokens[: tokens.index(self.retrieval)] if self.long and self.retrieval in tokens else tokens
         if self.long:
             score = scoring.released_score_long(out.isrel, out.issup)
         else:
-            score = float(scoring.released_score(_p_sequence(out), out.isrel, out.issup, out.isuse, self.config.weights))
+            score = float(scoring.released_score(out.mean_probability(), out.isrel, out.issup, out.isuse, self.config.weights))
         total = score if o.node is None else o.node.total * score
         node = self._add(search, o.node, "retrieve", passage, said, out, score, total)
         return node, [t for t in said if t != self.rules.eos]
 
     def _remapped(self, out: Segment) -> list[int]:
         """The long form decides at every [No Retrieval] once more, and puts one behind what said any."""
-        tokens = _tokens(out)
+        tokens = out.said()
         where = [j for j, t in enumerate(tokens) if t == self.no_retrieval]
         if not where:
             return tokens
@@ -171,7 +170,7 @@ class ReleasedSearch(BeamSearch):
             p_retrieve=float(scoring.p_retrieve(search.beams[0].retrieve, self.config.normalise)),
             passage=passage,
             tokens=tuple(tokens),
-            p_segment=_p_sequence(out),
+            p_segment=out.mean_probability(),
             isrel=tuple(map(float, out.isrel)),
             issup=tuple(map(float, out.issup)),
             isuse=tuple(map(float, out.isuse)),
@@ -184,11 +183,3 @@ class ReleasedSearch(BeamSearch):
         )
         search.nodes.append(node)
         return node
-
-
-def _tokens(out: Segment) -> list[int]:
-    return [int(t) for t in out.tokens[: out.length]]
-
-
-def _p_sequence(out: Segment) -> float:
-    return float(np.exp(out.log_prob / max(int(out.text_tokens), 1)))

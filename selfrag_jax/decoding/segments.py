@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from selfrag_jax.reflection import ReflectionIds
 
@@ -42,6 +43,18 @@ class Segment:
     complete: jax.Array  # [B] bool: ended by a token, not by the length limit
     next_position: jax.Array  # [B] int32: position of the token that would follow
     retrieve_at: jax.Array | None  # [B, M, 3] f32: at every position (TokenRules.whole only)
+
+    def at(self, index) -> Segment:
+        """Those branches that `index` picks."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def said(self) -> list[int]:
+        """The tokens of a single branch, on the host."""
+        return [int(t) for t in self.tokens[: self.length]]
+
+    def mean_probability(self) -> float:
+        """The exponential of the mean log-probability of a single branch's text; saying nothing is not certain, so 0."""
+        return float(np.exp(self.log_prob / int(self.text_tokens))) if self.text_tokens else 0.0
 
     @classmethod
     def empty(cls, B: int, M: int, rules: TokenRules) -> Segment:

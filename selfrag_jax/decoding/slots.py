@@ -81,7 +81,7 @@ def empty(
 @partial(jax.jit, static_argnames=("length",))
 def longer_prefix(prefix: Cache, length: int) -> Cache:
     """With room for `length` tokens."""
-    return prefix.longer(length - prefix.valid.shape[1])
+    return _pin(prefix.longer(length - prefix.valid.shape[1]))
 
 
 @partial(jax.jit, static_argnames=("before", "fed"))
@@ -106,8 +106,8 @@ def _rows(cache: Cache, rows: jax.Array) -> Cache:
 
 
 def _put(cache: Cache, where: jax.Array, new: Cache, stride: int) -> Cache:
-    """`new` has n blocks of rows, of which block i begins at row where[i] * stride; columns from the first on. In place, if the
-    caller gives `cache` away."""
+    """`new` has n blocks of rows, of which block i begins at row where[i] * stride; columns from the first on, of each array as
+    many as it has. In place, if the caller gives `cache` away."""
     n = where.shape[0]
     block = new.valid.shape[0] // n
 
@@ -185,12 +185,9 @@ def feed(model: Model, params: Params, rules: TokenRules, slots: Slots, where, t
     w, stride = tokens.shape[0] // (n * P), slots.width * P
     lanes = (where[:, None] * slots.width + jnp.arange(w)).reshape(-1)
     hidden, own = _read_tokens(model, params, _rows(slots.prefix, lanes), tokens, valid, start)
-    own_cache = _put(slots.own, where, replace(own, valid=jnp.zeros_like(own.valid)), stride)
+    behind = slots.own.valid.shape[1] - valid.shape[1]  # what stood there before is no longer valid
+    own_cache = _put(slots.own, where, replace(own, valid=jnp.pad(own.valid, [(0, 0), (0, behind)])), stride)
     rows = (where[:, None] * stride + jnp.arange(w * P)).reshape(-1)
-    everything = slots.own.valid.shape[1]
-    own_cache = replace(
-        own_cache, valid=own_cache.valid.at[rows].set(jnp.pad(valid, [(0, 0), (0, everything - valid.shape[1])]))
-    )
     fed = valid.sum(1)
     begin = Segment.empty(tokens.shape[0], slots.new, rules)
     begin = replace(begin, next_position=start + fed)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from selfrag_jax import prompts
@@ -47,7 +46,7 @@ def answer_plain(
     for i, out in drive(engine, ((i, _continue(row, config.max_new_tokens)) for i, row in enumerate(ids)), lambda _: []):
         if isinstance(out, Exception):
             raise out
-        text = tokenizer.decode([int(t) for t in out.tokens[: out.length] if t != tokenizer.eos_id]).strip()
+        text = tokenizer.decode([t for t in out.said() if t != tokenizer.eos_id]).strip()
         words, q = int(out.text_tokens), questions[i]
         rows[i] = {
             "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
@@ -62,7 +61,7 @@ def _continue(prompt: list[int], new: int) -> Generator[Any, Any, Segment]:
     """What the model says after a prompt."""
     yield Read([prompt[:-1]], [0])
     out = yield Generate([[[prompt[-1]]]], [len(prompt) - 1], new)
-    return jax.tree.map(lambda x: x[0, 0], out)
+    return out.at((0, 0))
 
 
 def _prompt(loaded: LoadedModel, q: Question, passages: Sequence[Passage], max_length: int) -> list[int]:
