@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size, room
+from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -45,7 +45,7 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
     sharded = lambda tree: jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), tree)  # noqa: E731
     history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
-    empty = lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, W, False)  # noqa: E731
+    empty = lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, M, W, False)  # noqa: E731
     state = sharded(jax.eval_shape(empty))
     ints, n = partial(rows, jnp.int32), W * P  # branches of a question
     with jax.set_mesh(mesh):
@@ -58,7 +58,7 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
             "segment": (slots.decode.lower(model, params, rules, state, ints(), None), 0),
         }
         if search.max_depth > 1:
-            smaller = next(n for n in range(history - 1, 0, -1) if room(n, search.length_bucket) < history)
+            smaller = next(n for n in range(history - 1, 0, -1) if bucket(n, search.length_bucket) < history)
             before = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W, smaller)))
             out["keep"] = (slots.keep.lower(state.prefix, state.own, ints(1), ints(W), ints(W)), bytes_per_chip(params))
             out["grow"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
@@ -75,7 +75,7 @@ def longest_history(c: AnswerConfig) -> int:
     first = first_room(c.max_length, s.max_new_tokens, s.max_depth > 1, s.length_bucket)
     return max(
         first,
-        room(c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket) if s.max_depth > 1 else 0,
+        bucket(c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket) if s.max_depth > 1 else 0,
     )
 
 

@@ -1,5 +1,6 @@
 """The engine: sampling, streaming, slots that are filled as they become free, few compilations."""
 
+import itertools
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from plain_search import make_passages, make_rag
 
 from selfrag_jax.decoding import engine, segments, slots
 from selfrag_jax.decoding.answer import Answer, SegmentDone
-from selfrag_jax.decoding.engine import bucket, room
+from selfrag_jax.decoding.engine import bucket
 from selfrag_jax.records import BadInput, Question
 
 
@@ -165,12 +166,18 @@ def test_a_search_that_fails_frees_its_slot(talkative, monkeypatch):
 @given(st.integers(1, 5000), st.sampled_from([1, 8, 32, 64]))
 def test_buckets_are_few_and_hold_what_they_should(n, least):
     assert bucket(1, least) == 1
-    for f, steps in ((bucket, 4), (room, 2)):
-        assert f(n, least) >= n and f(n, least) >= f(n - 1, least) and (n == 1 or f(n, least) % least == 0)
-        if n > 8 * least:
-            assert f(n, least) <= n * (1 + 1 / steps)
-        sizes = {f(m, least) for m in range(2, 4097)}
-        assert len(sizes) <= 8 + steps * np.log2(4096 / least)
+    size = bucket(n, least)
+    assert size >= n and size >= bucket(n - 1, least) and (n == 1 or size % least == 0)
+    if n > 8 * least:
+        assert size <= n * 5 / 4
+    assert len({bucket(m, least) for m in range(2, 4097)}) <= 8 + 4 * np.log2(4096 / least)
+
+
+@pytest.mark.parametrize("limit", [16, 100, 191, 192, 193, 300, 512, 1000])
+def test_rings_hold_what_goes_on(limit):
+    sizes = [engine.ring(n, limit) for n in range(limit)]
+    assert all(n < size <= limit for n, size in enumerate(sizes)) and sizes == sorted(sizes)
+    assert sizes[-1] == limit and len(set(sizes)) <= 1 + max(0, np.ceil(np.log2(limit / 128)))
 
 
 def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkeypatch):
@@ -189,8 +196,10 @@ def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkey
 
 
 @pytest.mark.slow
-def test_room_grows_in_the_middle_of_a_search(talkative):
-    """Prefixes and fed tokens beyond the first sizes give what larger sizes from the start give."""
+def test_room_grows_in_the_middle_of_a_search(talkative, monkeypatch):
+    """Prefixes, fed and generated tokens beyond the first sizes give what larger sizes from the start give."""
+    sizes, resize = [], engine.Engine._resize
+    monkeypatch.setattr(engine.Engine, "_resize", lambda self, *size: resize(self, *size) or sizes.append(size))
     rng = np.random.default_rng(11)
     rows = [
         Question(str(i), "Where?" + " x" * i, ctxs=tuple(make_passages(rng, talkative.tokenizer, 2 * (i + 1))))
@@ -200,9 +209,13 @@ def test_room_grows_in_the_middle_of_a_search(talkative):
     rows[2] = replace(rows[2], ctxs=tuple(long))
     found = []
     for length in (4, 64):
+        monkeypatch.setattr(engine, "FIRST_RING", length // 2)
         rag = make_rag(talkative, ndocs=2)
-        rag.config = replace(rag.config, search=replace(rag.config.search, length_bucket=length, max_depth=4), batch=3)
+        search = replace(rag.config.search, length_bucket=length, max_depth=4, max_new_tokens=16)
+        rag.config = replace(rag.config, search=search, batch=3)
         found.append(rag.answer(rows, mode="always_retrieve"))
+        rings = [places for _, places in sizes]
+        assert length == 64 or ({2, 4, 8} <= set(rings) and any(b < a for a, b in itertools.pairwise(rings)))
     for a, b in zip(*found, strict=True):
         assert a.answer == b.answer and [n["text"] for n in a.tree] == [n["text"] for n in b.tree]
         assert a.score == pytest.approx(b.score, abs=1e-4)

@@ -244,7 +244,7 @@ def memory(model: Model, n: int, k: int, shared: bool) -> int:
     """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
     rules, fed = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), 152 if shared else 352
     prefix = Cache.empty(model.config, n, 200 if shared else 1)
-    state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 1, False))
+    state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 50, 1, False))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     lowered = slots.decode.lower(model, model.shapes(), rules, state, jax.ShapeDtypeStruct((), np.int32), None)
     m = lowered.compile().memory_analysis()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from selfrag_jax.records import Passage
 
 log = logging.getLogger(__name__)
 
+FIRST_RING = 128  # generated tokens that branches have room for at first, where they may generate many more
 GROUP_TOKENS = 4096  # read at once: enough to be bound by arithmetic, few enough that the others do not wait long
 SMALLEST_GROUP = 8  # slots
 STEPS_BESIDE_RETRIEVAL = 8  # tokens that other questions generate while passages are looked for
@@ -90,12 +91,13 @@ def bucket(n: int, least: int) -> int:
     return -(-n // step) * step
 
 
-def room(n: int, least: int) -> int:
-    """The space that is made for n tokens which will be more: two sizes in each doubling."""
-    step = least
-    while 4 * step < n:
-        step *= 2
-    return -(-n // step) * step
+def ring(n: int, limit: int) -> int:
+    """Places for a branch of n generated tokens to go on: most segments are far shorter than the longest may be, and every step
+    reads all places."""
+    size = FIRST_RING
+    while size <= n:
+        size *= 2
+    return size if 3 * size < 2 * limit else limit
 
 
 def group_size(slots: int, tokens: int) -> int:
@@ -106,7 +108,7 @@ def group_size(slots: int, tokens: int) -> int:
 
 def first_room(prompt: int, new: int, grows: bool, least: int) -> int:
     """What prefixes have room for at first: a first segment too, where they grow."""
-    return room(prompt + 4 * least + new, least) if grows else bucket(prompt, least)
+    return bucket(prompt + 4 * least + ring(0, new) if grows else prompt, least)
 
 
 def first_feed(tokens: int, branches: int, least: int) -> int:
@@ -136,19 +138,21 @@ class Engine:
     sampling: tuple[float, float] | None = None
     lengths: np.ndarray = field(init=False)  # [Q, W]: tokens in each lane's prefix
     fed: np.ndarray = field(init=False)  # [Q, W * P]: tokens that each branch was fed
+    ages: np.ndarray = field(init=False)  # [Q]: tokens that a branch which has not ended has generated at most
     slots: programs.Slots | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.by_layers = isinstance(self.params["layers"], tuple)
         self.lengths, self.fed = np.zeros((self.Q, self.W), int), np.zeros((self.Q, self.W * self.P), int)
+        self.ages = np.zeros(self.Q, int)
         self.space = first_room(self.prompt, self.M, self.grows, self.bucket)
-        self.fed_space = 0
+        self.fed_space, self.ring = 0, ring(0, self.M)
         self.prefix = self._run(programs.empty_prefix, self.model, self.Q * self.W, self.space, self.by_layers)
 
     def _run(self, program, *args):
         """Calls a program of slots.py; one that has not run in this process with such shapes is compiled, which is logged."""
         shapes = [x.shape if isinstance(x, np.ndarray) else x if isinstance(x, int) else x is None for x in args]
-        sizes = (self.Q, self.W, self.P, self.M, self.space, self.fed_space, self.by_layers)
+        sizes = (self.Q, self.W, self.P, self.M, self.space, self.fed_space, self.ring, self.by_layers)
         where = jax.sharding.get_abstract_mesh(), jax.typeof(self.params["norm"]["scale"])
         key = (program.__name__, self.model, self.rules, where, sizes, *shapes)
         if key in _seen:
@@ -158,32 +162,34 @@ class Engine:
         seconds = time.perf_counter() - begin
         _seen.add(key)
         compiled.append((program.__name__, seconds))
-        shape = (
-            f"{self.Q} slots x {self.W} x {self.P}, prefixes of {self.space}, {self.fed_space} + {self.M} tokens of their own"
-        )
+        shape = f"{self.Q} slots x {self.W} x {self.P}, prefixes of {self.space}, {self.fed_space} + {self.ring} tokens of their own"
         log.info("compiled %s in %.1f s (%s); program %d", program.__name__, seconds, shape, len(compiled))
         return out
 
     def _grow_prefix(self, tokens: int) -> None:
         if tokens > self.space:
-            longer = room(tokens, self.bucket)
+            longer = bucket(tokens, self.bucket)
             self.prefix = self._run(programs.longer_prefix, self.prefix, longer)
             self.space = longer
             if self.slots is not None:
                 self.slots.prefix = None  # the old one is let go
 
-    def _grow_feed(self, tokens: int) -> None:
-        if self.slots is not None and tokens <= self.fed_space:
-            return
-        if self.slots is None:
-            self.fed_space = first_feed(tokens, self.P, self.bucket)
-            self.slots = self._run(
-                programs.empty, self.model, self.rules, self.prefix, self.P, self.fed_space, self.M, self.W, self.by_layers
-            )
-            self.prefix = self.slots.prefix
-        else:
-            before, self.fed_space = self.fed_space, bucket(tokens, self.bucket)
-            self.slots.own = self._run(programs.longer_feed, self.slots.own, before, self.fed_space)
+    def _resize(self, fed: int, places: int) -> None:
+        if (fed, places) != (self.fed_space, self.ring):
+            before, self.fed_space, self.ring = self.fed_space, fed, places
+            own = self._run(programs.resize, self.slots.own, before, fed, places)
+            self.slots = replace(self.slots, own=own, fed=fed)
+
+    def _make_room(self, tokens: int) -> None:
+        """For branches that will be fed so many tokens."""
+        if self.slots is not None:
+            needed = ring(self.ages.max(), self.M)
+            shorter = needed if 2 * needed <= self.ring else self.ring
+            return self._resize(self.fed_space if tokens <= self.fed_space else bucket(tokens, self.bucket), shorter)
+        self.fed_space = first_feed(tokens, self.P, self.bucket)
+        sizes = (self.P, self.fed_space, self.ring, self.M, self.W)
+        self.slots = self._run(programs.empty, self.model, self.rules, self.prefix, *sizes, self.by_layers)
+        self.prefix = self.slots.prefix
 
     def groups(self, jobs: list, rows: int, tokens: int) -> Iterator[list]:
         """Jobs of `rows` rows of `tokens` tokens each, in the numbers in which they are done: one or `group_size`, the last one
@@ -230,7 +236,7 @@ class Engine:
         """The same number of lanes in all jobs. `decode` makes progress with them."""
         lanes, P = len(jobs[0][1].branches), self.P
         longest = bucket(max(len(b) for _, job in jobs for lane in job.branches for b in lane), self.bucket)
-        self._grow_feed(longest)
+        self._make_room(longest)
         for group in self.groups(jobs, lanes * P, longest):
             rows = [[*lane, *[[]] * (P - len(lane))] for _, job in group for lane in job.branches]
             tokens, valid = self.padded([b for lane in rows for b in lane], longest)
@@ -245,10 +251,13 @@ class Engine:
             )
             self.prefix = self.slots.prefix
             for i, (q, _) in enumerate(group):
+                self.ages[q] = 0
                 self.fed[q, : lanes * P] = valid.sum(1)[i * lanes * P : (i + 1) * lanes * P]
 
     def decode(self, steps: int) -> None:
         """Begins to generate; returns at once where the device works by itself."""
+        if self.ages.max() >= self.ring:
+            self._resize(self.fed_space, ring(self.ages.max(), self.M))
         sampling = None if self.sampling is None else tuple(np.float32(x) for x in self.sampling)
         self.slots.prefix = self.prefix
         self.slots = self._run(programs.decode, self.model, self.params, self.rules, self.slots, np.int32(steps), sampling)
@@ -256,8 +265,9 @@ class Engine:
 
     def ended(self) -> tuple[np.ndarray, Segment]:
         """Which slots have ended all of their branches [Q], and all segments [Q, W, P, ...]."""
-        done, segment = jax.device_get((self.slots.done, self.slots.segment))
+        done, age, segment = jax.device_get((self.slots.done, self.slots.age, self.slots.segment))
         by_slot = lambda x: x.reshape(self.Q, self.W, self.P, *x.shape[1:])  # noqa: E731
+        self.ages = np.where(done, 0, age).reshape(self.Q, -1).max(1)
         return done.reshape(self.Q, -1).all(1), jax.tree.map(by_slot, segment)
 
     def keep(self, jobs: list[tuple[int, Keep]], generated: dict[int, np.ndarray]) -> None:

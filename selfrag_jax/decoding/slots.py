@@ -7,7 +7,8 @@ has ended all of its branches, `keep` makes the best branches the new prefixes, 
 next question.
 
 Letters: Q slots, R = Q * W lanes, B = R * P branches, S tokens that a prefix has room for, T that are fed to a branch at most,
-M that are generated at most, n slots that one call changes. The rows of slot q are q * W + lane and (q * W + lane) * P + branch.
+M that are generated at most, C of them that a branch has room for by now, n slots that one call changes. The rows of slot q are
+q * W + lane and (q * W + lane) * P + branch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from selfrag_jax.models.sharding import constrain
 @dataclass
 class Slots:
     prefix: Cache  # [L, R, K, S, H]: tokens stand close together from the first place on
-    own: Cache  # [L, B, K, T + M, H]: what was fed, then a ring of M places that all branches write in step
+    own: Cache  # [L, B, K, T + C, H]: what was fed, then a ring of C places that all branches write in step
     hidden: jax.Array  # [B, D]: of each branch's last token
     segment: Segment  # B rows
     age: jax.Array  # [B] int32: tokens chosen since the branch was fed
@@ -39,6 +40,7 @@ class Slots:
     key: jax.Array  # [B, 2] uint32: for sampling
     width: int = field(metadata=dict(static=True))  # W
     branches: int = field(metadata=dict(static=True))  # P
+    fed: int = field(metadata=dict(static=True))  # T
     new: int = field(metadata=dict(static=True))  # M
 
 
@@ -62,20 +64,20 @@ def empty_prefix(model: Model, lanes: int, length: int, by_layers: bool) -> Cach
 
 @partial(
     jax.jit,
-    static_argnames=("model", "rules", "branches", "fed", "new", "width", "by_layers"),
+    static_argnames=("model", "rules", "branches", "fed", "ring", "new", "width", "by_layers"),
     donate_argnames=("prefix",),
 )
 def empty(
-    model: Model, rules: TokenRules, prefix: Cache, branches: int, fed: int, new: int, width: int, by_layers: bool
+    model: Model, rules: TokenRules, prefix: Cache, branches: int, fed: int, ring: int, new: int, width: int, by_layers: bool
 ) -> Slots:
     """Slots of which none is in use, on prefixes that may be."""
     B = prefix.valid.shape[0] * branches
-    own = replace(_empty_cache(model, B, fed + new, by_layers), cursor=jnp.int32(fed))
+    own = replace(_empty_cache(model, B, fed + ring, by_layers), cursor=jnp.int32(fed))
     dtype = jnp.dtype(model.config.dtype)
     zeros, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     hidden, key = jnp.zeros((B, model.config.embed_dim), dtype), jnp.zeros((B, 2), jnp.uint32)
     segment = Segment.empty(B, new, rules)
-    return Slots(prefix, own, hidden, segment, zeros, zeros, ~no, no, no, key, width, branches, new)
+    return Slots(prefix, own, hidden, segment, zeros, zeros, ~no, no, no, key, width, branches, fed, new)
 
 
 @partial(jax.jit, static_argnames=("length",))
@@ -84,18 +86,22 @@ def longer_prefix(prefix: Cache, length: int) -> Cache:
     return _pin(prefix.longer(length - prefix.valid.shape[1]))
 
 
-@partial(jax.jit, static_argnames=("before", "fed"))
-def longer_feed(own: Cache, before: int, fed: int) -> Cache:
-    """With room for `fed` tokens in front of the generated ones, where there was room for `before`."""
+@partial(jax.jit, static_argnames=("before", "fed", "ring"))
+def resize(own: Cache, before: int, fed: int, ring: int) -> Cache:
+    """With room for `fed` tokens, where there was room for `before`, and a ring of `ring` places that holds the last tokens."""
+    old = own.valid.shape[1] - before
+    back = ring - jnp.arange(ring)  # how many steps ago a place of the new ring was written
+    source = before + (own.cursor - before - back) % old
 
-    def widen(x, axis):
-        first, ring = jnp.split(x, [before], axis)
-        shape = list(x.shape)
-        shape[axis] = fed - before
-        return jnp.concatenate([first, jnp.zeros(shape, x.dtype), ring], axis)
+    def change(x, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, fed - before)
+        first = jnp.pad(jax.lax.slice_in_dim(x, 0, before, axis=axis), widths)
+        return jnp.concatenate([first, jnp.take(x, source, axis)], axis)
 
-    k, v = (jax.tree.map(lambda x: widen(x, x.ndim - 2), x) for x in (own.k, own.v))
-    return _pin(Cache(k, v, widen(own.valid, 1), widen(own.positions, 1), own.cursor + (fed - before)))
+    k, v = (jax.tree.map(lambda x: change(x, x.ndim - 2), x) for x in (own.k, own.v))
+    valid = change(own.valid, 1) & jnp.concatenate([jnp.ones(fed, bool), back <= old])
+    return _pin(Cache(k, v, valid, change(own.positions, 1), jnp.full_like(own.cursor, fed)))
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -202,17 +208,17 @@ def feed(model: Model, params: Params, rules: TokenRules, slots: Slots, where, t
 
 @partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("slots",))
 def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps, sampling) -> Slots:
-    """Generates for all branches, until all of one slot have ended or `steps` are done.
+    """Generates for all branches, until all of one slot have ended, the ring has no more room for one, or `steps` are done.
 
     sampling: (temperature, top_p), or None for the most likely token. What ended in an earlier call does not count.
     """
     ended = lambda done: done.reshape(-1, slots.width * slots.branches).all(1)  # noqa: E731
     before = ended(slots.done)
-    ring = slots.own.valid.shape[1] - slots.new
+    room = slots.own.valid.shape[1] - slots.fed
 
     def going(state):
         step, s = state
-        return (step < steps) & ~s.done.all() & ~(ended(s.done) & ~before).any()
+        return (step < steps) & ~s.done.all() & ~(ended(s.done) & ~before).any() & (s.done | (s.age < room)).all()
 
     def body(state):
         step, s = state
@@ -237,7 +243,7 @@ def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps,
             next_position=seg.next_position + writes,
         )
         done = s.done | ends_before | last_token | at_limit
-        own = replace(own, cursor=jnp.where(own.cursor == own.valid.shape[1], ring, own.cursor))
+        own = replace(own, cursor=jnp.where(own.cursor == own.valid.shape[1], slots.fed, own.cursor))
         return step + 1, replace(
             s, own=own, hidden=hidden[:, 0], segment=seg, age=s.age + 1, done=done, sup_seen=sup_seen, use_seen=use_seen
         )
