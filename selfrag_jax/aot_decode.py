@@ -36,7 +36,7 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     ids = reflection.lookup(lambda token: base.vocab_size - 1 - first + reflection.ALL.index(token))
     rules = TokenRules(2, base.vocab_size - 1, ids)
     whole = NamedSharding(mesh, PartitionSpec())
-    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None, None))  # of a cache [L, B, K, S, H]
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None, None))  # of a cache [L, B, K, ...]
     shape = lambda s, p=whole: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
     rows = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=whole)  # noqa: E731
     stored = jax.tree.map(

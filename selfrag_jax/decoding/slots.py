@@ -28,8 +28,8 @@ from selfrag_jax.models.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass
 class Slots:
-    prefix: Cache  # [L, R, K, S, H]: tokens stand close together from the first place on
-    own: Cache  # [L, B, K, T + C, H]: what was fed, then a ring of C places that all branches write in step
+    prefix: Cache  # R rows of S: tokens stand close together from the first place on
+    own: Cache  # B rows of T + C: what was fed, then a ring of C places that all branches write in step
     hidden: jax.Array  # [B, D]: of each branch's last token
     segment: Segment  # B rows
     age: jax.Array  # [B] int32: tokens chosen since the branch was fed
@@ -99,9 +99,9 @@ def resize(own: Cache, before: int, fed: int, ring: int) -> Cache:
         first = jnp.pad(jax.lax.slice_in_dim(x, 0, before, axis=axis), widths)
         return jnp.concatenate([first, jnp.take(x, source, axis)], axis)
 
-    k, v = (jax.tree.map(lambda x: change(x, x.ndim - 2), x) for x in (own.k, own.v))
-    valid = change(own.valid, 1) & jnp.concatenate([jnp.ones(fed, bool), back <= old])
-    return _pin(Cache(k, v, valid, change(own.positions, 1), jnp.full_like(own.cursor, fed)))
+    new = own.over_tokens(change)
+    valid = new.valid & jnp.concatenate([jnp.ones(fed, bool), back <= old])
+    return _pin(replace(new, valid=valid, cursor=jnp.full_like(own.cursor, fed)))
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -135,17 +135,14 @@ def _append(prefix: Cache, own: Cache) -> Cache:
     order = jnp.argsort(~own.valid, axis=1, stable=True)  # valid ones first
     at = jnp.arange(prefix.valid.shape[1]) - length
     source = jnp.take_along_axis(order, jnp.clip(at, 0, own.valid.shape[1] - 1), 1)
-    old = (at < 0)[:, None, :, None]
 
-    def join(a, b):
-        rows = a.ndim - 4  # which axis they are
-        pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=-2, mode="clip"), in_axes=(rows, 0), out_axes=rows)
-        return jnp.where(old, a, pick(b, source))
+    def join(a, axis, b):
+        rows = max(a.ndim - 4, 0)  # which axis they are
+        pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis - 1, mode="clip"), in_axes=(rows, 0), out_axes=rows)
+        shape = [n if i in (rows, axis) else 1 for i, n in enumerate(a.shape)]
+        return jnp.where((at < 0).reshape(shape), a, pick(b, source))
 
-    k, v = (jax.tree.map(join, *pair) for pair in ((prefix.k, own.k), (prefix.v, own.v)))
-    valid = at < own.valid.sum(1)[:, None]
-    positions = jnp.where(at < 0, prefix.positions, jnp.take_along_axis(own.positions, source, 1))
-    return Cache(k, v, valid, positions, prefix.cursor)
+    return replace(prefix.over_tokens(join, own), valid=at < own.valid.sum(1)[:, None])
 
 
 def _read_tokens(model: Model, params: Params, prefix: Cache | None, tokens, valid, start):

@@ -106,21 +106,21 @@ def attend_cached(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_mask=None)
     """Softmax attention over [prefix, own] keys of a cache, without copying the prefix to its branches: each part is
     computed by itself, relative to the largest score of both (as in Hydragen, arXiv 2402.05099).
 
-    q: [B, T, N, H]; k, v: [B, K, S, H]; mask: [B, T, S] bool; prefix_k, prefix_v: [R, K, S', H] with B = R * P;
-    prefix_mask: broadcasts to [R, P, T, S']. Returns [B, T, N, H]. Every query must see at least one key.
+    q: [B, T, N, H]; k: [B, K, H, S]; v: [B, K, S, H]; mask: [B, T, S] bool; prefix_k: [R, K, H, S'] and prefix_v: [R, K, S', H]
+    with B = R * P; prefix_mask: broadcasts to [R, P, T, S']. Returns [B, T, N, H]. Every query must see at least one key.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
     q = _heads_first(q, K)
     dot = lambda form, *xs: jnp.einsum(form, *xs, preferred_element_type=jnp.float32)  # noqa: E731
-    scores = dot("BKTH,BKSH->BKTS", _rows(q), k).reshape(B, K, N // K, T, -1)
+    scores = dot("BKTH,BKHS->BKTS", _rows(q), k).reshape(B, K, N // K, T, -1)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     most = scores.max(-1, keepdims=True)
     if prefix_k is not None:
         R, P = prefix_k.shape[0], B // prefix_k.shape[0]
         # The queries of all branches of a prefix as the rows of one product.
         together = q.reshape(R, P, K, -1, H).swapaxes(1, 2).reshape(R, K, -1, H)
-        shared = dot("RKTH,RKSH->RKTS", together, prefix_k).reshape(R, K, P, N // K, T, -1).swapaxes(1, 2)
+        shared = dot("RKTH,RKHS->RKTS", together, prefix_k).reshape(R, K, P, N // K, T, -1).swapaxes(1, 2)
         shared = jnp.where(prefix_mask[:, :, None, None], shared, MASKED)
         most = jnp.maximum(most, shared.max(-1, keepdims=True).reshape(most.shape))
     weights = jnp.exp(scores - most)

@@ -13,6 +13,7 @@ question read one copy of their common history.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -96,25 +97,29 @@ class LlamaConfig:
 class Cache:
     """Keys and values of past tokens. Where they stand says nothing of their order; their positions do."""
 
-    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]: a head's keys lie together, as products read them
-    v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, S, H]
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, H, S]: a head's keys lie together, as products read them
+    v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, H, S] and [B, K, S, H]
     valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
     positions: jax.Array  # [B, S] int32: of the tokens in the slots
     cursor: jax.Array  # [] int32: the next slot to write, shared by all rows
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int) -> Cache:
-        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-        dtype = jnp.dtype(config.dtype)
+        rows, dtype = (config.num_layers, batch, config.num_kv_heads), jnp.dtype(config.dtype)
+        k, v = jnp.zeros((*rows, config.head_dim, length), dtype), jnp.zeros((*rows, length, config.head_dim), dtype)
         valid, positions = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), valid, positions, jnp.int32(0))
+        return cls(k, v, valid, positions, jnp.int32(0))
+
+    def over_tokens(self, change: Callable[..., jax.Array], *others: Cache) -> Cache:
+        """With `change(array, axis of the tokens, the others' arrays)` in place of each array."""
+        one = lambda axis: lambda x, *more: change(x, x.ndim + axis if axis < 0 else axis, *more)  # noqa: E731
+        fields = (("k", -1), ("v", -2), ("valid", 1), ("positions", 1))
+        new = {n: jax.tree.map(one(axis), getattr(self, n), *(getattr(o, n) for o in others)) for n, axis in fields}
+        return replace(self, **new)
 
     def longer(self, more: int) -> Cache:
         """With `more` empty slots at the end."""
-        slots = [(0, 0), (0, more)]
-        widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])  # noqa: E731
-        k, v = (jax.tree.map(widen, x) for x in (self.k, self.v))
-        return replace(self, k=k, v=v, valid=jnp.pad(self.valid, slots), positions=jnp.pad(self.positions, slots))
+        return self.over_tokens(lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]))
 
     def by_layers(self) -> Cache:
         """For many small steps on a CPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
@@ -226,14 +231,12 @@ class Llama(nnx.Module):
             collected by layers, every step of decoding would copy it."""
             (x, *slots), (i, state, prefix_kv) = carry, per_layer
 
-            def write(*new):
-                at = (i, 0, 0, cache.cursor, 0)
+            def write(k, v):
+                new = ((k.transpose(0, 2, 3, 1), (0, 0, 0, cache.cursor)), (v.swapaxes(1, 2), (0, 0, cache.cursor, 0)))
                 if i is None:
-                    heads = (n.swapaxes(1, 2) for n in new)
-                    whole = [jax.lax.dynamic_update_slice(s, n, at[1:]) for s, n in zip(slots, heads, strict=True)]
+                    whole = [jax.lax.dynamic_update_slice(s, n, at) for s, (n, at) in zip(slots, new, strict=True)]
                     return *whole, whole
-                heads = (n.swapaxes(1, 2)[None] for n in new)
-                whole = [jax.lax.dynamic_update_slice(s, n, at) for s, n in zip(slots, heads, strict=True)]
+                whole = [jax.lax.dynamic_update_slice(s, n[None], (i, *at)) for s, (n, at) in zip(slots, new, strict=True)]
                 return *(jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in whole), whole
 
             attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
