@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from selfrag_jax.records import BadInput
-from selfrag_jax.stages import STAGES, DoesNotFit, Stage
+from selfrag_jax.stages import STAGES, Failed, Stage
 
 
 def _overview() -> str:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError, DoesNotFit) as e:
+    except (FloatingPointError, OSError, Failed) as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -31,8 +31,8 @@ class Stage:
     positional: str = ""  # what a positional argument is, if one is taken
 
 
-class DoesNotFit(RuntimeError):
-    """Printed without a traceback; the exit status is 1."""
+class Failed(RuntimeError):
+    """The stage did what it should and came to no good end. Printed without a traceback; the exit status is 1."""
 
 
 def _config_flag(default: str = _CONFIG) -> Flag:
@@ -196,7 +196,7 @@ def _compile(v: dict, _) -> None:
     if v["out"]:
         write_json(v["out"], found)
     if not found["fits"]:
-        raise DoesNotFit(aot.why_not(found))
+        raise Failed(aot.why_not(found))
 
 
 def _require_quickstart(workdir: str | Path, *files: Path) -> None:
@@ -237,7 +237,12 @@ def _ask(v: dict, positional: list[str]) -> None:
             if sys.stderr.isatty() and event.segment.text:  # a long answer is read while it is written
                 print(f"... {event.segment.text}", file=sys.stderr, flush=True)
         else:
-            print(json.dumps(event.to_row(), ensure_ascii=False)) if v["json"] else show(event)
+            if v["json"]:
+                print(json.dumps(event.to_row(), ensure_ascii=False))
+            elif not event.error:
+                show(event)
+            if event.error:
+                raise Failed(f"no answer: {event.error}")
 
 
 def _answer(v: dict, _) -> None:

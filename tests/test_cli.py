@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from plain_search import make_rag
 
-from selfrag_jax import cli, config
+from selfrag_jax import cli, config, stages
 from selfrag_jax.records import BadInput
 
 
@@ -54,6 +55,20 @@ def test_wrong_input_is_answered_with_what_to_do(capsys, tmp_path, monkeypatch, 
     code, _, err = run(capsys, *argv)
     assert code == 2 and message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkative, as_json):
+    class Broken:
+        def passages(self, *_):
+            raise RuntimeError("the index is broken")
+
+    rag = make_rag(talkative, ndocs=2)
+    rag.retriever = Broken()
+    monkeypatch.setattr(stages, "_rag", lambda v: rag)
+    code, out, err = run(capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else []))
+    assert code == 1 and err == "selfrag ask: no answer: RuntimeError: the index is broken\n"
+    assert json.loads(out)["error"] == "RuntimeError: the index is broken" if as_json else not out
 
 
 def test_an_unfinished_workdir_is_refused(capsys, tmp_path):

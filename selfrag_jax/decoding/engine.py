@@ -78,9 +78,6 @@ class Settled:
     segments: Any
 
 
-Search = Generator[Any, Any, Any]  # returns its outcome
-
-
 def bucket(n: int, least: int) -> int:
     """The length that n tokens are padded to: a multiple of `least`, of which each doubling has four at most."""
     if n <= 1:
@@ -305,14 +302,14 @@ def _alone(params: Params) -> bool:
 @dataclass
 class _Running:
     name: Any
-    search: Search
+    search: Generator[Any, Any, Any]  # returns its outcome
     wants: Any = None
     generated: np.ndarray | None = None  # [W, P] tokens of its last segments
 
 
 def drive(
     engine: Engine,
-    searches: Iterable[tuple[Any, Search]],
+    searches: Iterable[tuple[Any, Generator[Any, Any, Any]]],
     retrieve: Callable[[list[tuple[Any, list[str]]]], list[list[Passage] | Exception]],
     overlap: bool = False,
 ) -> Iterator[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,11 @@ class _Open:
     goes_on: bool
 
 
+@dataclass
+class _Search(Search):
+    read: list[int] = field(default_factory=list)  # what stands in the question's lane
+
+
 class ReleasedSearch(BeamSearch):
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
         super().__init__(model, params, tokenizer, config, max_length)
@@ -71,11 +76,11 @@ class ReleasedSearch(BeamSearch):
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
         """As BeamSearch.search; nothing settles before the end, and every history is read anew, for none continues another."""
         p, log_probs = (x[0] for x in (yield Read([prompt], [0])))
-        search = Search([Beam(None, p, len(prompt))])
+        search = _Search([Beam(None, p, len(prompt))], read=prompt)
         if self.long and self.config.weights != scoring.Weights():
             search.notices.append("the released long form scores without weights: those that were given have no effect")
         found: list[Passage] = []
-        if (yield from self._gate(prompt, p, log_probs)):
+        if (yield from self._gate(search, prompt, p, log_probs)):
             [found] = yield Passages([[]])
             if not found:
                 search.notices.append("no passage was found; answered without one")
@@ -92,14 +97,14 @@ class ReleasedSearch(BeamSearch):
                 search.beams = [Beam(o.node, p, 0) for o in level]
         return search
 
-    def _gate(self, prompt: list[int], p: np.ndarray, log_probs: np.ndarray) -> Generator[Any, Any, bool]:
+    def _gate(self, search: _Search, prompt: list[int], p: np.ndarray, log_probs: np.ndarray) -> Generator[Any, Any, bool]:
         """Whether to retrieve. p, log_probs: [3] of the Retrieve tokens after the prompt."""
         c = self.config
         if c.mode != "adaptive_retrieval":
             return c.mode == "always_retrieve"
         if not self.long:
             return scoring.released_gate(log_probs.astype(np.float64)) > c.threshold
-        [out] = yield from self._generate(prompt, [[]], GATE_TOKENS)
+        [out] = yield from self._generate(search, prompt, [[]], GATE_TOKENS)
         says = self.retrieval in self._before_blank_line(out)
         return not says or scoring.p_retrieve(p, "yes_no") > c.threshold
 
@@ -110,25 +115,32 @@ class ReleasedSearch(BeamSearch):
                 return tokens[: n - 1]
         return tokens
 
-    def _generate(self, history: list[int], branches: list[list[int]], new: int) -> Generator[Any, Any, list[Segment]]:
-        """The segment of each branch on a history."""
-        yield Read([history[:-1]], [0])  # the last token leads each branch, so that none is empty
-        out = yield Generate([[[history[-1], *b] for b in branches]], [len(history) - 1], new)
+    def _generate(
+        self, search: _Search, history: list[int], branches: list[list[int]], new: int
+    ) -> Generator[Any, Any, list[Segment]]:
+        """The segment of each branch on a history, which is read unless it stands there already."""
+        whole = search.read == history and all(branches)
+        lead = [] if whole else history[-1:]  # of each branch, so that none is empty
+        begin = history[: len(history) - len(lead)]
+        if search.read != begin:
+            yield Read([begin], [0])
+            search.read = begin
+        out = yield Generate([[[*lead, *b] for b in branches]], [len(begin)], new)
         return [out.at((0, j)) for j in range(len(branches))]
 
-    def _without(self, search: Search, prompt: list[int]) -> Generator[Any, Any, None]:
+    def _without(self, search: _Search, prompt: list[int]) -> Generator[Any, Any, None]:
         """Answers without retrieval."""
-        [out] = yield from self._generate(prompt, [[self.no_retrieval]], self.config.max_new_tokens)
+        [out] = yield from self._generate(search, prompt, [[self.no_retrieval]], self.config.max_new_tokens)
         tokens = self._before_blank_line(out) if self.long else out.said()
         node = self._add(search, None, "no_retrieval", None, tokens, out, 0.0, 0.0)
         search.beams = [Beam(node, search.beams[0].retrieve, 0)]
 
-    def _level(self, search: Search, opened: list[_Open], passages: list[Passage]) -> Generator[Any, Any, list[_Open]]:
+    def _level(self, search: _Search, opened: list[_Open], passages: list[Passage]) -> Generator[Any, Any, list[_Open]]:
         """The best children of the open nodes."""
         children = []
         for o in opened:
             branches = [self._branch_input(search, "retrieve", passage) for passage in passages]
-            out = yield from self._generate(o.prompt + o.said, branches, self.config.max_new_tokens)
+            out = yield from self._generate(search, o.prompt + o.said, branches, self.config.max_new_tokens)
             previous = o.said
             for passage, segment in zip(passages, out, strict=True):
                 child, said = self._child(search, o, passage, segment)

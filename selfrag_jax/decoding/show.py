@@ -15,14 +15,11 @@ _LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p
 
 
 def show(answer: Answer, console: Console | None = None) -> None:
-    """Prints the answer, its citations, and for each passage what the model thought of it."""
+    """Prints an answer, its citations, and for each passage what the model thought of it."""
     console = console or Console()
     marks = {c.segment: c.passage + 1 for c in answer.citations}
     cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]
     console.print()
-    if answer.error:
-        console.print(f"no answer: {escape(answer.error)}", style="red")
-        return
     for notice in answer.notices:  # first: a guess should not be read as an answer
         console.print(f"note: {escape(notice)}", style="yellow")
     console.print(f"[bold]{escape(' '.join(cited))}[/bold]")

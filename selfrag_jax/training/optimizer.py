@@ -58,6 +58,17 @@ def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> opta
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Scales gradients to a global norm of `limit` at most. By one factor, which every reader multiplies by: optax's own chooses
+    between two arrays, for which XLA writes all gradients once more."""
+
+    def scale(updates, _):
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), updates)
+
+    return optax.stateless(scale)
+
+
 def _faster_rows(factor: float, new: int, padding: int) -> optax.GradientTransformation:
     """Multiplies the updates of the last `new` rows of the vocabulary, behind which there are `padding` more."""
 
@@ -101,4 +112,4 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows, padding))
+    return optax.chain(_clip(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows, padding))
