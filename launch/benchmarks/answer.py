@@ -3,6 +3,7 @@ one run.
 
     python launch/benchmarks/answer.py            # about 100M parameters, f32, on a CPU: short form, then long form
     python launch/benchmarks/answer.py --curves   # ours alone over passages and batch; memory with and without a shared prefix
+    python launch/benchmarks/answer.py --bandwidth --size=7b  # of the bytes that a step must read, beside the device's copies
 
 Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache, log-probabilities of the whole
 vocabulary at every position, generation on to the length limit, everything read again at every step of the long form. Ours:
@@ -15,15 +16,18 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from selfrag_jax import reflection
 from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
+from selfrag_jax.decoding.engine import on_device
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
@@ -252,18 +256,59 @@ def memory(model: Model, n: int, k: int, shared: bool) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes - weights
 
 
+def copy_bandwidth() -> float:
+    """Bytes per second of the device, read and written, copying 1 GB."""
+    x = jax.device_put(np.zeros(1 << 28, np.float32))
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    return 2 * x.nbytes / min(timed(lambda: jax.block_until_ready(copy(x)))[1] for _ in range(5))
+
+
+def bandwidth(a) -> None:
+    """Generating, of whole slots: what a step must read (weights and caches, as many as are held) over what it takes."""
+    model, params = model_of(a.size, None)
+    params = on_device(model, params)
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    rules, by_layers = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), isinstance(params["layers"], tuple)
+    copied, k, new, steps = copy_bandwidth(), a.passages or 10, 50, 40
+    print(f"copies {copied / 1e9:.1f} GB/s on {jax.devices()[0].device_kind}; {k} passages")
+    for n in (1, 4, 16, 64):
+        try:
+            state = slots.empty(model, rules, slots.empty_prefix(model, n, 200, by_layers), k, 152, new, new, 1, by_layers)
+            times, zeros = [], lambda kind, n=n: jnp.zeros(n * k, kind)
+            for _ in range(4):
+                state = replace(state, done=zeros(bool), age=zeros(jnp.int32), limit=zeros(jnp.int32) + new)
+                jax.block_until_ready(state)
+                run = lambda state: slots.decode(model, params, rules, state, np.int32(steps), None)  # noqa: E731
+                state, seconds = timed(lambda state=state, run=run: jax.block_until_ready(run(state)))
+                times.append(seconds / int(state.age[0]))
+        except jax.errors.JaxRuntimeError as e:  # the memory is full
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            print(f"  {n:<3} questions: {str(e).splitlines()[0]}")
+            break
+        read = size((params["layers"], params["head"], params["norm"], state.prefix, state.own))
+        rate = read / min(times[1:])
+        print(
+            f"  {n:<3} questions {1e3 * min(times[1:]):8.1f} ms a step {n * k / min(times[1:]):8.0f} tokens/s "
+            f"{read / 1e9:6.2f} GB {rate / 1e9:8.1f} GB/s, {100 * rate / copied:.0f}% of copies"
+        )
+        del state
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=("100m", "7b"), default="100m")
     p.add_argument("--form", choices=("short", "long", "both"), default="both")
     p.add_argument("--questions", type=int, default=16, help="of the short form; the long form takes a quarter")
-    p.add_argument("--passages", type=int, default=0, help="default: 10 in the short form, 5 in the long")
+    p.add_argument("--passages", type=int, default=0, help="default: 5 in the long form, else 10")
     p.add_argument("--new", type=int, default=300, help="tokens of the long form at most; the published command has 300")
     p.add_argument("--rounds", type=int, default=3, help="of ours, of which the median counts")
     p.add_argument("--curves", action="store_true", help="ours alone: time over passages and batch, and memory")
+    p.add_argument("--bandwidth", action="store_true", help="ours alone: bytes that a generated token takes, and the time")
     a = p.parse_args()
-    if a.curves:
-        return curves(a)
+    if a.curves or a.bandwidth:
+        return curves(a) if a.curves else bandwidth(a)
     for form in ("short", "long") if a.form == "both" else (a.form,):
         compare(a, form)
 
