@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size
+from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size, ring
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -57,12 +57,28 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
             "passages": (slots.feed.lower(model, params, rules, state, *passages), 0),
             "segment": (slots.decode.lower(model, params, rules, state, ints(), None), 0),
         }
+        if grown := largest_growth(fed, P, M, search.length_bucket):
+            (before, places), beside = grown, bytes_per_chip((params, state.prefix))
+            own = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W * P, before + places)))
+            out["grow_branches"] = (slots.resize.lower(own, before, fed, M), beside)
         if search.max_depth > 1:
-            smaller = next(n for n in range(history - 1, 0, -1) if bucket(n, search.length_bucket) < history)
-            before = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W, smaller)))
+            before = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W, smaller(history, search.length_bucket))))
             out["keep"] = (slots.keep.lower(state.prefix, state.own, ints(1), ints(W), ints(W)), bytes_per_chip(params))
-            out["grow"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
+            out["grow_prefixes"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
         return out
+
+
+def smaller(length: int, least: int) -> int:
+    """The bucket before that of `length`, which is one itself."""
+    return next((n for n in range(length - 1, 0, -1) if bucket(n, least) < length), 0)
+
+
+def largest_growth(fed: int, branches: int, new: int, least: int) -> tuple[int, int] | None:
+    """Of what branches have room for before it grows to `fed` + `new` tokens, the most: fed tokens, and places of the ring."""
+    less = smaller(fed, least)
+    fewer = max((places for n in range(new) if (places := ring(n, new)) < new), default=0)
+    ways = [(less, new)] if less >= first_feed(1, branches, least) else []
+    return max(ways + ([(fed, fewer)] if fewer else []), key=sum, default=None)
 
 
 def bytes_per_chip(tree: Any) -> int:

@@ -236,13 +236,13 @@ def _ask(v: dict, positional: list[str]) -> None:
         if not isinstance(event, Answer):
             if sys.stderr.isatty() and event.segment.text:  # a long answer is read while it is written
                 print(f"... {event.segment.text}", file=sys.stderr, flush=True)
-        else:
-            if v["json"]:
-                print(json.dumps(event.to_row(), ensure_ascii=False))
-            elif not event.error:
-                show(event)
-            if event.error:
-                raise Failed(f"no answer: {event.error}")
+            continue
+        if v["json"]:
+            print(json.dumps(event.to_row(), ensure_ascii=False))
+        if event.error:
+            raise Failed(f"no answer: {event.error}")
+        if not v["json"]:
+            show(event)
 
 
 def _answer(v: dict, _) -> None:

@@ -13,6 +13,7 @@ from plain_search import make_passages, make_rag
 from selfrag_jax.decoding import engine, segments, slots
 from selfrag_jax.decoding.answer import Answer, SegmentDone
 from selfrag_jax.decoding.engine import bucket
+from selfrag_jax.models.llama import Cache
 from selfrag_jax.records import BadInput, Question
 
 
@@ -178,6 +179,38 @@ def test_rings_hold_what_goes_on(limit):
     sizes = [engine.ring(n, limit) for n in range(limit)]
     assert all(n < size <= limit for n, size in enumerate(sizes)) and sizes == sorted(sizes)
     assert sizes[-1] == limit and len(set(sizes)) <= 1 + max(0, np.ceil(np.log2(limit / 128)))
+    assert sizes[0] == (limit if limit <= 192 else 128)
+
+
+@pytest.mark.parametrize("by_layers", [False, True])
+@pytest.mark.parametrize(("fed", "ring"), [(3, 4), (3, 9), (3, 2), (5, 4), (5, 9), (5, 2)])
+def test_a_resized_ring_holds_the_last_tokens(by_layers, fed, ring):
+    """Keys, values and positions hold the step that wrote them; the ring has been around, or not yet."""
+    old, before, steps = 4, 3, np.arange(3, 10)
+    for n in (2, 4, 7):  # tokens that were generated
+        written = np.zeros(before + old, np.float32)
+        written[:before] = [100, 101, 102]
+        for step in steps[:n]:
+            written[before + (step - before) % old] = step
+        valid = written > 0
+        both = np.stack([written, written + 50])  # two rows
+        keys = jnp.asarray(both)[None, :, None, None, :]
+        cache = Cache(
+            keys, keys.swapaxes(3, 4), jnp.tile(valid, (2, 1)), jnp.asarray(both, jnp.int32), jnp.int32(before + n % old)
+        )
+        new = slots.resize(cache.by_layers() if by_layers else cache, before, fed, ring)
+        k, v = (np.asarray(x[0]) for x in (new.k, new.v))
+        np.testing.assert_array_equal(k[:, 0, 0], v[:, 0, :, 0])
+        np.testing.assert_array_equal(np.where(new.valid, k[:, 0, 0], 0), np.where(new.valid, new.positions, 0))
+        assert int(new.cursor) == fed and k.shape[-1] == fed + ring
+        last = steps[max(0, n - min(old, ring)) : n]
+        for row, more in enumerate((0, 50)):
+            np.testing.assert_array_equal(np.asarray(new.valid)[row, :before], True)
+            np.testing.assert_array_equal(k[row, 0, 0, :before], np.array([100, 101, 102]) + more)
+            assert not np.asarray(new.valid)[row, before:fed].any()
+            there = np.asarray(new.valid)[row, fed:]
+            np.testing.assert_array_equal(k[row, 0, 0, fed:][there], last + more)  # in order: the oldest is overwritten first
+            np.testing.assert_array_equal(there, np.arange(ring) >= ring - len(last))
 
 
 def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkeypatch):

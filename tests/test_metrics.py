@@ -1,6 +1,8 @@
 """What a training run writes to TensorBoard."""
 
 import struct
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def scalars(folder):
 
 def test_steps_are_averaged_by_group(tmp_path, monkeypatch):
     clock = iter([0.0, 4.0, 4.0])  # made, reported, begun anew
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
     log = metrics.Log(tmp_path, share_per_rate=0.002)
     n = len(LOSS_GROUPS)
     one = np.eye(n)[0]  # the first group has targets, the others none

@@ -149,7 +149,7 @@ def test_answering_compiles_for_a_tpu(tmp_path):
         return done, json.loads(done.stdout)
 
     done, one = run(f"{tmp_path}/c.py:7b_int8", "v5e:1x1")
-    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment"}
+    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment", "grow_branches"}
     c = Model(replace(MODEL, quantized=True))
     stored = sum(x.size * (1 if x.dtype == np.int8 else 2) for x in jax.tree.leaves(c.shapes()))
     # Two layers, keys and values: 320 tokens of a prompt; 320 of a passage and 100 new ones in ten branches.

@@ -7,7 +7,7 @@ import pytest
 from plain_search import PlainSearch, make_passages, make_rag
 
 from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import scoring
+from selfrag_jax.decoding import engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT
 from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.records import BadInput, Question
@@ -223,3 +223,18 @@ def test_what_the_scripts_cannot_do_is_refused(talkative):
         rag.answer(["q"], scorer="released", constraints=(reflection.NO_SUPPORT,))
     with pytest.raises(BadInput, match="--scorer='authors': must be one of paper, released"):
         rag.answer(["q"], scorer="authors")
+
+
+@pytest.mark.parametrize(
+    ("depth", "mode", "reads"),
+    [(1, "always_retrieve", 1), (1, "adaptive_retrieval", 1), (2, "always_retrieve", 1), (2, "adaptive_retrieval", 2)],
+)
+def test_a_prompt_is_read_once(talkative, monkeypatch, depth, mode, reads):
+    """Once more, without its last token, for the gate of the long form, on which the first level stands too."""
+    seen, read = [], engine.Engine.read
+    monkeypatch.setattr(engine.Engine, "read", lambda self, jobs: seen.extend(jobs) or read(self, jobs))
+    rag = make_rag(talkative, ndocs=2)
+    rng = np.random.default_rng(5)
+    rows = [Question(str(i), "Who?" + " x" * i, ctxs=tuple(make_passages(rng, talkative.tokenizer, 2))) for i in range(3)]
+    answers = rag.answer(rows, scorer="released", mode=mode, threshold=0.2, max_depth=depth)
+    assert all(a.segments and not a.error for a in answers) and len(seen) == reads * len(rows)

@@ -7,6 +7,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -66,6 +67,20 @@ def test_new_rows_move_faster(name):
     assert norm > 0.005
     np.testing.assert_allclose(updates["embed"]["embedding"][:, 0], expected, rtol=1e-5)
     np.testing.assert_allclose(updates["head"]["kernel"][0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", (0.0, 0.3, 30.0))
+def test_gradients_are_clipped_as_by_optax(size):
+    """Below the limit nothing changes, above it the norm is the limit."""
+    grads = {"a": jnp.full((3, 4), size), "b": jnp.full(5, -size, jnp.bfloat16)}
+    expected = optax.clip_by_global_norm(2.0).update(grads, optax.EmptyState())[0]
+    found = optimizer._clip(2.0).update(grads, optax.EmptyState())[0]
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-2), found, expected
+    )
+    np.testing.assert_allclose(found["a"], expected["a"], rtol=1e-6)
+    assert size < 1 or optax.tree.norm(found) == pytest.approx(2.0, rel=1e-2)
 
 
 def test_other_new_rows_are_another_training(tmp_path):

@@ -3,7 +3,7 @@ one run.
 
     python launch/benchmarks/answer.py            # about 100M parameters, f32, on a CPU: short form, then long form
     python launch/benchmarks/answer.py --curves   # ours alone over passages and batch; memory with and without a shared prefix
-    python launch/benchmarks/answer.py --bandwidth --size=7b  # of the bytes that a step must read, beside the device's copies
+    python launch/benchmarks/answer.py --bandwidth --size=7b  # bytes a second that generating reads, beside the device's copies
 
 Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache, log-probabilities of the whole
 vocabulary at every position, generation on to the length limit, everything read again at every step of the long form. Ours:
@@ -67,6 +67,7 @@ def model_of(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
     dtype = "float32" if size == "100m" else "bfloat16"
     model = Model(LlamaConfig(**sizes[size], **more, vocab_size=Ids.vocab_size, dtype=dtype))
     params = jax.device_get(model.init(jax.random.key(0), 0.5))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     head = np.array(params["head"]["kernel"])
     quiet = [Ids.eos_id, Ids.pad_id, *(Ids().id(t) for t in reflection.ALL)]
     head[:, quiet] *= 0.1  # never the most likely
@@ -105,7 +106,7 @@ class Released:
                 Path(folder), (t for path, a in huggingface.leaves(params)
                                for t in huggingface.tensors_of(path, c, a if path[0] == "layers" else [a]))
             )  # fmt: skip
-            huggingface.write_json(Path(folder) / huggingface.CONFIG, huggingface.config_to_json(c, 1, 2, 0))
+            huggingface.write_json(Path(folder) / huggingface.CONFIG, huggingface.config_to_json(c, 1, 2, 0, c.dtype))
             self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device)
@@ -250,18 +251,21 @@ def memory(model: Model, n: int, k: int, shared: bool) -> int:
     prefix = Cache.empty(model.config, n, 200 if shared else 1)
     state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 50, 1, False))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    lowered = slots.decode.lower(model, model.shapes(), rules, state, jax.ShapeDtypeStruct((), np.int32), None)
+    params = jax.tree.map(lambda s: s.update(dtype=model.config.dtype), model.shapes())
+    lowered = slots.decode.lower(model, params, rules, state, jax.ShapeDtypeStruct((), np.int32), None)
     m = lowered.compile().memory_analysis()
-    weights = sum(4 * x.size for x in jax.tree.leaves(model.shapes()))
+    weights = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(params))
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes - weights
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of the device, read and written, copying 1 GB."""
-    x = jax.device_put(np.zeros(1 << 28, np.float32))
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
-    return 2 * x.nbytes / min(timed(lambda: jax.block_until_ready(copy(x)))[1] for _ in range(5))
+    """Bytes per second of the device, read and written, going through 1 GB in place."""
+    x, times = jax.device_put(np.zeros(1 << 28, np.float32)), []
+    through = jax.jit(lambda x: x + 1, donate_argnums=0)
+    for _ in range(6):
+        x, seconds = timed(lambda x=x: jax.block_until_ready(through(x)))
+        times.append(seconds)
+    return 2 * x.nbytes / min(times[1:])
 
 
 def bandwidth(a) -> None:

@@ -9,7 +9,8 @@ A search is a generator (beam_search.py, released.py). It yields what it wants, 
     Keep      branches as the new prefixes     -> None
     Settled   segments that nothing can change -> None; handed to the caller
 
-Shapes are few: lengths are padded to buckets, one or a fixed number of slots are changed at a time, and room grows in steps.
+Shapes are few: lengths are padded to buckets, one or a fixed number of slots are changed at a time, and room grows and
+shrinks in steps.
 Each compilation is logged, and kept in `compiled`.
 """
 
@@ -90,7 +91,7 @@ def bucket(n: int, least: int) -> int:
 
 def ring(n: int, limit: int) -> int:
     """Places for a branch of n generated tokens to go on: most segments are far shorter than the longest may be, and every step
-    reads all places."""
+    reads all places. Not worth a size of its own where less than a third of them is spared."""
     size = FIRST_RING
     while size <= n:
         size *= 2
@@ -173,16 +174,15 @@ class Engine:
 
     def _resize(self, fed: int, places: int) -> None:
         if (fed, places) != (self.fed_space, self.ring):
-            before, self.fed_space, self.ring = self.fed_space, fed, places
-            own = self._run(programs.resize, self.slots.own, before, fed, places)
-            self.slots = replace(self.slots, own=own, fed=fed)
+            own = self._run(programs.resize, self.slots.own, self.fed_space, fed, places)
+            self.slots, self.fed_space, self.ring = replace(self.slots, own=own, fed_space=fed), fed, places
 
     def _make_room(self, tokens: int) -> None:
         """For branches that will be fed so many tokens."""
         if self.slots is not None:
             needed = ring(self.ages.max(), self.M)
-            shorter = needed if 2 * needed <= self.ring else self.ring
-            return self._resize(self.fed_space if tokens <= self.fed_space else bucket(tokens, self.bucket), shorter)
+            places = needed if needed > self.ring or 2 * needed <= self.ring else self.ring
+            return self._resize(self.fed_space if tokens <= self.fed_space else bucket(tokens, self.bucket), places)
         self.fed_space = first_feed(tokens, self.P, self.bucket)
         sizes = (self.P, self.fed_space, self.ring, self.M, self.W)
         self.slots = self._run(programs.empty, self.model, self.rules, self.prefix, *sizes, self.by_layers)

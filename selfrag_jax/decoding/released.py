@@ -48,7 +48,7 @@ class _Open:
 
 @dataclass
 class _Search(Search):
-    read: list[int] = field(default_factory=list)  # what stands in the question's lane
+    standing: list[int] = field(default_factory=list)  # what stands in the question's lane
 
 
 class ReleasedSearch(BeamSearch):
@@ -74,9 +74,10 @@ class ReleasedSearch(BeamSearch):
 
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
-        """As BeamSearch.search; nothing settles before the end, and every history is read anew, for none continues another."""
+        """As BeamSearch.search; nothing settles before the end, and every history but the prompt is read anew, for none
+        continues another."""
         p, log_probs = (x[0] for x in (yield Read([prompt], [0])))
-        search = _Search([Beam(None, p, len(prompt))], read=prompt)
+        search = _Search([Beam(None, p, len(prompt))], standing=prompt)
         if self.long and self.config.weights != scoring.Weights():
             search.notices.append("the released long form scores without weights: those that were given have no effect")
         found: list[Passage] = []
@@ -119,12 +120,12 @@ class ReleasedSearch(BeamSearch):
         self, search: _Search, history: list[int], branches: list[list[int]], new: int
     ) -> Generator[Any, Any, list[Segment]]:
         """The segment of each branch on a history, which is read unless it stands there already."""
-        whole = search.read == history and all(branches)
+        whole = search.standing == history and all(branches)
         lead = [] if whole else history[-1:]  # of each branch, so that none is empty
         begin = history[: len(history) - len(lead)]
-        if search.read != begin:
+        if search.standing != begin:
             yield Read([begin], [0])
-            search.read = begin
+            search.standing = begin
         out = yield Generate([[[*lead, *b] for b in branches]], [len(begin)], new)
         return [out.at((0, j)) for j in range(len(branches))]
 

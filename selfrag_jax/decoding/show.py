@@ -15,7 +15,7 @@ _LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p
 
 
 def show(answer: Answer, console: Console | None = None) -> None:
-    """Prints an answer, its citations, and for each passage what the model thought of it."""
+    """Prints an answer (one without `error`), its citations, and for each passage what the model thought of it."""
     console = console or Console()
     marks = {c.segment: c.passage + 1 for c in answer.citations}
     cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]

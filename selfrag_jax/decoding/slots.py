@@ -40,7 +40,7 @@ class Slots:
     key: jax.Array  # [B, 2] uint32: for sampling
     width: int = field(metadata=dict(static=True))  # W
     branches: int = field(metadata=dict(static=True))  # P
-    fed: int = field(metadata=dict(static=True))  # T
+    fed_space: int = field(metadata=dict(static=True))  # T
     new: int = field(metadata=dict(static=True))  # M
 
 
@@ -97,7 +97,7 @@ def resize(own: Cache, before: int, fed: int, ring: int) -> Cache:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, fed - before)
         first = jnp.pad(jax.lax.slice_in_dim(x, 0, before, axis=axis), widths)
-        return jnp.concatenate([first, jnp.take(x, source, axis)], axis)
+        return jnp.concatenate([first, jnp.take(x, source, axis, mode="clip")], axis)
 
     new = own.over_tokens(change)
     valid = new.valid & jnp.concatenate([jnp.ones(fed, bool), back <= old])
@@ -211,7 +211,7 @@ def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps,
     """
     ended = lambda done: done.reshape(-1, slots.width * slots.branches).all(1)  # noqa: E731
     before = ended(slots.done)
-    room = slots.own.valid.shape[1] - slots.fed
+    room = slots.own.valid.shape[1] - slots.fed_space
 
     def going(state):
         step, s = state
@@ -240,7 +240,7 @@ def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps,
             next_position=seg.next_position + writes,
         )
         done = s.done | ends_before | last_token | at_limit
-        own = replace(own, cursor=jnp.where(own.cursor == own.valid.shape[1], slots.fed, own.cursor))
+        own = replace(own, cursor=jnp.where(own.cursor == own.valid.shape[1], slots.fed_space, own.cursor))
         return step + 1, replace(
             s, own=own, hidden=hidden[:, 0], segment=seg, age=s.age + 1, done=done, sup_seen=sup_seen, use_seen=use_seen
         )

@@ -97,7 +97,7 @@ class LlamaConfig:
 class Cache:
     """Keys and values of past tokens. Where they stand says nothing of their order; their positions do."""
 
-    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, H, S]: a head's keys lie together, as products read them
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, H, S]: by channels, as products with many of them read keys
     v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, H, S] and [B, K, S, H]
     valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
     positions: jax.Array  # [B, S] int32: of the tokens in the slots
@@ -111,7 +111,7 @@ class Cache:
         return cls(k, v, valid, positions, jnp.int32(0))
 
     def over_tokens(self, change: Callable[..., jax.Array], *others: Cache) -> Cache:
-        """With `change(array, axis of the tokens, the others' arrays)` in place of each array."""
+        """With `change(array, axis of the tokens, the others' arrays)` in place of each array; the cursor stays."""
         one = lambda axis: lambda x, *more: change(x, x.ndim + axis if axis < 0 else axis, *more)  # noqa: E731
         fields = (("k", -1), ("v", -2), ("valid", 1), ("positions", 1))
         new = {n: jax.tree.map(one(axis), getattr(self, n), *(getattr(o, n) for o in others)) for n, axis in fields}
