@@ -159,7 +159,8 @@ def test_answering_compiles_for_a_tpu(tmp_path):
     assert prompt["held_beside"] >= 2 * 2 * 10 * (320 + 100) * 4 * 128 * 2
     assert prompt["total"] >= prompt["held_beside"] + prompt["arguments"]
     done, four = run(f"{tmp_path}/c.py:7b", "v5e:2x2")
-    assert done.returncode == 0 and four["fits"] and four["mesh"]["tensor"] == 4 and four["collectives"]["all-reduce"]["count"]
+    assert done.returncode == 0 and four["fits"] and four["mesh"]["tensor"] == 4
+    assert four["programs"]["segment"]["collectives"]["all-reduce"]["count"]
     done, large = run("short_form:7b", "v5e:1x1", "--config.answer.tensor=1")
     assert done.returncode == 1 and not large["fits"] and "does not fit v5e:1x1" in done.stderr
 
