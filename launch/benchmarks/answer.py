@@ -27,7 +27,7 @@ import numpy as np
 from selfrag_jax import reflection
 from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
-from selfrag_jax.decoding.engine import on_device
+from selfrag_jax.decoding.engine import compiled, on_device
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
@@ -209,7 +209,9 @@ def compare(a, form: str) -> None:
     _, per_question = timed(lambda: [theirs.short(*q, new) if short else theirs.long(*q, new, width, depth) for q in asked])
     s = search(model, params, new, k, width, depth)
     del params
+    before = len(compiled)
     _, first = timed(lambda: ours(s, asked))
+    programs = len(compiled) - before
     times = []
     for _ in range(a.rounds):
         found, seconds = timed(lambda: ours(s, asked))
@@ -224,7 +226,7 @@ def compare(a, form: str) -> None:
     )
     work = [flops(model.config, t) for t in (theirs.read + theirs.written, read + sum(written))]
     print(
-        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {work[0] / work[1]:.2f}; compiled in {first - mine:.0f} s"
+        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {work[0] / work[1]:.2f}; {programs} programs compiled in {first - mine:.0f} s"
     )
 
 
