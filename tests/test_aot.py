@@ -141,7 +141,14 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
         (["--topology=v5e:4x4", "--program=serve"], "--program=serve: must be one of train"),
         (["--topology=v5e:4x4", "--config=tiny"], "no architecture to compile"),
         (["--topology=v5e:4x4", "--config.architecture=llama2"], "must be one of llama2_7b"),
-        (["--topology=v5e:4x4", "--config.generator.mesh.fsdp=5"], "mesh (1, 5, 1) cannot be laid over 16 devices"),
+        (
+            ["--topology=v5e:4x4", "--config.generator.mesh.fsdp=5"],
+            "mesh (1, 5, 1) cannot be laid over 5 devices of this slice",
+        ),
+        (
+            ["--topology=v4:4x4x4", "--config.generator.mesh.fsdp=2", "--config.generator.mesh.tensor=32"],
+            "mesh (1, 2, 32) cannot be laid over this slice: each size must be the product of some of its sides",
+        ),
         (["--topology=v5e:4x4", "--config.generator.rows=24"], "rows=24 is not divisible by mesh data x fsdp = 16"),
         (["--topology=v5e:2x2", "--config.generator.mesh.fsdp=32"], "needs 32 devices; there are 4"),
         ([], "missing --topology"),

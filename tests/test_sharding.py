@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from selfrag_jax.records import GeneratorExample, write_jsonl
+from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 
 MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 STEPS = 6
@@ -167,6 +168,16 @@ def test_two_processes_train_together(trained, tmp_path):
         np.testing.assert_allclose(found["two"]["losses"], one["losses"][3:], atol=1e-4, rtol=0)
         assert found["two"]["norm"] == pytest.approx(one["norm"], rel=1e-5)
     assert (tmp_path / "two" / "damaged" / "6.0").is_dir()
+
+
+def test_a_mesh_lies_in_one_slice_without_holes():
+    from selfrag_jax.models.sharding import make_mesh
+
+    device = lambda number, x: SimpleNamespace(slice_index=number, coords=(x, 0, 0), core_on_chip=0)  # noqa: E731
+    with pytest.raises(BadInput, match=r"mesh \(1, 4, 1\) would lie over 2 slices; it is laid over one"):
+        make_mesh(fsdp=4, devices=[device(number, x) for number in (0, 1) for x in (0, 1)])
+    with pytest.raises(BadInput, match="cannot be laid over 2 devices of this slice; use all of them"):
+        make_mesh(fsdp=2, devices=[device(0, 0), device(0, 2)])
 
 
 if __name__ == "__main__":

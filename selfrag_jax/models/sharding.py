@@ -54,20 +54,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) needs {n} devices; there are {len(devices)}")
     if n < len(devices) and jax.process_count() > 1:  # a process without a part would leave the others waiting
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) uses {n} of {len(devices)} devices; several processes must use all")
-    impossible = BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {len(devices)} devices; use all of them")
-    if not _is_block(devices[:n]):
-        raise impossible
+    devices = devices[:n]
+    if len(slices := {getattr(d, "slice_index", 0) for d in devices}) > 1:
+        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) would lie over {len(slices)} slices; it is laid over one")
+    if not _is_block(devices):
+        raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {n} devices of this slice; use all of them")
     auto = (jax.sharding.AxisType.Auto,) * 3
     try:
-        return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices[:n], axis_types=auto)
-    except (NotImplementedError, ValueError) as e:  # an odd shape
-        raise impossible from e
+        return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=auto)
+    except NotImplementedError as e:  # what jax says of chips whose links do not make such axes
+        raise BadInput(
+            f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over this slice: each size must be the product of some of its sides"
+        ) from e
 
 
 def _is_block(devices) -> bool:
     """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so); others have no places."""
-    places = {(*d.coords, d.core_on_chip) for d in devices if hasattr(d, "coords")}
-    return math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) == max(len(places), 1)
+    if not hasattr(devices[0], "coords"):
+        return True
+    places = [(*d.coords, d.core_on_chip) for d in devices]
+    return math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) == len(devices)
 
 
 def spec(path: tuple, x) -> PartitionSpec:
