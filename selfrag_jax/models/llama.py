@@ -112,9 +112,9 @@ class Cache:
 
     def over_tokens(self, change: Callable[..., jax.Array], *others: Cache) -> Cache:
         """With `change(array, axis of the tokens, the others' arrays)` in place of each array; the cursor stays."""
-        one = lambda axis: lambda x, *more: change(x, x.ndim + axis if axis < 0 else axis, *more)  # noqa: E731
-        fields = (("k", -1), ("v", -2), ("valid", 1), ("positions", 1))
-        new = {n: jax.tree.map(one(axis), getattr(self, n), *(getattr(o, n) for o in others)) for n, axis in fields}
+        one = lambda behind: lambda x, *more: change(x, x.ndim - behind, *more)  # noqa: E731
+        fields = (("k", 1), ("v", 2), ("valid", 1), ("positions", 1))  # the tokens' axis, from behind
+        new = {n: jax.tree.map(one(behind), getattr(self, n), *(getattr(o, n) for o in others)) for n, behind in fields}
         return replace(self, **new)
 
     def longer(self, more: int) -> Cache:
