@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,11 +174,30 @@ def test_two_processes_train_together(trained, tmp_path):
 def test_a_mesh_lies_in_one_slice_without_holes():
     from selfrag_jax.models.sharding import make_mesh
 
-    device = lambda number, x: SimpleNamespace(slice_index=number, coords=(x, 0, 0), core_on_chip=0)  # noqa: E731
+    device = lambda number, x: SimpleNamespace(platform="tpu", slice_index=number, coords=(x, 0, 0), core_on_chip=0)  # noqa: E731
     with pytest.raises(BadInput, match=r"mesh \(1, 4, 1\) would lie over 2 slices; it is laid over one"):
         make_mesh(fsdp=4, devices=[device(number, x) for number in (0, 1) for x in (0, 1)])
     with pytest.raises(BadInput, match="cannot be laid over 2 devices of this slice; use all of them"):
         make_mesh(fsdp=2, devices=[device(0, 0), device(0, 2)])
+
+
+def test_a_mesh_of_gpus_goes_over_hosts():
+    from selfrag_jax.models.sharding import make_mesh
+
+    @dataclass(frozen=True)
+    class Gpu:
+        id: int
+        process_index: int
+        slice_index: int
+        platform: str = "gpu"
+        device_kind: str = "NVIDIA H100 80GB HBM3"
+        coords: tuple = (0, 0, 0)  # and no core_on_chip
+
+    devices = [Gpu(2 * host + i, host, host) for host in (0, 1) for i in (0, 1)]
+    mesh = make_mesh(fsdp=2, tensor=-1, devices=devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert [[d.process_index for d in row] for row in mesh.devices[0]] == [[0, 0], [1, 1]]
+    assert make_mesh(devices=devices[:1]).size == 1
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ BATCH = PartitionSpec(("data", "fsdp"))
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over `data * fsdp * tensor` devices; one of the three may be -1, for all devices that the others leave.
 
-    Raises BadInput when there are not that many, or they cannot be shared out.
+    On TPUs the axes follow the links of one slice; other devices stand in their order, which is that of their processes, so that
+    `tensor` stays within a host. Raises BadInput when there are not that many, or they cannot be shared out.
     """
     devices = jax.devices() if devices is None else devices
     given = [n for n in (data, fsdp, tensor) if n != -1]
@@ -55,11 +56,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     if n < len(devices) and jax.process_count() > 1:  # a process without a part would leave the others waiting
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) uses {n} of {len(devices)} devices; several processes must use all")
     devices = devices[:n]
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    if devices[0].platform != "tpu":  # each host of GPUs calls itself a slice, and has coordinates that say nothing
+        return Mesh(np.array(devices, object).reshape(data, fsdp, tensor), AXES, axis_types=auto)
     if len(slices := {getattr(d, "slice_index", 0) for d in devices}) > 1:
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) would lie over {len(slices)} slices; it is laid over one")
     if not _is_block(devices):
         raise BadInput(f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {n} devices of this slice; use all of them")
-    auto = (jax.sharding.AxisType.Auto,) * 3
     try:
         return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=auto)
     except NotImplementedError as e:  # what jax says of chips whose links do not make such axes
@@ -69,9 +72,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
 
 
 def _is_block(devices) -> bool:
-    """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so); others have no places."""
-    if not hasattr(devices[0], "coords"):
-        return True
+    """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so)."""
     places = [(*d.coords, d.core_on_chip) for d in devices]
     return math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) == len(devices)
 
