@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size, ring
+from selfrag_jax.decoding.engine import LAYERED, bucket, first_feed, first_room, group_size, ring
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -42,10 +42,13 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     stored = jax.tree.map(
         lambda s: s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype), model.shapes()
     )
+    layered = mesh.size == 1 and mesh.devices.flat[0].platform in LAYERED
+    cache = lambda *size: Cache.empty(base, *size).by_layers() if layered else Cache.empty(base, *size)  # noqa: E731
+    stored = jax.eval_shape(model.by_layers, stored) if layered else stored
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
     sharded = lambda tree: jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), tree)  # noqa: E731
     history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
-    empty = lambda: slots.empty(model, rules, Cache.empty(base, Q * W, history), P, fed, M, M, W, False)  # noqa: E731
+    empty = lambda: slots.empty(model, rules, cache(Q * W, history), P, fed, M, M, W, layered)  # noqa: E731
     state = sharded(jax.eval_shape(empty))
     ints, n = partial(rows, jnp.int32), W * P  # branches of a question
     with jax.set_mesh(mesh):
@@ -59,10 +62,10 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
         }
         if grown := largest_growth(fed, P, M, search.length_bucket):
             (before, places), beside = grown, bytes_per_chip((params, state.prefix))
-            own = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W * P, before + places)))
+            own = sharded(jax.eval_shape(lambda: cache(Q * W * P, before + places)))
             out["grow_branches"] = (slots.resize.lower(own, before, fed, M), beside)
         if search.max_depth > 1:
-            before = sharded(jax.eval_shape(lambda: Cache.empty(base, Q * W, smaller(history, search.length_bucket))))
+            before = sharded(jax.eval_shape(lambda: cache(Q * W, smaller(history, search.length_bucket))))
             out["keep"] = (slots.keep.lower(state.prefix, state.own, ints(1), ints(W), ints(W)), bytes_per_chip(params))
             out["grow_prefixes"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
         return out

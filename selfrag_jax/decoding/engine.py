@@ -284,14 +284,16 @@ class Engine:
                 self.lengths[q] = length
 
 
+LAYERED = ("cpu", "gpu")  # platforms on which one device holds layers one by one
 _seen: set[tuple] = set()  # programs and shapes that have run in this process
 
 
 def on_device(model: Model, params: Params) -> Params:
-    """The parameters as the programs read them fastest: by layers on a CPU, where XLA copies a layer of a stack to read it."""
+    """The parameters as the programs read them fastest: by layers on one CPU or GPU, where XLA copies a layer of a stack to read
+    it; a TPU reads it where it lies."""
     if isinstance(params["layers"], tuple):
         return params
-    return jax.device_put(model.by_layers(params) if platform() == "cpu" and _alone(params) else params)
+    return jax.device_put(model.by_layers(params) if platform() in LAYERED and _alone(params) else params)
 
 
 def _alone(params: Params) -> bool:

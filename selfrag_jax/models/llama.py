@@ -122,7 +122,7 @@ class Cache:
         return self.over_tokens(lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]))
 
     def by_layers(self) -> Cache:
-        """For many small steps on a CPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
+        """For many small steps on a CPU or a GPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
         return replace(self, k=tuple(self.k), v=tuple(self.v))
 
 
