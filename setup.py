@@ -36,6 +36,14 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.15.1", "torch>=2.8", "transformers>=5", "jax[tpu]>=0.10,<0.12"],
+        "gpu": ["jax[cuda13]>=0.10,<0.12"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff==0.15.1",
+            "torch>=2.8",
+            "transformers>=5",
+            "jax[tpu,cuda13]>=0.10,<0.12",
+        ],
     },
 )

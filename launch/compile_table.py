@@ -1,6 +1,6 @@
-"""Compiles the shipped configs for TPU slices and prints the README's table of memory, traffic and best step times.
+"""Compiles the shipped configs for TPU slices and GPUs and prints the README's table of memory, traffic and best step times.
 
-    pip install '.[tpu]' && python launch/compile_table.py --out=compiled    # an hour on one core; started again, it continues
+    pip install '.[tpu,gpu]' && python launch/compile_table.py --out=compiled    # an hour on one core; started again, it continues
 
 Each compilation is `selfrag compile` in a process of its own, and leaves one JSON file in --out.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 SEVEN_B = ("v5e:4x4", "v5e:8x8", "v4:2x2x4", "v5p:2x2x4", "v6e:4x4")
 SLICES = {
     "critic_7b": SEVEN_B,
-    "generator_7b": SEVEN_B,
-    "generator_13b": ("v5e:8x8", "v4:2x4x4", "v5p:2x4x4", "v6e:4x8"),
-    "lora_7b": ("v5e:2x4", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"),
+    "generator_7b": (*SEVEN_B, "h100:8"),
+    "generator_13b": ("v5e:8x8", "v4:2x4x4", "v5p:2x4x4", "v6e:4x8", "h100:8"),
+    "lora_7b": ("v5e:2x4", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "h100:1"),
 }
 
 

@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation for TPU slices that are not here: does a training or answering fit, what is sent between chips, how fast
-can it be at best?
+"""Ahead-of-time compilation for TPU slices and GPUs that are not here: does a training or answering fit, what is sent between
+chips, how fast can it be at best?
 
-The compiler is the real one (libtpu, extra `.[tpu]`), run on a CPU host for a described topology such as `v5e:4x4`. What
-it says of memory is what a chip of that slice will need. Times are not measured: they are the least that the chip's
-public peak rates allow (its roofline).
+The compiler is the real one (libtpu, extra `.[tpu]`; XLA's for GPUs, extra `.[gpu]`), run on a CPU host for a described topology
+such as `v5e:4x4` or `h100:8`. What it says of memory is what a chip of that slice will need. Times are not measured: they are the
+least that the chip's public peak rates allow (its roofline).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from selfrag_jax import aot_decode, reflection
+from selfrag_jax import aot_decode, aot_gpu, reflection
 from selfrag_jax import config as configs
 from selfrag_jax.decoding.answer import AnswerConfig
 from selfrag_jax.models import roofline, sharding
@@ -32,6 +32,8 @@ from selfrag_jax.training.stage import ROLES
 from selfrag_jax.training.train import TrainConfig
 
 PROGRAMS = ("train", "decode")
+GPUS = tuple(name.upper() for name in aot_gpu.CARDS)
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
 _TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
 
 
@@ -108,7 +110,7 @@ def _head(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, A
 def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
     """What the compiler says of a program, and the program; None where the compiler itself runs out of the chip's memory."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(aot_gpu.OPTIONS if chip.name in GPUS else None)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -125,7 +127,7 @@ def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
             "total": used,
             "hbm": int(chip.memory),
         },
-        "custom_kernels": hlo.count('custom_call_target="tpu_custom_call"'),  # attention's, forward and back
+        "custom_kernels": len(_KERNEL.findall(hlo)),  # attention's, forward and back
         "collectives": {k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())},
         "fits": used <= chip.memory,
     }, compiled
@@ -158,11 +160,13 @@ def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
 
 
 def topology_devices(topology: str) -> list:
-    """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or libtpu is not installed."""
-    match = _TOPOLOGY.fullmatch(topology)
-    if not match:
+    """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or the compiler for it is not installed."""
+    if aot_gpu.TOPOLOGY.fullmatch(topology):
+        return aot_gpu.devices(topology)
+    if not _TOPOLOGY.fullmatch(topology):
         raise BadInput(
-            f"--topology={topology}: expected a TPU and its slice, like v5e:4x4 or v6e:8x8 (two sizes), v4:2x2x4 or v5p:2x2x4 (three)"
+            f"--topology={topology}: expected a TPU and its slice, like v5e:4x4 or v6e:8x8 (two sizes), v4:2x2x4 or v5p:2x2x4 "
+            "(three), or GPUs of a host, like h100:8 (a100, h100, h200; 1 to 8)"
         )
     # libtpu asks the machine what it is part of; these answers keep it from waiting for a metadata server.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("TPU_WORKER_ID", "0")):
@@ -322,10 +326,14 @@ def _callees(line: str) -> list[str]:
 
 
 def _turns(computations: dict[str, _Computation], line: str) -> float:
-    """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts."""
+    """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts. On a GPU
+    conditions are kernels, and the compiler notes the number beside the loop."""
     condition, body = (re.search(rf"{name}=%?([\w.-]+)", line).group(1) for name in ("condition", "body"))
     text = "\n".join(computations[condition].lines)
-    end = max(map(int, re.findall(r"constant\((\d+)\)", text)), default=1)
+    ends = list(map(int, re.findall(r"constant\((\d+)\)", text)))
+    if not ends and (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)):
+        return int(known.group(1))
+    end = max(ends, default=1)
     counter = re.search(r"get-tuple-element\([^)]*\), index=(\d+)", text)
     return end / _step(computations[body].lines, int(counter.group(1)) if counter else 0)
 

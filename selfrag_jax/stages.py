@@ -445,10 +445,14 @@ STAGES: dict[str, Stage] = {
         _convert,
     ),
     "compile": Stage(
-        "Compiles training or answering for a TPU slice that is not here: memory, traffic between chips, best step time. Needs `.[tpu]`.",
+        "Compiles training or answering for TPUs or GPUs that are not here: memory, traffic between chips, best step time. Needs `.[tpu]` or `.[gpu]`.",
         "selfrag compile --config=generator_7b --topology=v5e:4x4",
         (
-            Flag("topology", "a TPU and its slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8, ...", required=True),
+            Flag(
+                "topology",
+                "a TPU and its slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8), or GPUs of a host (h100:8)",
+                required=True,
+            ),
             Flag("program", "train, or decode: answering (configs short_form and long_form)", "train"),
             Flag("out", "JSON file to write, beside the screen"),
             _config_flag("generator_7b"),

@@ -138,6 +138,7 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
     [
         (["--topology=v5e"], "expected a TPU and its slice, like v5e:4x4"),
         (["--topology=v5e:4x4x4"], "(two sizes)"),
+        (["--topology=h100:16"], "GPUs of a host, like h100:8 (a100, h100, h200; 1 to 8)"),
         (["--topology=v5e:4x4", "--program=serve"], "--program=serve: must be one of train"),
         (["--topology=v5e:4x4", "--config=tiny"], "no architecture to compile"),
         (["--topology=v5e:4x4", "--config.architecture=llama2"], "must be one of llama2_7b"),
@@ -171,6 +172,13 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     with pytest.raises(BadInput, match=re.escape("pip install 'selfrag-jax[tpu]'")):
         aot.topology_devices("v5e:2x2")
 
+    def no_plugin(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", no_plugin)
+    with pytest.raises(BadInput, match=re.escape("pip install 'selfrag-jax[gpu]'")):
+        aot.topology_devices("h100:8")
+
 
 CONFIG = """
 from selfrag_jax import config
@@ -181,6 +189,10 @@ ARCHITECTURES["small"] = dict(fields, embed_dim=256, mlp_dim=512, num_heads=4, n
 ARCHITECTURES["wide"] = dict(fields, embed_dim=8192, mlp_dim=28_672, num_heads=64, num_kv_heads=64)
 
 def get_config(which):
+    if which == "answer":
+        c = config.load("short_form:7b")
+        c.architecture, c.answer.tensor = "wide", 1
+        return c
     c = config.load("generator_7b")
     c.architecture, c.generator.length, c.generator.loss_chunk, c.generator.rows = which, 256, 256, 16
     return c
@@ -216,3 +228,29 @@ def test_the_tpu_compiler(tmp_path):
     assert wide.returncode == 1 and "does not fit" in wide.stderr and not json.loads(wide.stdout)["fits"]
     memory = json.loads(wide.stdout)["memory_per_chip"]
     assert memory["temporaries"] > memory["hbm"] == 16e9
+
+
+@pytest.mark.slow
+def test_the_gpu_compiler(tmp_path):
+    """A small model over two H100: its attention is cuDNN's, and loops count as often as they turn, though the compiler writes
+    them otherwise. And answering on one: a step of decoding reads weights where they are, and copies none."""
+    (tmp_path / "c.py").write_text(CONFIG)
+
+    def run(which, *flags):
+        command = [sys.executable, "-m", "selfrag_jax", "compile", f"--config={tmp_path}/c.py:{which}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    small = run("small", "--topology=h100:2")
+    assert small["custom_kernels"] >= 2 and small["chips"] == 2 and small["fits"]
+    c = replace(architecture("llama2_7b", 0, "bfloat16"), vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2)
+    layers = 2 * roofline._layer_weights(replace(c, num_heads=4, num_kv_heads=4))
+    parts = small["tokens_per_step"] // 256 // 2 // configs.load("generator_7b").generator.rows_per_device
+    sent = sum(kind["bytes_per_chip"] for kind in small["collectives"].values())
+    assert 2 * parts * 2 * layers / 2 < sent < 12 * parts * 2 * layers
+
+    wide = run("answer", "--topology=h100:1", "--program=decode")
+    segment = wide["programs"]["segment"]["memory_per_chip"]
+    assert segment["arguments"] > 2 * 2 * (4 * 8192**2 + 3 * 8192 * 28_672)  # both layers in bf16
+    assert segment["temporaries"] < 2 * 8192**2 / 2  # half of the smallest kernel

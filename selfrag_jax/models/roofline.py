@@ -15,20 +15,20 @@ class Chip:
     bf16_flops: float  # per second, dense
     memory: float  # bytes
     memory_bandwidth: float  # bytes per second
-    link_bandwidth: float  # bytes per second over all links to other chips of its slice; 0: unknown
+    link_bandwidth: float  # bytes per second over all links to other chips of its slice or host
 
 
 # By a part of the device kind that JAX reports, in lower case. TPUs: the system architecture pages of cloud.google.com/tpu/docs
-# (2026-11; between chips v4 2,400, v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s). GPUs: NVIDIA's data sheets, without sparsity.
+# (2026-11; between chips v4 2,400, v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s). GPUs: NVIDIA's data sheets, without sparsity; NVLink one way.
 CHIPS = {
     "tpu v4": Chip("v4", 275e12, 32e9, 1228e9, 2400e9 / 8),
     "tpu v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 1600e9 / 8),
     "tpu v5p": Chip("v5p", 459e12, 95e9, 2765e9, 4800e9 / 8),
     "tpu v5": Chip("v5p", 459e12, 95e9, 2765e9, 4800e9 / 8),
     "tpu v6 lite": Chip("v6e", 918e12, 32e9, 1640e9, 3584e9 / 8),
-    "h200": Chip("H200", 989e12, 141e9, 4800e9, 0),
-    "h100": Chip("H100", 989e12, 80e9, 3350e9, 0),
-    "a100": Chip("A100", 312e12, 80e9, 2039e9, 0),
+    "h200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
+    "h100": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
+    "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
 }
 
 
