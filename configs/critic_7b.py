@@ -43,10 +43,13 @@ def get_config() -> ConfigDict:
         mesh=dict(data=1, fsdp=16, tensor=-1),  # 16 rows: more chips share the heads
         dtype="bfloat16",  # of activations; parameters and moments are f32
         remat="full",
+        attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention.py)
         loss_chunk=512,
         pad_vocabulary=128,
         save_every=500,
         log_every=10,
+        keep_last=2,  # checkpoints
+        keep_best=1,
     )
     c.label = dict(critic=dict(brief=False))  # the critic's questions in full
     return c

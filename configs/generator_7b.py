@@ -44,10 +44,13 @@ def get_config() -> ConfigDict:
         mesh=dict(data=1, fsdp=-1, tensor=1),
         dtype="bfloat16",  # of activations; parameters and moments are f32
         remat="full",
+        attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention.py)
         loss_chunk=512,
         pad_vocabulary=128,
         save_every=200,
         log_every=10,
+        keep_last=2,  # checkpoints
+        keep_best=1,
     )
     c.label = dict(critic=dict(brief=False))  # the critic's questions in full
     return c

@@ -85,6 +85,7 @@ def damage(workdir, step):
         file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_passed_over(run, tmp_path, capsys):
     """The position of the data iterator, or the loss that Orbax reads of every checkpoint."""
     whole, w = run(tmp_path / "whole"), tmp_path / "w"

@@ -93,6 +93,32 @@ def test_search_equals_the_plain_one(talkative, seeds):
     assert endings == {(True, True), (False, True), (False, False)}  # answers end, segments end, or are cut
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ("cpu", "tpu"))  # layers one by one, and stacked
+def test_a_sliding_window_and_room_that_grows(talkative, monkeypatch, where):
+    """Tokens of a branch lie in a ring that is smaller than its segments at first; the window goes by positions all the same."""
+    monkeypatch.setattr(engine, "platform", lambda: where)
+    monkeypatch.setattr(engine, "FIRST_RING", 2)
+    grown, resize = [], engine.Engine._resize
+    monkeypatch.setattr(engine.Engine, "_resize", lambda self, *size: resize(self, *size) or grown.append(size))
+    model = replace(talkative.model, config=replace(talkative.model.config, sliding_window=9))
+    loaded, rng = replace(talkative, model=model), np.random.default_rng(5)
+    config = replace(drawn(0), mode="always_retrieve", threshold=None, beam_width=2, max_depth=3, ndocs=3, max_new_tokens=12)
+    ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompts.instruction("where is the ropemaker"))]
+    passages = make_passages(rng, loaded.tokenizer, 3)
+    [got] = BeamSearch(model, loaded.params, loaded.tokenizer, config, 64).run(
+        [ids], lambda queries: [passages for _ in queries]
+    )
+    plain = PlainSearch(loaded, config)
+    plain.run(ids, passages)
+    assert [(n.parent, n.tokens) for n in got.nodes] == [(parent, tokens) for parent, tokens, _ in plain.tree]
+    np.testing.assert_allclose([n.score for n in got.nodes], [score for *_, score in plain.tree], atol=1e-5, rtol=0)
+    assert {2, 4, 12} <= {places for _, places in grown}
+    wide = PlainSearch(talkative, config)  # the window matters
+    wide.run(ids, passages)
+    assert [tokens for _, tokens, _ in wide.tree] != [tokens for _, tokens, _ in plain.tree]
+
+
 def searched(loaded, seed, **changes):
     """(search, prompts, passages) of a random question with four passages."""
     rng = np.random.default_rng(seed)
@@ -149,18 +175,32 @@ def test_one_beam_and_one_passage_is_greedy_decoding(talkative, seed):
 
 @pytest.mark.slow
 def test_layers_one_by_one_and_stacked_are_the_same(talkative, monkeypatch):
-    """On a CPU a step of decoding takes the layers one by one, elsewhere from their stack."""
+    """On a CPU and a GPU a step of decoding takes the layers one by one, on a TPU from their stack."""
     found = []
-    for where in ("cpu", "tpu"):
+    for where in ("cpu", "tpu", "gpu"):
         monkeypatch.setattr(engine, "platform", lambda where=where: where)
         for seed in range(3):
             search, ids, passages = searched(talkative, seed)
             [outcome] = search.run([ids], lambda queries, p=passages: [p for _ in queries])
             found.append(outcome)
-            assert isinstance(search.params["layers"], tuple) == (where == "cpu")
-    for one, other in zip(found[:3], found[3:], strict=True):
+            assert isinstance(search.params["layers"], tuple) == (where != "tpu")
+    for one, other in zip(found[:3] * 2, found[3:], strict=True):
         assert [(n.parent, n.tokens) for n in one.nodes] == [(n.parent, n.tokens) for n in other.nodes]
         np.testing.assert_allclose([n.score for n in one.nodes], [n.score for n in other.nodes], atol=1e-5)
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**20), st.integers(1, 3))
+@settings(max_examples=25, deadline=None)
+def test_another_question_changes_no_answer(talkative, seed, more):
+    """Beside one to three others: the same tree and tokens, and scores but for the rounding of sums in another order."""
+    search, ids, passages = searched(talkative, seed)
+    others = [searched(talkative, seed + 1 + i) for i in range(more)]
+    [alone] = search.run([ids], lambda queries: [passages for _ in queries], 4)
+    found = [passages, *(p for _, _, p in others)]
+    beside, *_ = search.run([ids, *(o for _, o, _ in others)], lambda queries: [found[q] for q, _ in queries], 4)
+    assert [(n.parent, n.tokens) for n in beside.nodes] == [(n.parent, n.tokens) for n in alone.nodes]
+    np.testing.assert_allclose([n.score for n in beside.nodes], [n.score for n in alone.nodes], atol=1e-5)
 
 
 def test_answers_do_not_depend_on_their_neighbours(talkative):
@@ -195,6 +235,67 @@ def test_only_reflection_distributions_leave_the_device(talkative, monkeypatch):
     assert (1, 3) in taken and {2, 3, 5} <= widths  # Retrieve of the prompt; IsRel, IsSup, IsUse of the branches
     assert max(widths) == 6  # max_new_tokens
     assert max(np.prod(shape) for shape in taken) < talkative.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("scorer", ("paper", pytest.param("released", marks=pytest.mark.slow)))
+def test_nothing_stands_beyond_the_models_context(talkative, scorer):
+    """Passages are cut to what is left of it, a path ends that has no room for more, each with a notice; a question is cut too."""
+    context = 100
+    loaded = replace(talkative, model=replace(talkative.model, config=replace(talkative.model.config, max_length=context)))
+    rng = np.random.default_rng(3)
+    long = [replace(p, text=" ".join([p.text] * 40)) for p in make_passages(rng, loaded.tokenizer, 2)]
+    row = Question("0", "Where is Mara Tellock?", ctxs=tuple(long))
+    rag = make_rag(loaded, ndocs=2, scorer=scorer)
+    rag.config = replace(rag.config, max_length=95)
+    [a] = rag.answer([row], mode="always_retrieve", max_depth=4, threshold=0.2)
+    assert not a.error and a.segments
+    assert any(f"tokens: the model's context has {context}" in n and "passage" in n for n in a.notices)
+    # The scripts keep no passages in the history, so that theirs never fills up here.
+    assert any(f"context of {context} tokens is full" in n for n in a.notices) == (scorer == "paper")
+    search = rag._search(dict(mode="always_retrieve", max_depth=4, threshold=0.2))
+    prompt = rag._prompt(row, [], search.longest_prompt)
+    [outcome] = search.run([prompt], lambda queries: [long for _ in queries])
+    for n in outcome.nodes if scorer == "paper" else ():
+        fed = search._branch_input(outcome, n.action, n.passage, n.start) if n.action == "retrieve" else [0]
+        assert n.start + len(fed) + len(n.tokens) <= context
+    [a] = rag.answer([replace(row, question="where " * 90)], mode="no_retrieval", max_depth=1)
+    assert any("the question was cut from" in n and f"the model's context has {context}" in n for n in a.notices)
+    with pytest.raises(
+        BadInput, match="max_new_tokens=50 leaves no room for questions in the model's context of 100 tokens; 36"
+    ):
+        rag.answer([row], max_new_tokens=50)
+
+
+def test_a_segment_says_where_in_the_tree_it_stands(talkative):
+    rng = np.random.default_rng(6)
+    rows = [Question(str(i), "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 3))) for i in range(3)]
+    for a in make_rag(talkative).answer(rows, mode="always_retrieve"):
+        places = [s.node for s in a.segments]
+        assert [a.tree[n]["text"] for n in places] == [s.text for s in a.segments]
+        assert [a.tree[n]["parent"] for n in places] == [-1, *places[:-1]] and all(a.tree[n]["chosen"] for n in places)
+
+
+@pytest.mark.slow
+def test_later_queries_hold_the_segment_before(talkative, monkeypatch):
+    """The input alone, then the input and the last segment's text (paper, Section 3.3)."""
+    asked, rag = [], make_rag(talkative)
+    passages = make_passages(np.random.default_rng(2), talkative.tokenizer, 3)
+
+    class Index:
+        def passages(self, ctxs, texts, ndocs):
+            asked.extend(texts)
+            return [passages[:ndocs] for _ in texts]
+
+    rag.retriever, lengths = Index(), set()
+    # Earlier passages are dropped, so that no path goes on with the one it has.
+    rag.config = replace(rag.config, search=replace(rag.config.search, keep_passages=False))
+    for name in ("Mara", "Quenport", "Lisford", "the ropemaker", "starlore"):
+        asked.clear()
+        [a] = rag.answer([f"Where is {name}?"], mode="always_retrieve", max_depth=3, beam_width=1)
+        before = ["", *(f" {s.text}" for s in a.segments[:-1])]
+        assert asked == [f"Where is {name}?{text}" for text in before]
+        lengths.add(len(asked))
+    assert max(lengths) > 1
 
 
 def test_every_citation_points_into_the_answer(talkative):
@@ -300,7 +401,7 @@ def test_a_long_question_and_a_long_passage_are_cut_with_a_notice(talkative):
     rag = make_rag(talkative)
     seen = []
     prompt = rag._prompt
-    rag._prompt = lambda q, notice: seen.append(prompt(q, notice)) or seen[-1]
+    rag._prompt = lambda *args: seen.append(prompt(*args)) or seen[-1]
     long = Passage("p7", "Long", " ".join(["word"] * 300))
     [a] = rag.answer([Question("1", "word " * 200, ctxs=(long,))], mode="always_retrieve")
     assert any("question was cut" in n for n in a.notices) and any("passage p7 was cut" in n for n in a.notices)

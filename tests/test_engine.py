@@ -55,6 +55,7 @@ def asked(loaded, n, passages=2):
     ]
 
 
+@pytest.mark.slow
 def test_draws_belong_to_a_question_and_a_seed(talkative):
     """Not to what else is answered; and to nothing else."""
     rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 6)
@@ -84,6 +85,7 @@ def test_cold_draws_are_the_most_likely_tokens(talkative):
         assert a.score == pytest.approx(b.score, abs=1e-5)
 
 
+@pytest.mark.slow
 # ---- slots -----------------------------------------------------------------------------------------------------------
 def test_a_slot_is_filled_as_soon_as_it_is_free(talkative):
     """Answers come when they are done, not in the order of the questions; with two slots and with four they are the same."""
@@ -116,6 +118,7 @@ def test_segments_are_told_when_they_have_settled(talkative, width, least):
     assert early >= least
 
 
+@pytest.mark.slow
 def test_other_questions_go_on_while_passages_are_looked_for(talkative, monkeypatch):
     """The same answers whether retrieval is waited for or not, in the same order each time."""
 

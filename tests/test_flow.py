@@ -36,6 +36,7 @@ def test_a_finished_run_does_nothing_and_says_the_same(quickstart):
     assert stamps == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "report" not in p.parts}
 
 
+@pytest.mark.slow
 def test_lost_artifacts_are_made_again_alike(quickstart, tmp_path):
     """As after a kill: without predictions, labels and a trained model, the run ends with the same results."""
     workdir, rows = quickstart
@@ -73,6 +74,7 @@ def test_killed_again_and_again_it_ends_with_the_same_results(quickstart, tmp_pa
     assert json.loads((tmp_path / "W" / "report" / "results.json").read_text())["rows"] == quickstart[1]
 
 
+@pytest.mark.slow
 def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsys):
     """Every stage from the command line, by the flags of its help: the same files, the same parameters, the same results."""
     made, rows = quickstart

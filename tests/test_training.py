@@ -325,6 +325,16 @@ def test_rows_of_one_document_need_no_mask(tiny_model, source):
             "[Retrieval] [Relevant] A. [Fully supported] [Continue to Use Evidence] B. [No support / Contradictory] "
             "[Retrieval] [Irrelevant] C. [Partially supported] [Utility:2] </s>",
         ),
+        (  # several for one segment
+            "A.[Retrieval]<paragraph>T\nP</paragraph><paragraph>U\nQ</paragraph>[Relevant]B.[Utility:3]",
+            "A. [Retrieval] [Relevant] B. [Utility:3] </s>",
+        ),
+        (  # reflection tokens within a passage are the passage's
+            "[Retrieval]<paragraph>T\nSaid[Utility:5] twice.</paragraph>[Irrelevant][Utility:1]",
+            "[Retrieval] [Irrelevant] [Utility:1] </s>",
+        ),
+        ("[Retrieval]<paragraph></paragraph>[Relevant]A.[Utility:4]", "[Retrieval] [Relevant] A. [Utility:4] </s>"),
+        ("A.[Retrieval]<paragraph>T\nP</paragraph>", "A. [Retrieval] </s>"),
         ("", "</s>"),
     ],
 )
@@ -332,6 +342,19 @@ def test_label_masks_by_hand(tokenizer, output, learned):
     example = GeneratorSource([GeneratorExample("0", "Say it.", output)], tokenizer, WEIGHTS).example(0)
     said = tokenizer.decode([int(t) for t, w in zip(example.tokens, example.weight, strict=True) if w > 0])
     assert said.replace(" ", "") == learned.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_bf16_activations_learn_as_f32_do(tiny_model, source, tmp_path):
+    """bf16 has 8 bits: after 20 updates the losses are within 3 parts in 100, and parameters are f32 in both."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        seen = run(tiny_model, source, tmp_path / dtype, name="adamw", steps=20, rate=1e-3, dtype=dtype, log_every=1)
+        assert {x.dtype for x in jax.tree.leaves(seen["params"])} == {np.dtype("float32")}
+        losses[dtype] = float(trainer.loss_fn(seen["params"], tiny_model.model, dense(source))[0])
+    before = float(trainer.loss_fn(tiny_model.params, tiny_model.model, dense(source))[0])
+    assert losses["float32"] < 0.9 * before
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
 
 
 @pytest.mark.slow

@@ -60,11 +60,12 @@ def model_of(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
     """Random weights. segment_tokens: how long segments are on average, by the odds of the [Retrieval] token; None: they end at
     the length limit."""
     sizes = {
+        "tiny": dict(embed_dim=64, mlp_dim=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16),
         "100m": dict(embed_dim=640, mlp_dim=1728, num_layers=12, num_heads=10, num_kv_heads=10, head_dim=64),
         "7b": dict(embed_dim=4096, mlp_dim=11_008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128),
     }
     more = dict(max_length=4096, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, remat="none", scan_unroll=1)
-    dtype = "float32" if size == "100m" else "bfloat16"
+    dtype = "bfloat16" if size == "7b" else "float32"
     model = Model(LlamaConfig(**sizes[size], **more, vocab_size=Ids.vocab_size, dtype=dtype))
     params = jax.device_get(model.init(jax.random.key(0), 0.5))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -304,7 +305,7 @@ def bandwidth(a) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=("100m", "7b"), default="100m")
+    p.add_argument("--size", choices=("tiny", "100m", "7b"), default="100m", help="tiny: to try the script")
     p.add_argument("--form", choices=("short", "long", "both"), default="both")
     p.add_argument("--questions", type=int, default=16, help="of the short form; the long form takes a quarter")
     p.add_argument("--passages", type=int, default=0, help="default: 5 in the long form, else 10")

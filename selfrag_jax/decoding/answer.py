@@ -92,6 +92,7 @@ class Segment:
     issup: dict[str, float]
     isuse: dict[str, float]
     score: float
+    node: int  # its place in the answer's `tree`: the id there
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class SelfRAG:
         ids: dict[int, list[int]] = {}
         for i, q in enumerate(rows):
             try:
-                ids[i] = self._prompt(q, notices[i])
+                ids[i] = self._prompt(q, notices[i], search.longest_prompt)
             except Exception as e:  # one question that fails does not take the others along
                 yield i, _failed(q, e)
         asked = list(ids)
@@ -275,13 +276,14 @@ class SelfRAG:
         loaded, kind = self.loaded, ReleasedSearch if config.scorer == "released" else BeamSearch
         return kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
 
-    def _prompt(self, q: Question, notice: list[str]) -> list[int]:
-        """Tokens up to the response heading, cut to max_length with a notice."""
+    def _prompt(self, q: Question, notice: list[str], most: int) -> list[int]:
+        """Tokens up to the response heading, `most` of them, with a notice where they are cut."""
         prompt = self.loaded.tokenizer.encode(prompts.instruction(question_text(q)), before_control=True)
         tokens = [self.loaded.tokenizer.bos_id, *prompt]
-        if len(tokens) > self.config.max_length:
-            notice.append(f"the question was cut from {len(tokens)} to {self.config.max_length} tokens")
-            tokens = [*tokens[: self.config.max_length - 1], tokens[-1]]  # keeps the response heading
+        if len(tokens) > most:
+            why = "" if most == self.config.max_length else f": the model's context has {self.loaded.model.config.max_length}"
+            notice.append(f"the question was cut from {len(tokens)} to {most} tokens{why}")
+            tokens = [*tokens[: most - 1], tokens[-1]]  # keeps the response heading
         return tokens
 
     def _retrieve(self, rows: list[Question], queries, ndocs: int) -> list[list[Passage]]:
@@ -359,6 +361,7 @@ def _segment(search: BeamSearch, n: Node) -> Segment:
         issup=named(ISSUP, n.issup) if n.passage is not None else {},
         isuse=named(ISUSE, n.isuse),
         score=round(n.score, 4),
+        node=n.id,
     )
 
 

@@ -111,6 +111,7 @@ class Beam:
     retrieve: np.ndarray  # [3] distribution before its next segment
     next_position: int
     row: int = -1
+    full: bool = False  # the model's context has no room for another segment
 
     def rank(self, accumulate: str) -> float:
         """What paths are compared by."""
@@ -118,7 +119,7 @@ class Beam:
 
     @property
     def finished(self) -> bool:
-        return self.node is not None and self.node.finished
+        return self.full or (self.node is not None and self.node.finished)
 
 
 @dataclass
@@ -151,16 +152,27 @@ class Search:
         return self.beams[0]  # kept in order
 
 
+PASSAGE_TOKENS = 32  # what must be left of the model's context for a passage, or else the answer ends
+
 # passages for a query: (question index, previous segments' texts) for each -> passages, best first
 Retrieve = Callable[[Sequence[tuple[int, list[str]]]], list[list[Passage]]]
 
 
 class BeamSearch:
-    """max_length: of a passage, in tokens. Parameters as engine.on_device gives them, or stacked."""
+    """max_length: of a passage, in tokens. Parameters as engine.on_device gives them, or stacked.
+
+    Nothing stands beyond the model's context: passages are cut to what is left of it, and a path ends that has no room for another
+    segment, with a notice each. Raises BadInput where not even a first segment has room.
+    """
 
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
         self.model, self.params, self.tokenizer, self.config = model, on_device(model, params), tokenizer, config
-        self.max_length = max_length
+        self.max_length, self.context = max_length, model.config.max_length
+        if self.longest_prompt < PASSAGE_TOKENS:
+            raise BadInput(
+                f"max_new_tokens={config.max_new_tokens} leaves no room for questions in the model's context of {self.context} "
+                f"tokens; {self.context - 2 * PASSAGE_TOKENS} would"
+            )
         self.rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids())
         self.id_of = {t: tokenizer.id(t) for t in reflection.RETRIEVE}
         self.refused = {tokenizer.id(t) for t in config.constraints}
@@ -221,6 +233,11 @@ class BeamSearch:
     def grows(self) -> bool:
         return self.config.max_depth > 1
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a question at most."""
+        return min(self.max_length, self.context - self.config.max_new_tokens - PASSAGE_TOKENS)
+
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
         """Algorithm 1, as a generator that engine.drive runs."""
@@ -228,7 +245,7 @@ class BeamSearch:
         search = Search([Beam(None, distribution[0], len(prompt), 0)])
         for depth in range(self.config.max_depth):
             live = [b for b in search.beams if not b.finished]
-            if not live:
+            if not live:  # or no path has room for another segment
                 break
             actions = [self._action(b) for b in live]
             passages = yield from self._passages(search, live, actions)
@@ -239,6 +256,7 @@ class BeamSearch:
                     mine = out.at((beam.row, j))
                     node = self._node(search, beam, action, p, passage, mine)
                     new = Beam(node, mine.retrieve, int(mine.next_position))
+                    new.full = not node.finished and depth + 1 < self.config.max_depth and self._full(search, new.next_position)
                     candidates.append((new, beam.row, beam.row * self.branches + j))
             parents, branches = self._keep_best(search, candidates)
             last = depth + 1 == self.config.max_depth or all(b.finished for b in search.beams)
@@ -284,7 +302,7 @@ class BeamSearch:
         branches: list[list[list[int]]] = [[] for _ in range(lanes)]
         start, keys = [0] * lanes, np.zeros((lanes, self.branches, 2), np.uint32)
         for beam, (action, _), found in zip(live, actions, passages, strict=True):
-            branches[beam.row] = [self._branch_input(search, action, passage) for passage in found]
+            branches[beam.row] = [self._branch_input(search, action, passage, beam.next_position) for passage in found]
             start[beam.row] = beam.next_position
             if self.config.temperature:
                 for j in range(len(found)):
@@ -318,15 +336,26 @@ class BeamSearch:
             beam.next_position = node.start + len(rows[beam.row])
         return Read(rows, start, parents)
 
-    def _branch_input(self, search: Search, action: str, passage: Passage | None) -> list[int]:
+    def _full(self, search: Search, position: int) -> bool:
+        """Whether no other segment may begin there; a notice says so."""
+        if position <= self.context - self.config.max_new_tokens - PASSAGE_TOKENS:
+            return False
+        notice = f"the model's context of {self.context} tokens is full; a path ended there"
+        search.notices += [notice] if notice not in search.notices else []
+        return True
+
+    def _branch_input(self, search: Search, action: str, passage: Passage | None, position: int) -> list[int]:
+        """What is fed to a branch, from that position on."""
         if action == "no_retrieval":
             return [self.id_of[reflection.NO_RETRIEVAL]]
         if action == "continue":
             return [self.id_of[reflection.CONTINUE]]
         ids = self.tokenizer.encode([Control(reflection.RETRIEVAL), *prompts.passage(passage)])
-        if len(ids) > self.max_length:
-            search.notices.append(f"passage {passage.id} was cut from {len(ids)} to {self.max_length} tokens")
-            ids = [*ids[: self.max_length - 1], ids[-1]]  # cut the text, keep </paragraph>
+        most = min(self.max_length, self.context - self.config.max_new_tokens - position)
+        if len(ids) > most:
+            why = "" if most == self.max_length else f": the model's context has {self.context}"
+            search.notices.append(f"passage {passage.id} was cut from {len(ids)} to {most} tokens{why}")
+            ids = [*ids[: most - 1], ids[-1]]  # cut the text, keep </paragraph>
         return ids
 
     def _node(self, search: Search, beam: Beam, action, p, passage, out: Segment) -> Node:

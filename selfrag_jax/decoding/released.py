@@ -90,7 +90,7 @@ class ReleasedSearch(BeamSearch):
             return search
         level = [_Open(None, prompt, [], True)]
         for _ in range(self.config.max_depth - 1 if self.long else 1):
-            opened = [o for o in level if o.goes_on]
+            opened = [o for o in level if o.goes_on and not self._full(search, len(o.prompt) + len(o.said))]
             if not opened:
                 break
             level = yield from self._level(search, opened, found[: self.config.ndocs])
@@ -140,8 +140,9 @@ class ReleasedSearch(BeamSearch):
         """The best children of the open nodes."""
         children = []
         for o in opened:
-            branches = [self._branch_input(search, "retrieve", passage) for passage in passages]
-            out = yield from self._generate(search, o.prompt + o.said, branches, self.config.max_new_tokens)
+            history = o.prompt + o.said
+            branches = [self._branch_input(search, "retrieve", passage, len(history)) for passage in passages]
+            out = yield from self._generate(search, history, branches, self.config.max_new_tokens)
             previous = o.said
             for passage, segment in zip(passages, out, strict=True):
                 child, said = self._child(search, o, passage, segment)

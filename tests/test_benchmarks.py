@@ -1,0 +1,35 @@
+"""The benchmark scripts run, as their users would call them, and say what they measured. What they measure is not tested."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parent.parent / "launch" / "benchmarks"
+
+
+def run(script: str, *flags: str) -> str:
+    done = subprocess.run([sys.executable, LAUNCH / script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_training_beside_torch():
+    out = run("train_step.py", "--size=tiny", "--vocabulary=500", "--rows=2", "--length=32", "--steps=2", "--rounds=2")
+    assert re.search(r"torch +[\d.]+ tokens/s\nours +[\d.]+ tokens/s\nratio [\d.]+", out)
+
+
+@pytest.mark.slow
+def test_answering_beside_the_released_algorithm():
+    out = run("answer.py", "--size=tiny", "--questions=4", "--passages=2", "--new=30", "--rounds=1")
+    assert len(re.findall(r"theirs +[\d.]+ questions/s", out)) == 2  # short form and long form
+    assert len(re.findall(r"ratio +[\d.]+ +of floating-point operations [\d.]+; \d+ programs compiled in \d+ s", out)) == 2
+
+
+@pytest.mark.slow
+def test_bandwidth():
+    out = run("answer.py", "--size=tiny", "--bandwidth", "--passages=2")
+    assert len(re.findall(r"tokens/s +[\d.]+ GB +[\d.]+ GB/s, \d+% of copies", out)) == 4
