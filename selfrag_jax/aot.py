@@ -2,8 +2,9 @@
 chips, how fast can it be at best?
 
 The compiler is the real one (libtpu, extra `.[tpu]`; XLA's for GPUs, extra `.[gpu]`), run on a CPU host for a described topology
-such as `v5e:4x4` or `h100:8`. What it says of memory is what a chip of that slice will need. Times are not measured: they are the
-least that the chip's public peak rates allow (its roofline).
+such as `v5e:4x4` or `h100:8`. What it says of memory is what a chip of that slice will need; of a GPU, but for what its libraries
+take while they run (NCCL, cuDNN), beside the three quarters of its memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION). Times are
+not measured: they are the least that the chip's public peak rates allow (its roofline).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
     """Compiles a program of a config for a slice; returns what is printed as JSON ("fits" says whether it fits).
 
     program: "train", the trainer's step, or "decode", what answering runs: reading prompts and passages, generating segments.
-    Raises BadInput for an unknown program or topology, a config without an architecture, or when libtpu is missing.
+    Raises BadInput for an unknown program or topology, a config without an architecture, or when the compiler is missing.
     """
     if program not in PROGRAMS:
         raise BadInput(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
@@ -125,12 +126,17 @@ def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "total": used,
-            "hbm": int(chip.memory),
+            "hbm": _room(chip),
         },
         "custom_kernels": len(_KERNEL.findall(hlo)),  # attention's, forward and back
         "collectives": {k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())},
-        "fits": used <= chip.memory,
+        "fits": used <= _room(chip),
     }, compiled
+
+
+def _room(chip: roofline.Chip) -> int:
+    """Bytes that programs may take."""
+    return int(chip.memory * (aot_gpu.usable() if chip.name in GPUS else 1))
 
 
 def why_not(found: dict[str, Any]) -> str:
@@ -149,7 +155,7 @@ def why_not(found: dict[str, Any]) -> str:
 def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
     """The bytes that the compiler names where it gives up: "Used 17.25G of 15.75G hbm", or "temporaries (40.61G) exceeds"."""
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    out = {"hbm": int(chip.memory)}
+    out = {"hbm": _room(chip)}
     for name, pattern in (
         ("total", r"[Uu]sed ([\d.]+)([KMG]?) of"),
         ("temporaries", r"temporaries \(([\d.]+)([KMG]?)\) exceed"),

@@ -1,5 +1,5 @@
 """Ahead-of-time compilation of answering: what reading prompts and passages, and generating segments for all of them, need on a
-TPU slice that is not here. The search itself runs on the host (decoding/beam_search.py)."""
+TPU slice or GPUs that are not here. The search itself runs on the host (decoding/beam_search.py)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ TOPOLOGY = re.compile(r"(a100|h100|h200):([1-8])")  # a host's GPUs
 
 @dataclass(frozen=True)
 class Card:
-    """What the compiler asks of a card. From NVIDIA's data sheets and its CUDA C++ programming guide (technical specifications for
-    each compute capability)."""
+    """What the compiler asks of a card: as XLA's own descriptions of them have it (openxla/xla, gpu_specs), which agree with NVIDIA's
+    CUDA C++ programming guide (technical specifications of each compute capability)."""
 
     name: str
     capability: tuple[int, int]
@@ -26,9 +27,9 @@ class Card:
 
 
 CARDS = {
-    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 80 * 2**30, 2_039 * 10**9, 40 * 2**20, 164 * 2**10),
-    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 80 * 2**30, 3_352 * 10**9, 50 * 2**20, 228 * 2**10),
-    "h200": Card("NVIDIA H200", (9, 0), 132, 1.98, 141 * 10**9, 4_800 * 10**9, 50 * 2**20, 228 * 2**10),
+    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_100_068_864, 2_039 * 10**9, 40 * 2**20, 164 * 2**10),
+    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 84_942_979_072, 3_352 * 10**9, 50 * 2**20, 228 * 2**10),
+    "h200": Card("NVIDIA H200", (9, 0), 132, 1.98, 151_397_597_184, 4_800 * 10**9, 50 * 2**20, 228 * 2**10),
 }
 # Without a card nothing can be tried out: XLA takes its own kernels as they are, where it would choose the fastest.
 OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -44,7 +45,14 @@ def devices(topology: str) -> list:
         found = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=_target(CARDS[name]))
     except NotImplementedError:  # of jax without the plugin
         raise BadInput("the GPU compiler is missing: pip install 'selfrag-jax[gpu]'") from None
+    except RuntimeError as e:
+        raise BadInput(f"--topology={topology}: the GPU compiler does not take it: {str(e).splitlines()[0]}") from None
     return list(found.devices)
+
+
+def usable() -> float:
+    """What JAX takes of a card's memory, as a share."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
 
 
 def _target(card: Card) -> str:

@@ -148,6 +148,8 @@ _SEARCH_FLAGS = (
     Flag("w_rel", "weight of IsRel", type=float),
     Flag("w_sup", "weight of IsSup", type=float),
     Flag("w_use", "weight of IsUse", type=float),
+    Flag("w_seq", "weight of the segment's own probability", type=float),
+    Flag("normalise", "p(retrieve) is a share of: yes_no, [Retrieval] and [No Retrieval]; all, [Continue to Use Evidence] too"),
     Flag("beam_width", "segments kept at each step", type=int),
     Flag("max_depth", "segments of an answer at most", type=int),
     Flag("ndocs", "passages per retrieval", type=int),

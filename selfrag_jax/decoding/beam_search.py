@@ -54,7 +54,7 @@ class SearchConfig:
         if self.mode not in MODES:
             raise BadInput(f"--mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if self.normalise not in ("yes_no", "all"):
-            raise BadInput(f"normalise={self.normalise!r}: must be yes_no or all")
+            raise BadInput(f"--normalise={self.normalise!r}: must be yes_no or all")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold={self.threshold}: must be a probability between 0 and 1")
         if self.accumulate not in ACCUMULATE:
@@ -65,7 +65,9 @@ class SearchConfig:
         for token in self.constraints:
             if token not in critiques:
                 raise BadInput(f"--constraints: {token!r} is no critique token; they are {', '.join(critiques)}")
-        for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens", "length_bucket"):
+        if self.length_bucket < 1:
+            raise BadInput(f"length_bucket={self.length_bucket}: must be at least 1")
+        for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
         if self.temperature != 0 and not 0.01 <= self.temperature <= 100:

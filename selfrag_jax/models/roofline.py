@@ -30,11 +30,14 @@ CHIPS = {
     "h100": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
     "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
 }
+# Cards of those names with other rates or less memory.
+_OTHERS = ("gh200", "pcie", "nvl", "40gb")
 
 
 def chip(device_kind: str) -> Chip | None:
     """The chip of a JAX device kind, or None for one that is not in the table."""
-    return next((c for part, c in CHIPS.items() if part in device_kind.lower()), None)
+    kind = device_kind.lower()
+    return next((c for part, c in CHIPS.items() if part in kind and not any(o in kind for o in _OTHERS)), None)
 
 
 def _layer_weights(c: LlamaConfig) -> int:

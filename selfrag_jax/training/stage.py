@@ -151,4 +151,5 @@ def join_processes(spec: str) -> None:
     match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", spec)
     if not match or int(match.group(3)) >= int(match.group(2)):
         raise BadInput(f"--distributed={spec}: expected auto, or HOST:PORT,PROCESSES,INDEX such as 10.0.0.1:9000,4,0")
-    jax.distributed.initialize(match.group(1), num_processes=int(match.group(2)), process_id=int(match.group(3)))
+    alone = dict(cluster_detection_method="deactivate")  # which would leave each process one GPU under Slurm or Open MPI
+    jax.distributed.initialize(match.group(1), num_processes=int(match.group(2)), process_id=int(match.group(3)), **alone)
