@@ -1,0 +1,180 @@
+"""The quirks of the released scripts' search (decoding/released.py lists them), each by hand: what a model would say is written
+down, and the search is looked at for what it asks next and what it makes of the answer. test_released.py compares the whole with a
+plain form of the scripts."""
+
+from dataclasses import dataclass, field, replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfrag_jax import prompts, reflection
+from selfrag_jax.decoding.answer import DEFAULT
+from selfrag_jax.decoding.engine import Generate, Passages, Read
+from selfrag_jax.decoding.released import ReleasedSearch
+from selfrag_jax.decoding.segments import Segment, roles
+from selfrag_jax.records import Passage
+from selfrag_jax.tokenizer import Control
+
+TWO = [Passage("0", "First", "Mara studied."), Passage("1", "Second", "Mara lives in Lisford.")]
+
+
+@dataclass
+class Says:
+    """What a branch generates, and how probable the critiques are."""
+
+    parts: tuple
+    rel: float = 0.5
+    sup: float = 0.0  # p(Fully supported); 0: it never says such a token, and nor does it of IsUse
+    again: tuple[float, float, float] = (1.0, 0.0, 0.0)  # of the Retrieve tokens, at every position
+
+
+@dataclass
+class Told:
+    """A search that was told what the model says."""
+
+    outcome: object = None
+    reads: list = field(default_factory=list)
+    asked: list = field(default_factory=list)  # queries
+    fed: list = field(default_factory=list)  # of each Generate: the whole text before each branch, in token ids
+    limits: list = field(default_factory=list)
+
+
+@pytest.fixture
+def tell(talkative):
+    t = talkative.tokenizer
+
+    def encode(*parts):
+        return t.encode([Control(p) if p in reflection.ALL else p for p in parts])
+
+    def segment(says):
+        tokens = [[*encode(*s.parts)] for s in says]
+        n, m = len(says), max(map(len, tokens))
+        sup = np.array([[s.sup, 0.0, 1.0 - s.sup] if s.sup else [0.0] * 3 for s in says])
+        return Segment(
+            tokens=np.array([[*x, *[t.pad_id] * (m - len(x))] for x in tokens])[None],
+            length=np.array([[len(x) for x in tokens]]),
+            log_prob=np.zeros((1, n)),
+            text_tokens=np.ones((1, n), int),
+            isrel=np.array([[1.0 - s.rel, s.rel] for s in says])[None],
+            issup=sup[None],
+            isuse=np.zeros((1, n, 5)),
+            retrieve=np.zeros((1, n, 3)),
+            finished=np.zeros((1, n), bool),
+            complete=np.zeros((1, n), bool),
+            next_position=np.zeros((1, n), int),
+            retrieve_at=np.array([[s.again] * m for s in says])[None],
+        )
+
+    def run(answers, p=(0.5, 0.4, 0.1), **changes):
+        """answers: of each Generate, in order, what its branches say. p: of the Retrieve tokens after the prompt."""
+        fields = dict(scorer="released", mode="always_retrieve", threshold=0.2, ndocs=2, beam_width=2, max_depth=3)
+        config = replace(DEFAULT.search, **(fields | changes))
+        prompt = [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
+        search = ReleasedSearch(talkative.model, talkative.params, t, config, 64)
+        told, going, value, standing = Told(), search.search(prompt, "0"), None, []
+        answers = iter(answers)
+        while True:
+            try:
+                wants = going.send(value)
+            except StopIteration as e:
+                told.outcome = e.value
+                assert next(answers, None) is None  # all that was to be said was asked for
+                return told
+            if isinstance(wants, Read):
+                [standing] = wants.tokens
+                told.reads.append(list(standing))
+                value = np.array([p]), np.log(np.maximum([p], 1e-30))
+            elif isinstance(wants, Passages):
+                told.asked.append(wants.previous)
+                value = [TWO]
+            else:
+                assert isinstance(wants, Generate)
+                told.fed.append([[*standing, *branch] for branch in wants.branches[0]])
+                told.limits.append(wants.limit)
+                value = segment(next(answers))
+
+    run.encode, run.prompt = encode, [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
+    run.decode = t.decode
+    run.passage = lambda i: t.encode([Control(reflection.RETRIEVAL), *prompts.passage(TWO[i])])
+    return run
+
+
+GO, END = "[Retrieval]", "[Utility:5]"
+
+
+def test_the_long_forms_gate_retrieves_where_the_model_does_not_ask(tell):
+    """25 tokens are looked through; without [Retrieval] among them passages are fetched, with it the threshold decides."""
+    level = [Says(("a",)), Says(("b",))]
+    silent = tell([[Says(("Mara studied",))], level], p=(0.99, 0.01, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert silent.limits[0] == 25 and silent.asked == [[[]]] and silent.outcome.nodes[0].action == "retrieve"
+    asks = [Says(("Mara", GO))]
+    refused = tell([asks, [Says(("so",))]], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert refused.asked == [] and refused.outcome.nodes[0].action == "no_retrieval"
+    granted = tell([asks, level], p=(0.7, 0.3, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert granted.asked == [[[]]]
+    behind = tell([[Says(("Mara\n\n", GO))], level], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert behind.asked == [[[]]]  # what stands behind a blank line was not said
+
+
+def test_without_retrieval_a_long_answer_ends_at_the_first_blank_line(tell):
+    long = tell([[Says(("Mara studied\n\nLisford",))]], mode="no_retrieval")
+    assert tell.decode(long.outcome.best().node.tokens).strip() == "Mara studied"
+    assert long.fed == [[[*tell.prompt, *tell.encode("[No Retrieval]")]]]
+    short = tell([[Says(("Mara studied\n\nLisford",))]], mode="no_retrieval", max_depth=1)
+    assert tell.decode(short.outcome.best().node.tokens) == "Mara studied\n\nLisford"
+
+
+def test_only_the_end_of_text_ends_a_generation(talkative):
+    r, t = talkative.tokenizer.reflection_ids(), talkative.tokenizer
+    search = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64)
+    tokens = jnp.array([r.retrieve[1], r.isuse[4], t.eos_id])
+    before, last, _ = roles(tokens, search.engine_rules)
+    assert before.tolist() == [False] * 3 and last.tolist() == [False, False, True]
+    before, last, _ = roles(tokens, search.rules)  # the paper's
+    assert before.tolist() == [True, False, False] and last.tolist() == [False, True, True]
+
+
+def test_a_depth_of_t_gives_t_minus_one_segments(tell):
+    level = [Says(("a", GO)), Says(("b", GO))]
+    assert {n.depth for n in tell([level, level, level]).outcome.nodes} == {0, 1}  # max_depth=3
+    assert {n.depth for n in tell([level], max_depth=2).outcome.nodes} == {0}
+
+
+def test_scores_are_multiplied_down_the_path(tell):
+    """s_rel + s_sup of each segment: (.5 + .6) x (.25 + .4)."""
+    first = [Says(("a", GO, END), 0.5, 0.6), Says(("b",), 0.1)]
+    second = [Says(("c", END), 0.25, 0.4), Says(("d", END), 0.2, 0.4)]
+    outcome = tell([first, second]).outcome
+    assert outcome.best().node.total == pytest.approx(1.1 * 0.65) and outcome.best().node.score == pytest.approx(0.65)
+
+
+def test_what_does_not_ask_to_retrieve_is_dropped_unless_it_is_deepest(tell):
+    """The first child has the better score and stops; the second goes on, and its children are the answer."""
+    first = [Says(("a",), 0.9, 0.9), Says(("b", GO), 0.1)]
+    outcome = tell([first, [Says(("c",)), Says(("d",))]]).outcome
+    assert [outcome.nodes[b.node.parent].id for b in outcome.beams] == [1, 1]
+    stops = tell([[Says(("a",), 0.9, 0.9), Says(("b",), 0.1)]]).outcome
+    assert [b.node.id for b in stops.beams] == [0, 1]
+
+
+def test_a_childs_history_has_its_siblings_text(tell):
+    """In place of their parent's, and the same two passages serve again, none of which stays in the history."""
+    level = [Says(("Mara", GO)), Says(("lives in", GO))]
+    leaf = [Says(("so",)), Says(("so",))]
+    told = tell([level, leaf, leaf])
+    first, second = tell.encode("Mara"), tell.encode("lives in")
+    assert told.fed[0] == [[*tell.prompt, *tell.passage(i)] for i in (0, 1)]
+    assert told.fed[1] == [[*tell.prompt, *first, *tell.passage(i)] for i in (0, 1)]
+    assert told.fed[2] == [[*tell.prompt, *first, *second, *tell.passage(i)] for i in (0, 1)]
+    assert told.asked == [[[]]]
+
+
+def test_no_retrieval_is_decided_once_more(tell):
+    """(p(Retrieval) + p(Continue)) / (p(Retrieval) + p(No Retrieval)) above the threshold makes [Retrieval] of it, where the text
+    is cut; and a [No Retrieval] is put behind what said any."""
+    said = ("a", "[No Retrieval]", "b")
+    [node, _] = tell([[Says(said, again=(0.5, 0.3, 0.2)), Says(("c",))]], max_depth=2).outcome.nodes
+    assert list(node.tokens) == tell.encode("a")  # .5 / .8
+    [node, _] = tell([[Says(said, again=(0.9, 0.1, 0.0)), Says(("c",))]], max_depth=2).outcome.nodes
+    assert list(node.tokens) == tell.encode(*said, "[No Retrieval]")  # .1
