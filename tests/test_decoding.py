@@ -275,6 +275,23 @@ def test_a_segment_says_where_in_the_tree_it_stands(talkative):
         assert [a.tree[n]["parent"] for n in places] == [-1, *places[:-1]] and all(a.tree[n]["chosen"] for n in places)
 
 
+def test_nothing_is_read_twice(talkative, monkeypatch):
+    """A prompt once, and of each branch its passage or its control token: what was generated is never fed again."""
+    reads, fed = [], []
+    read, generate = engine.Engine.read, engine.Engine.generate
+    monkeypatch.setattr(engine.Engine, "read", lambda self, jobs: reads.extend(jobs) or read(self, jobs))
+    monkeypatch.setattr(engine.Engine, "generate", lambda self, jobs: fed.extend(jobs) or generate(self, jobs))
+    rng = np.random.default_rng(6)
+    rows = [Question(str(i), "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 3))) for i in range(3)]
+    rag = make_rag(talkative)
+    answers = rag.answer(rows, mode="always_retrieve")
+    assert len(reads) == len(rows) and any(len(a.segments) > 1 for a in answers)
+    t = talkative.tokenizer
+    allowed = [t.encode([Control(reflection.RETRIEVAL), *prompts.passage(p)]) for q in rows for p in q.ctxs]
+    allowed += [[t.id(reflection.CONTINUE)], [t.id(reflection.NO_RETRIEVAL)]]
+    assert all([*branch] in allowed for _, job in fed for lane in job.branches for branch in lane)
+
+
 @pytest.mark.slow
 def test_later_queries_hold_the_segment_before(talkative, monkeypatch):
     """The input alone, then the input and the last segment's text (paper, Section 3.3)."""

@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may need its share
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ import numpy as np
 from selfrag_jax import reflection
 from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
-from selfrag_jax.decoding.engine import compiled, on_device
+from selfrag_jax.decoding.engine import LAYERED, compiled, on_device
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
@@ -251,10 +252,13 @@ def curves(a) -> None:
 def memory(model: Model, n: int, k: int, shared: bool) -> int:
     """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
     rules, fed = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), 152 if shared else 352
+    layered = jax.default_backend() in LAYERED
     prefix = Cache.empty(model.config, n, 200 if shared else 1)
-    state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 50, 1, False))
+    prefix = prefix.by_layers() if layered else prefix
+    state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 50, 1, layered))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     params = jax.tree.map(lambda s: s.update(dtype=model.config.dtype), model.shapes())
+    params = jax.eval_shape(model.by_layers, params) if layered else params
     lowered = slots.decode.lower(model, params, rules, state, jax.ShapeDtypeStruct((), np.int32), None)
     m = lowered.compile().memory_analysis()
     weights = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(params))
