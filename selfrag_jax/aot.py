@@ -33,6 +33,7 @@ from selfrag_jax.training.stage import ROLES
 from selfrag_jax.training.train import TrainConfig
 
 PROGRAMS = ("train", "decode")
+_TOKENS = 'op_name="jit(decode)/while"'  # the loop of slots.decode, as the compiler names it
 GPUS = tuple(name.upper() for name in aot_gpu.CARDS)
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
 _TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
@@ -265,7 +266,7 @@ class _Computation:
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """Kind -> how often a chip takes part in one, and the bytes that it sends, in one run of a compiled program.
 
-    Loops count as often as they turn. A ring is assumed: of n chips, each sends (n - 1) / n of a gathered or scattered
+    Loops count as often as they turn, that over generated tokens once. A ring is assumed: of n chips, each sends (n - 1) / n of a gathered or scattered
     array, and twice that of a reduced one.
     """
     computations, entry = _computations(hlo)
@@ -333,7 +334,10 @@ def _callees(line: str) -> list[str]:
 
 def _turns(computations: dict[str, _Computation], line: str) -> float:
     """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts. On a GPU
-    conditions are kernels, and the compiler notes the number beside the loop."""
+    conditions are kernels, and the compiler notes the number beside the loop. That over generated tokens, which turns for as long as
+    they go on, counts as one."""
+    if _TOKENS in line:
+        return 1
     condition, body = (re.search(rf"{name}=%?([\w.-]+)", line).group(1) for name in ("condition", "body"))
     text = "\n".join(computations[condition].lines)
     ends = list(map(int, re.findall(r"constant\((\d+)\)", text)))

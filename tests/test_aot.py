@@ -83,6 +83,12 @@ def test_collectives_by_hand():
     }
 
 
+def test_the_loop_over_generated_tokens_counts_once():
+    loop = "condition=%layer_condition, body=%layer"
+    once = aot.collectives(PROGRAM.replace(loop, loop + ', metadata={op_name="jit(decode)/while"}'))
+    assert once["all-gather"] == (1, 8 * 4 * 2 * 7 // 8) and once["collective-permute"][0] == 4
+
+
 def test_groups_that_cannot_be_read_are_not_counted_as_nothing():
     with pytest.raises(ValueError, match="cannot be read"):
         aot.collectives(PROGRAM.replace("replica_groups={}", "replica_groups=odd"))
