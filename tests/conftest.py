@@ -1,10 +1,12 @@
 """Shared fixtures: one tiny world, one tiny model, one finished smoke run of the quickstart."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,17 @@ from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.world.base import make_tokenizer
 from selfrag_jax.world.encyclopedia import WorldConfig, build
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs():
+    """Each compiled program takes some of the memory maps that Linux gives a process (65,530), without which XLA ends in a
+    segmentation fault; so they are let go in time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
