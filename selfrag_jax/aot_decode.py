@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfrag_jax import reflection
 from selfrag_jax.decoding import slots
 from selfrag_jax.decoding.answer import AnswerConfig
-from selfrag_jax.decoding.engine import LAYERED, bucket, first_feed, first_room, group_size, ring
+from selfrag_jax.decoding.engine import bucket, first_feed, first_room, group_size, one_by_one, ring
 from selfrag_jax.decoding.segments import TokenRules
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
@@ -36,17 +36,18 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     ids = reflection.lookup(lambda token: base.vocab_size - 1 - first + reflection.ALL.index(token))
     rules = TokenRules(2, base.vocab_size - 1, ids)
     whole = NamedSharding(mesh, PartitionSpec())
-    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor", None, None))  # of a cache [L, B, K, ...]
+    # Of a cache: [L, B, K, ...], or of one layer [B, K, ...].
+    heads = lambda n: NamedSharding(mesh, PartitionSpec(*[None] * (n - 3), "tensor", None, None))  # noqa: E731
     shape = lambda s, p=whole: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
     rows = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=whole)  # noqa: E731
     stored = jax.tree.map(
         lambda s: s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype), model.shapes()
     )
-    layered = mesh.size == 1 and mesh.devices.flat[0].platform in LAYERED
+    layered = one_by_one(mesh.devices.flat[0].platform, mesh.size)
     cache = lambda *size: Cache.empty(base, *size).by_layers() if layered else Cache.empty(base, *size)  # noqa: E731
     stored = jax.eval_shape(model.by_layers, stored) if layered else stored
     params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
-    sharded = lambda tree: jax.tree.map(lambda s: shape(s, heads if s.ndim == 5 else whole), tree)  # noqa: E731
+    sharded = lambda tree: jax.tree.map(lambda s: shape(s, heads(s.ndim) if s.ndim > 3 else whole), tree)  # noqa: E731
     history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
     empty = lambda: slots.empty(model, rules, cache(Q * W, history), P, fed, M, M, W, layered)  # noqa: E731
     state = sharded(jax.eval_shape(empty))

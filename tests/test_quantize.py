@@ -114,23 +114,29 @@ PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
 from test_quantize import answers
-_, found = answers(sys.argv[1], tensor=int(sys.argv[3]))
+from selfrag_jax.decoding import answer
+if sys.argv[4] == "one by one":
+    answer.one_by_one = lambda *_: True
+rag, found = answers(sys.argv[1], tensor=int(sys.argv[3]))
+assert isinstance(rag.loaded.params["layers"], tuple) == (sys.argv[4] == "one by one")
 print(json.dumps([[a.answer, a.score, [n["score"] for n in a.tree]] for a in found]))
 """
 
 
 @pytest.mark.slow
 def test_two_devices_answer_as_one(folder):
+    """With layers stacked, as on TPUs, and one by one, as on GPUs."""
     found = []
-    for devices in (1, 2):
+    for devices, layers in ((1, "one by one"), (2, "stacked"), (2, "one by one")):
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", PROGRAM, str(folder), os.path.dirname(__file__), str(devices)]
+        command = [sys.executable, "-c", PROGRAM, str(folder), os.path.dirname(__file__), str(devices), layers]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    for (text, score, tree), (other, other_score, other_tree) in zip(*found, strict=True):
-        assert text == other and score == pytest.approx(other_score, abs=1e-4)
-        np.testing.assert_allclose(tree, other_tree, atol=1e-4)
+    for others in found[1:]:
+        for (text, score, tree), (other, other_score, other_tree) in zip(found[0], others, strict=True):
+            assert text == other and score == pytest.approx(other_score, abs=1e-4)
+            np.testing.assert_allclose(tree, other_tree, atol=1e-4)
 
 
 @pytest.mark.slow

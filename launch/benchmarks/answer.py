@@ -28,7 +28,7 @@ import numpy as np
 from selfrag_jax import reflection
 from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
-from selfrag_jax.decoding.engine import LAYERED, compiled, on_device
+from selfrag_jax.decoding.engine import compiled, on_device, one_by_one
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
@@ -252,7 +252,7 @@ def curves(a) -> None:
 def memory(model: Model, n: int, k: int, shared: bool) -> int:
     """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
     rules, fed = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), 152 if shared else 352
-    layered = jax.default_backend() in LAYERED
+    layered = one_by_one(jax.default_backend(), 1)
     prefix = Cache.empty(model.config, n, 200 if shared else 1)
     prefix = prefix.by_layers() if layered else prefix
     state = jax.eval_shape(lambda: slots.empty(model, rules, prefix, k, fed, 50, 50, 1, layered))

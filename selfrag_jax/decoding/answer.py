@@ -21,7 +21,7 @@ from selfrag_jax import artifacts, prompts
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
-from selfrag_jax.decoding.engine import on_device
+from selfrag_jax.decoding.engine import on_device, one_by_one
 from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.models import checkpoints, huggingface, quantize, sharding
 from selfrag_jax.models.llama import DTYPES, Model
@@ -160,6 +160,8 @@ def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoint
         if model.config.num_kv_heads % config.tensor:
             raise BadInput(f"--tensor={config.tensor} does not divide the model's {model.config.num_kv_heads} key-value heads")
         mesh = sharding.make_mesh(tensor=config.tensor)
+        if one_by_one(mesh.devices.flat[0].platform, mesh.size):
+            params = model.by_layers(params)
         params = jax.device_put(params, sharding.shardings(mesh, params))
     return replace(loaded, model=model, params=params, mesh=mesh)
 

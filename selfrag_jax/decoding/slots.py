@@ -46,15 +46,14 @@ class Slots:
 
 def _pin(cache: Cache) -> Cache:
     """Heads are split over the mesh, if there is one."""
-    if isinstance(cache.k, tuple):
-        return cache
-    k, v = (constrain(x, None, None, "tensor", None, None) for x in (cache.k, cache.v))
+    over = lambda x: constrain(x, *[None] * (x.ndim - 3), "tensor", None, None)  # noqa: E731
+    k, v = (jax.tree.map(over, x) for x in (cache.k, cache.v))
     return replace(cache, k=k, v=v, valid=constrain(cache.valid), positions=constrain(cache.positions))
 
 
 def _empty_cache(model: Model, rows: int, length: int, by_layers: bool) -> Cache:
     cache = Cache.empty(model.config, rows, length)
-    return cache.by_layers() if by_layers else _pin(cache)
+    return _pin(cache.by_layers() if by_layers else cache)
 
 
 @partial(jax.jit, static_argnames=("model", "lanes", "length", "by_layers"))

@@ -80,12 +80,14 @@ def _is_block(devices) -> bool:
 def spec(path: tuple, x) -> PartitionSpec:
     """The partition of one leaf of the parameters, or of an optimizer state that mirrors them; others are replicated."""
     names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    under = path[names.index("layers") + 1] if "layers" in names else None
+    rules = {n: r[1:] for n, r in RULES.items()} if isinstance(under, jax.tree_util.SequenceKey) else RULES  # a layer by itself
     for name in reversed(names):
-        if name in RULES and len(RULES[name]) == getattr(x, "ndim", 0):
-            layer, inputs, outputs = RULES[name] if x.ndim == 3 else (None, *RULES[name])
+        if name in rules and len(rules[name]) == getattr(x, "ndim", 0):
+            layer, inputs, outputs = rules[name] if x.ndim == 3 else (None, *rules[name])
             if names[-1] == lora.A:  # the rank is never split
                 return PartitionSpec(layer, inputs, None)
-            return PartitionSpec(layer, None, outputs) if names[-1] == lora.B else RULES[name]
+            return PartitionSpec(layer, None, outputs) if names[-1] == lora.B else PartitionSpec(*rules[name])
     return PartitionSpec()
 
 
