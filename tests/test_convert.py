@@ -247,10 +247,12 @@ WIDE = LlamaConfig(1000, 1024, 4096, 24, 8, 8, 128, 64, 1e4, 1e-5, False, "bfloa
 MEASURE = """
 import re, sys, threading
 from pathlib import Path
+import jax
 from selfrag_jax.models import convert, huggingface
 huggingface.SHARD_BYTES = 2**25
 # Anonymous memory: mapped pages of the files that are read are the system's to take back.
 now = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+jax.devices()  # a GPU's plug-in takes 0.1 GB, with no GPU too: it belongs to the program
 before, most, done = now(), 0, threading.Event()
 def watch():
     global most
