@@ -127,7 +127,7 @@ def is_finished(artifact: str | Path, stage: str, config: Any, inputs: Mapping[s
         if artifact.is_file():  # the user's own, or complete but for a manifest that a kill prevented
             aside = next(p for i in itertools.count(1) if not (p := artifact.with_name(f"{artifact.name}.old-{i}")).exists())
             artifact.rename(aside)
-            print(f"{artifact}: was not made by `selfrag {stage}`; kept as {aside}", file=sys.stderr)
+            print(f"{artifact}: was not finished by `selfrag {stage}`, or never its own; kept as {aside}", file=sys.stderr)
         return False
     old, new = read_json(path), _made(stage, config, inputs)
     for part in ("stage", "config", "inputs"):

@@ -96,10 +96,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, OSError, Failed) as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 1
+    except RuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(f"selfrag {name}: {_MEMORY} ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where it was", file=sys.stderr)
         return 130
     return 0
+
+
+# `selfrag compile` tells it beforehand.
+_MEMORY = (
+    "the device's memory is full; what was done is kept. Answering takes less with --config.answer.batch=, --ndocs= or --beam_width= "
+    "lower, or with --quantization=int8; training with rows_per_device= lower, remat=full, or a mesh of more devices"
+)
 
 
 def _compilation_cache() -> None:

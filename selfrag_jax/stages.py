@@ -142,8 +142,8 @@ def _label(v: dict, _) -> None:
 
 
 _SEARCH_FLAGS = (
-    Flag("mode", "adaptive_retrieval, always_retrieve or no_retrieval"),
-    Flag("scorer", "paper: the equations; released: what the authors' scripts compute, quirks included"),
+    Flag("mode", "adaptive_retrieval (the model may go on with the passage it has), always_retrieve or no_retrieval"),
+    Flag("scorer", "paper: the equations; released: what the authors' scripts compute, quirks included, with --w_use=1"),
     Flag("threshold", "retrieve when p(retrieve) exceeds it", type=float),
     Flag("w_rel", "weight of IsRel", type=float),
     Flag("w_sup", "weight of IsSup", type=float),

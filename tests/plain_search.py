@@ -46,18 +46,18 @@ class PlainSearch:
         finished = False
         for step in range(self.c.max_new_tokens):
             logits = self.logits(text)
-            logits[self.t.pad_id] = -1e30
+            if self.t.pad_id != self.t.eos_id:
+                logits[self.t.pad_id] = -1e30
             token = int(logits.argmax())
             if step == 0:
                 isrel = self.group(logits, self.r.isrel)
             ends = token in self.r.retrieve
             last = token == self.t.eos_id or token in self.r.isuse
-            if token in self.r.issup or ((ends or last) and issup is None):
+            cut = step == self.c.max_new_tokens - 1
+            if token in self.r.issup or ((ends or last or cut) and issup is None):
                 issup = self.group(logits, self.r.issup)
-            if ends or last or step == self.c.max_new_tokens - 1:
-                isuse = self.group(logits, self.r.isuse)
-            if ends or last:
-                retrieve = self.group(logits, self.r.retrieve)
+            if ends or last or cut:
+                isuse, retrieve = self.group(logits, self.r.isuse), self.group(logits, self.r.retrieve)
             if ends:
                 break
             generated.append(token)
@@ -67,11 +67,10 @@ class PlainSearch:
             if last:
                 finished = True
                 break
-        third = lambda p, n: np.full(n, 1 / n) if p is None else p  # noqa: E731
         isrel = parent_isrel if parent_isrel is not None else isrel
         p = np.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
-        score = float(scoring.segment_score(p, isrel, third(issup, 3), third(isuse, 5), float(has_passage), self.c.weights))
-        return dict(tokens=tuple(generated), ids=text, isrel=isrel, retrieve=third(retrieve, 3), score=score, finished=finished)
+        score = float(scoring.segment_score(p, isrel, issup, isuse, float(has_passage), self.c.weights))
+        return dict(tokens=tuple(generated), ids=text, isrel=isrel, retrieve=retrieve, score=score, finished=finished)
 
     def run(self, prompt, passages):
         beams = [
@@ -105,7 +104,7 @@ class PlainSearch:
         wanted = p.argmax() == 1 if self.c.threshold is None else rate > self.c.threshold
         if self.c.mode == "no_retrieval":
             kind = reflection.NO_RETRIEVAL
-        elif b["path"] and b["used"] and self.c.keep_passages and p.argmax() == 2:
+        elif self.c.mode != "always_retrieve" and b["path"] and b["used"] and self.c.keep_passages and p.argmax() == 2:
             kind = reflection.CONTINUE
         else:
             kind = reflection.RETRIEVAL if self.c.mode == "always_retrieve" or wanted else reflection.NO_RETRIEVAL
@@ -115,9 +114,10 @@ class PlainSearch:
             evidence = b["evidence"] if kind == reflection.CONTINUE else passage
             inherited = b["isrel"] if kind == reflection.CONTINUE else None
             s = self.segment(b["ids"] + self.t.encode(parts), evidence is not None, inherited)
-            total = s["score"]
+            product = self.c.accumulate == "product"
+            total = max(s["score"], 0.0) if product else s["score"]
             if b["total"] is not None:
-                total = b["total"] * total if self.c.accumulate == "product" else b["total"] + total
+                total = b["total"] * total if product else b["total"] + total
             if not self.c.keep_passages:
                 fed = [] if passage else [self.t.id(reflection.NO_RETRIEVAL)]
                 s["ids"] = [*b["ids"], *fed, *s["tokens"]]

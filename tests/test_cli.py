@@ -1,6 +1,7 @@
 """The command line: help that teaches, and wrong flags, fields and files answered with the right ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from plain_search import make_rag
@@ -69,6 +70,17 @@ def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkativ
     code, out, err = run(capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else []))
     assert code == 1 and err == "selfrag ask: no answer: RuntimeError: the index is broken\n"
     assert json.loads(out)["error"] == "RuntimeError: the index is broken" if as_json else not out
+
+
+def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_path):
+    def full(values, _):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB.\nand much more")
+
+    monkeypatch.setitem(cli.STAGES, "world", replace(cli.STAGES["world"], run=full))
+    code, _, err = run(capsys, "world", f"--out={tmp_path}/W")
+    assert (
+        code == 1 and "memory is full" in err and "9.5GiB" in err and "--config.answer.batch=" in err and "and much" not in err
+    )
 
 
 def test_an_unfinished_workdir_is_refused(capsys, tmp_path):

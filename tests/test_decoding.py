@@ -1,7 +1,9 @@
 """Scores against hand-worked tables; the search against a slow, plain one over full forwards."""
 
+import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,10 +17,10 @@ from selfrag_jax import prompts, reflection
 from selfrag_jax.decoding import engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
-from selfrag_jax.decoding.beam_search import ACCUMULATE, BeamSearch, SearchConfig
+from selfrag_jax.decoding.beam_search import ACCUMULATE, Beam, BeamSearch, SearchConfig
 from selfrag_jax.decoding.citations import cite
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
-from selfrag_jax.tokenizer import Control
+from selfrag_jax.tokenizer import Control, Tokenizer
 
 
 def test_scores_by_hand():
@@ -88,7 +90,7 @@ def test_search_equals_the_plain_one(talkative, seeds):
             assert [(n.parent, n.tokens) for n in got.nodes] == [(parent, tokens) for parent, tokens, _ in plain.tree]
             np.testing.assert_allclose([n.score for n in got.nodes], [score for *_, score in plain.tree], atol=1e-5, rtol=0)
             assert [tuple(n.tokens for n in got.path(b)) for b in got.beams] == [b["path"] for b in expected]
-            np.testing.assert_allclose([b.node.total for b in got.beams], [b["total"] for b in expected], atol=1e-4)
+            np.testing.assert_allclose([b.node.total for b in got.beams], [b["total"] for b in expected], atol=1e-5)
             endings |= {(n.finished, n.complete) for n in got.nodes}
     assert endings == {(True, True), (False, True), (False, False)}  # answers end, segments end, or are cut
 
@@ -326,7 +328,7 @@ def test_every_citation_points_into_the_answer(talkative):
 
 def test_closed_set_voting_by_hand():
     said = [("True.", 0, 0.9), ("false", 0, 0.5), ("False.", 0, 0.6), ("Perhaps.", 0, 3.0), ("True.", 1, 3.0)]
-    nodes = [SimpleNamespace(tokens=text, depth=depth, score=score, action="retrieve") for text, depth, score in said]
+    nodes = [SimpleNamespace(tokens=t, depth=depth, score=score, action="retrieve", allowed=True) for t, depth, score in said]
     config = SimpleNamespace(scorer="paper")
     search, outcome = (
         SimpleNamespace(text=lambda t: t, config=config),
@@ -334,6 +336,10 @@ def test_closed_set_voting_by_hand():
     )
     q = Question("1", "Is it true?", options=("True.", "False."))
     assert _vote(search, outcome, q).node is nodes[2]  # 0.5 + 0.6 against 0.9; what is no option has no vote
+    nodes[2].allowed = False  # by the constraints
+    assert _vote(search, outcome, q).node is nodes[0]
+    outcome.nodes = nodes[2:3]
+    assert _vote(search, outcome, q).node is nodes[2]  # all are refused: then none is
     outcome.nodes = nodes[3:4]
     assert _vote(search, outcome, q) is None
     outcome.nodes, config.scorer = nodes, "released"
@@ -426,6 +432,66 @@ def test_a_long_question_and_a_long_passage_are_cut_with_a_notice(talkative):
     assert len(seen[0]) == 64 and seen[0][-1] == heading
 
 
+def test_a_cut_question_keeps_the_heading_of_a_published_vocabulary():
+    """There it is plain text, several tokens long."""
+    tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "llama_tokenizer")
+    loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=SimpleNamespace(max_length=4096)))
+    notices = []
+    asked = Question("1", "Which town lies by the river? " * 30)
+    tokens = SelfRAG._prompt(SimpleNamespace(loaded=loaded, config=SimpleNamespace(max_length=64)), asked, notices, 64)
+    assert len(tokens) == 64 and "was cut" in notices[0]
+    assert tokenizer.decode(tokens).rstrip().endswith("### Response:") and "Which town" in tokenizer.decode(tokens)
+
+
+@pytest.mark.slow
+def test_text_may_end_where_padding_is_the_end_of_text(talkative):
+    """Published tokenizers without a padding token pad with </s>."""
+    tokenizer = copy.copy(talkative.tokenizer)
+    tokenizer.pad_id = tokenizer.eos_id
+    loaded, ended = replace(talkative, tokenizer=tokenizer), 0
+    for seed in range(4):
+        rng, config = np.random.default_rng(seed), replace(drawn(seed), temperature=0.0, ndocs=4)
+        passages = make_passages(rng, tokenizer, 4)
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompts.instruction(f"where is the ropemaker {seed}"))]
+        [got] = BeamSearch(loaded.model, loaded.params, tokenizer, config, 64).run(
+            [ids], lambda qs, p=passages: [p for _ in qs]
+        )
+        plain = PlainSearch(loaded, config)
+        plain.run(ids, passages)
+        assert [(n.parent, n.tokens) for n in got.nodes] == [(parent, tokens) for parent, tokens, _ in plain.tree]
+        ended += sum(n.tokens[-1:] == (tokenizer.eos_id,) for n in got.nodes)
+    assert ended
+
+
+def test_a_product_of_bad_segments_is_not_good():
+    total = BeamSearch._total
+    search = lambda accumulate: SimpleNamespace(config=SimpleNamespace(accumulate=accumulate))  # noqa: E731
+    root, bad, good = Beam(None, None, 0), *(Beam(SimpleNamespace(total=t), None, 0) for t in (0.0, 2.0))
+    assert total(search("product"), root, -0.3) == total(search("product"), bad, -0.3) == 0
+    assert total(search("product"), root, 2.0) == 2.0 and total(search("product"), good, 1.5) == 3.0
+    assert total(search("sum"), good, -0.5) == total(search("mean"), good, -0.5) == 1.5
+
+
+def test_what_is_not_finite_is_an_error_of_its_question(talkative):
+    params = jax.tree.map(lambda x: x, jax.device_get(talkative.params))
+    params["norm"]["scale"] = params["norm"]["scale"] * np.nan
+    [a] = make_rag(replace(talkative, params=params)).answer(["Where?"], mode="no_retrieval", max_depth=1)
+    assert "not finite" in a.error and not a.answer
+
+
+def test_a_passage_that_is_dropped_takes_no_room(talkative):
+    """The model's context would be full if the passage of the first segment stayed."""
+    model = replace(talkative.model, config=replace(talkative.model.config, max_length=80))
+    rag = make_rag(replace(talkative, model=model))
+    words = ("word", "Quenport", "Mara", "ropemaker", "studied", "starlore", "lives", "the")
+    rows = [Question(w, "Where?", ctxs=(Passage("p", "Long", " ".join([w] * 40)),)) for w in words]
+    asked = dict(mode="always_retrieve", beam_width=1)
+    kept, dropped = (rag.answer(rows, **asked, keep_passages=keep) for keep in (True, False))
+    goes_on = [len(a.tree) == 2 for a in dropped]  # the others end with their first segment
+    assert any(goes_on) and not any("is full" in n for a in dropped for n in a.notices)
+    assert [any("is full" in n for n in a.notices) for a in kept] == goes_on and all(len(a.tree) == 1 for a in kept)
+
+
 def test_unknown_fields_and_modes_are_refused(talkative):
     rag = make_rag(talkative)
     with pytest.raises(BadInput, match="tresh"):
@@ -449,6 +515,10 @@ def test_more_passages_for_each_question_mean_fewer_questions_at_once(talkative,
     for asked, ndocs in ((3, 2), (3, 4), (2, 50), (1, 2), (9, 2)):
         list(rag.stream(["a"] * asked, ndocs=ndocs))
     assert sizes == [4, 2, 1, 1, 4]  # of 4 questions with 2 passages each
+    list(rag.stream(["a"] * 3, beam_width=2 * rag.config.search.beam_width))
+    assert sizes[-1] == 2
+    with pytest.raises(BadInput, match="--beam_width=101: at most 100"):
+        rag.check({"beam_width": 101})
 
 
 def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from selfrag_jax import artifacts, cli, config
+from selfrag_jax.decoding import scoring
 from selfrag_jax.evaluation import report
 from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, read_rows
@@ -147,6 +148,26 @@ def test_ask_prints_passages_critiques_and_the_decision(quickstart, capsys):
         judged = (node["isrel"][1], node["issup"][0], node["isuse"][4], node["p_segment"], node["score"])
         line = next(x for x in shown.splitlines() if x.split()[-5:] == [f"{v:.2f}" for v in judged])
         assert ("►" in line) == node["chosen"] and node["passage"]["title"].split()[0] in line
+
+
+def test_ask_by_the_released_scripts_needs_no_other_flag(quickstart, capsys):
+    """The config ranks by means, which the scripts know nothing of."""
+    workdir, _ = quickstart
+    flags = [
+        f"--workdir={workdir}",
+        "--config=tiny:smoke",
+        "--scorer=released",
+        "--mode=always_retrieve",
+        "--max_depth=1",
+        "--json",
+    ]
+    assert cli.main(["ask", *flags, flow.sample_question(workdir)]) == 0
+    [first, *_] = json.loads(capsys.readouterr().out)["tree"]
+    groups = (np.array(first[name]) for name in ("isrel", "issup", "isuse"))
+    weights = scoring.Weights(w_use=1.0)  # the scripts' own; 0.5 in the config
+    assert first["score"] == pytest.approx(scoring.released_score(first["p_segment"], *groups, weights), abs=1e-3)
+    assert cli.main(["ask", *flags, "--accumulate=mean", "Where?"]) == 2
+    assert "--accumulate=mean: the released scripts multiply" in capsys.readouterr().err
 
 
 def test_ask_about_an_unknown_name_is_answered_with_a_doubt_or_without_citation(quickstart, capsys):

@@ -241,7 +241,11 @@ class SelfRAG:
 
         slow = self.retriever is not None and not all(q.ctxs for q in rows)
         events = search.stream(
-            [ids[i] for i in asked], retrieve, self._slots(len(rows), search.branches), [rows[i].question for i in asked], slow
+            [ids[i] for i in asked],
+            retrieve,
+            self._slots(len(rows), search.width * search.branches),
+            [rows[i].question for i in asked],
+            slow,
         )
         while True:
             with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
@@ -260,7 +264,8 @@ class SelfRAG:
     def _slots(self, questions: int, each: int) -> int:
         """Questions at once: the configured number, or one for a single question, so that their number never leads to another
         compilation; fewer where each has more branches, which are what takes memory."""
-        branches = self.config.batch * self.config.search.ndocs
+        c = self.config.search
+        branches = self.config.batch * c.ndocs * (c.beam_width if c.max_depth > 1 else 1)
         return 1 if questions == 1 else max(1, min(self.config.batch, branches // each))
 
     def check(self, changes: dict[str, Any]) -> None:
@@ -274,18 +279,24 @@ class SelfRAG:
         if unknown:
             known = sorted({*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__} - {"weights"})
             raise BadInput(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        if changes.get("scorer") == "released":  # comes with the scripts' own defaults
+            changes = {"accumulate": "sum"} | changes
+            if changes.get("max_depth", base.max_depth) == 1:
+                weights = {"w_use": 1.0} | weights
         config = replace(base, weights=replace(base.weights, **weights), **changes)
         loaded, kind = self.loaded, ReleasedSearch if config.scorer == "released" else BeamSearch
         return kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
 
     def _prompt(self, q: Question, notice: list[str], most: int) -> list[int]:
         """Tokens up to the response heading, `most` of them, with a notice where they are cut."""
-        prompt = self.loaded.tokenizer.encode(prompts.instruction(question_text(q)), before_control=True)
-        tokens = [self.loaded.tokenizer.bos_id, *prompt]
+        encode = lambda text: self.loaded.tokenizer.encode(prompts.instruction(text), before_control=True)  # noqa: E731
+        tokens = [self.loaded.tokenizer.bos_id, *encode(question_text(q))]
         if len(tokens) > most:
             why = "" if most == self.config.max_length else f": the model's context has {self.loaded.model.config.max_length}"
             notice.append(f"the question was cut from {len(tokens)} to {most} tokens{why}")
-            tokens = [*tokens[: most - 1], tokens[-1]]  # keeps the response heading
+            same = [a == b for a, b in zip(reversed(tokens), reversed(encode("")), strict=False)]
+            heading = [*same, False].index(False)  # of the response: one token or, in published vocabularies, several
+            tokens = [*tokens[: most - heading], *tokens[len(tokens) - heading :]]
         return tokens
 
     def _retrieve(self, rows: list[Question], queries, ndocs: int) -> list[list[Passage]]:
@@ -398,9 +409,10 @@ def _vote(search: BeamSearch, outcome: Search, q: Question) -> Beam | None:
         return _most_voted(outcome, list(said.values()))
     bare = lambda text: text.strip().rstrip(".").lower()  # noqa: E731
     said = {bare(option): [] for option in q.options}
-    for node in outcome.nodes:
+    first = [n for n in outcome.nodes if n.depth == 0]
+    for node in [n for n in first if n.allowed] or first:  # as the search keeps them
         option = bare(search.text(node.tokens))
-        if node.depth == 0 and option in said:
+        if option in said:
             said[option].append(node)
     return _most_voted(outcome, [nodes for nodes in said.values() if nodes])
 

@@ -25,6 +25,7 @@ from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Control, Tokenizer
 
 MAX_NDOCS = 100
+MAX_BEAM_WIDTH = 100
 SCORERS = ("paper", "released")  # the paper's equations, or what the released scripts compute (see released.py)
 ACCUMULATE = ("sum", "mean", "product")
 MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
@@ -39,7 +40,9 @@ class SearchConfig:
     beam_width: int  # W
     max_depth: int  # segments at most
     ndocs: int  # P, passages per retrieval
-    accumulate: str  # rank paths by the "sum" (paper), "mean" or "product" of their segments' scores; sums favour long answers
+    # Rank paths by the "sum" (paper), "mean" or "product" of their segments' scores. Sums favour long answers; in a product a score
+    # below 0 counts as 0.
+    accumulate: str
     # A segment that says one of these critique tokens is dropped ("hard constraints" in the paper).
     constraints: tuple[str, ...]
     keep_passages: bool  # in the history of later segments, as in training data; the released script drops them
@@ -80,6 +83,8 @@ class SearchConfig:
             )
         if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
             raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")
+        if self.beam_width > MAX_BEAM_WIDTH:
+            raise BadInput(f"--beam_width={self.beam_width}: at most {MAX_BEAM_WIDTH} segments at each step; the paper keeps 2")
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,8 @@ class BeamSearch:
                 for j, passage in enumerate(found):
                     mine = out.at((beam.row, j))
                     node = self._node(search, beam, action, p, passage, mine)
-                    new = Beam(node, mine.retrieve, int(mine.next_position))
+                    follows = int(mine.next_position) if self.config.keep_passages else node.start + len(self._kept(node))
+                    new = Beam(node, mine.retrieve, follows)
                     new.full = not node.finished and depth + 1 < self.config.max_depth and self._full(search, new.next_position)
                     candidates.append((new, beam.row, beam.row * self.branches + j))
             parents, branches = self._keep_best(search, candidates)
@@ -276,10 +282,10 @@ class BeamSearch:
         has_evidence = c.keep_passages and beam.node is not None and beam.node.action != "no_retrieval"
         if c.mode == "no_retrieval":
             return "no_retrieval", probability
-        if has_evidence and p.argmax() == 2:
-            return "continue", probability
         if c.mode == "always_retrieve":
             return "retrieve", probability
+        if has_evidence and p.argmax() == 2:
+            return "continue", probability
         wanted = probability > c.threshold if c.threshold is not None else p.argmax() == 1
         return ("retrieve" if wanted else "no_retrieval"), probability
 
@@ -331,12 +337,12 @@ class BeamSearch:
         rows: list[list[int]] = [[] for _ in parents]
         start = [0] * len(parents)
         for beam in (b for b in search.beams if not b.finished):
-            node = beam.node
-            fed = [] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]
-            rows[beam.row] = [*fed, *node.tokens]
-            start[beam.row] = node.start
-            beam.next_position = node.start + len(rows[beam.row])
+            rows[beam.row], start[beam.row] = self._kept(beam.node), beam.node.start
         return Read(rows, start, parents)
+
+    def _kept(self, node: Node) -> list[int]:
+        """What later segments see of a segment without its passage."""
+        return [*([] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]), *node.tokens]
 
     def _full(self, search: Search, position: int) -> bool:
         """Whether no other segment may begin there; a notice says so."""
@@ -367,7 +373,7 @@ class BeamSearch:
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
         p_segment = out.mean_probability()
         judged = (isrel, out.issup, out.isuse, float(evidence is not None))
-        score = float(scoring.segment_score(p_segment, *judged, self.config.weights))
+        score = scoring.finite(scoring.segment_score(p_segment, *judged, self.config.weights))
         node = Node(
             id=len(search.nodes),
             parent=beam.node.id if beam.node else -1,
@@ -391,9 +397,9 @@ class BeamSearch:
         return node
 
     def _total(self, beam: Beam, score: float) -> float:
-        if beam.node is None:
-            return score
-        return beam.node.total * score if self.config.accumulate == "product" else beam.node.total + score
+        if self.config.accumulate == "product":  # two bad segments are not a good one
+            return max(score, 0.0) * (1.0 if beam.node is None else beam.node.total)
+        return score if beam.node is None else beam.node.total + score
 
     def critiques(self, tokens: Sequence[int]) -> list[str]:
         """The critique tokens that a segment says, by name."""

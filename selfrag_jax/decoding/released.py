@@ -155,9 +155,10 @@ class ReleasedSearch(BeamSearch):
         tokens = self._remapped(out) if self.long else out.said()
         said = tokens[: tokens.index(self.retrieval)] if self.long and self.retrieval in tokens else tokens
         if self.long:
-            score = scoring.released_score_long(out.isrel, out.issup)
+            score = scoring.finite(scoring.released_score_long(out.isrel, out.issup))
         else:
-            score = float(scoring.released_score(out.mean_probability(), out.isrel, out.issup, out.isuse, self.config.weights))
+            judged = (out.mean_probability(), out.isrel, out.issup, out.isuse)
+            score = scoring.finite(scoring.released_score(*judged, self.config.weights))
         total = score if o.node is None else o.node.total * score
         node = self._add(search, o.node, "retrieve", passage, said, out, score, total)
         return node, [t for t in said if t != self.rules.eos]

@@ -12,6 +12,7 @@ through their own scores. All functions work on numpy and JAX arrays alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from selfrag_jax.records import BadInput
@@ -64,6 +65,15 @@ def segment_score(p_segment, isrel, issup, isuse, has_passage, weights: Weights)
     """
     evidence = weights.w_rel * s_rel(isrel) + weights.w_sup * s_sup(issup)
     return weights.w_seq * p_segment + has_passage * evidence + weights.w_use * s_use(isuse)
+
+
+def finite(score) -> float:
+    """The score of one segment. Raises FloatingPointError where it is none."""
+    if not math.isfinite(score):
+        raise FloatingPointError(
+            "the model's probabilities are not finite: are its weights whole, and is its dtype wide enough?"
+        )
+    return float(score)
 
 
 # ---- what the released scripts compute -------------------------------------------------------------------------------

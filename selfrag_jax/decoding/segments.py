@@ -36,7 +36,7 @@ class Segment:
     log_prob: jax.Array  # [B] f32: sum over text tokens, by the model's own distribution however they were chosen
     text_tokens: jax.Array  # [B] int32: how many of the tokens are text
     isrel: jax.Array  # [B, 2] f32: distribution within the group at the first generated position
-    issup: jax.Array  # [B, 3] f32: where an IsSup token was generated, else at the end
+    issup: jax.Array  # [B, 3] f32: where an IsSup token was generated, else at the end, be it the length limit
     isuse: jax.Array  # [B, 5] f32: at the end of the segment
     retrieve: jax.Array  # [B, 3] f32: at the end of the segment
     finished: jax.Array  # [B] bool: the answer is complete (Utility token or end of text)
@@ -97,8 +97,9 @@ def read_groups(s: Any, logits: jax.Array, token: jax.Array, ending: jax.Array, 
     says_sup, says_use = live & _member(token, r.issup), live & _member(token, r.isuse)
     if rules.whole:  # one that is never said stays zero
         when = (first, says_sup & ~s.sup_seen, says_use & ~s.use_seen, first)
-    else:  # IsSup without its token: the distribution where the segment ends
-        when = (first, says_sup | (ending & ~s.sup_seen), ending | at_limit, ending)
+    else:  # IsSup without its token: the distribution where the segment ends; or is cut, at its last token
+        ends = ending | at_limit
+        when = (first, says_sup | (ends & ~s.sup_seen), ends, ends)
     names = ("isrel", "issup", "isuse", "retrieve")
     new = {name: group_distribution(logits, getattr(r, name)) for name in names}
     kept = {k: jnp.where((live & w)[:, None], new[k], getattr(seg, k)) for k, w in zip(names, when, strict=True)}

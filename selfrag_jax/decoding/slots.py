@@ -219,7 +219,9 @@ def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps,
     def body(state):
         step, s = state
         seg, live = s.segment, ~s.done
-        logits = model.logits(params, s.hidden).at[:, rules.pad].set(-1e30)
+        logits = model.logits(params, s.hidden)
+        if rules.pad != rules.eos:  # many published tokenizers pad with the end of text
+            logits = logits.at[:, rules.pad].set(-1e30)
         token, log_prob = next_token(logits, s.key, s.age, sampling)
         ends_before, last_token, is_control = roles(token, rules)
         at_limit = s.age + 1 >= s.limit
