@@ -43,6 +43,12 @@ def _config_flag(default: str = _CONFIG) -> Flag:
     )
 
 
+_answer_config_flag = Flag(
+    "config",
+    "as for the other stages; left out: tiny for models of the synthetic world, any_model (the paper's settings) for others",
+)
+
+
 def _load(values: dict):
     from selfrag_jax import config
 
@@ -210,6 +216,7 @@ def _require_quickstart(workdir: str | Path, *files: Path) -> None:
 def _rag(v: dict):
     from selfrag_jax import artifacts
     from selfrag_jax.decoding.answer import AnswerConfig, SelfRAG
+    from selfrag_jax.models import checkpoints, huggingface
 
     model, index = v["model"], v["index"]
     if v["workdir"]:
@@ -219,6 +226,9 @@ def _rag(v: dict):
     if not model:
         raise BadInput("give --model (a training workdir or a Hugging Face folder) or --workdir of a finished quickstart")
     changes = {f.name: v[f.name] for f in _HOW_FLAGS if v[f.name] is not None}
+    if v["config"] is None:
+        model = huggingface.local(model)
+        v = v | {"config": _CONFIG if checkpoints.read_tokenizer(model).mode == "words" else "any_model"}
     return SelfRAG.load(model, index, replace(_section(v, AnswerConfig, "answer"), **changes))
 
 
@@ -399,7 +409,7 @@ STAGES: dict[str, Stage] = {
             *_SEARCH_FLAGS,
             *_HOW_FLAGS,
             Flag("json", "print the record instead", False, type=bool),
-            _config_flag(),
+            _answer_config_flag,
         ),
         _ask,
         "question",
@@ -414,7 +424,7 @@ STAGES: dict[str, Stage] = {
             Flag("task", "name of the task; default: the input file's name"),
             *_SEARCH_FLAGS,
             *_HOW_FLAGS,
-            _config_flag(),
+            _answer_config_flag,
         ),
         _answer,
     ),

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 import transformers
 
 from selfrag_jax import cli
-from selfrag_jax.models import checkpoints
-from selfrag_jax.records import GeneratorExample, write_jsonl
+from selfrag_jax.decoding.answer import SelfRAG
+from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 from selfrag_jax.tokenizer import Control, Tokenizer
 
 TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer" / "tokenizer.model"
@@ -69,6 +71,25 @@ def test_from_a_published_folder_and_back(base, data, tmp_path, capsys, which):
     np.testing.assert_allclose(jnp.asarray(ours.model.logits(ours.params, hidden)), expected, atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.convert_tokens_to_ids("[Retrieval]") == ours.tokenizer.id("[Retrieval]") == 1401
+
+
+@pytest.mark.parametrize("which", ("published", "synthetic world"))
+def test_a_model_is_asked_as_its_kind_wants(base, tiny_model, tmp_path, monkeypatch, which):
+    """Without --config: the paper's search, not that of the synthetic world's small models."""
+    folder, expected = base, ("sum", 0.2, 100, 7)
+    if which != "published":
+        folder, expected = tmp_path, ("mean", 0.1, 24, 4)
+        huggingface.save(folder, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
+    seen = []
+    monkeypatch.setattr(SelfRAG, "load", lambda model, index, config: seen.append(config) or stop())
+    assert cli.main(["ask", f"--model={folder}", "--ndocs=3", "Where?"]) == 2
+    search = seen[0].search
+    assert (search.accumulate, search.threshold, search.max_new_tokens, search.max_depth) == expected
+    assert seen[0].quantization is None and seen[0].dtype is None and seen[0].tensor == 1
+
+
+def stop():
+    raise BadInput("far enough")
 
 
 @pytest.mark.parametrize(
