@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from selfrag_jax import memory
 from selfrag_jax.records import BadInput
 from selfrag_jax.stages import STAGES, Failed, Stage
 
@@ -72,6 +73,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[dict, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    whole_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(_overview())
@@ -89,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values, positional = parse(name, arguments)
         _compilation_cache()
+        if whole_process and name not in ("convert", "compile"):  # which run no model
+            memory.keep_freed()
         STAGES[name].run(values, positional)
     except BadInput as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)

@@ -76,6 +76,31 @@ def test_killed_again_and_again_it_ends_with_the_same_results(quickstart, tmp_pa
 
 
 @pytest.mark.slow
+def test_answers_that_are_killed_go_on(quickstart, tmp_path):
+    """kill -9 as soon as an answer is written, three times: no question is answered twice, and none is missing."""
+    made, _ = quickstart
+    questions, out = made / "world" / "eval" / "long_tail.jsonl", tmp_path / "a.jsonl"
+    flags = [f"--workdir={made}", "--config=tiny:smoke", f"--input={questions}", "--config.answer.batch=2"]
+    command = [sys.executable, "-m", "selfrag_jax", "answer", *flags, f"--out={out}"]
+    rows = lambda: sum(f.read_bytes().count(b"\n") for f in tmp_path.glob(".a.jsonl.*.partial"))  # noqa: E731
+    for _ in range(3):
+        before = rows()
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            while rows() == before:
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.002)
+            process.kill()
+            process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL and not out.exists()
+    [partial] = tmp_path.glob(".a.jsonl.*.partial")
+    kept = [json.loads(line) for line in partial.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    subprocess.run(command, check=True)
+    answers = [row for _, row in read_rows(out)]
+    assert [a["id"] for a in answers] == [q["id"] for _, q in read_rows(questions)] and not partial.exists()
+    assert len(answers) > len(kept) >= 3 and all(row in answers for row in kept)
+
+
+@pytest.mark.slow
 def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsys):
     """Every stage from the command line, by the flags of its help: the same files, the same parameters, the same results."""
     made, rows = quickstart

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from selfrag_jax.models import checkpoints
-from selfrag_jax.models.llama import Cache, LlamaConfig, Model
+from selfrag_jax.models.llama import Cache, Llama, LlamaConfig, Model
 from selfrag_jax.records import BadInput
 
 TOLERANCE = 2e-5
@@ -130,8 +130,9 @@ def test_a_padded_vocabulary_changes_nothing(tiny_model):
     np.testing.assert_array_equal(same["embed"]["embedding"], tiny_model.params["embed"]["embedding"])
 
 
-@pytest.mark.parametrize("remat", ("dots", "full"))
-def test_what_is_computed_again_has_the_same_gradients(tiny_model, remat):
+@pytest.mark.parametrize("remat", ("none", "dots", "full"))
+def test_what_is_computed_again_has_the_same_gradients(tiny_model, remat, monkeypatch):
+    """In a loop over the layers; against layers that are written out one by one, which compute nothing again."""
     tokens = np.arange(24).reshape(2, 12)
     positions = np.tile(np.arange(12), (2, 1))
 
@@ -139,7 +140,24 @@ def test_what_is_computed_again_has_the_same_gradients(tiny_model, remat):
         return jax.grad(lambda p: (model.hidden(p, tokens, positions, None)[0] ** 2).sum())(tiny_model.params)
 
     again = gradients(Model(replace(tiny_model.model.config, remat=remat)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), again, gradients(tiny_model.model))
+    monkeypatch.setattr(Llama, "_written_out", lambda self: True)
+    kept = gradients(tiny_model.model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), again, kept)
+
+
+def test_on_a_cpu_layers_are_written_out_where_that_is_faster(tiny_model):
+    """A loop's stacks are cleared and copied; but only in a loop does it save memory to compute again."""
+    wide = replace(tiny_model.model.config, num_layers=8, embed_dim=512, mlp_dim=1024)
+    tokens = np.ones((4, 128), np.int32)
+
+    def loops_and_temporaries(remat):
+        model = Model(replace(wide, remat=remat))
+        loss = lambda p: (model.hidden(p, tokens, tokens, None)[0] ** 2).sum()  # noqa: E731
+        program = jax.jit(jax.grad(loss)).lower(model.shapes())
+        return "while" in program.as_text(), program.compile().memory_analysis().temp_size_in_bytes
+
+    (plain, bytes_kept), (loop, bytes_again) = loops_and_temporaries("none"), loops_and_temporaries("full")
+    assert (plain, loop) == (False, True) and bytes_again < 0.4 * bytes_kept
 
 
 def test_a_prefix_without_a_cache_is_refused(tiny_model):

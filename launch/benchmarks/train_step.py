@@ -3,13 +3,14 @@
     python launch/benchmarks/train_step.py  # about 100M parameters, f32, on a CPU
     python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 --rounds=1  # on a GPU
 
-Prints tokens per second of both (of the median step), their ratio, and on a device with a known peak the model FLOPs utilisation
+Each runs in a process of its own, as its users start it: torch in a child, ours as `selfrag` does, which keeps the memory that
+XLA frees (selfrag_jax/memory.py; --kept_torch gives torch the like). Prints tokens per second of both (of the median step), their ratio, and on a device with a known peak the model FLOPs utilisation
 (selfrag_jax/models/roofline.py). Needs torch and transformers, as `pip install '.[test]'` brings them.
 Compilation and the first steps are not timed.
 """
 
 import argparse
-import gc
+import multiprocessing
 import os
 import time
 
@@ -58,6 +59,26 @@ def with_torch(a, c: dict, folder: str):
     return step, sum(p.numel() for p in model.parameters())
 
 
+def torch_process(a, c: dict, folder: str, connection) -> None:
+    """Sends the number of parameters, then the times of some steps whenever it is asked, until the other end is closed."""
+    from selfrag_jax import memory
+
+    if a.kept_torch:
+        memory.keep_freed()
+    step, parameters = with_torch(a, c, folder)
+    connection.send(parameters)
+    try:
+        while connection.recv():
+            connection.send(measure(step, a))
+    except EOFError:
+        return
+
+
+def ask(connection) -> list[float]:
+    connection.send(True)
+    return connection.recv()
+
+
 def with_jax(a, folder: str):
     """Our trainer's step, from the same weights, and the model's FLOPs for a token."""
     from dataclasses import replace
@@ -71,7 +92,8 @@ def with_jax(a, folder: str):
     from selfrag_jax.training import optimizer, train
 
     c, params = huggingface.load(folder)
-    model = Model(replace(c, dtype=a.dtype, remat=a.remat))
+    remat = a.remat or ("none" if jax.default_backend() == "cpu" else "dots")
+    model = Model(replace(c, dtype=a.dtype, remat=remat))
     tx = optimizer.make(optimizer.OptimizerConfig("adamw", 1e-5, 1e-5, "constant", 0.0, 1e-8, 0.01, 1.0), 1000)
     params = jax.tree.map(jnp.asarray, params)
     state = {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
@@ -108,7 +130,7 @@ def rate(a, times: list[float]) -> float:
 def main() -> None:
     import tempfile
 
-    import torch
+    from selfrag_jax import memory
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="100m")
@@ -119,23 +141,34 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=5, help="timed at a time")
     p.add_argument("--rounds", type=int, default=3, help="torch and JAX take turns; 1: one after the other, as memory allows")
     p.add_argument("--loss_chunk", type=int, default=0, help="positions whose logits exist at a time; 0: all")
-    p.add_argument("--remat", default="dots", help="what our backward pass computes again: none, dots or full")
+    p.add_argument(
+        "--remat", help="what our backward pass computes again: none, dots or full; by itself none on a CPU, else dots"
+    )
     p.add_argument("--torch_attention", default="sdpa")
     p.add_argument("--torch_compile", action="store_true")
+    p.add_argument("--kept_torch", action="store_true", help="let torch's process keep freed memory too")
     a = p.parse_args()
     c = fields(a.size, a.vocabulary, a.length)
+    memory.keep_freed()
+    spawn = multiprocessing.get_context("spawn")  # before JAX has threads
     with tempfile.TemporaryDirectory() as folder:
-        step, parameters = with_torch(a, c, folder)
-        times = {"torch": measure(step, a), "ours": []}
+        theirs, other_end = spawn.Pipe()
+        process = spawn.Process(target=torch_process, args=(a, c, folder, other_end))
+        process.start()
+        other_end.close()
+        parameters = theirs.recv()
+        times = {"torch": ask(theirs), "ours": []}
         if a.rounds == 1:
-            del step  # its memory too
-            gc.collect()
-            torch.cuda.empty_cache()
+            theirs.close()  # its memory too
+            process.join()
         ours_step, per_token = with_jax(a, folder)
         times["ours"] += measure(ours_step, a)
         for _ in range(a.rounds - 1):
-            times["torch"] += measure(step, a)
+            times["torch"] += ask(theirs)
             times["ours"] += measure(ours_step, a)
+    if a.rounds > 1:
+        theirs.close()
+        process.join()
     theirs, ours = rate(a, times["torch"]), rate(a, times["ours"])
     import jax
 

@@ -31,6 +31,7 @@ from selfrag_jax.models.attention import (
     attend_sequences,
     choose,
     document_mask,
+    platform,
     rope,
     rope_frequencies,
     rotation,
@@ -243,12 +244,13 @@ class Llama(nnx.Module):
             x, whole = nnx.merge(graph, state)(x, turned, attend_all, write)
             return (x, *whole), None
 
+        unroll = c.num_layers if self._written_out() else c.scan_unroll
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])  # in a scan there is nothing to merge
         # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
         x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
         if cache is None:
-            x, _ = jax.lax.scan(layer, x, layers, unroll=c.scan_unroll)
+            x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
             return self.norm(x), None
         if by_layers is not None:
             new = []
@@ -261,6 +263,13 @@ class Llama(nnx.Module):
         per_layer = (jnp.arange(c.num_layers), layers, None if prefix is None else (prefix.k, prefix.v))
         (x, *new), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll)
         return self.norm(x), new
+
+    def _written_out(self) -> bool:
+        """Whether whole sequences go through layers that are written out one by one in the program: on a CPU, where XLA clears the
+        stacks that a loop collects what the backward pass needs in, and copies to and from them (4% of a step of 0.1B parameters).
+        Small models would rather compile fast, and many layers too; and outside a loop nothing is saved by computing it again."""
+        c = self.c
+        return platform() == "cpu" and c.embed_dim * c.mlp_dim >= 2**19 and c.num_layers <= 16 and c.remat == "none"
 
     def logits(self, hidden):
         out = (self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)).astype(jnp.float32)
