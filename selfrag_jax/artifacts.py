@@ -19,9 +19,14 @@ from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from selfrag_jax.records import BadInput, read_json, write_json
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None
 
 _OF_A_MODEL = (
     "config.json",
@@ -32,6 +37,19 @@ _OF_A_MODEL = (
     "special_tokens_map.json",
 )
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
+
+
+def lock(file: IO, what: str | Path) -> None:
+    """This process alone writes `file`, until it is closed or the process ends, however that be. Raises BadInput where another
+    one does. A file system that knows no locks gives none."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{what}: another process is writing it; wait for its end, or take another name") from None
+    except OSError:
+        return
 
 
 def manifest_path(artifact: str | Path) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_search import PlainSearch, make_passages, make_rag
 
-from selfrag_jax import prompts, reflection
+from selfrag_jax import artifacts, prompts, reflection
 from selfrag_jax.decoding import engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
@@ -395,6 +395,10 @@ def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
     with open(partial, "a") as f:
         f.write('{"id": "4", "ans')  # as a kill in the middle of a line leaves it
     assert not out.exists()
+    with open(partial, "a") as held:  # as another process that answers the same holds it
+        artifacts.lock(held, out)
+        with pytest.raises(BadInput, match=r"a\.jsonl: another process is writing it"):
+            answer_file(rag, questions, out, None, dict(changes))
     rag._answer = lambda search, q, *rest: told.append(q.id) or answer(search, q, *rest)
     assert answer_file(rag, questions, out, None, dict(changes)) == 10
     assert sorted(told) == [str(i) for i in range(10)] and not partial.exists()  # none twice

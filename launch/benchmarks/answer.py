@@ -162,7 +162,8 @@ class Released:
         return max(self.step(prompt, passages, new), key=lambda s: s[1])
 
     def long(self, prompt, passages, new, width, steps):
-        """Level by level; a child's text is cut at its first [Retrieval], and only children that say it go on."""
+        """Level by level; a child's text is cut at its first [Retrieval]. Every child may go on, so that all steps are taken as ours
+        are (random weights seldom say it); the scripts go on from those that said it."""
         level = [(prompt, [], 1.0)]
         for _ in range(steps):
             found = []

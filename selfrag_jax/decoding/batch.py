@@ -20,8 +20,8 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     """Answers all questions of a file; returns how many.
 
     Answers are kept in `out`.partial as they come; an interrupted run answers only the remaining questions. Raises
-    BadInput for a file without questions, for ids that occur twice, and for questions without passages when there is
-    no index.
+    BadInput for a file without questions, for ids that occur twice, for questions without passages when there is no
+    index, and while another process answers the same into the same file.
     """
     rag.check(changes)  # before anything is written
     questions = read_questions(input_path, task or "")
@@ -39,11 +39,24 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
         if len(done) == len(questions):
             return len(questions)
     partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
-    done |= {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
     before = len(engine.compiled)
-    remaining = [q for q in questions if q.id not in done]
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with progress("answer", len(questions), "questions", len(done)) as bar, open(partial, "a", encoding="utf-8") as f:
+    with open(partial, "a", encoding="utf-8") as f:
+        artifacts.lock(f, out)
+        done |= {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
+        _answer_into(f, rag, questions, done, changes)
+    print(_summary([done[i] for i in ids], engine.compiled[before:]), file=sys.stderr)
+    if failed := [i for i in ids if done[i]["error"]]:
+        print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
+    write_jsonl(out, (done[i] for i in ids))
+    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids), "retrieved": sum(done[i]["retrieved"] for i in ids)})
+    partial.unlink(missing_ok=True)
+    return len(ids)
+
+
+def _answer_into(f, rag: SelfRAG, questions: list, done: dict[str, dict[str, Any]], changes: dict[str, Any]) -> None:
+    """Answers what is not done, and notes each answer in `done` and in the file as soon as it is there."""
+    with progress("answer", len(questions), "questions", len(done)) as bar:
 
         def keep(a: Answer) -> None:
             done[a.id] = a.to_row()
@@ -51,14 +64,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
             f.flush()
             bar.advance(1)
 
-        rag.answer(remaining, on_answer=keep, **changes)
-    print(_summary([done[i] for i in ids], engine.compiled[before:]), file=sys.stderr)
-    if failed := [i for i in ids if done[i]["error"]]:
-        print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
-    write_jsonl(out, (done[i] for i in ids))
-    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids), "retrieved": sum(done[i]["retrieved"] for i in ids)})
-    partial.unlink()
-    return len(ids)
+        rag.answer([q for q in questions if q.id not in done], on_answer=keep, **changes)
 
 
 def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:
@@ -76,8 +82,6 @@ def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> s
 
 def _whole_rows(partial: Path) -> list[dict[str, Any]]:
     """Rows of an interrupted run; a last line that was cut off is dropped from the file."""
-    if not partial.is_file():
-        return []
     data = partial.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(partial, data.rfind(b"\n") + 1)
