@@ -41,7 +41,7 @@ def test_scores_by_hand():
 
 
 # Beam width, passages, depth. Few, for each is compiled; everything else is drawn at random.
-SHAPES = ((1, 1, 1), (1, 10, 1), (2, 3, 3), (3, 2, 3), (4, 1, 3), (4, 4, 2), (2, 5, 2), (1, 3, 3))
+SHAPES = ((1, 1, 1), (1, 10, 1), (2, 3, 3), (3, 2, 3), (4, 1, 3), (4, 10, 2), (2, 5, 2), (1, 3, 3))
 
 
 def drawn(seed):
