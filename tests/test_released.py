@@ -135,7 +135,7 @@ class PlainScripts(PlainSearch):
 
 def config_of(seed, long):
     rng = np.random.default_rng(seed)
-    ndocs, width, depth = ((1, 2, 3), (3, 1, 3), (3, 2, 4), (2, 3, 2))[seed % 4] if long else ((1, 3, 5, 10)[seed % 4], 1, 1)
+    ndocs, width, depth = ((1, 2, 3), (3, 1, 3), (3, 2, 4), (10, 4, 3))[seed % 4] if long else ((1, 3, 5, 10)[seed % 4], 1, 1)
     return replace(
         DEFAULT.search,
         scorer="released",
