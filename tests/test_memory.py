@@ -16,13 +16,15 @@ if sys.argv[1] == "kept":
 import resource
 import jax
 import jax.numpy as jnp
-f = jax.jit(lambda x: (jnp.sort(x, 0) @ x).sum())  # temporaries of 64 MB
+f = jax.jit(lambda x: jnp.sort(x, 0).sum())  # one temporary of 64 MB
 x = jnp.ones((4096, 4096))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+seen = []
+for _ in range(6):
     before = faults()
     f(x).block_until_ready()
-print(faults() - before)
+    seen.append(faults() - before)
+print(min(seen[3:]))
 """
 
 
