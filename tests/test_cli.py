@@ -83,6 +83,17 @@ def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_pat
     )
 
 
+@pytest.mark.parametrize(("stage", "keeps"), [("train", 1), ("answer", 1), ("convert", 0), ("compile", 0)])
+def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps):
+    """As a command only: a program that calls `main` with arguments decides on its memory by itself."""
+    kept = []
+    monkeypatch.setattr(cli.memory, "keep_freed", lambda: kept.append(stage))
+    monkeypatch.setitem(cli.STAGES, stage, replace(cli.STAGES[stage], flags=(), run=lambda values, positional: None))
+    monkeypatch.setattr(cli.sys, "argv", ["selfrag", stage])
+    assert cli.main() == 0 and len(kept) == keeps
+    assert cli.main([stage]) == 0 and len(kept) == keeps
+
+
 def test_an_unfinished_workdir_is_refused(capsys, tmp_path):
     """As a quickstart leaves it that was killed while the generator trained, with its index finished."""
     (tmp_path / "generator" / "100").mkdir(parents=True)

@@ -4,9 +4,9 @@
     python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 --rounds=1  # on a GPU
 
 Each runs in a process of its own, as its users start it: torch in a child, ours as `selfrag` does, which keeps the memory that
-XLA frees (selfrag_jax/memory.py; --kept_torch gives torch the like). Prints tokens per second of both (of the median step), their ratio, and on a device with a known peak the model FLOPs utilisation
-(selfrag_jax/models/roofline.py). Needs torch and transformers, as `pip install '.[test]'` brings them.
-Compilation and the first steps are not timed.
+XLA frees (selfrag_jax/memory.py; --kept_torch gives torch the like). Prints tokens per second of both (of the median step),
+their ratio, and on a device with a known peak the model FLOPs utilisation (selfrag_jax/models/roofline.py). Needs torch and
+transformers, as `pip install '.[test]'` brings them. Compilation and the first steps are not timed.
 """
 
 import argparse
@@ -152,23 +152,22 @@ def main() -> None:
     memory.keep_freed()
     spawn = multiprocessing.get_context("spawn")  # before JAX has threads
     with tempfile.TemporaryDirectory() as folder:
-        theirs, other_end = spawn.Pipe()
+        torch_side, other_end = spawn.Pipe()
         process = spawn.Process(target=torch_process, args=(a, c, folder, other_end))
         process.start()
         other_end.close()
-        parameters = theirs.recv()
-        times = {"torch": ask(theirs), "ours": []}
-        if a.rounds == 1:
-            theirs.close()  # its memory too
+        parameters = torch_side.recv()
+        times = {"torch": ask(torch_side), "ours": []}
+        if a.rounds == 1:  # its memory is wanted too
+            torch_side.close()
             process.join()
         ours_step, per_token = with_jax(a, folder)
         times["ours"] += measure(ours_step, a)
         for _ in range(a.rounds - 1):
-            times["torch"] += ask(theirs)
+            times["torch"] += ask(torch_side)
             times["ours"] += measure(ours_step, a)
-    if a.rounds > 1:
-        theirs.close()
-        process.join()
+    torch_side.close()
+    process.join()
     theirs, ours = rate(a, times["torch"]), rate(a, times["ours"])
     import jax
 

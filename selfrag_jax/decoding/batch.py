@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.decoding import engine
@@ -54,7 +54,7 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     return len(ids)
 
 
-def _answer_into(f, rag: SelfRAG, questions: list, done: dict[str, dict[str, Any]], changes: dict[str, Any]) -> None:
+def _answer_into(f: IO[str], rag: SelfRAG, questions: list, done: dict[str, dict[str, Any]], changes: dict[str, Any]) -> None:
     """Answers what is not done, and notes each answer in `done` and in the file as soon as it is there."""
     with progress("answer", len(questions), "questions", len(done)) as bar:
 
@@ -82,6 +82,8 @@ def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> s
 
 def _whole_rows(partial: Path) -> list[dict[str, Any]]:
     """Rows of an interrupted run; a last line that was cut off is dropped from the file."""
+    if not partial.is_file():  # another process has just ended with it, and removed it
+        return []
     data = partial.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(partial, data.rfind(b"\n") + 1)

@@ -244,13 +244,12 @@ class Llama(nnx.Module):
             x, whole = nnx.merge(graph, state)(x, turned, attend_all, write)
             return (x, *whole), None
 
-        unroll = c.num_layers if self._written_out() else c.scan_unroll
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])  # in a scan there is nothing to merge
         # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
         x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
         if cache is None:
-            x, _ = jax.lax.scan(layer, x, layers, unroll=unroll)
+            x, _ = jax.lax.scan(layer, x, layers, unroll=c.num_layers if self._written_out() else c.scan_unroll)
             return self.norm(x), None
         if by_layers is not None:
             new = []
