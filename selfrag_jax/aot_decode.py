@@ -51,25 +51,48 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
     empty = lambda: slots.empty(model, rules, cache(Q * W, history), P, fed, M, M, W, layered)  # noqa: E731
     state = sharded(jax.eval_shape(empty))
-    ints, n = partial(rows, jnp.int32), W * P  # branches of a question
+    ints, flags, n = partial(rows, jnp.int32), partial(rows, bool), W * P  # branches of a question
+    least, room = search.length_bucket, bucket(T, search.length_bucket)
+    changes = partial(largest_changes, Q, least=least)
     with jax.set_mesh(mesh):
-        read, some = bucket(T, search.length_bucket), group_size(Q, T)  # prompts that are read at once
-        prompts = (ints(some), ints(some), ints(some, read), rows(bool, some, read), ints(some), W, True)
-        passages = (ints(1), ints(n, read), rows(bool, n, read), ints(n), ints(n), rows(jnp.uint32, n, 2))
-        out = {
-            "prompt": (slots.read.lower(model, params, rules, state.prefix, *prompts), bytes_per_chip(state.own)),
-            "passages": (slots.feed.lower(model, params, rules, state, *passages), 0),
-            "segment": (slots.decode.lower(model, params, rules, state, ints(), None), 0),
-        }
-        if grown := largest_growth(fed, P, M, search.length_bucket):
+        out: dict[str, tuple[Any, int]] = {}
+        for which, (some, t) in changes(1, 1, room).items():
+            prompts = (ints(some), ints(some), ints(some, t), flags(some, t), ints(some), W, True)
+            out["prompt" + which] = slots.read.lower(model, params, rules, state.prefix, *prompts), bytes_per_chip(state.own)
+        for which, (some, t) in changes(n, 1, room).items():
+            branches = (ints(some * n, t), flags(some * n, t), ints(some * n), ints(some * n), rows(jnp.uint32, some * n, 2))
+            out["passages" + which] = slots.feed.lower(model, params, rules, state, ints(some), *branches), 0
+        out["segment"] = slots.decode.lower(model, params, rules, state, ints(), None), 0
+        if grown := largest_growth(fed, P, M, least):
             (before, places), beside = grown, bytes_per_chip((params, state.prefix))
             own = sharded(jax.eval_shape(lambda: cache(Q * W * P, before + places)))
             out["grow_branches"] = (slots.resize.lower(own, before, fed, M), beside)
         if search.max_depth > 1:
-            before = sharded(jax.eval_shape(lambda: cache(Q * W, smaller(history, search.length_bucket))))
-            out["keep"] = (slots.keep.lower(state.prefix, state.own, ints(1), ints(W), ints(W)), bytes_per_chip(params))
+            lengths = (first_feed(1, P, least), fed) if search.keep_passages else (1, bucket(M + 1, least))
+            for which, (some, t) in changes(W, *lengths).items():
+                lanes = ints(some * W)
+                if search.keep_passages:
+                    own = sharded(jax.eval_shape(lambda t=t: cache(Q * n, t + M)))
+                    lowered = slots.keep.lower(state.prefix, own, ints(some), lanes, lanes)
+                    out["keep" + which] = lowered, bytes_per_chip(params)
+                else:  # what a segment said is read once more, behind its parent's prefix
+                    texts = (ints(some), lanes, ints(some * W, t), flags(some * W, t), lanes, W, False)
+                    lowered = slots.read.lower(model, params, rules, state.prefix, *texts)
+                    out["read_again" + which] = lowered, bytes_per_chip(state.own)
+            before = sharded(jax.eval_shape(lambda: cache(Q * W, smaller(history, least))))
             out["grow_prefixes"] = (slots.longer_prefix.lower(before, history), bytes_per_chip((params, state.own)))
         return out
+
+
+def largest_changes(questions: int, rows: int, shortest: int, longest: int, least: int) -> dict[str, tuple[int, int]]:
+    """(how many slots one program changes, tokens of each of a slot's rows) where that needs most memory: with rows of `longest`
+    tokens; and, "_together", with as many slots at once as there ever are, and the longest rows that so many are changed with."""
+    lengths = {bucket(t, least) for t in range(shortest, longest + 1)}
+    sizes = {length: group_size(questions, rows * length) for length in lengths}
+    out, most = {"": (sizes[longest], longest)}, max(sizes.values())
+    if most > sizes[longest]:
+        out["_together"] = most, max(length for length, size in sizes.items() if size == most)
+    return out
 
 
 def smaller(length: int, least: int) -> int:

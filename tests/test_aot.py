@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from selfrag_jax import aot, cli
+from selfrag_jax import aot, aot_decode, cli
 from selfrag_jax import config as configs
 from selfrag_jax.models import roofline
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
@@ -87,6 +87,17 @@ def test_the_loop_over_generated_tokens_counts_once():
     loop = "condition=%layer_condition, body=%layer"
     once = aot.collectives(PROGRAM.replace(loop, loop + ', metadata={op_name="jit(decode)/while"}'))
     assert once["all-gather"] == (1, 8 * 4 * 2 * 7 // 8) and once["collective-permute"][0] == 4
+
+
+def test_the_largest_changes_by_hand():
+    """At most 4,096 tokens at once, in buckets of 64 (beyond 512, of 128)."""
+    changes = aot_decode.largest_changes
+    assert changes(16, 1, 1, 320, 64) == {"": (12, 320), "_together": (16, 256)}
+    assert changes(16, 1, 1, 256, 64) == {"": (16, 256)}
+    assert changes(8, 10, 1, 320, 64) == {"": (1, 320), "_together": (8, 1)}  # 8 x 10 x 64 are too many
+    assert changes(8, 4, 1, 640, 64) == {"": (1, 640), "_together": (8, 128)}
+    assert changes(8, 4, 256, 640, 64) == {"": (1, 640)}  # there are none so short
+    assert changes(4, 1, 1, 320, 64) == {"": (1, 320)}  # too few slots
 
 
 def test_groups_that_cannot_be_read_are_not_counted_as_nothing():

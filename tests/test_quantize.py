@@ -167,6 +167,10 @@ def test_answering_compiles_for_a_tpu(tmp_path):
     done, four = run(f"{tmp_path}/c.py:7b", "v5e:2x2")
     assert done.returncode == 0 and four["fits"] and four["mesh"]["tensor"] == 4
     assert four["programs"]["segment"]["collectives"]["all-reduce"]["count"]
+    deep = ("--config.answer.search.max_depth=2", "--config.answer.batch=8")
+    done, again = run(f"{tmp_path}/c.py:7b", "v5e:2x2", *deep, "--config.answer.search.keep_passages=false")
+    assert done.returncode == 0
+    assert {"passages_together", "read_again", "grow_prefixes"} < {*again["programs"]} and "keep" not in again["programs"]
     done, large = run("short_form:7b", "v5e:1x1", "--config.answer.tensor=1")
     assert done.returncode == 1 and not large["fits"] and "does not fit v5e:1x1" in done.stderr
 
