@@ -117,19 +117,20 @@ from test_quantize import answers
 from selfrag_jax.decoding import answer
 if sys.argv[4] == "one by one":
     answer.one_by_one = lambda *_: True
-rag, found = answers(sys.argv[1], tensor=int(sys.argv[3]))
+rag, found = answers(sys.argv[1], tensor=int(sys.argv[3]), quantization=sys.argv[5] or None)
 assert isinstance(rag.loaded.params["layers"], tuple) == (sys.argv[4] == "one by one")
 print(json.dumps([[a.answer, a.score, [n["score"] for n in a.tree]] for a in found]))
 """
 
 
 @pytest.mark.slow
-def test_two_devices_answer_as_one(folder):
+@pytest.mark.parametrize("bits", ("", "int8"))
+def test_two_devices_answer_as_one(folder, bits):
     """With layers stacked, as on TPUs, and one by one, as on GPUs."""
     found = []
     for devices, layers in ((1, "one by one"), (2, "stacked"), (2, "one by one")):
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", PROGRAM, str(folder), os.path.dirname(__file__), str(devices), layers]
+        command = [sys.executable, "-c", PROGRAM, str(folder), os.path.dirname(__file__), str(devices), layers, bits]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -127,14 +127,15 @@ def free_port():
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
-    """On the way, from the command line: `selfrag train` on two hosts, of which one is told to go."""
+    """On the way, from the command line: `selfrag train` on two hosts, of which one is told to go. Heads are split over both, which
+    is possible and slow, so that it is said."""
     rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
     write_jsonl(tmp_path / "data.jsonl", rows)
     port, workdir = free_port(), tmp_path / "w"
     changes = dict(steps=4000, save_every=1000, max_targets=None, rows=4, length=64, log_every=1).items()
     command = [sys.executable, "-m", "selfrag_jax", "train", "--role=generator", f"--data={tmp_path}/data.jsonl"]
     command += [f"--workdir={workdir}", "--config=tiny:smoke", *(f"--config.generator.{k}={v}" for k, v in changes)]
-    command += ["--config.generator.mesh.fsdp=-1"]
+    command += ["--config.generator.mesh.tensor=-1"]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     both = [subprocess.Popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], **pipes) for i in range(2)]
@@ -146,6 +147,7 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
     both[1].send_signal(signal.SIGTERM)
     ends = [p.communicate(timeout=200) for p in both]
     assert [p.returncode for p in both] == [143, 143], ends
+    assert ["tensor=4 of the mesh lies over 2 hosts" in err for _, err in ends] == [True, False]
     [step] = (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert 0 < step < 1000 and not (workdir / "manifest.json").exists()
 
@@ -182,7 +184,7 @@ def test_a_mesh_lies_in_one_slice_without_holes():
 
 
 def test_a_mesh_of_gpus_goes_over_hosts():
-    from selfrag_jax.models.sharding import make_mesh
+    from selfrag_jax.models.sharding import hosts_of_tensor, make_mesh
 
     @dataclass(frozen=True)
     class Gpu:
@@ -198,6 +200,7 @@ def test_a_mesh_of_gpus_goes_over_hosts():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
     assert [[d.process_index for d in row] for row in mesh.devices[0]] == [[0, 0], [1, 1]]
     assert make_mesh(devices=devices[:1]).size == 1
+    assert hosts_of_tensor(mesh) == 1 and hosts_of_tensor(make_mesh(tensor=4, devices=devices)) == 2
 
 
 if __name__ == "__main__":

@@ -71,6 +71,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         ) from e
 
 
+def hosts_of_tensor(mesh: Mesh) -> int:
+    """How many processes' devices the parts of one split head or kernel lie on, at most. More than one is slow where processes
+    are joined by a network: activations are summed over `tensor` twice a layer, forward and back."""
+    return max(len({d.process_index for d in group}) for group in mesh.devices.reshape(-1, mesh.shape["tensor"]))
+
+
 def _is_block(devices) -> bool:
     """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so)."""
     places = [(*d.coords, d.core_on_chip) for d in devices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from selfrag_jax import artifacts, reflection
 from selfrag_jax import config as configs
 from selfrag_jax.data.critic import CriticSource
 from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.models import checkpoints, huggingface, sharding
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput
 from selfrag_jax.training.train import TrainConfig, train
@@ -108,8 +109,17 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         source = CriticSource.read(data, start.tokenizer, c.label.critic.brief, weights)
     else:
         source = GeneratorSource.read(data, start.tokenizer, weights)
-    section.check(start.model.config, section.make_mesh())
+    mesh = section.make_mesh()
+    section.check(start.model.config, mesh)
     leads = jax.process_index() == 0  # of several processes, the one that writes
+    if (
+        leads and jax.default_backend() != "tpu" and (hosts := sharding.hosts_of_tensor(mesh)) > 1
+    ):  # a slice's links are its own
+        print(
+            f"warning: tensor={mesh.shape['tensor']} of the mesh lies over {hosts} hosts, and every layer waits for their network; one "
+            f"host has {jax.local_device_count()} devices: --config.{role}.mesh.tensor, and the rest in mesh.fsdp",
+            file=sys.stderr,
+        )
     # Not before data and mesh have been looked at: bad ones leave nothing behind. All of them look, so that all refuse.
     artifacts.claim(workdir, "train", made, inputs, write=leads)
     held = [start.params]
