@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,7 @@ def writing(saved, workdir: str | Path) -> Iterator[Any]:
 
     Raises OSError when one could not be written, because the disk is full for example. The ones before it are kept.
     """
+    errors_once()
     try:
         with saved:
             yield saved
@@ -199,6 +202,23 @@ def writing(saved, workdir: str | Path) -> Iterator[Any]:
             f"{workdir}: a checkpoint could not be written ({os.strerror(int(code.group(1)))}); the ones before it are kept. "
             "Make room, and the same command continues."
         ) from e
+
+
+def errors_once() -> None:
+    """Of a checkpoint that cannot be written, Orbax logs what each of its threads died of, and tensorstore prints that there is no
+    one left to tell: hundreds of lines around the one error, which is raised besides. They come when they like, so this stays."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _unless_too_late:
+        sys.unraisablehook = partial(_unless_too_late, sys.unraisablehook)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _unless_too_late(otherwise: Callable[[Any], None], error: Any) -> None:
+    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+        otherwise(error)
 
 
 def save_frozen(workdir: str | Path, frozen: Params) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def convert(
         raise BadInput(f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one model only")
     tokenizer = checkpoints.read_tokenizer(source, mode)
     temporary = out.with_name(f".{out.name}.tmp")
+    new_parents = [p for p in out.parents if not p.exists()]  # the innermost first
 
     def write(stored: Stored) -> int:
         stored = _as_written(source, replace(stored, tokenizer=tokenizer, cast=dtype), reflection_tokens)
@@ -91,6 +93,9 @@ def convert(
         raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # there is something in them, the model for example
+            for parent in new_parents:
+                parent.rmdir()
     return parameters
 
 
@@ -325,6 +330,7 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     folder = out.absolute() / checkpoints.CHECKPOINTS
+    checkpoints.errors_once()
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
         saved.save(0, args=args)
