@@ -33,3 +33,12 @@ def test_answering_beside_the_released_algorithm():
 def test_bandwidth():
     out = run("answer.py", "--size=tiny", "--bandwidth", "--passages=2")
     assert len(re.findall(r"tokens/s +[\d.]+ GB +[\d.]+ GB/s, \d+% of copies", out)) == 4
+
+
+@pytest.mark.slow
+def test_curves():
+    out = run("answer.py", "--size=tiny", "--curves")
+    assert re.findall(r"K=(\d+) +[\d.]+\n", out) == ["1", "2", "5", "10", "20"]
+    assert re.findall(r"\n  (\d+) +[\d.]+", out) == ["1", "2", "4", "8", "16", "32"]
+    shared, copied = (float(re.search(rf"prefix {how} +([\d.]+)", out)[1]) for how in ("shared", "copied"))
+    assert shared < copied

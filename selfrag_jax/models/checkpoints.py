@@ -39,7 +39,7 @@ MODEL_FILE, CHECKPOINTS, FROZEN, DAMAGED = "model.json", "checkpoints", "frozen"
 @dataclass(frozen=True)
 class LoadedModel:
     model: Model
-    params: Params
+    params: Params | None  # None: not read
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh | None = None  # over which the parameters are split
 
@@ -308,27 +308,29 @@ def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     Raises BadInput saying what was looked for.
     """
     path = huggingface.local(path)
-    model, tokenizer = describe(path, mode)
+    found = describe(path, mode)
     if not (path / MODEL_FILE).is_file():
-        return LoadedModel(model, huggingface.load(path)[1], tokenizer)
+        return replace(found, params=huggingface.load(path)[1])
     trained = read_architecture(path)
     params = _load_params(path)
     if trained.lora is not None:
         params = lora.merge(params, trained.lora)
-    return LoadedModel(model, unpad_vocabulary(params, trained), tokenizer)
+    return replace(found, params=unpad_vocabulary(params, trained))
 
 
-def describe(path: str | Path, mode: str | None = None) -> tuple[Model, Tokenizer]:
-    """As `load`, without reading the parameters."""
+def describe(path: str | Path, mode: str | None = None) -> LoadedModel:
+    """As `load`, without reading the parameters: they are None."""
     path = huggingface.local(path)
     if (path / MODEL_FILE).is_file():
-        return Model(replace(read_architecture(path), lora=None, vocab_padding=0)), read_tokenizer(path, mode)
-    if (path / huggingface.CONFIG).is_file():
-        return Model(huggingface.config_from_json(path / huggingface.CONFIG)), read_tokenizer(path, mode)
-    raise BadInput(
-        f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
-        f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
-    )
+        model = Model(replace(read_architecture(path), lora=None, vocab_padding=0))
+    elif (path / huggingface.CONFIG).is_file():
+        model = Model(huggingface.config_from_json(path / huggingface.CONFIG))
+    else:
+        raise BadInput(
+            f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
+            f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
+        )
+    return LoadedModel(model, None, read_tokenizer(path, mode))
 
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:

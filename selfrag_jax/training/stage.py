@@ -50,12 +50,11 @@ def starting_model(c: ConfigDict, read: bool = True) -> tuple[checkpoints.Loaded
     if c.base is None:
         raise BadInput("config: base is none; it names a folder, a model of the Hugging Face hub, embedded or scratch")
     if c.base != "scratch":
-        model, of_base = checkpoints.describe(_base_folder(c), c.tokenizer)
-        tokenizer = of_base.with_reflection_tokens()
-        like = {tokenizer.id(token): of_base.encode(words) for token, words in _new_rows(c)}
-        old, grown = of_base.vocab_size, tokenizer.vocab_size
-        params = checkpoints.load(_base_folder(c), c.tokenizer).params if read else None
-        config, params = checkpoints.with_vocabulary(model.config, params, old, grown, like)
+        base = (checkpoints.load if read else checkpoints.describe)(_base_folder(c), c.tokenizer)
+        tokenizer = base.tokenizer.with_reflection_tokens()
+        like = {tokenizer.id(token): base.tokenizer.encode(words) for token, words in _new_rows(c)}
+        old, grown = base.tokenizer.vocab_size, tokenizer.vocab_size
+        config, params = checkpoints.with_vocabulary(base.model.config, base.params, old, grown, like)
         return checkpoints.LoadedModel(Model(config), params, tokenizer), grown - old
     tokenizer = checkpoints.load(embedded_base()).tokenizer.with_reflection_tokens()
     fields = c.scratch.to_dict()
