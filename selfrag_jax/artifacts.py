@@ -14,7 +14,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -28,6 +29,7 @@ try:
 except ImportError:  # no Unix
     fcntl = None
 
+STARTED = "started.json"
 _OF_A_MODEL = (
     "config.json",
     "*.safetensors",
@@ -60,17 +62,17 @@ def manifest_path(artifact: str | Path) -> Path:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A hash of an input: a file's content, or a finished folder's manifest. Raises BadInput when it isn't there."""
+    """A hash of an input: a file's content, or a finished folder's manifest. Of a folder in the format of Hugging Face, in which
+    others write too, it is its files that count. Raises BadInput when it isn't there."""
     path = Path(path)
     if path.is_file():
         stat = path.stat()
         return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    manifest = manifest_path(path)
-    if manifest.is_file():
+    manifest, model = manifest_path(path), (path / "config.json").is_file()
+    if manifest.is_file() and not model:
         made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     if path.is_dir():
-        model = (path / "config.json").is_file()  # of which its own files count, not what else lies there
         found = [p for name in _OF_A_MODEL for p in path.glob(name)] if model else path.rglob("*")
         files = sorted(p for p in found if p.is_file())
         return hashlib.sha256("".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files).encode()).hexdigest()[:16]
@@ -113,12 +115,20 @@ def claim(folder: str | Path, stage: str, config: Any, inputs: Mapping[str, str 
 
     write: False, in all but one of several processes, only looks whether it is another's. Raises BadInput naming the first difference when it was begun with others.
     """
-    path, new = Path(folder) / "started.json", _made(stage, config, inputs)
+    path, new = Path(folder) / STARTED, _made(stage, config, inputs)
     if not path.is_file():
         if write:
             write_json(path, new)
     elif (old := read_json(path)) != new:
         raise BadInput(f"{folder}: was begun with something else ({_difference(old, new)}); remove it or choose another")
+
+
+@contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """Within the block no other process may have the claimed folder. Raises BadInput where one has it, as `lock` does."""
+    with open(Path(folder) / STARTED, "rb") as f:
+        lock(f, folder)
+        yield
 
 
 def identity(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> str:

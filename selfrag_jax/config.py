@@ -146,7 +146,7 @@ def _meant(name: str, known: Any) -> str:
 def build(cls: type[T], section: Any, name: str) -> T:
     """A frozen dataclass from a config section, nested dataclasses included.
 
-    Raises BadInput naming an unknown or a missing field.
+    Raises BadInput naming an unknown or a missing field, or one of the wrong type.
     """
     values = dict(section.items()) if isinstance(section, ConfigDict) else dict(section)
     types = typing.get_type_hints(cls)
@@ -165,6 +165,7 @@ def build(cls: type[T], section: Any, name: str) -> T:
         if nested and value is not None:
             out[key] = build(nested, value, f"{name}.{key}")
         else:
+            _check_kind(f"config {name}: {key}", value, types[key])
             out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
     try:
         return cls(**out)
@@ -172,6 +173,18 @@ def build(cls: type[T], section: Any, name: str) -> T:
         raise
     except ValueError as e:
         raise BadInput(f"config {name}: {e}") from None
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _check_kind(what: str, value: Any, annotated: Any) -> None:
+    kinds = set(typing.get_args(annotated) or (annotated,)) - {type(None)}
+    if value is None or not kinds <= set(_KINDS):
+        return
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits:
+        raise BadInput(f"{what}={value!r} must be {' or '.join(text for kind, text in _KINDS.items() if kind in kinds)}")
 
 
 def _freeze(value: Any) -> Any:

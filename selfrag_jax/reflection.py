@@ -52,12 +52,25 @@ class ReflectionIds:
         return getattr(self, name)
 
 
+def lacking(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> list[str]:
+    """The tokens that a tokenizer has to be given, in the released order. Raises MissingReflectionTokens where it has some of the
+    four groups but not all: they were lost, and new ones in their place would mean nothing yet."""
+    missing = [token for token in ALL if token_to_id(token) is None]
+    lost = [token for token in missing if token not in MARKUP]
+    if 0 < len(lost) < len(ALL) - len(MARKUP):
+        raise MissingReflectionTokens(
+            f"{name}: has some reflection tokens, but not {', '.join(lost)}; take the tokenizer that belongs to the model"
+        )
+    return missing
+
+
 class MissingReflectionTokens(ValueError):
     """A tokenizer lacks reflection tokens; the message names them."""
 
 
 def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> ReflectionIds:
-    """Looks the ids up. Raises MissingReflectionTokens naming every token that `token_to_id` doesn't know."""
+    """Looks the ids up. Raises MissingReflectionTokens naming every token that `token_to_id` doesn't know, and ValueError naming
+    two that have one id."""
     ids = {token: token_to_id(token) for token in ALL}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
@@ -65,5 +78,9 @@ def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") ->
             f"{name}: lacks {len(missing)} reflection token(s): {', '.join(missing)}. Add them "
             "(Tokenizer.with_reflection_tokens) or take a Self-RAG tokenizer; a plain Llama has none."
         )
+    of: dict[int, str] = {}
+    for token, i in ids.items():
+        if of.setdefault(i, token) != token:
+            raise ValueError(f"{name}: {of[i]} and {token} have the same id, {i}")
     pick = lambda group: tuple(ids[token] for token in group)  # noqa: E731
     return ReflectionIds(pick(RETRIEVE), pick(ISREL), pick(ISSUP), pick(ISUSE), pick(MARKUP))

@@ -88,7 +88,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def with_reflection_tokens(self) -> Tokenizer:
-        """A copy whose vocabulary ends with the reflection tokens it lacked, in the released order."""
+        """A copy whose vocabulary ends with the reflection tokens, in the released order, or as it is where it has them. Raises
+        MissingReflectionTokens where it has only some."""
 
     @property
     @abstractmethod
@@ -167,7 +168,7 @@ class _Words(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self._backend.to_str())
-        new = [t for t in reflection.RELEASED_ORDER if backend.token_to_id(t) is None]
+        new = reflection.lacking(self._id, self.source)
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
         return _Words(backend, self.source)
 
@@ -236,7 +237,7 @@ class _Published(Tokenizer):
     def with_reflection_tokens(self) -> Tokenizer:
         """Also a padding token, the last in the released vocabulary, where there is none."""
         controls = dict(self._controls)
-        for token in (*reflection.RELEASED_ORDER, *(() if self._id(PAD) is not None else (PAD,))):
+        for token in (*reflection.lacking(self._id, self.source), *(() if self._id(PAD) is not None else (PAD,))):
             controls.setdefault(token, max(self._vocabulary.size, max(controls.values()) + 1))
         return _Published(self._vocabulary, self.mode, controls, self._names, self.source)
 

@@ -103,7 +103,8 @@ class Bpe:
             kind, vocabulary = spec["model"]["type"], spec["model"].get("vocab", {})
             self.controls = {str(t["content"]): _id(t["id"]) for t in spec.get("added_tokens") or []}
             self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
-            self.size, self._names = len(vocabulary), {_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
+            self._names = {_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
+            self.size = max(self._names, default=-1) + 1
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?") from None
         if kind != "BPE":

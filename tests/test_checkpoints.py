@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfrag_jax import artifacts
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints, fingerprints, huggingface
 from selfrag_jax.models.convert import convert
@@ -256,5 +257,8 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
     assert full.returncode == 1, full.stderr
     assert "a checkpoint could not be written (File too large)" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr and "Error" not in full.stderr and steps(tmp_path / "w") == []
+    with artifacts.alone(tmp_path / "w"):  # as a process that is not quite gone
+        other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 2 and "another process is writing it" in other.stderr, other.stderr
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and steps(tmp_path / "w")[-1] == 6, again.stderr

@@ -8,6 +8,7 @@ from plain_search import make_rag
 
 from selfrag_jax import cli, config, stages
 from selfrag_jax.records import BadInput
+from selfrag_jax.training.train import TrainConfig
 
 
 def run(capsys, *argv):
@@ -120,6 +121,24 @@ def test_build_refuses_unknown_and_missing_fields():
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
     with pytest.raises(BadInput, match="lacks dim"):
         config.build(EncoderConfig, {"name": "hashed", "word_weight": 1.0}, "encoder")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(steps=1.5), "steps=1.5 must be a whole number"),
+        (dict(steps="abc"), "steps='abc' must be a whole number"),
+        (dict(steps=True), "steps=True must be a whole number"),
+        (dict(packed=1), "packed=1 must be true or false"),
+        (dict(dtype=16), "dtype=16 must be text"),
+        (dict(keep_best=-1), "keep_best=-1: must not be below 0"),
+    ],
+)
+def test_build_refuses_fields_of_the_wrong_type(change, message):
+    section = config.load("tiny:smoke").generator
+    section = section.to_dict() | dict(steps=3, epochs=None) | change
+    with pytest.raises(BadInput, match=message):
+        config.build(TrainConfig, section, "generator")
 
 
 def test_both_variants_of_tiny_build_every_section():

@@ -313,6 +313,25 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_model, tmp_path, caplog, ca
     assert "Traceback" not in capfd.readouterr().err + caplog.text  # of Orbax's threads
 
 
+def test_an_export_that_was_trained_on_is_another_input(tiny_model, tmp_path):
+    """Whoever saves over it leaves our manifest as it is."""
+    huggingface.save(tmp_path / "hf", tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
+    convert.convert(tmp_path / "hf", tmp_path / "out", "huggingface", None, False)
+    before = artifacts.fingerprint(tmp_path / "out")
+    weights = load_file(tmp_path / "out" / huggingface.WEIGHTS)
+    save_file({name: 2 * value for name, value in weights.items()}, tmp_path / "out" / huggingface.WEIGHTS)
+    assert (tmp_path / "out" / "manifest.json").is_file() and artifacts.fingerprint(tmp_path / "out") != before
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tiny_model, tmp_path):
+    params = jax.device_get(tiny_model.params)
+    rows = tiny_model.tokenizer.vocab_size - 2
+    small = params | {"embed": {"embedding": params["embed"]["embedding"][:rows]}}
+    huggingface.save(tmp_path / "hf", replace(tiny_model.model.config, vocab_size=rows), small, tiny_model.tokenizer)
+    with pytest.raises(BadInput, match=f"its tokenizer has {rows + 2} tokens, its model {rows} rows"):
+        SelfRAG.load(tmp_path / "hf")
+
+
 def test_weights_in_torchs_format_are_named_with_what_to_do(tiny_model, tmp_path):
     huggingface.save(tmp_path, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

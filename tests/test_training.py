@@ -221,6 +221,25 @@ def test_weight_decay_goes_with_the_rate(name):
     np.testing.assert_allclose(params["w"], (1 - 0.01 * 0.1) ** 50, atol=1e-5)
 
 
+def test_adafactor_is_that_of_optax_but_for_stacks():
+    """With its clipping, after a gradient a hundred times the others: of a stack, each layer by itself."""
+    tx = optimizer.make(OptimizerConfig("adafactor", 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 1e9, 1.0), 60)
+    theirs = optax.adafactor(0.01, multiply_by_parameter_scale=False)
+    rng = np.random.default_rng(0)
+    layers = [{"head": jnp.asarray(rng.normal(size=(256, 160)), jnp.float32)} for _ in range(2)]
+    ours = {"layers": jnp.stack([x["head"] for x in layers]), "head": layers[0]["head"]}
+    state, their_states = tx.init(ours), [theirs.init(x) for x in layers]
+    for step in range(6):
+        scale = np.array([100.0 if step == 4 else 1.0, 1.0])
+        gradients = [{"head": jnp.asarray(rng.normal(size=(256, 160)) * s, jnp.float32)} for s in scale]
+        got, state = tx.update({"layers": jnp.stack([g["head"] for g in gradients]), "head": gradients[0]["head"]}, state, ours)
+        for i, g in enumerate(gradients):
+            expected, their_states[i] = theirs.update(g, their_states[i], layers[i])
+            np.testing.assert_allclose(got["layers"][i], expected["head"], rtol=1e-4)
+            if i == 0:
+                np.testing.assert_allclose(got["head"], expected["head"], rtol=1e-4)
+
+
 def test_schedule_warms_up_and_decays():
     rate = schedule("linear", 2e-5, 0.1, 100)
     assert float(rate(0)) == 0.0 and float(rate(10)) == pytest.approx(2e-5) and float(rate(100)) == pytest.approx(0.0)

@@ -126,6 +126,16 @@ def test_reflection_tokens_are_added_in_the_released_order(tmp_path):
     assert grown.pad_id == 1415 and grown.with_reflection_tokens().vocab_size == grown.vocab_size == 1416
 
 
+def test_lost_and_doubled_reflection_tokens_are_named():
+    ids = {token: 100 + i for i, token in enumerate(reflection.ALL)}
+    assert reflection.lacking(ids.get) == [] and reflection.lacking({}.get) == list(reflection.ALL)
+    assert reflection.lacking({"<paragraph>": 3}.get) == [t for t in reflection.ALL if t != "<paragraph>"]
+    with pytest.raises(reflection.MissingReflectionTokens, match=r"some reflection tokens, but not \[Relevant\];"):
+        reflection.lacking({t: i for t, i in ids.items() if t != "[Relevant]"}.get)
+    with pytest.raises(ValueError, match=r"\[Irrelevant\] and \[Relevant\] have the same id, 103"):
+        reflection.lookup((ids | {"[Relevant]": ids["[Irrelevant]"]}).get)
+
+
 @pytest.mark.parametrize("mode", ["llama_slow", "llama_fast"])
 def test_the_mode_is_kept(tmp_path, mode):
     Tokenizer.load(FOLDER, mode).save(tmp_path)

@@ -330,7 +330,13 @@ def describe(path: str | Path, mode: str | None = None) -> LoadedModel:
             f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
             f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
         )
-    return LoadedModel(model, None, read_tokenizer(path, mode))
+    tokenizer = read_tokenizer(path, mode)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise BadInput(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size} rows: they do not belong "
+            "together (`selfrag convert --reflection_tokens` adds rows for reflection tokens)"
+        )
+    return LoadedModel(model, None, tokenizer)
 
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, reflection
 from selfrag_jax.models import checkpoints, fingerprints, huggingface, lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, at, build, leaves
@@ -210,7 +210,10 @@ def _from_workdir(workdir: Path, step: int) -> Stored:
 
 def _with_reflection_tokens(s: Stored) -> Stored:
     """The same model with a larger vocabulary; new rows are the mean of the old ones."""
-    tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
+    try:
+        tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
+    except reflection.MissingReflectionTokens as e:
+        raise BadInput(str(e)) from None
     config = replace(s.config, vocab_size=max(V, tokenizer.vocab_size))  # a padded table may have room for them
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:

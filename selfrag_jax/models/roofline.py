@@ -74,15 +74,16 @@ def _seen(c: LlamaConfig, length: int) -> float:
     return window * (1 - window / (2 * length))
 
 
-def train_flops_per_token(c: LlamaConfig, length: int) -> float:
+def train_flops_per_token(c: LlamaConfig, length: int, targets: float = 1.0) -> float:
     """Floating-point operations of the model for one token of training, forward and backward (maxtext's convention).
 
     6 for every weight that multiplies (the embedding is looked up, so only the output head counts), and causal attention,
     of which half is computed: 6 * L * N * H * T (12 * L * N * H for each pair of tokens, see `_seen`). What remat computes again does not
-    count. With LoRA the gradients of the frozen weights are not computed: 4 for each of those.
+    count. With LoRA the gradients of the frozen weights are not computed: 4 for each of those. targets: the share of tokens of
+    which logits are computed.
     """
     attention = 12 * c.num_layers * c.num_heads * c.head_dim * _seen(c, length)
-    learned = c.vocab_size * c.embed_dim + c.num_layers * (_adapter_weights(c) if c.lora else _layer_weights(c))
+    learned = targets * c.vocab_size * c.embed_dim + c.num_layers * (_adapter_weights(c) if c.lora else _layer_weights(c))
     return 6.0 * learned + (4.0 * c.num_layers * _layer_weights(c) if c.lora else 0.0) + attention
 
 

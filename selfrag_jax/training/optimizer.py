@@ -83,6 +83,17 @@ def _faster_rows(factor: float, new: int, padding: int) -> optax.GradientTransfo
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
+def _clip_rms(most: float) -> optax.GradientTransformation:
+    """Scales down each kernel's update whose root mean square is above `most` (Shazeer and Stern, 2018, Section 6); of a stack,
+    each layer by itself."""
+
+    def clip(path, update):
+        axes = tuple(range(path[0].key == "layers", update.ndim))
+        return update / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)) / most)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
+
+
 @lru_cache
 def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 0) -> optax.GradientTransformation:
     """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step.
@@ -96,7 +107,7 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 
     elif config.name == "adafactor":
         # Without optax.adafactor's own weight decay, which the rate does not scale.
         decay, follow = optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rate)
-        inner = optax.chain(optax.scale_by_factored_rms(), decay, follow)
+        inner = optax.chain(optax.scale_by_factored_rms(), _clip_rms(1.0), decay, follow)
     else:
 
         def dimensions(params):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -45,13 +46,17 @@ def starting_model(c: ConfigDict, read: bool = True) -> tuple[checkpoints.Loaded
     c.new_rows: for reflection tokens the words whose rows of the embedding they start from; the others start at the
     mean of all rows. Tokens that the base model already has keep their rows, and from scratch all rows are random.
     c.tokenizer: the mode of the base's tokenizer (see tokenizer.py), or None for that which its folder records.
-    Raises BadInput when c.new_rows is missing, or names an unknown token or no word.
+    Raises BadInput when c.new_rows is missing, or names an unknown token or no word, and when the base's tokenizer has some
+    reflection tokens but not all.
     """
     if c.base is None:
         raise BadInput("config: base is none; it names a folder, a model of the Hugging Face hub, embedded or scratch")
     if c.base != "scratch":
         base = (checkpoints.load if read else checkpoints.describe)(_base_folder(c), c.tokenizer)
-        tokenizer = base.tokenizer.with_reflection_tokens()
+        try:
+            tokenizer = base.tokenizer.with_reflection_tokens()
+        except reflection.MissingReflectionTokens as e:
+            raise BadInput(str(e)) from None
         like = {tokenizer.id(token): base.tokenizer.encode(words) for token, words in _new_rows(c)}
         old, grown = base.tokenizer.vocab_size, tokenizer.vocab_size
         config, params = checkpoints.with_vocabulary(base.model.config, base.params, old, grown, like)
@@ -93,7 +98,10 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     # What a training is: not where it runs, nor how often it saves. It may go on over another mesh.
     learned = {k: v for k, v in asdict(section).items() if k not in _WHERE}
     made: dict[str, Any] = {"role": role, "train": learned, "weights": weights}
-    made["scratch" if c.base == "scratch" else "base"] = c.scratch.to_dict() if c.base == "scratch" else str(c.base)
+    if c.base == "scratch":
+        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}  # of the weights
+    else:
+        made["base"] = str(c.base)
     made["brief"] = c.label.critic.brief
     inputs = {"data": data}
     if c.base != "scratch":
@@ -123,7 +131,8 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     artifacts.claim(workdir, "train", made, inputs, write=leads)
     held = [start.params]
     start = replace(start, params=None)  # the trainer alone holds them, and lets them go
-    result = train(section, start.model, held.pop, source, start.tokenizer, workdir, name, new)
+    with artifacts.alone(workdir) if leads else nullcontext():
+        result = train(section, start.model, held.pop, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
     if leads:
         artifacts.finish(workdir, "train", made, inputs, counts)

@@ -75,6 +75,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, (str, bool)) or not 0 < value < float("inf")):
                 raise BadInput(f"{name}={value}: must be a number above 0")
+        if self.keep_best < 0:
+            raise BadInput(f"keep_best={self.keep_best}: must not be below 0")
         if self.dtype not in (None, *DTYPES):
             raise BadInput(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         positions, name = (self.length, "length") if self.max_targets is None else (self.max_targets, "max_targets")
@@ -248,7 +250,8 @@ def train(
     truncated = position["truncated"]
 
     peak = roofline.chip(mesh.devices.flat[0].device_kind)
-    cost = roofline.train_flops_per_token(model.config, config.length)
+    targets = 1.0 if config.max_targets is None else config.max_targets / (config.rows * config.length)
+    cost = roofline.train_flops_per_token(model.config, config.length, targets)
     log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None)
     first, stop = int(state["step"]), _StopSignal(saved)
     # A signal is caught until the last checkpoint is written.
