@@ -362,10 +362,11 @@ def test_what_is_irrelevant_or_unsupported_is_not_cited():
     node = lambda passage, isrel, issup: SimpleNamespace(passage=passage, isrel=isrel, issup=issup)  # noqa: E731
     right, wrong = (0.2, 0.8), (0.6, 0.4)
     full, partly, no = (0.7, 0.2, 0.1), (0.2, 0.5, 0.3), (0.1, 0.3, 0.6)
-    path = [node("a", right, full), node("b", wrong, full), node("c", right, no), node(None, right, full)]
-    path += [node("d", right, partly), node("a", right, full)]
+    a, b, c, d = (Passage(x, "", x, 0.5) for x in "abcd")
+    path = [node(a, right, full), node(b, wrong, full), node(c, right, no), node(None, right, full)]
+    path += [node(d, right, partly), node(replace(a, score=0.4), right, full)]  # the same, of another query
     passages, citations = cite(path)
-    assert passages == ["a", "d"]
+    assert passages == [a, d]
     assert [(c.segment, c.passage, c.support) for c in citations] == [
         (0, 0, "[Fully supported]"), (4, 1, "[Partially supported]"), (5, 0, "[Fully supported]"),
     ]  # fmt: skip
@@ -399,6 +400,8 @@ def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
         artifacts.lock(held, out)
         with pytest.raises(BadInput, match=r"a\.jsonl: another process is writing it"):
             answer_file(rag, questions, out, None, dict(changes))
+    rag = make_rag(talkative)
+    rag.config = replace(rag.config, batch=2)  # as one does where the device was too small
     rag._answer = lambda search, q, *rest: told.append(q.id) or answer(search, q, *rest)
     assert answer_file(rag, questions, out, None, dict(changes)) == 10
     assert sorted(told) == [str(i) for i in range(10)] and not partial.exists()  # none twice
@@ -589,3 +592,9 @@ def test_constraints_drop_segments_but_never_all(talkative):
         rag.answer(["q"], constraints=("Relevant",))
     with pytest.raises(BadInput, match="--accumulate='max': must be one of sum, mean, product"):
         rag.answer(["q"], accumulate="max")
+
+
+def test_one_question_needs_no_list(talkative):
+    rag = make_rag(talkative)
+    [one], [other] = rag.answer("Who?", mode="no_retrieval"), rag.answer(["Who?"], mode="no_retrieval")
+    assert one == other and one.question == "Who?"

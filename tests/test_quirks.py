@@ -103,18 +103,19 @@ def tell(talkative):
 GO, END = "[Retrieval]", "[Utility:5]"
 
 
-def test_the_long_forms_gate_retrieves_where_the_model_does_not_ask(tell):
-    """25 tokens are looked through; without [Retrieval] among them passages are fetched, with it the threshold decides."""
+def test_the_long_forms_gate_looks_for_retrieval_in_what_the_model_says(tell):
+    """25 tokens are looked through; with [Retrieval] among them the threshold decides, without it nothing is fetched, however
+    likely the token is after the prompt."""
     level = [Says(("a",)), Says(("b",))]
-    silent = tell([[Says(("Mara studied",))], level], p=(0.99, 0.01, 0.0), mode="adaptive_retrieval", max_depth=2)
-    assert silent.limits[0] == 25 and silent.asked == [[[]]] and silent.outcome.nodes[0].action == "retrieve"
+    silent = tell([[Says(("Mara studied",))], [Says(("so",))]], p=(0.01, 0.99, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert silent.limits[0] == 25 and silent.asked == [] and silent.outcome.nodes[0].action == "no_retrieval"
     asks = [Says(("Mara", GO))]
     refused = tell([asks, [Says(("so",))]], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2)
     assert refused.asked == [] and refused.outcome.nodes[0].action == "no_retrieval"
     granted = tell([asks, level], p=(0.7, 0.3, 0.0), mode="adaptive_retrieval", max_depth=2)
     assert granted.asked == [[[]]]
-    behind = tell([[Says(("Mara\n\n", GO))], level], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2)
-    assert behind.asked == [[[]]]  # what stands behind a blank line was not said
+    behind = tell([[Says(("Mara\n\n", GO))], [Says(("so",))]], p=(0.7, 0.3, 0.0), mode="adaptive_retrieval", max_depth=2)
+    assert behind.asked == []  # what stands behind a blank line was not said
 
 
 def test_without_retrieval_a_long_answer_ends_at_the_first_blank_line(tell):

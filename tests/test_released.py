@@ -96,7 +96,7 @@ class PlainScripts(PlainSearch):
             tokens, logs = self.sample(prompt, 25)
             tokens = self.first_paragraph(tokens)
             p = np.exp([logs[0][i] for i in self.r.retrieve])
-            retrieve = yes not in tokens or p[1] / (p[0] + p[1]) > c.threshold
+            retrieve = yes in tokens and p[1] / (p[0] + p[1]) > c.threshold
         if not retrieve:
             tokens = self.first_paragraph(self.sample([*prompt, no], c.max_new_tokens)[0])
             return False, [(-1, tuple(tokens), 0.0)], [0]
@@ -219,7 +219,7 @@ def test_what_the_scripts_cannot_do_is_refused(talkative):
     rag = make_rag(talkative)
     with pytest.raises(BadInput, match="needs a --threshold"):
         rag.answer(["q"], scorer="released", threshold=None)
-    with pytest.raises(BadInput, match="the released scripts have none"):
+    with pytest.raises(BadInput, match="searches have none"):
         rag.answer(["q"], scorer="released", constraints=(reflection.NO_SUPPORT,))
     with pytest.raises(BadInput, match="--scorer='authors': must be one of paper, released"):
         rag.answer(["q"], scorer="authors")

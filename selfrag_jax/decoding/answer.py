@@ -129,7 +129,8 @@ class SegmentDone:
     segment: Segment
 
 
-def _questions(questions: Sequence[str | Question]) -> list[Question]:
+def _questions(questions: str | Question | Sequence[str | Question]) -> list[Question]:
+    questions = [questions] if isinstance(questions, (str, Question)) else questions
     rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
     if empty := [q.id for q in rows if not q.question.strip()]:
         raise BadInput(f"question {empty[0]!r} is empty")
@@ -197,9 +198,12 @@ class SelfRAG:
         return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
     def answer(
-        self, questions: Sequence[str | Question], on_answer: Callable[[Answer], None] | None = None, **changes: Any
+        self,
+        questions: str | Question | Sequence[str | Question],
+        on_answer: Callable[[Answer], None] | None = None,
+        **changes: Any,
     ) -> list[Answer]:
-        """Answers in the order of the questions.
+        """Answers in the order of the questions; of one question, a list of one.
 
         changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
         threshold=0.5, w_sup=2.0. on_answer is called with each answer as soon as there is one, whatever their order. Raises
@@ -214,7 +218,7 @@ class SelfRAG:
                     on_answer(event)
         return [out[i] for i in range(len(rows))]
 
-    def stream(self, questions: Sequence[str | Question], **changes: Any) -> Iterator[SegmentDone | Answer]:
+    def stream(self, questions: str | Question | Sequence[str | Question], **changes: Any) -> Iterator[SegmentDone | Answer]:
         """Segments as soon as nothing can change them any more, and each question's whole answer after them; of several
         questions as they come. changes: as of `answer`."""
         for _, event in self._events(_questions(questions), changes):
@@ -331,7 +335,7 @@ class SelfRAG:
         return Answer(
             id=q.id,
             question=q.question,
-            answer=" ".join(search.text(n.tokens) for n in path),
+            answer=" ".join(text for n in path if (text := search.text(n.tokens))),
             segments=tuple(_segment(search, n) for n in path),
             citations=tuple(citations),
             passages=tuple(passages),

@@ -31,7 +31,10 @@ def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str
     needs_passages = rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval"
     if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
         raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
-    config = {"changes": changes, "task": task, "answer": json.loads(json.dumps(rag.config, default=vars))}
+    settings = json.loads(json.dumps(rag.config, default=vars))
+    # With less of these an answering goes on that was too large for the device; they change no answer.
+    del settings["batch"], settings["tensor"], settings["search"]["length_bucket"]
+    config = {"changes": {k: v for k, v in changes.items() if k != "length_bucket"}, "task": task, "answer": settings}
     inputs = {"input": input_path, **rag.sources}
     done: dict[str, dict[str, Any]] = {}
     if artifacts.is_finished(out, "answer", config, inputs):

@@ -22,7 +22,7 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
 
     A segment whose own passage is irrelevant or does not support it, by the model's own judgement, cites nothing.
     """
-    passages: list[Passage] = []
+    passages: dict[tuple[str, str, str], Passage] = {}  # another query gives the same passage another score
     citations = []
     for i, node in enumerate(path):
         if node.passage is None:
@@ -31,7 +31,7 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
         judged = sum(node.issup) > 0  # by the released scripts only where the model said so
         if not judged or support == reflection.NO_SUPPORT or node.isrel[0] > node.isrel[1]:
             continue
-        if node.passage not in passages:
-            passages.append(node.passage)
-        citations.append(Citation(i, passages.index(node.passage), support))
-    return passages, citations
+        key = (node.passage.id, node.passage.title, node.passage.text)
+        passages.setdefault(key, node.passage)
+        citations.append(Citation(i, [*passages].index(key), support))
+    return [*passages.values()], citations

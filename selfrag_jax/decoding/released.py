@@ -4,7 +4,8 @@ included: published numbers come from it. `beam_search.py` is the paper's.
 max_depth=1 is the short-form script, more the long-form one. What is theirs, and not the paper's:
 
   gate (short)   compares log-probabilities, which inverts it
-  gate (long)    retrieves when the model does not say [Retrieval] within 25 tokens, and asks the threshold when it does
+  gate (long)    retrieves where the model says [Retrieval] within 25 tokens and the threshold agrees (as of commit f109462; before,
+                 a missing [Retrieval] retrieved, in a version whose search could not run)
   no retrieval   (long) ends at the first blank line
   generation     goes on to the end of text or the limit, never ends with a segment
   scores         see scoring.released_score and scoring.released_score_long
@@ -55,9 +56,12 @@ class ReleasedSearch(BeamSearch):
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
         super().__init__(model, params, tokenizer, config, max_length)
         if config.constraints:
-            raise BadInput("--constraints: the released scripts have none; use --scorer=paper")
+            raise BadInput("--constraints: the released scripts' searches have none; use --scorer=paper")
         if config.mode == "adaptive_retrieval" and config.threshold is None:
-            raise BadInput("--scorer=released needs a --threshold in adaptive mode: the scripts fail without one")
+            raise BadInput(
+                "--scorer=released needs a --threshold in adaptive mode: without one the short form's script fails and the long "
+                "form's does not retrieve (--mode=no_retrieval)"
+            )
         if config.accumulate != "sum":
             raise BadInput(
                 f"--accumulate={config.accumulate}: the released scripts multiply, whatever is asked; use --scorer=paper"
@@ -107,7 +111,7 @@ class ReleasedSearch(BeamSearch):
             return scoring.released_gate(log_probs.astype(np.float64)) > c.threshold
         [out] = yield from self._generate(search, prompt, [[]], GATE_TOKENS)
         says = self.retrieval in self._before_blank_line(out)
-        return not says or scoring.p_retrieve(p, "yes_no") > c.threshold
+        return says and scoring.p_retrieve(p, "yes_no") > c.threshold
 
     def _before_blank_line(self, out: Segment) -> list[int]:
         tokens = out.said()
