@@ -5,7 +5,8 @@
 Variants as in short_form.py; `selfrag compile` takes the longest history that the last segment can stand on. 7b fits
 v5e:2x2; 7b_int8 fits v5e:1x1 with --config.answer.search.max_depth=4 --config.answer.max_length=160 only. The paper's scores
 (Table 2, 7B: ASQA str-em 30.0, citation precision 66.9 and recall 67.8) come from the authors' scripts, that is from
---scorer=released. ASQA retrieves always (threshold 0).
+--scorer=released. With threshold 0, as the paper has it for ASQA, the first segment always retrieves, and a later one unless the
+model would rather go on with the passage it has; --mode=always_retrieve leaves it no choice.
 """
 
 import importlib.util

@@ -113,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # `selfrag compile` tells it beforehand.
 _MEMORY = (
-    "the device's memory is full; what was done is kept. Answering takes less with --config.answer.batch=, --ndocs= or --beam_width= "
-    "lower, or with --quantization=int8; training with rows_per_device= lower, remat=full, or a mesh of more devices"
+    "the device's memory is full; what was done is kept. Answering goes on with --config.answer.batch= lower, training with "
+    "rows_per_device= lower, remat=full, or a mesh of more devices. Lower --ndocs= or --beam_width=, and --quantization=int8, take "
+    "less too; with them answering begins anew, for they change the answers"
 )
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from selfrag_jax.records import BadInput
+
 NO_RETRIEVAL, RETRIEVAL, CONTINUE = "[No Retrieval]", "[Retrieval]", "[Continue to Use Evidence]"
 IRRELEVANT, RELEVANT = "[Irrelevant]", "[Relevant]"
 FULLY, PARTIALLY, NO_SUPPORT = "[Fully supported]", "[Partially supported]", "[No support / Contradictory]"
@@ -64,13 +66,13 @@ def lacking(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -
     return missing
 
 
-class MissingReflectionTokens(ValueError):
+class MissingReflectionTokens(BadInput):
     """A tokenizer lacks reflection tokens; the message names them."""
 
 
 def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> ReflectionIds:
-    """Looks the ids up. Raises MissingReflectionTokens naming every token that `token_to_id` doesn't know, and ValueError naming
-    two that have one id."""
+    """Looks the ids up. Raises MissingReflectionTokens naming every token that `token_to_id` doesn't know, and BadInput naming two
+    that have one id."""
     ids = {token: token_to_id(token) for token in ALL}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
@@ -81,6 +83,6 @@ def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") ->
     of: dict[int, str] = {}
     for token, i in ids.items():
         if of.setdefault(i, token) != token:
-            raise ValueError(f"{name}: {of[i]} and {token} have the same id, {i}")
+            raise BadInput(f"{name}: {of[i]} and {token} have the same id, {i}")
     pick = lambda group: tuple(ids[token] for token in group)  # noqa: E731
     return ReflectionIds(pick(RETRIEVE), pick(ISREL), pick(ISSUP), pick(ISUSE), pick(MARKUP))

@@ -150,7 +150,7 @@ def _label(v: dict, _) -> None:
 _SEARCH_FLAGS = (
     Flag("mode", "adaptive_retrieval (the model may go on with the passage it has), always_retrieve or no_retrieval"),
     Flag("scorer", "paper: the equations; released: what the authors' scripts compute, quirks included, with --w_use=1"),
-    Flag("threshold", "retrieve when p(retrieve) exceeds it", type=float),
+    Flag("threshold", "retrieve when p(retrieve) exceeds it, unless the model would rather go on with its passage", type=float),
     Flag("w_rel", "weight of IsRel", type=float),
     Flag("w_sup", "weight of IsSup", type=float),
     Flag("w_use", "weight of IsUse", type=float),

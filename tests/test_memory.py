@@ -22,13 +22,12 @@ def f(x):
     return (y[::-1] @ x).sum() + jnp.square(y).sum()
 x = jnp.ones((3072, 64))
 assert f.lower(x).compile().memory_analysis().temp_size_in_bytes > 2 * 3072 * 3072 * 4
-def call(times):
+def call():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        f(x).block_until_ready()
+    f(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-call(100)  # small allocations settle in the hole of a freed block, and the next one is put elsewhere: a few times at first
-print(call(100))
+# Now and then, and most of all at first, a small allocation settles in the hole of a freed block, and the next one is put elsewhere.
+print(sorted(call() for _ in range(200))[150])
 """
 
 
@@ -38,9 +37,9 @@ def test_a_program_called_again_finds_its_memory_mapped():
         environment = dict(os.environ, JAX_PLATFORMS="cpu")
         return int(subprocess.run([sys.executable, "-c", CALLS, how], env=environment, capture_output=True, check=True).stdout)
 
-    pages = 100 * 2 * 3072 * 3072 * 4 // os.sysconf("SC_PAGE_SIZE")
+    pages = 2 * 3072 * 3072 * 4 // os.sysconf("SC_PAGE_SIZE")
     assert faults("given back") > pages / 2
-    assert faults("kept") < pages / 4
+    assert faults("kept") < pages / 50
 
 
 def test_hosts_of_accelerators_and_other_c_libraries_are_left_alone(monkeypatch, tmp_path):

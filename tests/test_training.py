@@ -98,6 +98,17 @@ def test_other_new_rows_are_another_training(tmp_path):
         train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "v", "generator")
 
 
+def test_other_weights_from_scratch_are_another_training(tmp_path):
+    data = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    write_jsonl(tmp_path / "data.jsonl", data)
+    c = configs.load("tiny:smoke")
+    c.base, c.generator.steps = "scratch", 1
+    train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    c.seed += 1  # of the weights
+    with pytest.raises(BadInput, match="scratch.seed: 0 there, 1 asked for"):
+        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+
+
 def test_bad_data_leaves_nothing_behind(tmp_path):
     """A second try with the right data must not meet the first one's workdir."""
     c = configs.load("tiny:smoke")

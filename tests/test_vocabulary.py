@@ -132,7 +132,7 @@ def test_lost_and_doubled_reflection_tokens_are_named():
     assert reflection.lacking({"<paragraph>": 3}.get) == [t for t in reflection.ALL if t != "<paragraph>"]
     with pytest.raises(reflection.MissingReflectionTokens, match=r"some reflection tokens, but not \[Relevant\];"):
         reflection.lacking({t: i for t, i in ids.items() if t != "[Relevant]"}.get)
-    with pytest.raises(ValueError, match=r"\[Irrelevant\] and \[Relevant\] have the same id, 103"):
+    with pytest.raises(BadInput, match=r"\[Irrelevant\] and \[Relevant\] have the same id, 103"):
         reflection.lookup((ids | {"[Relevant]": ids["[Irrelevant]"]}).get)
 
 
@@ -179,6 +179,23 @@ def test_another_vocabulary_keeps_its_own_rules(tmp_path):
     again = Tokenizer.load(tmp_path / "again")
     said = [Control("[Retrieval]"), text, Control(EOS)]
     assert again.encode(said) == grown.encode(said) and again.bos_id == tokenizer.bos_id
+
+
+def test_new_tokens_stand_behind_the_highest_id(tmp_path):
+    """Of a vocabulary whose pieces do not begin at 0."""
+    specials = {"<s>": 0, "</s>": 1, "<pad>": 2}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [dict(id=i, content=t, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+                         for t, i in specials.items()],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {c: 3 + i for i, c in enumerate("abcdef")}, "merges": []},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("abf") == [3, 4, 8] and tokenizer.vocab_size == 9
+    assert tokenizer.with_reflection_tokens().id("[No Retrieval]") == 9
 
 
 def test_a_vocabulary_that_puts_no_space_in_front_keeps_its_own_rules(tmp_path):

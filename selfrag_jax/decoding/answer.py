@@ -129,7 +129,10 @@ class SegmentDone:
     segment: Segment
 
 
-def _questions(questions: str | Question | Sequence[str | Question]) -> list[Question]:
+Questions = str | Question | Sequence[str | Question]
+
+
+def _questions(questions: Questions) -> list[Question]:
     questions = [questions] if isinstance(questions, (str, Question)) else questions
     rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
     if empty := [q.id for q in rows if not q.question.strip()]:
@@ -189,20 +192,12 @@ class SelfRAG:
         if (model / checkpoints.MODEL_FILE).is_file():
             artifacts.require_finished(model, "train", "generator")
         loaded = checkpoints.load(model)
-        try:
-            loaded.tokenizer.reflection_ids()
-        except ValueError as e:
-            raise BadInput(f"{model}: {e}") from None
+        loaded.tokenizer.reflection_ids()  # refused before weights are put anywhere
         sources = {"model": model} | ({"index": Path(index)} if index else {})
         config = config or DEFAULT
         return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
-    def answer(
-        self,
-        questions: str | Question | Sequence[str | Question],
-        on_answer: Callable[[Answer], None] | None = None,
-        **changes: Any,
-    ) -> list[Answer]:
+    def answer(self, questions: Questions, on_answer: Callable[[Answer], None] | None = None, **changes: Any) -> list[Answer]:
         """Answers in the order of the questions; of one question, a list of one.
 
         changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
@@ -218,7 +213,7 @@ class SelfRAG:
                     on_answer(event)
         return [out[i] for i in range(len(rows))]
 
-    def stream(self, questions: str | Question | Sequence[str | Question], **changes: Any) -> Iterator[SegmentDone | Answer]:
+    def stream(self, questions: Questions, **changes: Any) -> Iterator[SegmentDone | Answer]:
         """Segments as soon as nothing can change them any more, and each question's whole answer after them; of several
         questions as they come. changes: as of `answer`."""
         for _, event in self._events(_questions(questions), changes):

@@ -331,12 +331,17 @@ def describe(path: str | Path, mode: str | None = None) -> LoadedModel:
             f"or a Hugging Face folder ({huggingface.CONFIG}, {huggingface.WEIGHTS})"
         )
     tokenizer = read_tokenizer(path, mode)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size} rows: they do not belong "
-            "together (`selfrag convert --reflection_tokens` adds rows for reflection tokens)"
-        )
+    check_rows(path, tokenizer.vocab_size, model.config)
     return LoadedModel(model, None, tokenizer)
+
+
+def check_rows(what: str | Path, tokens: int, config: LlamaConfig) -> None:
+    """Raises BadInput where there are more tokens than rows: another model's tokenizer. The ids beyond would be read as the last."""
+    if tokens > config.vocab_size:
+        raise BadInput(
+            f"{what}: its tokenizer has {tokens} tokens, its model {config.vocab_size} rows: they do not belong together; take the "
+            "tokenizer that came with the model (`selfrag convert --reflection_tokens` adds rows for reflection tokens)"
+        )
 
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
@@ -450,11 +455,7 @@ def with_vocabulary(
     A table may have more rows than the tokenizer has tokens; new tokens take those first. like: for some of the new ids
     the old ids whose mean row they start from instead. Without params the config alone is grown. Raises BadInput when there are more tokens than rows already.
     """
-    if old > config.vocab_size:
-        raise BadInput(
-            f"the tokenizer has {old} tokens, the model {config.vocab_size} rows: they do not belong together; take the "
-            "tokenizer that came with the model"
-        )
+    check_rows("the model to be grown", old, config)
     size = max(config.vocab_size, vocab_size)
 
     def grow(table, axis: int):

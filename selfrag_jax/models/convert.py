@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
-from selfrag_jax import artifacts, reflection
+from selfrag_jax import artifacts
 from selfrag_jax.models import checkpoints, fingerprints, huggingface, lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, at, build, leaves
@@ -103,11 +103,7 @@ def _as_written(source: Path, stored: Stored, reflection_tokens: bool) -> Stored
     """The model with its new rows, if any, and the type of its activations. Raises BadInput for another model's tokenizer."""
     if reflection_tokens:
         stored = _with_reflection_tokens(stored)
-    if stored.tokenizer.vocab_size > stored.config.vocab_size:
-        raise BadInput(
-            f"{source}: its tokenizer has {stored.tokenizer.vocab_size} tokens, its model {stored.config.vocab_size} rows: they do "
-            "not belong together (--reflection_tokens adds rows for reflection tokens)"
-        )
+    checkpoints.check_rows(source, stored.tokenizer.vocab_size, stored.config)
     half = stored.dtype(EMBEDDING) != "float32"
     return replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))
 
@@ -210,10 +206,7 @@ def _from_workdir(workdir: Path, step: int) -> Stored:
 
 def _with_reflection_tokens(s: Stored) -> Stored:
     """The same model with a larger vocabulary; new rows are the mean of the old ones."""
-    try:
-        tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
-    except reflection.MissingReflectionTokens as e:
-        raise BadInput(str(e)) from None
+    tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
     config = replace(s.config, vocab_size=max(V, tokenizer.vocab_size))  # a padded table may have room for them
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:

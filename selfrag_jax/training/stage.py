@@ -53,10 +53,7 @@ def starting_model(c: ConfigDict, read: bool = True) -> tuple[checkpoints.Loaded
         raise BadInput("config: base is none; it names a folder, a model of the Hugging Face hub, embedded or scratch")
     if c.base != "scratch":
         base = (checkpoints.load if read else checkpoints.describe)(_base_folder(c), c.tokenizer)
-        try:
-            tokenizer = base.tokenizer.with_reflection_tokens()
-        except reflection.MissingReflectionTokens as e:
-            raise BadInput(str(e)) from None
+        tokenizer = base.tokenizer.with_reflection_tokens()
         like = {tokenizer.id(token): base.tokenizer.encode(words) for token, words in _new_rows(c)}
         old, grown = base.tokenizer.vocab_size, tokenizer.vocab_size
         config, params = checkpoints.with_vocabulary(base.model.config, base.params, old, grown, like)
@@ -119,9 +116,8 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     leads = jax.process_index() == 0  # of several processes, the one that writes
-    if (
-        leads and jax.default_backend() != "tpu" and (hosts := sharding.hosts_of_tensor(mesh)) > 1
-    ):  # a slice's links are its own
+    hosts = 1 if jax.default_backend() == "tpu" else sharding.hosts_of_tensor(mesh)  # a slice has links of its own
+    if leads and hosts > 1:
         print(
             f"warning: tensor={mesh.shape['tensor']} of the mesh lies over {hosts} hosts, and every layer waits for their network; one "
             f"host has {jax.local_device_count()} devices: --config.{role}.mesh.tensor, and the rest in mesh.fsdp",
