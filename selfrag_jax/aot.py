@@ -26,7 +26,7 @@ from selfrag_jax import config as configs
 from selfrag_jax.decoding.answer import AnswerConfig
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.architectures import architecture
-from selfrag_jax.models.llama import LlamaConfig
+from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput
 from selfrag_jax.training import optimizer, train
 from selfrag_jax.training.stage import ROLES
@@ -72,7 +72,7 @@ def _train(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
     if compiled is not None:
         sent = sum(kind["bytes_per_chip"] for kind in out["collectives"].values())
         fits = out.pop("fits")
-        out |= times(section, section.model(base).config, mesh, chip, sent) | {"fits": fits}
+        out |= times(section, base, mesh, chip, sent) | {"fits": fits}
     return out
 
 
@@ -210,22 +210,24 @@ def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
 
 
 # ---- what the slice can do at best -----------------------------------------------------------------------------------
-def times(section: TrainConfig, c: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float) -> dict[str, Any]:
+def times(section: TrainConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float) -> dict[str, Any]:
     """Model FLOPs of a step, and the least seconds that arithmetic, memory and links need for it; the step's is the largest.
 
-    sent: bytes between chips, per chip. Arithmetic includes what is computed again in the backward pass.
-    Memory is what cannot be avoided: the optimizer's state read and written once, and the weights read in every pass of
-    every part of the batch.
+    sent: bytes between chips, per chip. Arithmetic includes what is computed again in the backward pass, at the chip's rate in bf16
+    (in f32 it is slower). Memory is what cannot be avoided: the trained weights and the optimizer's state read and written once,
+    and the weights read in every pass of every part of the batch.
     """
+    model = section.model(base)
+    c = model.config
     tokens = section.rows * section.length
     per_token = roofline.train_flops_per_token(c, section.length)
     again = roofline.recomputed_flops_per_token(c, section.length, section.loss_chunk is not None)
     parts, chips = section.micro_batches(mesh), mesh.size
-    state = 2 * 12 * roofline.trained_weights(c) / chips  # f32: weights and two moments, read and written
-    gathered = parts * (3 if section.remat == "full" else 2) * 2 * roofline.weights(c) / mesh.shape["tensor"]
+    passes, width = 3 if section.remat == "full" else 2, jnp.dtype(c.dtype).itemsize
+    gathered = parts * passes * width * roofline.weights(c) / mesh.shape["tensor"]
     seconds = {
         "arithmetic": tokens * (per_token + again) / (chips * chip.bf16_flops),
-        "memory": (state + gathered) / chip.memory_bandwidth,
+        "memory": (2 * _updated(section, model, mesh) + gathered) / chip.memory_bandwidth,
         "links": sent / chip.link_bandwidth,
     }
     step = max(seconds.values())
@@ -235,6 +237,13 @@ def times(section: TrainConfig, c: LlamaConfig, mesh: Mesh, chip: roofline.Chip,
         "roofline_mfu": tokens * per_token / (step * chips * chip.bf16_flops),
         "tokens_per_step": tokens,
     }
+
+
+def _updated(section: TrainConfig, model: Model, mesh: Mesh) -> int:
+    """Bytes of trained weights and optimizer state that one chip holds."""
+    state = train.state_like(section, model, optimizer.make(section.optimizer, section.steps or 1000), mesh)
+    held = jax.tree.leaves({k: v for k, v in state.items() if k != "frozen"})
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
 
 
 # ---- what is sent between chips --------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ _OF_A_MODEL = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+_OF_FILES = ("collect", "retrieve", "label", "answer")  # stages whose artifact is a file
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
@@ -148,6 +149,8 @@ def is_finished(artifact: str | Path, stage: str, config: Any, inputs: Mapping[s
     Raises BadInput naming the first difference when it was made by others, and when it is one of its own inputs.
     """
     path, artifact = manifest_path(artifact), Path(artifact)
+    if stage in _OF_FILES and artifact.is_dir():
+        raise BadInput(f"{artifact}: is a folder; --out is a file, {artifact}/{stage}.jsonl for example")
     for name, given in inputs.items():
         if artifact.exists() and Path(given).exists() and artifact.samefile(given):
             raise BadInput(f"{artifact}: is both the output and the {name}; choose another --out")

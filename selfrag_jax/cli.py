@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values, positional = parse(name, arguments)
         _compilation_cache()
-        if whole_process and name not in ("convert", "compile"):  # which run no model
-            memory.keep_freed()
+        if whole_process:
+            # As an interruption, so that what is half-written is removed; training saves a checkpoint first.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            if name not in ("convert", "compile"):  # which run no model
+                memory.keep_freed()
         STAGES[name].run(values, positional)
     except BadInput as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)

@@ -37,6 +37,7 @@ INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n##
 HEADINGS = (INSTRUCTION, INPUT, RESPONSE)
 MODES = ("words", "llama_slow", "llama_fast", "json")
 FILE, MODE_FILE, CONFIG_FILE = JSON_FILE, "tokenizer_mode.json", "tokenizer_config.json"
+GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
+
+    def config_ids(self) -> dict[str, Any]:
+        """The ids of control tokens that a model's config.json holds, by its names for them."""
+        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
 
     @abstractmethod
     def encode_segments(self, segments: Sequence[Sequence[Part]], before_control: bool = False) -> list[list[Encoded]]:
@@ -200,10 +205,18 @@ class _Words(Tokenizer):
 class _Published(Tokenizer):
     """A vocabulary of a published model, with control tokens beside it."""
 
-    def __init__(self, vocabulary: Vocabulary, mode: str, controls: dict[str, int], names: dict[str, str], source: str):
-        """controls: all control tokens; names: what the vocabulary calls BOS, EOS and PAD."""
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        mode: str,
+        controls: dict[str, int],
+        names: dict[str, str],
+        source: str,
+        beside: dict[str, Any] | None = None,
+    ):
+        """controls: all control tokens; names: what the vocabulary calls BOS, EOS and PAD; beside: see `_read_beside`."""
         self._vocabulary, self.mode, self.source = vocabulary, mode, source
-        self._controls, self._names = controls, names
+        self._controls, self._names, self._beside = controls, names, beside or {}
         self._control_of = {i: t for t, i in controls.items()}
         self.bos_id, self.eos_id = self.id(BOS), self.id(EOS)
         self.pad_id = self._id(PAD) if self._id(PAD) is not None else self.eos_id  # padding is never looked at
@@ -221,25 +234,35 @@ class _Published(Tokenizer):
         if mode not in possible:
             raise ValueError(f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}")
         if record is not None:
-            return cls(vocabulary, mode, vocabulary.controls | record["added"], record["names"], str(source))
+            controls = vocabulary.controls | record["added"]
+            return cls(vocabulary, mode, controls, record["names"], str(source), record.get("beside"))
         controls, names = _read_controls(folder, vocabulary)
-        return cls(vocabulary, mode, controls, names, str(source))
+        return cls(vocabulary, mode, controls, names, str(source), _read_beside(folder))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
         write_text(folder / FILE, json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n")
-        row = {"mode": self.mode, "names": self._names, "added": self._controls}
+        row = {"mode": self.mode, "names": self._names, "added": self._controls, "beside": self._beside}
         write_text(folder / MODE_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
-        _write_transformers_config(folder, *(None if self._id(t) is None else self._names.get(t, t) for t in (BOS, EOS, PAD)))
+        names = (None if self._id(t) is None else self._names.get(t, t) for t in (BOS, EOS, PAD))
+        _write_transformers_config(folder, *names, self._beside.get("tokenizer"))
+        if "generation" in self._beside:
+            write_text(folder / GENERATION_FILE, json.dumps(self._beside["generation"], indent=2) + "\n")
 
     def with_reflection_tokens(self) -> Tokenizer:
         """Also a padding token, the last in the released vocabulary, where there is none."""
         controls = dict(self._controls)
         for token in (*reflection.lacking(self._id, self.source), *(() if self._id(PAD) is not None else (PAD,))):
             controls.setdefault(token, max(self._vocabulary.size, max(controls.values()) + 1))
-        return _Published(self._vocabulary, self.mode, controls, self._names, self.source)
+        beside = self._beside
+        if "ids" in beside and self._id(PAD) is None:
+            beside = beside | {"ids": {k: v for k, v in beside["ids"].items() if k != "pad_token_id"}}
+        return _Published(self._vocabulary, self.mode, controls, self._names, self.source, beside)
+
+    def config_ids(self) -> dict[str, Any]:
+        return super().config_ids() | self._beside.get("ids", {})
 
     @property
     def vocab_size(self) -> int:
@@ -332,6 +355,24 @@ def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int]
     return controls, names
 
 
+def _read_beside(folder: Path) -> dict[str, Any]:
+    """What a published folder says of its control tokens' use by others. It has no effect here, but goes with the model:
+    "ids" (config.json's, of which the end of text may have several), "generation" (its defaults), "tokenizer" (fields of its config,
+    the chat template among them)."""
+    model, found = _read(folder / "config.json"), {}
+    if model:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        found["ids"] = {"pad_token_id": None} | {name: model[name] for name in ids if name in model}
+    if generation := _read(folder / GENERATION_FILE):
+        found["generation"] = generation
+    config = _read(folder / CONFIG_FILE)
+    fields = ("chat_template", "model_max_length", "padding_side", "truncation_side")
+    found["tokenizer"] = {name: config[name] for name in fields if name in config}
+    if (folder / TEMPLATE_FILE).is_file():
+        found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    return found
+
+
 def _ids(tokens: dict[str, Any]) -> dict[str, int]:
     if bad := [i for i in dict(tokens).values() if type(i) is not int or i < 0]:
         raise ValueError(f"{bad[0]!r} is no id")
@@ -350,10 +391,10 @@ def _read(path: Path) -> dict[str, Any]:
     return row
 
 
-def _write_transformers_config(folder: Path, bos: str, eos: str, pad: str | None) -> None:
+def _write_transformers_config(folder: Path, bos: str, eos: str, pad: str | None, beside: dict[str, Any] | None = None) -> None:
     """For AutoTokenizer, which would otherwise build its own rules and change ids (as it does for LlamaTokenizer)."""
     row = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad}
-    row |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+    row |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30} | (beside or {})
     write_text(folder / CONFIG_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import pytest
 
 from selfrag_jax import aot, aot_decode, cli
@@ -16,7 +17,10 @@ from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import leaves
 from selfrag_jax.records import BadInput
-from selfrag_jax.training.train import TrainConfig
+from selfrag_jax.training import optimizer
+from selfrag_jax.training import train as trainer
+from selfrag_jax.training.optimizer import OptimizerConfig
+from selfrag_jax.training.train import MeshConfig, TrainConfig
 
 SHIPPED = ("critic_7b", "generator_7b", "generator_13b", "lora_7b")
 
@@ -109,11 +113,26 @@ def test_groups_that_cannot_be_read_are_not_counted_as_nothing():
 def test_weights_are_those_of_the_model(name):
     c = architecture(name, 16, "bfloat16")
     matrices = sum(leaf.size for path, leaf in leaves(Model(c).shapes()) if path[-1] != "scale")
-    assert roofline.weights(c) == roofline.trained_weights(c) == matrices
+    assert roofline.weights(c) == matrices
     adapted = replace(c, lora=LoraConfig(4, 8.0))
     more = sum(leaf.size for path, leaf in leaves(Model(adapted).shapes()) if path[-1].startswith("lora"))
     assert roofline.weights(adapted) == matrices + more
-    assert roofline.trained_weights(adapted) == more + 2 * c.vocab_size * c.embed_dim
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(name="adafactor"), dict(name="muon"), dict(lora=True)], ids=str)
+def test_bytes_of_an_update_are_those_of_the_state(tiny_model, changes):
+    lora = LoraConfig(4, 8.0) if changes.pop("lora", False) else None
+    recipe = dict(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3, schedule="linear", warmup_fraction=0.1, adam_eps=1e-8,
+                  weight_decay=0.0, clip=1.0)  # fmt: skip
+    section = TrainConfig(
+        seed=0, rows=4, length=32, max_targets=None, optimizer=OptimizerConfig(**recipe | changes), mesh=MeshConfig(1, 1, 1),
+        save_every=1, log_every=1, steps=4, lora=lora,
+    )  # fmt: skip
+    model, tx = section.model(tiny_model.model.config), optimizer.make(section.optimizer, 4)
+    params = model.init(jax.random.key(0))
+    state = trainer.fresh_state(params, tx, section, "float32")
+    held = sum(x.nbytes for x in jax.tree.leaves({k: v for k, v in state.items() if k != "frozen"}))
+    assert aot._updated(section, model, section.make_mesh(jax.devices()[:1])) == held
 
 
 def test_parameters_of_published_models():
@@ -133,7 +152,7 @@ def test_model_flops_of_llama2_7b():
     )
     adapted = replace(c, lora=LoraConfig(16, 32.0), remat="full")  # forward, again, and backward without kernels' gradients
     frozen, head, attention = 32 * roofline._layer_weights(c), 32000 * 4096, 2 * 32 * 4096 * 2048
-    adapters = roofline.trained_weights(adapted) - 2 * head
+    adapters = 32 * roofline._adapter_weights(adapted)
     work = roofline.train_flops_per_token(adapted, 2048) + roofline.recomputed_flops_per_token(adapted, 2048, True)
     assert work == pytest.approx(6 * frozen + 8 * adapters + 8 * head + 4 * attention, rel=1e-9)
     assert roofline.chip("TPU v5 lite").name == "v5e" and roofline.chip("NVIDIA H200").memory == 141e9

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,37 @@ def test_no_flipped_bit_is_read_in_silence(run, tiny_model, tmp_path):
         else:  # between the arrays
             jax.tree.map(np.testing.assert_array_equal, found, right)
     assert noticed > 8
+
+
+def test_a_damaged_file_is_damage_to_every_reader_or_to_none(run, tiny_model, tmp_path):
+    """Each file of a checkpoint in turn: training, answering and converting all pass it over, or all read what was saved. Training
+    alone reads the optimizer's state, and passes over what the others take."""
+    run(steps=2)
+    c, w = config(), tmp_path / "w"
+    like = trainer.state_like(c, c.model(tiny_model.model.config), optimizer.make(c.optimizer, c.steps), c.make_mesh())
+    right, _ = checkpoints._restore(w, 2, like)
+    files = [p for p in (w / "checkpoints" / "2").rglob("*") if p.is_file() and p.name != "metrics"]
+    assert {"_sharding", "_METADATA"} <= {p.name for p in files}
+    for file in files:
+        whole = file.read_bytes()
+        for spoilt in (whole[: len(whole) // 2], bytes([whole[0] ^ 1]) + whole[1:], bytes(c ^ 4 for c in whole)):
+            file.write_bytes(spoilt)
+            took = []
+            for read in (
+                lambda: checkpoints._restore(w, 2, like)[0]["params"],
+                lambda: checkpoints.load(w).params,
+                lambda: convert(w, tmp_path / "out", "huggingface", None, False) and checkpoints.load(tmp_path / "out").params,
+            ):
+                try:
+                    found = read()
+                except Exception:
+                    took.append(False)
+                else:
+                    jax.tree.map(np.testing.assert_array_equal, found, right["params"])
+                    took.append(True)
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            assert took in ([True] * 3, [False] * 3, [False, True, True]), (file, took)
+        file.write_bytes(whole)
 
 
 def test_the_last_ones_and_the_best_are_kept(run, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,10 +18,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from selfrag_jax import cli
 from selfrag_jax.models import checkpoints, huggingface
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.records import BadInput
 
+TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer"
 TOLERANCE = 1e-4  # of f32 logits
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILY = {
@@ -149,6 +153,34 @@ def test_shards_with_an_index_are_written_and_read(pair, tmp_path):
     assert type(theirs).from_pretrained(tmp_path / "ours").config.hidden_size == 64
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+def test_over_orbax_and_back_nothing_is_lost(kind, tmp_path):
+    """Tensors bit by bit, from shards; and what a folder says to others: several ends of text, no padding, a chat template."""
+    theirs = torch_model(dict(FAMILY[kind], vocab_size=1416)).to(torch.bfloat16)
+    theirs.config.eos_token_id, theirs.config.pad_token_id = [2, 5], None
+    theirs.generation_config = transformers.GenerationConfig(
+        bos_token_id=1, eos_token_id=[2, 5], do_sample=True, temperature=0.6, top_p=0.9
+    )
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="100KB")
+    shutil.copytree(TOKENIZER, tmp_path / "in", dirs_exist_ok=True)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "in" / "chat_template.jinja").write_text(template)
+    assert cli.main(["convert", f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax"]) == 0
+    assert cli.main(["convert", f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface"]) == 0
+    before, after = (
+        {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()} for d in ("in", "out")
+    )
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1 and before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
+    again = type(theirs).from_pretrained(tmp_path / "out")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "num_key_value_heads", "rope_parameters"):
+        assert getattr(again.config, name) == getattr(theirs.config, name), name
+    changes = again.generation_config.to_diff_dict(), theirs.generation_config.to_diff_dict()
+    assert changes[0] == changes[1] and again.generation_config.eos_token_id == [2, 5]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
 # ---- configs ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cls", (transformers.LlamaConfig, transformers.MistralConfig))
 def test_every_field_that_transformers_writes_is_known(cls, tmp_path):
@@ -176,6 +208,20 @@ def test_a_config_of_2023_is_read(tmp_path):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 13_016_028_160  # 13B and 16 rows more
 
 
+@pytest.mark.parametrize("model_type", ("llama", "mistral"))
+def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_type):
+    c = replace(tiny_model.model.config, sliding_window=7 if model_type == "mistral" else None)
+    row = huggingface.config_to_json(c, {})
+    more = dict.fromkeys(("quantization_config", "attn_logit_softcapping", "hidden_act"))
+    more |= dict(gradient_checkpointing=False, max_length=20, max_sequence_length=2048, _attn_implementation_autoset=True)
+    more |= dict(use_sliding_window=model_type == "mistral")
+    (tmp_path / "config.json").write_text(json.dumps(row | more))
+    assert huggingface.config_from_json(tmp_path / "config.json") == c
+    (tmp_path / "config.json").write_text(json.dumps(row | more | dict(use_sliding_window=model_type == "llama")))
+    with pytest.raises(BadInput, match="use_sliding_window=.* contradicts sliding_window"):
+        huggingface.config_from_json(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -199,6 +245,7 @@ def test_a_config_of_2023_is_read(tmp_path):
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear': expected an object"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0: must be a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling.factor=nan: must be a number above 0"),
         ({"rope_parameters": {"rope_theta": -5.0}, "rope_theta": None}, "rope_theta=-5.0: must be a number above 0"),
         ({"rope_parameters": {"rope_theta": "abc"}, "rope_theta": None}, "rope_theta='abc': must be a number above 0"),
         ({"rope_parameters": {"rope_theta": 5e5}}, "says both rope_theta=10000.0 and rope_theta=500000.0"),
@@ -212,7 +259,7 @@ def test_a_config_of_2023_is_read(tmp_path):
     ],
 )
 def test_what_cannot_be_honoured_is_named(tiny_model, tmp_path, change, message):
-    row = huggingface.config_to_json(tiny_model.model.config, 1, 2, 0) | change
+    row = huggingface.config_to_json(tiny_model.model.config, {}) | change
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
     with pytest.raises(BadInput, match="config.json: .*" + message):

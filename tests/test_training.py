@@ -1,5 +1,6 @@
 """The trainer: it learns, it resumes to bit-identical parameters, and a loss that is not finite stops it."""
 
+import json
 import os
 import signal
 
@@ -182,10 +183,13 @@ def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(tiny_model, source,
     assert leaving.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
     with checkpoints.manager(tmp_path / "parts", 2, 1) as saved:
         assert saved.latest_step() == 6
+    losses = lambda w: {int(f.parts[-3]): json.loads(f.read_text())["loss"] for f in w.glob("checkpoints/*/metrics/metrics")}  # noqa: E731
+    assert losses(tmp_path / "parts")[6] == checkpoints.NO_LOSS  # that of two steps would say little
     calls.append(1)
     parts = run(tiny_model, source, tmp_path / "parts")["params"]
     assert len(calls) == 13  # the six steps that were left
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
+    assert losses(tmp_path / "parts")[8] == losses(tmp_path / "whole")[8]  # of the whole interval
 
 
 def test_training_lowers_the_loss(tiny_model, source, tmp_path):
@@ -258,9 +262,23 @@ def test_schedule_warms_up_and_decays():
     assert float(schedule("linear", 2e-5, 0.1, 1)(0)) == pytest.approx(2e-5)  # the only step learns
 
 
+@pytest.mark.parametrize("name", ("linear", "cosine"))
+def test_schedules_are_those_of_transformers(name):
+    """By which the released generator (linear) and critic (cosine) were trained."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+    theirs, ours = transformers.get_scheduler(name, sgd, 3, 100), schedule(name, 2e-5, 0.03, 100)
+    for step in range(100):
+        assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-12)
+        sgd.step()
+        theirs.step()
+
+
 def test_configs_that_cannot_run_are_refused():
     with pytest.raises(BadInput, match="optimizer.name"):
         config(name="sgdd")
+    with pytest.raises(BadInput, match="dtype='float16': small gradients"):
+        config(dtype="float16")
     mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(BadInput, match="rows=6 is not divisible by mesh data x fsdp = 4"):
         config(rows=6).micro_batches(mesh)
@@ -410,8 +428,13 @@ def test_batches_that_cannot_be_split_are_refused(changes, message):
 
 
 @pytest.mark.slow
-def test_fifty_steps_equal_those_of_torch(tmp_path):
-    """The same weights and batches through torch's AdamW and through ours, in f32: every loss within 1e-3."""
+@pytest.mark.parametrize("form", ("rows", "packed"))
+def test_fifty_steps_equal_those_of_torch(tokenizer, tmp_path, form):
+    """The same weights and batches through torch's AdamW and through ours, in f32: every loss within 1e-3.
+
+    rows: ragged, partly masked, the loss in chunks. packed: what the trainer packs, in two parts whose gradients are added; torch
+    sees each document by itself.
+    """
     torch = pytest.importorskip("torch")
     from test_huggingface import torch_model
 
@@ -419,37 +442,33 @@ def test_fifty_steps_equal_those_of_torch(tmp_path):
     from selfrag_jax.models.llama import Model
 
     steps, rate = 50, 1e-3
-    theirs = torch_model(dict(num_key_value_heads=2)).train()
+    V = 199 if form == "rows" else tokenizer.vocab_size
+    theirs = torch_model(dict(num_key_value_heads=2, vocab_size=V)).train()
     theirs.save_pretrained(tmp_path)
     c, params = huggingface.load(tmp_path)
     model = Model(c)
-    rng = np.random.default_rng(0)
-    batches = []
-    for _ in range(steps):
-        tokens = np.cumsum(rng.integers(3, 6, (4, 24)), 1) % 199  # something to learn: the next token is 3 to 5 ahead
-        length = rng.integers(8, 25, 4)
-        learned = (np.arange(23) < length[:, None] - 1) & (rng.random((4, 23)) < 0.7)  # ragged, and partly masked
-        batches.append((tokens, np.pad(learned, ((0, 0), (0, 1)))))
-
+    batches = list(_rows(steps) if form == "rows" else _packed(tokenizer, steps))
     learner = OptimizerConfig("adamw", rate, rate, "linear", 0.1, 1e-8, 0.01, 1.0)
     tx = optimizer.make(learner, steps)
     state = {"params": jax.tree.map(jnp.asarray, params), "step": jnp.int32(0)}
     state["opt_state"] = tx.init(state["params"])
-    ours = []
-    for tokens, learned in batches:
-        positions = np.broadcast_to(np.arange(24), tokens.shape)
-        batch = dict(tokens=tokens, positions=positions, targets=np.roll(tokens, -1, 1), weights=learned.astype(np.float32))
-        state, seen = trainer.train_step(state, batch | {"groups": np.zeros_like(tokens)}, model, tx, 8)
+    ours, mesh = [], config().make_mesh()
+    for batch, _ in batches:
+        placed = batch if isinstance(batch, dict) else trainer._place(mesh, batch, 2, True)
+        state, seen = trainer.train_step(state, placed, model, tx, 8)
         ours.append(float(seen["total"]))
 
     rates = schedule("linear", rate, 0.1, steps)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     expected = []
-    for step, (tokens, learned) in enumerate(batches):
+    for step, (_, documents) in enumerate(batches):
         adamw.param_groups[0]["lr"] = float(rates(step))
-        labels = torch.tensor(np.where(learned, np.roll(tokens, -1, 1), -100))
-        logits = theirs(torch.tensor(tokens)).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 199), labels.reshape(-1))
+        total = sum(learned.sum() for _, _, learned in documents)
+        loss = 0.0
+        for tokens, targets, learned in documents:
+            labels = torch.tensor(np.where(learned, targets, -100))
+            logits = theirs(torch.tensor(tokens)[None]).logits[0]
+            loss = loss + torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / total
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -457,3 +476,27 @@ def test_fifty_steps_equal_those_of_torch(tmp_path):
         expected.append(loss.item())
     assert expected[-1] < 0.9 * expected[0]
     np.testing.assert_allclose(ours, expected, atol=1e-3, rtol=0)
+
+
+def _rows(steps):
+    """What a step reads, and its documents (tokens, targets, which of them are learned)."""
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        tokens = np.cumsum(rng.integers(3, 6, (4, 24)), 1) % 199  # something to learn: the next token is 3 to 5 ahead
+        length = rng.integers(8, 25, 4)
+        learned = np.pad((np.arange(23) < length[:, None] - 1) & (rng.random((4, 23)) < 0.7), ((0, 0), (0, 1)))
+        targets, positions = np.roll(tokens, -1, 1), np.broadcast_to(np.arange(24), tokens.shape)
+        batch = dict(tokens=tokens, positions=positions, targets=targets, weights=learned.astype(np.float32))
+        yield batch | {"groups": np.zeros_like(tokens)}, list(zip(tokens, targets, learned, strict=True))
+
+
+def _packed(tokenizer, steps):
+    passage = "[Retrieval]<paragraph>T\nNumber {}.</paragraph>[Relevant]"
+    said = [f"{passage.format(i) if i % 3 else '[No Retrieval]'}It is {i % 7}.[Utility:{1 + i % 5}]" for i in range(40)]
+    rows = [GeneratorExample(str(i), f"Say {i % 7}.", output) for i, output in enumerate(said)]
+    packer = trainer.Packer(GeneratorSource(rows, tokenizer, WEIGHTS), 4, 96, None, seed=0)
+    for _ in range(steps):
+        b = packer.next()
+        assert b.doc_ids.max() >= 2
+        where = [(row, b.doc_ids[row] == d) for row in range(4) for d in range(1, b.doc_ids[row].max() + 1)]
+        yield b, [(b.tokens[at].astype(np.int64), b.targets[at].astype(np.int64), b.weights[at] > 0) for at in where]

@@ -108,7 +108,9 @@ class Released:
                 Path(folder), (t for path, a in huggingface.leaves(params)
                                for t in huggingface.tensors_of(path, c, a if path[0] == "layers" else [a]))
             )  # fmt: skip
-            huggingface.write_json(Path(folder) / huggingface.CONFIG, huggingface.config_to_json(c, 1, 2, 0, c.dtype))
+            huggingface.write_json(
+                Path(folder) / huggingface.CONFIG, huggingface.config_to_json(c, {"eos_token_id": 2}, c.dtype)
+            )
             self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device)

@@ -33,6 +33,7 @@ from selfrag_jax.models.params import Params, leaves
 from selfrag_jax.records import BadInput, read_json, write_json
 from selfrag_jax.tokenizer import Tokenizer
 
+NO_LOSS = sys.float_info.max  # of a checkpoint that is none of the best
 MODEL_FILE, CHECKPOINTS, FROZEN, DAMAGED = "model.json", "checkpoints", "frozen", "damaged"
 
 
@@ -95,6 +96,7 @@ def newest_whole(steps: Sequence[int], workdir: str | Path, read: Callable[[int]
 
     Warns of those that are passed over. Raises BadInput when all are damaged, and OSError when the file system fails.
     """
+    errors_once()
     damaged = []
     for step in sorted(steps, reverse=True):
         try:
@@ -156,7 +158,7 @@ def _mend_losses(folder: Path) -> None:
     for file in folder.glob("*/metrics/metrics") if jax.process_index() == 0 else ():
         if _loss_in(file) is None:
             print(f"warning: {file}: the loss cannot be read; this checkpoint counts as none of the best", file=sys.stderr)
-            write_json(file, {"loss": sys.float_info.max})
+            write_json(file, {"loss": NO_LOSS})
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -205,8 +207,8 @@ def writing(saved, workdir: str | Path) -> Iterator[Any]:
 
 
 def errors_once() -> None:
-    """Of a checkpoint that cannot be written, Orbax logs what each of its threads died of, and tensorstore prints that there is no
-    one left to tell: hundreds of lines around the one error, which is raised besides. They come when they like, so this stays."""
+    """Of a checkpoint that cannot be written or read, Orbax logs what each of its threads died of, and prints that others have no one
+    left to tell: hundreds of lines around the one error, which is raised besides. They come when they like, so this stays."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
     if getattr(sys.unraisablehook, "func", None) is not _unless_too_late:
         sys.unraisablehook = partial(_unless_too_late, sys.unraisablehook)
@@ -217,7 +219,9 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _unless_too_late(otherwise: Callable[[Any], None], error: Any) -> None:
-    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+    too_late = error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"
+    code = getattr(error.object, "cr_code", None)
+    if not too_late and not (code and f"{os.sep}orbax{os.sep}" in code.co_filename):
         otherwise(error)
 
 
@@ -412,14 +416,11 @@ def frozen_is_damaged(workdir: Path, e: Exception) -> BadInput:
 
 def _on_host(folder: Path, item: str | None = None) -> Any:
     """A saved tree in host memory: what device or mesh it was saved from does not matter. item: only what has this name."""
-    import orbax.checkpoint as ocp
+    from selfrag_jax.models import opened  # with Orbax, which takes its time
 
-    handler = ocp.PyTreeCheckpointHandler()
-    shapes = handler.metadata(folder.absolute()).tree
-    shapes = shapes if item is None else {item: shapes[item]}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    args = ocp.args.PyTreeRestore(item=shapes, restore_args=as_numpy, partial_restore=item is not None)
-    return handler.restore(folder.absolute(), args=args)
+    tree = opened.open_tree(folder)
+    reading = jax.tree.map(lambda array: array.read(), tree if item is None else {item: tree[item]})
+    return jax.tree.map(lambda one: np.asarray(one.result()), reading)
 
 
 def _host_fingerprints(item: str, tree: Params) -> dict[str, int]:

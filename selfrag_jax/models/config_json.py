@@ -12,10 +12,11 @@ from selfrag_jax.records import BadInput, read_json
 
 # Fields that say nothing about the function that the model computes, or only how transformers runs or prints it.
 _NEUTRAL = frozenset(
-    "_name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range "
-    "label2id output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
-    "torch_dtype transformers_version unk_token_id use_cache".split()
-)
+    "_attn_implementation_autoset _name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "gradient_checkpointing id2label initializer_range label2id max_length max_sequence_length output_attentions "
+    "output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version unk_token_id "
+    "use_cache".split()
+)  # the ids of control tokens are passed on by tokenizer.py
 # Fields of which one value alone can be honoured.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
@@ -27,7 +28,7 @@ _REQUIRED = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "nu
              "rms_norm_eps")  # fmt: skip
 _READ = frozenset(
     "head_dim max_position_embeddings num_key_value_heads rope_theta rope_scaling rope_parameters tie_word_embeddings "
-    "attention_bias mlp_bias sliding_window layer_types".split()
+    "attention_bias mlp_bias sliding_window use_sliding_window layer_types".split()
 )
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -36,8 +37,9 @@ _COUNTS = (
 _EARLY_ROPE_THETA = 10_000.0  # Llama folders written before transformers 4.33 do not say it: it was a constant
 
 
-def config_to_json(c: LlamaConfig, bos: int, eos: int, pad: int, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a model. Raises BadInput for a combination that neither Llama nor Mistral has there."""
+def config_to_json(c: LlamaConfig, ids: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` of a model. ids: its bos_token_id, eos_token_id and pad_token_id. Raises BadInput for a combination that
+    neither Llama nor Mistral has there."""
     if c.sliding_window is not None and (c.attention_bias or c.mlp_bias):
         raise BadInput("Hugging Face's format has no model with both a sliding window and biases")
     mistral = c.sliding_window is not None
@@ -57,11 +59,8 @@ def config_to_json(c: LlamaConfig, bos: int, eos: int, pad: int, dtype: str = "f
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "hidden_act": "silu",
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
         "torch_dtype": dtype,
-    }
+    } | ids
     more = {"sliding_window": c.sliding_window} if mistral else {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
     return row | more
 
@@ -81,9 +80,10 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
     if kind not in ("llama", "mistral"):
         raise BadInput(f"{path}: model_type={kind!r} is not supported; llama and mistral are")
     for field, wanted in _FIXED.items():
-        if row.get(field, wanted) != wanted:
+        if row.get(field) not in (None, wanted):
             raise BadInput(f"{path}: {field}={row[field]!r} is not supported; only {wanted!r}")
-    if unknown := sorted(set(row) - {*_REQUIRED, *_FIXED, *_READ}):
+    unknown = {*row} - {*_REQUIRED, *_FIXED, *_READ}
+    if unknown := sorted(name for name in unknown if row[name] is not None):  # null is what transformers takes for "not there"
         raise BadInput(f"{path}: {unknown[0]}={row[unknown[0]]!r} is not supported: what it changes is not known here")
     for field in _COUNTS:
         if row.get(field) is not None and not (type(row[field]) is int and row[field] > 0):
@@ -139,6 +139,8 @@ def _sliding_window(path, row: dict[str, Any], kind: str) -> int | None:
     if kind == "mistral" and "sliding_window" not in row:
         raise BadInput(f"{path}: lacks sliding_window (null for none)")
     window = row.get("sliding_window")
+    if row.get("use_sliding_window") not in (None, window is not None):
+        raise BadInput(f"{path}: use_sliding_window={row['use_sliding_window']!r} contradicts sliding_window={window!r}")
     if kind == "llama" and window is not None:
         raise BadInput(f"{path}: sliding_window={window!r} is not supported for model_type 'llama'")
     wanted = "full_attention" if window is None else "sliding_attention"
@@ -162,7 +164,7 @@ def _rope(path, row: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         forms.append({"rope_theta": row["rope_theta"]})
         given.setdefault("rope_theta", row["rope_theta"])
     for name, value in given.items():
-        if other := [f[name] for f in forms if name in f and f[name] != value]:
+        if other := [f[name] for f in forms if name in f and f[name] is not value and f[name] != value]:
             raise BadInput(f"{path}: says both {name}={other[0]!r} and {name}={value!r}")
     theta = _positive(path, "rope_theta", given.pop("rope_theta", _EARLY_ROPE_THETA))
     kind = given.pop("rope_type", None) or "default"

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from selfrag_jax import artifacts
-from selfrag_jax.models import checkpoints, fingerprints, huggingface, lora
+from selfrag_jax.models import checkpoints, fingerprints, huggingface, lora, opened
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, at, build, leaves
 from selfrag_jax.progress import Progress, progress
@@ -279,31 +279,6 @@ class _StreamHandler(type_handlers.NumpyHandler):
         value.done()
 
 
-class _LazyHandler(type_handlers.NumpyHandler):
-    """Opens arrays instead of reading them. kind: under which name Orbax finds them in the checkpoint."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self._kind = kind
-
-    def typestr(self) -> str:
-        return self._kind
-
-    async def deserialize(self, infos, args=None):
-        import tensorstore as ts
-        from orbax.checkpoint._src.serialization import tensorstore_utils
-
-        out = []
-        for info in infos:
-            spec = tensorstore_utils.build_array_read_spec(info, use_ocdbt=info.is_ocdbt_checkpoint, metadata_key=None).json
-            out.append(await ts.open(ts.Spec(spec), open=True, context=info.ts_context))
-        return out
-
-
-def _handler(*types) -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=type_handlers.create_type_handler_registry(*types))
-
-
 def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     """A training workdir whose checkpoint of step 0 holds the parameters."""
     prints: dict[str, int] = {}
@@ -322,7 +297,7 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     tree = build((path, leaf(path, shape.shape)) for path, shape in leaves(s.shapes))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     streamed = ((_Streamed, _StreamHandler()), (jax.Array, type_handlers.ArrayHandler()))
-    handlers.add("state", ocp.args.PyTreeSave, _handler(*streamed))
+    handlers.add("state", ocp.args.PyTreeSave, opened.handler(*streamed))
     handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     folder = out.absolute() / checkpoints.CHECKPOINTS
@@ -336,17 +311,12 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
 
 def _lazy_params(workdir: Path, step: int) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
     """The parameters of a checkpoint as opened, unread tensorstore arrays, their fingerprints, and which of them LoRA froze."""
-    lazy = ((np.ndarray, _LazyHandler("np.ndarray")), (jax.Array, _LazyHandler("jax.Array")))
-
-    def opened(folder: Path) -> Any:
-        return _handler(*lazy).restore(folder.absolute(), args=ocp.args.PyTreeRestore())
-
     _, prints = checkpoints.read_record(workdir, step)
-    params = opened(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
+    params = opened.open_tree(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
     names, frozen = {path: ("params", *path) for path, _ in leaves(params)}, set()
     if (workdir / checkpoints.FROZEN).is_dir():
         try:
-            more = opened(workdir / checkpoints.FROZEN)
+            more = opened.open_tree(workdir / checkpoints.FROZEN)
         except Exception as e:  # Orbax and tensorstore raise many kinds
             raise checkpoints.frozen_is_damaged(workdir, e) from e
         frozen = {path for path, _ in leaves(more)}

@@ -68,11 +68,11 @@ def local(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    files = ["*.safetensors", "*.json", "tokenizer.model"]
+    files = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # not consolidated.safetensors, the same once more
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers()
         folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("model*.safetensors")):
             raise BadInput(f"{name}: the hub has no safetensors of it{_torch_recipe(str(name))}")
         return folder
     except HFValidationError as e:
@@ -301,7 +301,7 @@ def save(folder: str | Path, c: LlamaConfig, params: Params, tokenizer, dtype: s
 def finish(folder: Path, c: LlamaConfig, tokenizer, dtype: str) -> None:
     """What makes weights a model: the tokenizer and, last, config.json."""
     tokenizer.save(folder)
-    write_json(folder / CONFIG, config_to_json(c, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, dtype))
+    write_json(folder / CONFIG, config_to_json(c, tokenizer.config_ids(), dtype))
     for file in folder.glob("model*.safetensors"):
         shutil.copymode(folder / CONFIG, file)  # safetensors makes files that only their owner can read
 

@@ -63,11 +63,6 @@ def decode_flops_per_token(c: LlamaConfig, context: float) -> float:
     return 2.0 * c.num_layers * (_layer_weights(c) + 2 * c.num_heads * c.head_dim * context)
 
 
-def trained_weights(c: LlamaConfig) -> int:
-    """Those that a training changes: with LoRA the adapters, the embedding and the head."""
-    return weights(c) - (c.num_layers * _layer_weights(c) if c.lora else 0)
-
-
 def _seen(c: LlamaConfig, length: int) -> float:
     """Keys that a token of a row sees on average: half of the row, or nearly all of a short window."""
     window = min(length, c.sliding_window or length)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selfrag_jax.data.batches import LOSS_GROUPS
+from selfrag_jax.models.checkpoints import NO_LOSS
 
 
 def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: jax.Array) -> dict[str, jax.Array]:
@@ -49,13 +50,14 @@ class Log:
     """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
     the first one does.
 
-    share_per_rate: of the devices' peak FLOP/s that one token per second takes (for the MFU), where the peak is known.
+    share_per_rate: of the devices' peak FLOP/s that one token per second takes (for the MFU), where the peak is known. since_save:
+    (sum of the losses, number of learned tokens) that an interrupted training had seen since it last asked `loss_since_save`.
     """
 
-    def __init__(self, workdir: str | Path, share_per_rate: float | None = None):
+    def __init__(self, workdir: str | Path, share_per_rate: float | None = None, since_save: Sequence[float] = (0.0, 0.0)):
         self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
         self.share_per_rate = share_per_rate
-        self.loss_sum = self.loss_count = 0.0
+        self.since_save = [*since_save]
         self.reset()
 
     def reset(self) -> None:
@@ -67,14 +69,14 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.tokens += tokens
         self.steps += 1
-        self.loss_sum += float(np.sum(step_metrics["loss"]))
-        self.loss_count += float(np.sum(step_metrics["count"]))
+        self.since_save[0] += float(np.sum(step_metrics["loss"]))
+        self.since_save[1] += float(np.sum(step_metrics["count"]))
 
     def loss_since_save(self) -> float:
         """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
-        mean = self.loss_sum / self.loss_count if self.loss_count else sys.float_info.max
-        self.loss_sum = self.loss_count = 0.0
-        return mean
+        total, count = self.since_save
+        self.since_save = [0.0, 0.0]
+        return total / count if count else NO_LOSS
 
     def report(self, step: int) -> str:
         """Writes the averages since the last report; returns a short line for the progress bar."""

@@ -79,6 +79,8 @@ class TrainConfig:
             raise BadInput(f"keep_best={self.keep_best}: must not be below 0")
         if self.dtype not in (None, *DTYPES):
             raise BadInput(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.dtype == "float16":
+            raise BadInput("dtype='float16': small gradients would be lost (losses are not scaled); bfloat16 has their range")
         positions, name = (self.length, "length") if self.max_targets is None else (self.max_targets, "max_targets")
         if self.loss_chunk is not None and (self.loss_chunk < 1 or positions % self.loss_chunk):
             raise BadInput(f"loss_chunk={self.loss_chunk} does not divide {name}={positions}")
@@ -252,7 +254,7 @@ def train(
     peak = roofline.chip(mesh.devices.flat[0].device_kind)
     targets = 1.0 if config.max_targets is None else config.max_targets / (config.rows * config.length)
     cost = roofline.train_flops_per_token(model.config, config.length, targets)
-    log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None)
+    log = metrics.Log(workdir, cost / (peak.bf16_flops * mesh.size) if peak else None, position.get("loss", (0.0, 0.0)))
     first, stop = int(state["step"]), _StopSignal(saved)
     # A signal is caught until the last checkpoint is written.
     with jax.set_mesh(mesh), stop, checkpoints.writing(saved, workdir), progress(name, steps, "steps", first, leads) as bar:
@@ -275,7 +277,9 @@ def train(
             bar.advance(note=note)
             if saves:
                 position = {"example": packer.state, "truncated": truncated}
-                checkpoints.save(saved, done, state, position, log.loss_since_save())
+                # After a signal the interval goes on when training does: the loss of a batch or two is no reason to be the best.
+                loss = checkpoints.NO_LOSS if stopping else log.loss_since_save()
+                checkpoints.save(saved, done, state, position | {"loss": log.since_save}, loss)
             if stopping:
                 break
     log.close()
