@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,6 +22,9 @@ from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
 from selfrag_jax.training.optimizer import OptimizerConfig
 from selfrag_jax.training.train import MeshConfig, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
+import compile_table
 
 SHIPPED = ("critic_7b", "generator_7b", "generator_13b", "lora_7b")
 
@@ -167,7 +171,11 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
     section = configs.build(TrainConfig, c[role], role)
     assert c.name == name and c.architecture in ARCHITECTURES and section.dtype == "bfloat16"
     said = (configs._folder() / f"{name}.py").read_text().split('"""')[1]
-    assert f"selfrag train --config={name} --role={role}" in said and "v5e:" in said and "v6e:" in said
+    assert f"selfrag train --config={name} --role={role}" in said
+    slices = re.findall(r"(v\w+:[\dx]+)  [\d.]+ h", said)  # those that it is said to fit
+    assert slices and set(slices) <= set(compile_table.SLICES[name])
+    table = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(re.search(rf"\| {name} \| {s} \| [^|]*\| [\d.]+ \+ [\d.]+ of \d+ \|", table) for s in slices)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps)
     """As a command only: a program that calls `main` with arguments decides on its memory by itself."""
     kept = []
     monkeypatch.setattr(cli.memory, "keep_freed", lambda: kept.append(stage))
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     monkeypatch.setitem(cli.STAGES, stage, replace(cli.STAGES[stage], flags=(), run=lambda values, positional: None))
     monkeypatch.setattr(cli.sys, "argv", ["selfrag", stage])
     assert cli.main() == 0 and len(kept) == keeps

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,99 @@ def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, f
     with pytest.raises(BadInput, match="tensor spoiled"):
         convert.convert(folder[0], tmp_path / "out", form, None, False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path):
+    """SIGTERM while the fifth tensor is read."""
+    program = """if True:
+        import os, signal, sys, time
+        from selfrag_jax import cli
+        from selfrag_jax.models import huggingface
+        read, calls = huggingface.Folder.tensor, []
+        def slow(self, name, shape):
+            calls.append(name)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            return read(self, name, shape)
+        huggingface.Folder.tensor = slow
+        sys.exit(cli.main())
+    """
+    command = [sys.executable, "-c", program, "convert", f"--from={folder[0]}", f"--to={tmp_path}/new/out", "--format=orbax"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def truncate(folder):
+    file = folder / huggingface.WEIGHTS
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def lose_a_shard(folder):
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    (folder / huggingface.WEIGHTS).unlink()
+    huggingface.write_tensors(folder, tensors.items(), shard_bytes=50_000)
+    sorted(folder.glob("model-*"))[1].unlink()
+
+
+def rewrite(folder, file, change):
+    (folder / file).write_text(change((folder / file).read_text()))
+
+
+def lose_a_reflection_token(folder):
+    rewrite(folder, "tokenizer.json", lambda text: text.replace("[Relevant]", "[Pertinent]"))
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (lambda f: spoil(f, lambda t: t | {UP: t[UP] * np.nan}), [], f"model.safetensors: tensor '{UP}' holds NaN"),
+        (
+            lambda f: spoil(f, lambda t: t | {NORM: t[NORM] + np.inf}),
+            [],
+            f"model.safetensors: tensor '{NORM}' holds NaN or inf",
+        ),
+        (lambda f: spoil(f, lambda t: {k: v for k, v in t.items() if k != UP}), [], f"tensor '{UP}' is missing"),
+        (lambda f: spoil(f, lambda t: t | {NORM: t[NORM][:-1]}), [], "has shape (31,); by config.json it should be (32,)"),
+        (truncate, [], "model.safetensors: not readable as safetensors"),
+        (lose_a_shard, [], "shard model-00002-of-"),
+        (lose_a_reflection_token, ["--reflection_tokens"], "has some reflection tokens, but not [Relevant]"),
+        (lambda f: rewrite(f, "config.json", lambda t: t.replace("silu", "gelu")), [], "config.json: hidden_act='gelu'"),
+    ],
+    ids=("nan", "inf", "missing tensor", "shape", "truncated", "missing shard", "reflection token", "config"),
+)
+@pytest.mark.parametrize("form", convert.FORMATS)
+def test_a_spoilt_source_is_one_line_and_leaves_nothing(tiny_model, tmp_path, capsys, form, change, flags, message):
+    source = tmp_path / "spoilt"
+    huggingface.save(source, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
+    change(source)
+    assert run(f"--from={source}", f"--to={tmp_path}/out", f"--format={form}", *flags) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("selfrag")]
+    assert len(said) == 1 and message in said[0] and str(source) in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_a_model_of_the_hub_is_downloaded(folder, tmp_path, monkeypatch):
+    """With a network, which is not here: in place of the download stands a copy."""
+    asked = []
+
+    def download(name, allow_patterns, local_files_only):
+        asked.append((name, allow_patterns, local_files_only))
+        return str(shutil.copytree(folder[0], tmp_path / "cache", dirs_exist_ok=True))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(huggingface, "_hub_answers", lambda: True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert run("--from=owner/model", f"--to={tmp_path}/w", "--format=orbax") == 0
+    [(name, patterns, offline)] = asked
+    assert name == "owner/model" and not offline
+    wanted = ("model.safetensors", "model-00001-of-00002.safetensors", "config.json", "generation_config.json", "tokenizer.model",
+              "model.safetensors.index.json")  # fmt: skip
+    matched = lambda file: any(fnmatch(file, p) for p in patterns)  # noqa: E731
+    assert all(map(matched, wanted)) and not any(map(matched, ("consolidated.safetensors", "pytorch_model.bin")))
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path / "w").params, folder[2])
 
 
 WIDE = LlamaConfig(1000, 1024, 4096, 24, 8, 8, 128, 64, 1e4, 1e-5, False, "bfloat16", "none", 1)  # 0.4B: 0.8 GB in bf16

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-KILLS, STEPS, SAVE_EVERY = 20, 300, 4
+STEPS, SAVE_EVERY = 300, 4
 
 
-def program(workdir):
+def program(workdir, form):
     """Prints "step N" before each step, and at the end a hash of the parameters."""
     import jax
 
     from selfrag_jax.data.generator import GeneratorSource
     from selfrag_jax.models.llama import LlamaConfig, Model
+    from selfrag_jax.models.lora import LoraConfig
     from selfrag_jax.records import GeneratorExample
     from selfrag_jax.training import train as trainer
     from selfrag_jax.training.optimizer import OptimizerConfig
@@ -41,18 +42,18 @@ def program(workdir):
     trainer.train_step = told
     config = trainer.TrainConfig(
         seed=0, steps=STEPS, rows=4, length=32, max_targets=None, save_every=SAVE_EVERY, log_every=10,
-        mesh=trainer.MeshConfig(1, 1, 1), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
+        lora=LoraConfig(4, 8.0) if form == "lora" else None, mesh=trainer.MeshConfig(1, 1, 1), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
     )  # fmt: skip
     params = trainer.train(config, model, model.init(jax.random.key(0), 0.3), source, tokenizer, workdir)["params"]
     digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(params)))).hexdigest()
     print(json.dumps({"parameters": digest}), flush=True)
 
 
-def start(workdir, cache):
+def start(workdir, cache, form):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
-        [sys.executable, __file__, str(workdir)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [sys.executable, __file__, str(workdir), form], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
 
 
@@ -64,13 +65,14 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize(("form", "kills"), [("all weights", 20), ("lora", 8)])
+def test_many_kills_change_nothing(tmp_path, form, kills):
     rng, cache = random.Random(0), tmp_path / "cache"
-    whole, steps = finish(start(tmp_path / "whole", cache))
+    whole, steps = finish(start(tmp_path / "whole", cache, form))
     assert steps == list(range(STEPS))
     reached, lives = -1, []
-    for _ in range(KILLS):
-        process = start(tmp_path / "killed", cache)
+    for _ in range(kills):
+        process = start(tmp_path / "killed", cache, form)
         first = process.stdout.readline() + process.stdout.readline()  # compiled
         assert first.startswith("step"), process.communicate()[1][-3000:]
         time.sleep(rng.uniform(0, 0.8))
@@ -81,11 +83,11 @@ def test_twenty_kills_change_nothing(tmp_path):
         assert reached - 2 * SAVE_EVERY <= seen[0] <= reached + 1
         reached = max(reached, seen[-1])
         lives.append(seen)
-    assert reached < STEPS - 1 and sum(map(len, lives)) > 50  # it was under way whenever it was killed
-    ended, rest = finish(start(tmp_path / "killed", cache))
+    assert reached < STEPS - 1 and sum(map(len, lives)) > 2 * kills  # it was under way whenever it was killed
+    ended, rest = finish(start(tmp_path / "killed", cache, form))
     assert rest[-1] == STEPS - 1 and ended == whole
     assert not (tmp_path / "killed" / "damaged").exists()
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    program(Path(sys.argv[1]), sys.argv[2])

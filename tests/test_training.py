@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
+from selfrag_jax import cli
 from selfrag_jax import config as configs
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
@@ -204,8 +206,25 @@ def test_training_lowers_the_loss(tiny_model, source, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_model, source, tmp_path):
     broken = jax.tree.map(lambda x: x * np.nan, tiny_model.params)
-    with pytest.raises(FloatingPointError, match="step 0 is nan"):
+    packer = trainer.Packer(source, 2, 32, 48, seed=0)
+    packer.next()
+    rows = ", ".join(map(str, packer.rows_of(0, packer.state)))
+    with pytest.raises(FloatingPointError, match=f"step 0 is nan; its batch holds the rows {rows} of the data, counted from 0"):
         train(config(), tiny_model.model, broken, source, tiny_model.tokenizer, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_command_whose_loss_is_not_finite_fails_in_one_line(tmp_path, capsys):
+    """The rate is so high that the second step spoils everything; the first one's checkpoint stays."""
+    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    command = ["train", "--role=generator", f"--data={tmp_path}/data.jsonl", f"--workdir={tmp_path}/w", "--config=tiny:smoke"]
+    command += [f"--config.generator.optimizer.{name}=1e38" for name in ("learning_rate", "adam_learning_rate")]
+    assert cli.main([*command, "--config.generator.save_every=1", "--config.generator.optimizer.warmup_fraction=0.5"]) == 1
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("selfrag train: ")]
+    step = int(re.search(r"of step (\d+) is (?:nan|inf); its batch holds the rows \d+", said).group(1))
+    saved = checkpoints.saved_steps(tmp_path / "w")
+    assert saved and saved[-1] <= step and checkpoints.load(tmp_path / "w") is not None
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_path, monkeypatch):
