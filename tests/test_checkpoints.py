@@ -87,6 +87,22 @@ def damage(workdir, step):
         file.write_bytes(content)
 
 
+def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch):
+    """It is written in the background, beside a training that goes on."""
+    import orbax.checkpoint as ocp
+
+    begin, seen = ocp.args.JsonSave.__init__, [1.5, 2]
+
+    def late(self, item):
+        seen[:] = 9.0, 9  # the training is a step further before a byte is written
+        begin(self, item)
+
+    monkeypatch.setattr(ocp.args.JsonSave, "__init__", late)
+    with checkpoints.manager(tmp_path, 1, 0) as saved:
+        checkpoints.save(saved, 1, {"params": {"w": jnp.ones(3)}}, {"example": 3, "loss": seen}, 1.0)
+    assert checkpoints.read_record(tmp_path, 1)[0] == {"example": 3, "loss": [1.5, 2]}
+
+
 @pytest.mark.slow
 def test_a_damaged_record_is_passed_over(run, tmp_path, capsys):
     """The position of the data iterator, or the loss that Orbax reads of every checkpoint."""

@@ -169,7 +169,8 @@ def save(saved, step: int, state: Any, data: dict[str, Any], loss: float) -> Non
     """Saves in the background. data: the position of the data iterator; loss: what the best checkpoint is chosen by."""
     import orbax.checkpoint as ocp
 
-    record = _record(data, fingerprints.of_tree(state))
+    # As it is now: the caller may go on changing what `data` holds while it is being written.
+    record = json.loads(json.dumps(_record(data, fingerprints.of_tree(state))))
     state = {k: v for k, v in state.items() if k != FROZEN}
     by_layer = ocp.args.StandardSave(state, jax.tree.map(_by_layer, state))
     args = ocp.args.Composite(state=by_layer, data=ocp.args.JsonSave(record))

@@ -57,7 +57,7 @@ class Log:
     def __init__(self, workdir: str | Path, share_per_rate: float | None = None, since_save: Sequence[float] = (0.0, 0.0)):
         self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
         self.share_per_rate = share_per_rate
-        self.since_save = [*since_save]
+        self.since_save = tuple(since_save)  # never changed in place: checkpoints are written in the background
         self.reset()
 
     def reset(self) -> None:
@@ -69,13 +69,13 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.tokens += tokens
         self.steps += 1
-        self.since_save[0] += float(np.sum(step_metrics["loss"]))
-        self.since_save[1] += float(np.sum(step_metrics["count"]))
+        loss, count = self.since_save
+        self.since_save = loss + float(np.sum(step_metrics["loss"])), count + float(np.sum(step_metrics["count"]))
 
     def loss_since_save(self) -> float:
         """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
         total, count = self.since_save
-        self.since_save = [0.0, 0.0]
+        self.since_save = 0.0, 0.0
         return total / count if count else NO_LOSS
 
     def report(self, step: int) -> str:
