@@ -30,6 +30,8 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
     """
     if base.num_kv_heads % mesh.shape["tensor"]:
         raise BadInput(f"{mesh.shape['tensor']} chips do not divide the model's {base.num_kv_heads} key-value heads")
+    if c.search.scorer == "released":
+        raise BadInput("search.scorer=released: compile with paper; the released scripts' search has one lane, and needs less")
     model, search, Q, T = Model(base), c.search, c.batch, c.max_length
     W, P, M = 1 if search.max_depth == 1 else search.beam_width, search.ndocs, search.max_new_tokens
     first = len(reflection.ALL)
@@ -62,7 +64,8 @@ def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any
         for which, (some, t) in changes(n, 1, room).items():
             branches = (ints(some * n, t), flags(some * n, t), ints(some * n), ints(some * n), rows(jnp.uint32, some * n, 2))
             out["passages" + which] = slots.feed.lower(model, params, rules, state, ints(some), *branches), 0
-        out["segment"] = slots.decode.lower(model, params, rules, state, ints(), None), 0
+        sampling = (rows(jnp.float32), rows(jnp.float32)) if search.temperature else None
+        out["segment"] = slots.decode.lower(model, params, rules, state, ints(), sampling), 0
         if grown := largest_growth(fed, P, M, least):
             (before, places), beside = grown, bytes_per_chip((params, state.prefix))
             own = sharded(jax.eval_shape(lambda: cache(Q * W * P, before + places)))
@@ -137,4 +140,4 @@ def times(c: AnswerConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip) -
     reading = read / (mesh.size * chip.bf16_flops)
     total = reading + new * max(step, work)
     seconds = {"prompts_and_passages": reading, "generated_token": max(step, work), "segment": total}
-    return {"roofline_seconds": seconds, "questions_per_second": Q / total}
+    return {"roofline_seconds": seconds, "roofline_questions_per_second": Q / total}

@@ -159,13 +159,11 @@ def build(cls: type[T], section: Any, name: str) -> T:
         raise BadInput(f"config {name}: lacks {', '.join(missing)}")
     out = {}
     for key, value in values.items():
-        if value is None and type(None) not in typing.get_args(types[key]):
-            raise BadInput(f"config {name}: {key} must not be none")
         nested = next((k for k in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(k)), None)
         if nested and value is not None:
             out[key] = build(nested, value, f"{name}.{key}")
         else:
-            _check_kind(f"config {name}: {key}", value, types[key])
+            check_kind(f"config {name}: {key}", value, types[key])
             out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
     try:
         return cls(**out)
@@ -178,8 +176,11 @@ def build(cls: type[T], section: Any, name: str) -> T:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _check_kind(what: str, value: Any, annotated: Any) -> None:
+def check_kind(what: str, value: Any, annotated: Any) -> None:
+    """Raises BadInput where a value, which the message calls `what`, is not of the annotated type."""
     kinds = set(typing.get_args(annotated) or (annotated,)) - {type(None)}
+    if value is None and type(None) not in typing.get_args(annotated):
+        raise BadInput(f"{what} must not be none")
     if value is None or not kinds <= set(_KINDS):
         return
     fits = type(value) in kinds or (type(value) is int and float in kinds)

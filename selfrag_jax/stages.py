@@ -161,7 +161,9 @@ _SEARCH_FLAGS = (
     Flag("ndocs", "passages per retrieval", type=int),
     Flag("accumulate", "how a path's segments are ranked: by the sum (paper), mean or product of their scores"),
     Flag(
-        "constraints", "drop segments that say one of these critique tokens, e.g. '[No support / Contradictory]'; with commas"
+        "constraints",
+        "drop segments that say one of these critique tokens, e.g. '[No support / Contradictory]'; with commas. --scorer=released "
+        "takes this one only, in the long form",
     ),
     Flag("keep_passages", "true or false: keep the passages of earlier segments in the history", type=bool),
     Flag("max_new_tokens", "tokens of a segment at most", type=int),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from selfrag_jax import artifacts, prompts, reflection
 from selfrag_jax.decoding import engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
-from selfrag_jax.decoding.beam_search import ACCUMULATE, Beam, BeamSearch, SearchConfig
+from selfrag_jax.decoding.beam_search import ACCUMULATE, Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import cite
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
 from selfrag_jax.tokenizer import Control, Tokenizer
@@ -326,12 +327,42 @@ def test_every_citation_points_into_the_answer(talkative):
             assert a.segments[c.segment].passage == a.passages[c.passage]
 
 
+def test_a_segment_without_text_cites_nothing(talkative):
+    """Its critique tokens may call the passage what they like."""
+    rag, t = make_rag(talkative), talkative.tokenizer
+    [passage] = make_passages(np.random.default_rng(6), t, 1)
+    judged = dict(
+        p_segment=1.0, isrel=(0.1, 0.9), issup=(0.9, 0.1, 0.0), isuse=(0, 0, 0, 0, 1), score=1.0, total=1.0, p_retrieve=1.0
+    )
+    node = Node(0, -1, 0, "retrieve", passage=passage, tokens=(), allowed=True, start=5, finished=True, complete=True, **judged)
+    cited = []
+    for text in ("", "Mara studied."):
+        said = replace(node, tokens=tuple(t.encode([Control("[Relevant]"), text, Control("[Fully supported]")])))
+        outcome = Search([Beam(said, np.zeros(3), 9)], [said])
+        answer = rag._answer(rag._search({}), Question("0", "Who?"), outcome, [])
+        assert answer.segments[0].passage == passage
+        cited.append((len(answer.citations), len(answer.passages)))
+    assert cited == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_the_score_of_an_answer_is_what_paths_were_compared_by(talkative, accumulate):
+    rng = np.random.default_rng(6)
+    rows = [Question(str(i), "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 3))) for i in range(3)]
+    together = {"sum": np.sum, "mean": np.mean, "product": np.prod}[accumulate]
+    answers = make_rag(talkative).answer(rows, mode="always_retrieve", accumulate=accumulate)
+    assert any(len(a.segments) > 1 for a in answers)
+    for a in answers:
+        scores = [a.tree[s.node]["score"] for s in a.segments]
+        assert a.score == pytest.approx(together(np.maximum(scores, 0) if accumulate == "product" else scores), abs=1e-3)
+
+
 def test_closed_set_voting_by_hand():
     said = [("True.", 0, 0.9), ("false", 0, 0.5), ("False.", 0, 0.6), ("Perhaps.", 0, 3.0), ("True.", 1, 3.0)]
     nodes = [SimpleNamespace(tokens=t, depth=depth, score=score, action="retrieve", allowed=True) for t, depth, score in said]
     config = SimpleNamespace(scorer="paper")
     search, outcome = (
-        SimpleNamespace(text=lambda t: t, config=config),
+        SimpleNamespace(text=lambda t: t, option=lambda t: t, config=config),
         SimpleNamespace(nodes=nodes, beams=[SimpleNamespace(retrieve=None)]),
     )
     q = Question("1", "Is it true?", options=("True.", "False."))
@@ -505,8 +536,8 @@ def test_unknown_fields_and_modes_are_refused(talkative):
         rag.answer(["q"], treshold=0.5)
     with pytest.raises(BadInput, match="mode"):
         rag.answer(["q"], mode="sometimes")
-    for weight in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(BadInput, match=r"--w_rel=.*a number from 0 up"):
+    for weight in (-1.0, 2e6, float("inf"), float("nan")):
+        with pytest.raises(BadInput, match=r"--w_rel=.*a number from 0 to 1,000,000"):
             rag.answer(["q"], w_rel=weight)
     with pytest.raises(BadInput, match="--ndocs=100000: at most 100"):
         rag.answer(["q"], ndocs=100_000)
@@ -514,6 +545,50 @@ def test_unknown_fields_and_modes_are_refused(talkative):
         replace(DEFAULT, batch=0)
     with pytest.raises(BadInput, match="max_length=0"):
         replace(DEFAULT, max_length=0)
+    for wrong in (None, 5, [None], ["q", 5], [["q"]]):
+        with pytest.raises(BadInput, match="expected text or a Question|expected questions"):
+            rag.answer(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        (dict(threshold="0.5"), "threshold='0.5' must be a number"),
+        (dict(ndocs="5"), "ndocs='5' must be a whole number"),
+        (dict(ndocs=2.5), "ndocs=2.5 must be a whole number"),
+        (dict(ndocs=None), "ndocs must not be none"),
+        (dict(keep_passages="false"), "keep_passages='false' must be true or false"),
+        (dict(w_rel="1"), "w_rel='1' must be a number"),
+        (dict(mode=1), "mode=1 must be text"),
+        (dict(constraints="[Irrelevant]"), "expected several tokens"),
+    ),
+)
+def test_changes_of_the_wrong_type_are_refused(talkative, changes, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        make_rag(talkative).check(changes)
+
+
+def test_numbers_of_numpy_are_numbers(talkative):
+    rag = make_rag(talkative)
+    rag.check(dict(ndocs=np.int64(3), threshold=np.float32(0.5), keep_passages=np.bool_(True)))
+
+
+def test_what_is_left_of_a_file_is_computed_in_the_same_shapes(talkative, monkeypatch):
+    """Else floating point would round otherwise, and a resumed file differ from one never interrupted."""
+    rag, sizes = make_rag(talkative, ndocs=2), []
+
+    class Enough(Exception):
+        pass
+
+    def stream(search, ids, retrieve, slots, *rest):
+        sizes.append(slots)
+        raise Enough
+
+    monkeypatch.setattr(BeamSearch, "stream", stream)
+    for asked, of in ((1, None), (2, None), (3, None), (9, None), (1, 9), (2, 9), (3, 3)):
+        with pytest.raises(Enough):
+            rag.answer(["a"] * asked, of=of)
+    assert sizes == [1, 2, 4, 4, 4, 4, 4]
 
 
 def test_more_passages_for_each_question_mean_fewer_questions_at_once(talkative, monkeypatch):

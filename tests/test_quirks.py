@@ -71,7 +71,7 @@ def tell(talkative):
         fields = dict(scorer="released", mode="always_retrieve", threshold=0.2, ndocs=2, beam_width=2, max_depth=3)
         config = replace(DEFAULT.search, **(fields | changes))
         prompt = [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
-        search = ReleasedSearch(talkative.model, talkative.params, t, config, 64)
+        run.search = search = ReleasedSearch(talkative.model, talkative.params, t, config, 64)
         told, going, value, standing = Told(), search.search(prompt, "0"), None, []
         answers = iter(answers)
         while True:
@@ -95,7 +95,6 @@ def tell(talkative):
                 value = segment(next(answers))
 
     run.encode, run.prompt = encode, [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
-    run.decode = t.decode
     run.passage = lambda i: t.encode([Control(reflection.RETRIEVAL), *prompts.passage(TWO[i])])
     return run
 
@@ -169,6 +168,54 @@ def test_a_childs_history_has_its_siblings_text(tell):
     assert told.fed[1] == [[*tell.prompt, *first, *tell.passage(i)] for i in (0, 1)]
     assert told.fed[2] == [[*tell.prompt, *first, *second, *tell.passage(i)] for i in (0, 1)]
     assert told.asked == [[[]]]
+
+
+def test_votes_are_for_texts_character_by_character(tell):
+    """Line breaks are deleted; what else is written, white space and [Continue to Use Evidence] too, makes another option."""
+    tell([[Says(("so",))]], mode="no_retrieval", max_depth=1)
+    option = lambda *parts: tell.search.option(tell.encode(*parts))  # noqa: E731
+    plain = option("It is so")
+    assert option("[Relevant]", "It is so", "[Fully supported]", END) == option("It is so", GO) == plain
+    assert option("It is so\n") == plain != option("It is so ")
+    assert option("It is so", "[Continue to Use Evidence]") == plain + "[Continue to Use Evidence]"
+    assert option("it is so") != plain != option("It is so.")
+
+
+def test_a_number_sign_in_front_of_a_short_answer_is_dropped(tell):
+    short = tell([[Says(("#Mara # studied",))]], mode="no_retrieval", max_depth=1)
+    assert tell.search.answer_text([short.outcome.best().node]) == "Mara # studied"
+
+
+def test_a_full_stop_within_a_word_gets_a_space(tell):
+    told = tell([[Says(("Mara has 3.5 of them.It is so.",))]], mode="no_retrieval")
+    assert tell.search.answer_text([told.outcome.best().node]) == "Mara has 3. 5 of them. It is so."
+
+
+def test_repetitions_are_left_out_where_the_script_counts_citations(tell):
+    level = [Says(("It is so.", GO, END), 0.9, 0.9), Says(("b", GO), 0.1)]
+    leaf = [Says(("It is so.", END), 0.9, 0.9), Says(("c",), 0.1)]
+    for task, segments in (("asqa", 1), ("eli5", 1), ("factscore", 2)):
+        outcome = tell([level, leaf, leaf]).outcome
+        best, path = tell.search.told(outcome, outcome.best(), task)
+        assert best is outcome.best() and len(path) == segments
+        assert tell.search.answer_text(path) == " ".join(["It is so."] * segments)
+
+
+def test_where_the_best_path_has_no_text_the_second_is_told(tell):
+    outcome = tell([[Says((END,), 0.9, 0.9), Says(("b",), 0.1)]], max_depth=2).outcome
+    best, path = tell.search.told(outcome, outcome.best(), "asqa")
+    assert best is outcome.beams[1] and tell.search.answer_text(path) == "b"
+    best, path = tell.search.told(outcome, outcome.best(), "factscore")
+    assert best is outcome.best() and tell.search.answer_text(path) == ""
+
+
+def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):
+    """--ignore_cont: the segment stays in the tree, and its score in the path's."""
+    level = [Says(("Mara", "[No support / Contradictory]", GO), 0.9), Says(("b", GO), 0.1)]
+    leaf = [Says(("studied",), 0.9), Says(("c",), 0.1)]
+    outcome = tell([level, leaf, leaf], constraints=(reflection.NO_SUPPORT,)).outcome
+    best, path = tell.search.told(outcome, outcome.best(), "factscore")
+    assert [n.id for n in outcome.path(best)] == [0, path[0].id] and tell.search.answer_text(path) == "studied"
 
 
 def test_no_retrieval_is_decided_once_more(tell):

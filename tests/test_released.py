@@ -7,7 +7,7 @@ import pytest
 from plain_search import PlainSearch, make_passages, make_rag
 
 from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import engine, scoring
+from selfrag_jax.decoding import answer, engine, scoring
 from selfrag_jax.decoding.answer import DEFAULT
 from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.records import BadInput, Question
@@ -88,6 +88,16 @@ class PlainScripts(PlainSearch):
             tree.append((tuple(tokens), w.w_seq * s["seq"] + w.w_rel * s["rel"] + w.w_sup * s["sup"] + w.w_use * s["use"]))
         return True, tree
 
+    def elected(self, tree):
+        """Of the short form's closed sets: the option, as a text, by the sum of its passages' scores."""
+        sums = {}
+        for tokens, score in tree:
+            text = self.t.decode(tokens)
+            for token in (*(t for t in reflection.ALL if t != reflection.CONTINUE), "</s>", "\n"):
+                text = text.replace(token, "")
+            sums[text] = sums.get(text, 0) + score
+        return sorted(sums.items(), key=lambda pair: pair[1], reverse=True)[0][0]
+
     def long(self, prompt, passages):
         """(retrieved, parent, tokens and score of each node, the beams of the deepest level as node numbers)"""
         c, (no, yes, again), eos = self.c, self.r.retrieve, self.t.eos_id
@@ -159,11 +169,12 @@ def cases(tokenizer, config, seed, n=5):
 
 @pytest.mark.slow
 def test_the_short_form_equals_the_script(talkative):
-    """160 questions: the same decision, tokens and scores."""
-    retrieved = 0
+    """160 questions: the same decision, tokens, scores and vote."""
+    retrieved = shared = 0
     for seed in range(32):
         config = config_of(seed, long=False)
         asked, passages = cases(talkative.tokenizer, config, seed)
+        passages = [[*found, found[-1]][: config.ndocs] for found in passages]  # where there is room, two say the same
         search = ReleasedSearch(talkative.model, talkative.params, talkative.tokenizer, config, 64)
         plain = PlainScripts(talkative, config)
         for ids, found, got in zip(
@@ -175,7 +186,14 @@ def test_the_short_form_equals_the_script(talkative):
             np.testing.assert_allclose([n.score for n in got.nodes], [score for _, score in tree], atol=1e-5)
             assert got.best().node.score == max(n.score for n in got.nodes)
             retrieved += decided
-    assert 40 < retrieved < 120
+            if decided:
+                voted = answer._vote(search, got, Question("0", "?", options=("a", "b")))
+                elected = plain.elected(tree)
+                assert search.option(voted.node.tokens) == elected
+                mine = [n.score for n in got.nodes if search.option(n.tokens) == elected]
+                assert voted.node.score == max(mine)
+                shared += len(mine) > 1
+    assert 40 < retrieved < 120 and shared > 10
 
 
 @pytest.mark.slow
@@ -220,7 +238,11 @@ def test_what_the_scripts_cannot_do_is_refused(talkative):
     with pytest.raises(BadInput, match="needs a --threshold"):
         rag.answer(["q"], scorer="released", threshold=None)
     with pytest.raises(BadInput, match="searches have none"):
-        rag.answer(["q"], scorer="released", constraints=(reflection.NO_SUPPORT,))
+        rag.answer(["q"], scorer="released", constraints=(reflection.IRRELEVANT,))
+    with pytest.raises(BadInput, match="searches have none"):
+        rag.answer(["q"], scorer="released", constraints=(reflection.NO_SUPPORT,), max_depth=1)
+    with pytest.raises(BadInput, match="keep no passage"):
+        rag.answer(["q"], scorer="released", keep_passages=True)
     with pytest.raises(BadInput, match="--scorer='authors': must be one of paper, released"):
         rag.answer(["q"], scorer="authors")
 

@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
 
 from selfrag_jax import artifacts, prompts
+from selfrag_jax.config import check_kind
 from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.beam_search import Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import Citation, cite
@@ -134,10 +135,25 @@ Questions = str | Question | Sequence[str | Question]
 
 def _questions(questions: Questions) -> list[Question]:
     questions = [questions] if isinstance(questions, (str, Question)) else questions
+    if not isinstance(questions, Sequence):
+        raise BadInput(f"expected questions, text or a list of texts, not {questions!r}")
+    if wrong := [q for q in questions if not isinstance(q, (str, Question))]:
+        raise BadInput(f"question {questions.index(wrong[0])} is {wrong[0]!r}; expected text or a Question")
     rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
     if empty := [q.id for q in rows if not q.question.strip()]:
         raise BadInput(f"question {empty[0]!r} is empty")
     return rows
+
+
+def _of_right_kinds(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values for fields of a config, numpy's numbers as Python's. Raises BadInput naming one of the wrong type."""
+    hints = get_type_hints(cls)
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    for name, value in values.items():
+        check_kind(name, value, hints[name])
+    if isinstance(values.get("constraints"), str):
+        raise BadInput(f"constraints={values['constraints']!r}: expected several tokens, like ({values['constraints']!r},)")
+    return values
 
 
 def question_text(q: Question) -> str:
@@ -197,16 +213,23 @@ class SelfRAG:
         config = config or DEFAULT
         return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
 
-    def answer(self, questions: Questions, on_answer: Callable[[Answer], None] | None = None, **changes: Any) -> list[Answer]:
+    def answer(
+        self,
+        questions: Questions,
+        on_answer: Callable[[Answer], None] | None = None,
+        of: int | None = None,
+        **changes: Any,
+    ) -> list[Answer]:
         """Answers in the order of the questions; of one question, a list of one.
 
         changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
-        threshold=0.5, w_sup=2.0. on_answer is called with each answer as soon as there is one, whatever their order. Raises
-        BadInput on an unknown field.
+        threshold=0.5, w_sup=2.0. on_answer is called with each answer as soon as there is one, whatever their order. of: how many
+        questions there are in all, where these are what is left of them: they are then computed in the same shapes. Raises
+        BadInput on an unknown field or a value of the wrong type.
         """
         rows = _questions(questions)
         out: dict[int, Answer] = {}
-        for i, event in self._events(rows, changes):
+        for i, event in self._events(rows, changes, of):
             if isinstance(event, Answer):
                 out[i] = event
                 if on_answer:
@@ -219,7 +242,9 @@ class SelfRAG:
         for _, event in self._events(_questions(questions), changes):
             yield event
 
-    def _events(self, rows: list[Question], changes: dict[str, Any]) -> Iterator[tuple[int, SegmentDone | Answer]]:
+    def _events(
+        self, rows: list[Question], changes: dict[str, Any], of: int | None = None
+    ) -> Iterator[tuple[int, SegmentDone | Answer]]:
         search = self._search(dict(changes))
         notices: list[list[str]] = [[] for _ in rows]
         ids: dict[int, list[int]] = {}
@@ -242,7 +267,7 @@ class SelfRAG:
         events = search.stream(
             [ids[i] for i in asked],
             retrieve,
-            self._slots(len(rows), search.width * search.branches),
+            self._slots(of or len(rows), search.width * search.branches),
             [rows[i].question for i in asked],
             slow,
         )
@@ -261,11 +286,11 @@ class SelfRAG:
                     yield i, SegmentDone(rows[i].id, _segment(search, node))
 
     def _slots(self, questions: int, each: int) -> int:
-        """Questions at once: the configured number, or one for a single question, so that their number never leads to another
-        compilation; fewer where each has more branches, which are what takes memory."""
+        """Questions at once: the configured number, or for fewer questions the next power of two, so that their number leads to few
+        compilations; fewer where each has more branches, which are what takes memory."""
         c = self.config.search
         branches = self.config.batch * c.ndocs * (c.beam_width if c.max_depth > 1 else 1)
-        return 1 if questions == 1 else max(1, min(self.config.batch, branches // each))
+        return max(1, min(self.config.batch, branches // each, 1 << (questions - 1).bit_length()))
 
     def check(self, changes: dict[str, Any]) -> None:
         """Raises BadInput where `changes`, as of `answer`, are wrong."""
@@ -278,11 +303,14 @@ class SelfRAG:
         if unknown:
             known = sorted({*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__} - {"weights"})
             raise BadInput(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        weights, changes = _of_right_kinds(scoring.Weights, weights), _of_right_kinds(SearchConfig, changes)
         if changes.get("scorer") == "released":  # comes with the scripts' own defaults
             changes = {"accumulate": "sum"} | changes
             if changes.get("max_depth", base.max_depth) == 1:
                 weights = {"w_use": 1.0} | weights
         config = replace(base, weights=replace(base.weights, **weights), **changes)
+        if config.scorer == "released" and changes.get("keep_passages"):
+            raise BadInput("--keep_passages: the released scripts keep no passage of an earlier segment; use --scorer=paper")
         loaded, kind = self.loaded, ReleasedSearch if config.scorer == "released" else BeamSearch
         return kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
 
@@ -325,18 +353,19 @@ class SelfRAG:
         best = outcome.best()
         if self._votes(search.config, q):
             best = _vote(search, outcome, q) or best
-        path = outcome.path(best)
-        passages, citations = cite(path)
+        best, path = search.told(outcome, best, q.task)
+        whole = outcome.path(best)
+        passages, citations = cite([n if search.text(n.tokens) else replace(n, passage=None) for n in path])
         return Answer(
             id=q.id,
             question=q.question,
-            answer=" ".join(text for n in path if (text := search.text(n.tokens))),
+            answer=search.answer_text(path),
             segments=tuple(_segment(search, n) for n in path),
             citations=tuple(citations),
             passages=tuple(passages),
-            retrieved=any(n.action == "retrieve" for n in path),
-            p_retrieve=path[0].p_retrieve,
-            score=best.node.total,
+            retrieved=any(n.action == "retrieve" for n in whole),
+            p_retrieve=whole[0].p_retrieve,
+            score=best.rank(search.config.accumulate),
             tree=tuple(_tree_node(search, n, path) for n in outcome.nodes),
             notices=(*notices, *dict.fromkeys(outcome.notices), *_doubts(path, citations)),
             task=q.task,
@@ -404,7 +433,7 @@ def _vote(search: BeamSearch, outcome: Search, q: Question) -> Beam | None:
     if search.config.scorer == "released":
         said: dict[str, list[Node]] = {}
         for node in (n for n in outcome.nodes if n.action == "retrieve" and n.depth == 0):
-            said.setdefault(search.text(node.tokens), []).append(node)
+            said.setdefault(search.option(node.tokens), []).append(node)
         return _most_voted(outcome, list(said.values()))
     bare = lambda text: text.strip().rstrip(".").lower()  # noqa: E731
     said = {bare(option): [] for option in q.options}

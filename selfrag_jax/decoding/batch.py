@@ -67,7 +67,7 @@ def _answer_into(f: IO[str], rag: SelfRAG, questions: list, done: dict[str, dict
             f.flush()
             bar.advance(1)
 
-        rag.answer([q for q in questions if q.id not in done], on_answer=keep, **changes)
+        rag.answer([q for q in questions if q.id not in done], on_answer=keep, of=len(questions), **changes)
 
 
 def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:

@@ -12,13 +12,20 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
   long form      depth T gives T - 1 segments; scores are multiplied; only what says [Retrieval] goes on, the rest is dropped
                  unless it stands at the deepest level; child i's history has the text of child i - 1 in place of its parent's;
                  passages of earlier segments are not kept; the same passages serve at every step
+  votes          are for texts, character by character: line breaks are deleted, white space and [Continue to Use Evidence] are not
+  answer (short) a number sign or colon in front is dropped
+  answer (long)  a space is put behind a full stop within a word, "3.5" included. For tasks asqa and eli5: a segment with the text of
+                 an earlier one is left out, and where the best path has no text the second best is the answer
 
-Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e^-100, are taken as they are.
+--constraints=[No support / Contradictory] is the long form's --ignore_cont: such segments are left out of the answer, not of the
+search. Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e^-100 (of IsRel in the long form, for
+probabilities of -100), are taken as they are. Marks of citations are not written into the text; `Answer.citations` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +42,7 @@ from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Tokenizer
 
 GATE_TOKENS = 25  # that the long-form script looks through for [Retrieval]
+_SPARE = ("asqa", "eli5")  # tasks of which the long-form script leaves repetitions out
 
 
 @dataclass
@@ -55,8 +63,10 @@ class _Search(Search):
 class ReleasedSearch(BeamSearch):
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
         super().__init__(model, params, tokenizer, config, max_length)
-        if config.constraints:
-            raise BadInput("--constraints: the released scripts' searches have none; use --scorer=paper")
+        if config.constraints and (config.constraints != (reflection.NO_SUPPORT,) or config.max_depth == 1):
+            raise BadInput(
+                f"--constraints: the released scripts' searches have none, but {reflection.NO_SUPPORT} in the long form; use --scorer=paper"
+            )
         if config.mode == "adaptive_retrieval" and config.threshold is None:
             raise BadInput(
                 "--scorer=released needs a --threshold in adaptive mode: without one the short form's script fails and the long "
@@ -75,6 +85,28 @@ class ReleasedSearch(BeamSearch):
     engine_rules = property(lambda self: self.whole)
     width = property(lambda self: 1)  # one open node after the other
     limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
+
+    # ---- what is told of a search --------------------------------------------------------------------------------
+    def option(self, tokens: Sequence[int]) -> str:
+        """What the short form's votes are counted by."""
+        r = self.rules.reflection
+        gone = {*r.isrel, *r.issup, *r.isuse, *r.retrieve[:2], *r.markup, self.rules.eos, self.rules.pad}
+        return self.tokenizer.decode([t for t in tokens if t not in gone]).replace("\n", "")
+
+    def told(self, search: Search, best: Beam, task: str) -> tuple[Beam, list[Node]]:
+        refused = lambda n: n.action == "retrieve" and bool(self.refused & {*n.tokens})  # noqa: E731
+        path = [n for n in search.path(best) if not refused(n)]
+        if not self.long or task not in _SPARE:
+            return best, path
+        if not self.answer_text(path) and len(search.beams) > 1:
+            best = search.beams[1]
+            path = [n for n in search.path(best) if not refused(n)]
+        first = {text: n for n in reversed(path) if (text := self.text(n.tokens))}
+        return best, [n for n in path if first.get(self.text(n.tokens)) is n]
+
+    def answer_text(self, path: Sequence[Node]) -> str:
+        text = super().answer_text(path)
+        return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text) if self.long else re.sub("^[#:]", "", text)
 
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from selfrag_jax.records import BadInput
 
+MOST = 1e6  # as a weight; far above, sums of scores would be rounded to nothing
 UTILITY_WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
@@ -31,8 +32,10 @@ class Weights:
 
     def __post_init__(self):
         for name in ("w_rel", "w_sup", "w_use", "w_seq"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise BadInput(f"--{name}={getattr(self, name)}: a weight is a number from 0 up; 0 switches the term off")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise BadInput(
+                    f"--{name}={getattr(self, name)}: a weight is a number from 0 to {MOST:,.0f}; 0 switches the term off"
+                )
 
 
 def s_rel(p):
