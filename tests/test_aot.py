@@ -276,6 +276,32 @@ def test_the_tpu_compiler(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "topology", "most"),
+    (("short_form", "v5e:1x1", 14.5), ("short_form:7b", "v5e:2x2", 14.8), ("short_form:13b", "v5e:2x4", 12.7)),
+)
+def test_answering_with_seven_and_thirteen_billion_fits(config, topology, most):
+    """int8 on one chip of 16 GB with ten passages, bf16 on four and on eight; and the README says how nearly."""
+    table = (Path(__file__).parents[1] / "README.md").read_text()
+    assert re.search(rf"^\| {config} \(.*\) \| {topology} \| .*\| {most} \(", table, re.MULTILINE)
+    command = [
+        sys.executable,
+        "-m",
+        "selfrag_jax",
+        "compile",
+        f"--config={config}",
+        f"--topology={topology}",
+        "--program=decode",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["passages"] == 10
+    taken = [sum(p["memory_per_chip"][k] for k in ("arguments", "temporaries")) for p in found["programs"].values()]
+    assert max(taken) / 1e9 == pytest.approx(most, rel=0.05)
+
+
+@pytest.mark.slow
 def test_the_gpu_compiler(tmp_path):
     """A small model over two H100: its attention is cuDNN's, and loops count as often as they turn, though the compiler writes
     them otherwise. And answering on one: a step of decoding reads weights where they are, and copies none."""

@@ -20,6 +20,7 @@ from selfrag_jax.decoding.answer import DEFAULT, SelfRAG, _doubts, _vote
 from selfrag_jax.decoding.batch import answer_file
 from selfrag_jax.decoding.beam_search import ACCUMULATE, Beam, BeamSearch, Node, Search, SearchConfig
 from selfrag_jax.decoding.citations import cite
+from selfrag_jax.decoding.released import ReleasedSearch
 from selfrag_jax.records import BadInput, Passage, Question, write_jsonl
 from selfrag_jax.tokenizer import Control, Tokenizer
 
@@ -128,27 +129,45 @@ def searched(loaded, seed, **changes):
     config = replace(drawn(0), **(dict(mode="always_retrieve", beam_width=2, max_depth=2, ndocs=4, threshold=None) | changes))
     prompt = prompts.instruction(" ".join(rng.choice(["where", "what", "who is Mara", "the ropemaker"], rng.integers(1, 4))))
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
-    return BeamSearch(loaded.model, loaded.params, loaded.tokenizer, config, 64), ids, make_passages(rng, loaded.tokenizer, 4)
+    kind = ReleasedSearch if config.scorer == "released" else BeamSearch
+    return kind(loaded.model, loaded.params, loaded.tokenizer, config, 64), ids, make_passages(rng, loaded.tokenizer, 4)
+
+
+# Kinds of searches that the properties are of: the paper's, and the released scripts' short and long form.
+SEARCHES = st.sampled_from(
+    [
+        dict(scorer="paper", max_depth=2),
+        dict(scorer="paper", max_depth=2, mode="adaptive_retrieval", threshold=0.5),
+        dict(scorer="released", accumulate="sum", max_depth=1),
+        dict(scorer="released", accumulate="sum", max_depth=1, mode="adaptive_retrieval", threshold=0.5),
+        dict(scorer="released", accumulate="sum", max_depth=3),
+        dict(scorer="released", accumulate="sum", max_depth=3, mode="adaptive_retrieval", threshold=0.2),
+    ]
+)
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**20), st.permutations(range(4)))
-@settings(max_examples=25, deadline=None)
-def test_permuted_passages_have_permuted_scores(talkative, seed, order):
-    search, ids, passages = searched(talkative, seed, max_depth=1)
+@given(st.integers(0, 2**20), st.permutations(range(4)), SEARCHES)
+@settings(max_examples=30, deadline=None)
+def test_permuted_passages_have_permuted_scores(talkative, seed, order, kind):
+    """Of a first segment: later ones of the released long form have a sibling's text in their history."""
+    depth = 2 if kind["scorer"] == "released" and kind["max_depth"] > 1 else 1  # there, a segment less than its depth
+    search, ids, passages = searched(talkative, seed, **(kind | dict(max_depth=depth)))
     [one] = search.run([ids], lambda _: [passages])
     [other] = search.run([ids], lambda _: [[passages[i] for i in order]])
+    if one.nodes[0].action == "no_retrieval":
+        order = [0]
     assert [n.tokens for n in other.nodes] == [one.nodes[i].tokens for i in order]
     np.testing.assert_allclose([n.score for n in other.nodes], [one.nodes[i].score for i in order], atol=1e-5)
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**20), st.sampled_from([16, 48, 64]))
-@settings(max_examples=25, deadline=None)
-def test_padding_never_changes_a_result(talkative, seed, bucket):
+@given(st.integers(0, 2**20), st.sampled_from([16, 48, 64]), SEARCHES)
+@settings(max_examples=30, deadline=None)
+def test_padding_never_changes_a_result(talkative, seed, bucket, kind):
     found = []
     for length in (32, bucket):
-        search, ids, passages = searched(talkative, seed, length_bucket=length)
+        search, ids, passages = searched(talkative, seed, length_bucket=length, **kind)
         [outcome] = search.run([ids], lambda queries, p=passages: [p for _ in queries])
         found.append(outcome)
     assert [(n.parent, n.tokens) for n in found[0].nodes] == [(n.parent, n.tokens) for n in found[1].nodes]
@@ -193,11 +212,11 @@ def test_layers_one_by_one_and_stacked_are_the_same(talkative, monkeypatch):
 
 
 @pytest.mark.slow
-@given(st.integers(0, 2**20), st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
-def test_another_question_changes_no_answer(talkative, seed, more):
+@given(st.integers(0, 2**20), st.integers(1, 3), SEARCHES)
+@settings(max_examples=30, deadline=None)
+def test_another_question_changes_no_answer(talkative, seed, more, kind):
     """Beside one to three others: the same tree and tokens, and scores but for the rounding of sums in another order."""
-    search, ids, passages = searched(talkative, seed)
+    search, ids, passages = searched(talkative, seed, **kind)
     others = [searched(talkative, seed + 1 + i) for i in range(more)]
     [alone] = search.run([ids], lambda queries: [passages for _ in queries], 4)
     found = [passages, *(p for _, _, p in others)]

@@ -1,6 +1,7 @@
 """The engine: sampling, streaming, slots that are filled as they become free, few compilations."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -229,6 +230,41 @@ def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkey
     assert len(engine.compiled) == before
     assert traced == [getattr(slots, name)._cache_size() for name in ("read", "feed", "decode", "keep")]
     assert all(f"compiled {name} in" in caplog.text for name in ("read", "feed", "decode", "keep"))
+
+
+@pytest.mark.slow
+def test_ragged_questions_compile_few_programs(talkative, monkeypatch):
+    """As many as there are sizes, of which each doubling has four, however many lengths there are; and more questions of the
+    same kind hardly any."""
+    monkeypatch.setattr(engine, "_seen", set())
+    monkeypatch.setattr(engine, "FIRST_RING", 4)
+    rng, rag = np.random.default_rng(3), make_rag(talkative, ndocs=3)
+    search = replace(rag.config.search, length_bucket=16, max_depth=3, max_new_tokens=16)
+    rag.config = replace(rag.config, search=search, batch=3, max_length=64)
+    words = ["where", "what", "who is Mara", "the ropemaker", "of Quenport"]
+    rows = [
+        Question(
+            str(i),
+            " ".join(rng.choice(words, rng.integers(1, 20))) + "?",
+            ctxs=tuple(make_passages(rng, talkative.tokenizer, int(rng.integers(1, 4)))),
+        )
+        for i in range(48)
+    ]
+    counts = []
+    for some in (rows[:24], rows[24:]):
+        before = len(engine.compiled)
+        answers = rag.answer(some, mode="always_retrieve")
+        assert not any(a.error for a in answers) and max(len(a.segments) for a in answers) == 3
+        counts.append(Counter(name for name, _ in engine.compiled[before:]))
+    fed = len({bucket(n, 16) for n in range(2, 65)})  # sizes of what is fed at once
+    prefixes = len({bucket(n, 16) for n in range(64, 64 + 2 * (64 + 16) + 16 + 4 * 16 + 4)})  # and of the history
+    rings = len({engine.ring(n, 16) for n in range(16)})
+    first, more = counts
+    # Prefixes and what is fed only grow while questions are answered: each size is met with the other's present one.
+    assert first["decode"] <= rings * (prefixes + fed), first
+    assert first["feed"] <= fed * rings * (prefixes + fed) and first["read"] <= 2 * fed * prefixes, first
+    assert first["keep"] <= rings * (prefixes + fed), first
+    assert more.total() <= first.total() / 4, (first, more)
 
 
 @pytest.mark.slow

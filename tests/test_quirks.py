@@ -3,6 +3,7 @@ down, and the search is looked at for what it asks next and what it makes of the
 plain form of the scripts."""
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from selfrag_jax import prompts, reflection
 from selfrag_jax.decoding.answer import DEFAULT
 from selfrag_jax.decoding.engine import Generate, Passages, Read
 from selfrag_jax.decoding.released import ReleasedSearch
-from selfrag_jax.decoding.segments import Segment, roles
+from selfrag_jax.decoding.segments import Segment, read_groups, roles
 from selfrag_jax.records import Passage
 from selfrag_jax.tokenizer import Control
 
@@ -95,6 +96,7 @@ def tell(talkative):
                 value = segment(next(answers))
 
     run.encode, run.prompt = encode, [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
+    run.decode = t.decode
     run.passage = lambda i: t.encode([Control(reflection.RETRIEVAL), *prompts.passage(TWO[i])])
     return run
 
@@ -133,6 +135,44 @@ def test_only_the_end_of_text_ends_a_generation(talkative):
     assert before.tolist() == [False] * 3 and last.tolist() == [False, False, True]
     before, last, _ = roles(tokens, search.rules)  # the paper's
     assert before.tolist() == [True, False, False] and last.tolist() == [False, True, True]
+
+
+@pytest.fixture
+def critiques(talkative):
+    """What the released search reads of made-up logits: critiques(tokens) -> the segment, and the distributions of each step."""
+    t = talkative.tokenizer
+    rules = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64).engine_rules
+    r = t.reflection_ids()
+
+    def read(*names):
+        logits = np.random.default_rng(0).normal(size=(len(names), 1, t.vocab_size)).astype(np.float32)
+        no = jnp.zeros(1, bool)
+        state = SimpleNamespace(segment=Segment.empty(1, len(names), rules), done=no, sup_seen=no, use_seen=no)
+        for age, name in enumerate(names):
+            token, state.age = jnp.array([t.encode(Control(name))[0]]), jnp.array([age])
+            state.segment, state.sup_seen, state.use_seen = read_groups(state, logits[age], token, no, no, rules)
+        share = lambda step, ids: np.exp(logits[step, 0, list(ids)]) / np.exp(logits[step, 0, list(ids)]).sum()  # noqa: E731
+        return state.segment, share, r
+
+    return read
+
+
+def test_relevance_is_read_at_the_first_token_whatever_it_says(critiques):
+    segment, share, r = critiques("Mara", "[Irrelevant]", "[Relevant]")
+    np.testing.assert_allclose(segment.isrel[0], share(0, r.isrel), rtol=1e-5)
+
+
+def test_support_and_utility_are_read_where_they_are_first_said(critiques):
+    segment, share, r = critiques(
+        "[Relevant]", "[No support / Contradictory]", "[Fully supported]", "[Utility:2]", "[Utility:5]"
+    )
+    np.testing.assert_allclose(segment.issup[0], share(1, r.issup), rtol=1e-5)
+    np.testing.assert_allclose(segment.isuse[0], share(3, r.isuse), rtol=1e-5)
+
+
+def test_support_and_utility_that_are_never_said_are_nothing(critiques):
+    segment, _, _ = critiques("[Relevant]", "Mara", "[Retrieval]")
+    assert not np.any(segment.issup) and not np.any(segment.isuse)
 
 
 def test_a_depth_of_t_gives_t_minus_one_segments(tell):
