@@ -39,6 +39,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff==0.15.1",
             "torch>=2.8",

@@ -244,6 +244,7 @@ def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, f
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path):
     """SIGTERM while the fifth tensor is read."""
     program = """if True:

@@ -138,6 +138,19 @@ class Search:
     notices: list[str] = field(default_factory=list)
     settled: int = 0  # segments that all beams share, so that nothing changes them any more
 
+    def add(self, parent: Node | None, out: Segment, **fields: Any) -> Node:
+        """A node below `parent` of the segment of one branch. fields: those of Node that the segment does not tell, or tells otherwise."""
+        told = dict(
+            tokens=out.said(), p_segment=out.mean_probability(), finished=bool(out.finished), complete=bool(out.complete)
+        )
+        told |= dict(isrel=out.isrel, issup=out.issup, isuse=out.isuse) | fields
+        told |= {name: tuple(map(float, told[name])) for name in ("isrel", "issup", "isuse")} | {
+            "tokens": tuple(told["tokens"])
+        }
+        node = Node(id=len(self.nodes), parent=parent.id if parent else -1, depth=parent.depth + 1 if parent else 0, **told)
+        self.nodes.append(node)
+        return node
+
     def settle(self) -> list[Node]:
         """The segments that have settled since the last call."""
         paths = [self.path(b) for b in self.beams]
@@ -368,33 +381,23 @@ class BeamSearch:
 
     def _node(self, search: Search, beam: Beam, action, p, passage, out: Segment) -> Node:
         """out: the segment of one branch."""
-        evidence, isrel, tokens = passage, out.isrel, tuple(out.said())
+        evidence, isrel = passage, out.isrel
         if action == "continue" and beam.node is not None:  # the same evidence, judged relevant when it was retrieved
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
-        p_segment = out.mean_probability()
         judged = (isrel, out.issup, out.isuse, float(evidence is not None))
-        score = scoring.finite(scoring.segment_score(p_segment, *judged, self.config.weights))
-        node = Node(
-            id=len(search.nodes),
-            parent=beam.node.id if beam.node else -1,
-            depth=beam.node.depth + 1 if beam.node else 0,
+        score = scoring.finite(scoring.segment_score(out.mean_probability(), *judged, self.config.weights))
+        return search.add(
+            beam.node,
+            out,
             action=action,
             p_retrieve=p,
             passage=evidence,
-            tokens=tokens,
-            p_segment=p_segment,
-            isrel=tuple(map(float, isrel)),
-            issup=tuple(map(float, out.issup)),
-            isuse=tuple(map(float, out.isuse)),
+            isrel=isrel,
             score=score,
             total=self._total(beam, score),
-            allowed=not self.refused & {*tokens},
+            allowed=not self.refused & {*out.said()},
             start=beam.next_position,
-            finished=bool(out.finished),
-            complete=bool(out.complete),
         )
-        search.nodes.append(node)
-        return node
 
     def _total(self, beam: Beam, score: float) -> float:
         if self.config.accumulate == "product":  # two bad segments are not a good one

@@ -213,24 +213,6 @@ class ReleasedSearch(BeamSearch):
         return [t for t in tokens if t != self.rules.eos] + [self.no_retrieval]
 
     def _add(self, search: Search, parent: Node | None, action: str, passage, tokens, out: Segment, score, total) -> Node:
-        node = Node(
-            id=len(search.nodes),
-            parent=parent.id if parent else -1,
-            depth=parent.depth + 1 if parent else 0,
-            action=action,
-            p_retrieve=float(scoring.p_retrieve(search.beams[0].retrieve, self.config.normalise)),
-            passage=passage,
-            tokens=tuple(tokens),
-            p_segment=out.mean_probability(),
-            isrel=tuple(map(float, out.isrel)),
-            issup=tuple(map(float, out.issup)),
-            isuse=tuple(map(float, out.isuse)),
-            score=score,
-            total=total,
-            allowed=True,
-            start=0,
-            finished=bool(out.finished),
-            complete=bool(out.complete),
-        )
-        search.nodes.append(node)
-        return node
+        p = float(scoring.p_retrieve(search.beams[0].retrieve, self.config.normalise))
+        fields = dict(action=action, p_retrieve=p, passage=passage, score=score, total=total, allowed=True, start=0)
+        return search.add(parent, out, tokens=tokens, **fields)
