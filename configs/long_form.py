@@ -1,6 +1,6 @@
 """Answering long-form questions as in the paper (Section 4.2): up to seven segments, five passages each, two beams.
 
-    selfrag answer --config=long_form --model=selfrag_llama2_7b-safetensors --input=asqa.jsonl --out=answers.jsonl
+    selfrag answer --config=long_form --model=selfrag_llama2_7b-safetensors --input=asqa.jsonl --task=asqa --out=answers.jsonl
 
 Variants as in short_form.py; `selfrag compile` takes the longest history that the last segment can stand on. 7b fits
 v5e:2x2; 7b_int8 fits v5e:1x1 with --config.answer.search.max_depth=4 --config.answer.max_length=160 only. The paper's scores

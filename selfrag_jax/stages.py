@@ -423,7 +423,10 @@ STAGES: dict[str, Stage] = {
             *_MODEL_FLAGS,
             Flag("input", "questions in a published format", required=True),
             Flag("out", "answers (JSON lines)", required=True),
-            Flag("task", "name of the task; default: the input file's name"),
+            Flag(
+                "task",
+                "name of the task; default: the input file's name. With --scorer=released, asqa and eli5 are told otherwise",
+            ),
             *_SEARCH_FLAGS,
             *_HOW_FLAGS,
             _answer_config_flag,

@@ -235,7 +235,9 @@ class _Published(Tokenizer):
             raise ValueError(f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}")
         if record is not None:
             controls = vocabulary.controls | record["added"]
-            return cls(vocabulary, mode, controls, record["names"], str(source), record.get("beside"))
+            # Of a workdir as it was converted; of an export as it stands there now, whoever has changed it since.
+            beside = _read_beside(folder) if (folder / "config.json").is_file() else record.get("beside")
+            return cls(vocabulary, mode, controls, record["names"], str(source), beside)
         controls, names = _read_controls(folder, vocabulary)
         return cls(vocabulary, mode, controls, names, str(source), _read_beside(folder))
 
@@ -369,7 +371,10 @@ def _read_beside(folder: Path) -> dict[str, Any]:
     fields = ("chat_template", "model_max_length", "padding_side", "truncation_side")
     found["tokenizer"] = {name: config[name] for name in fields if name in config}
     if (folder / TEMPLATE_FILE).is_file():
-        found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        try:
+            found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{folder / TEMPLATE_FILE}: not UTF-8: {e}") from None
     return found
 
 

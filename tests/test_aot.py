@@ -175,7 +175,9 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
     slices = re.findall(r"(v\w+:[\dx]+)  [\d.]+ h", said)  # those that it is said to fit
     assert slices and set(slices) <= set(compile_table.SLICES[name])
     table = (Path(__file__).parents[1] / "README.md").read_text()
-    assert all(re.search(rf"\| {name} \| {s} \| [^|]*\| [\d.]+ \+ [\d.]+ of \d+ \|", table) for s in slices)
+    for s in slices:
+        taken, more, there = re.search(rf"\| {name} \| {s} \| [^|]*\| ([\d.]+) \+ ([\d.]+) of (\d+) \|", table).groups()
+        assert float(taken) + float(more) <= float(there)
 
 
 @pytest.mark.parametrize(

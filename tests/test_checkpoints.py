@@ -103,6 +103,16 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch
     assert checkpoints.read_record(tmp_path, 1)[0] == {"example": 3, "loss": [1.5, 2]}
 
 
+def test_a_checkpoint_without_a_loss_is_none_of_the_best(tmp_path):
+    for step, loss in ((3, checkpoints.NO_LOSS), (6, 2.0), (9, checkpoints.NO_LOSS)):
+        (tmp_path / "checkpoints" / str(step) / "metrics").mkdir(parents=True)
+        (tmp_path / "checkpoints" / str(step) / "metrics" / "metrics").write_text(f'{{"loss": {loss}}}')
+    assert checkpoints.steps_to_read(tmp_path, "best") == [6]
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    with pytest.raises(BadInput, match="no checkpoint has a loss to choose the best by; there are 3, 9"):
+        checkpoints.steps_to_read(tmp_path, "best")
+
+
 @pytest.mark.slow
 def test_a_damaged_record_is_passed_over(run, tmp_path, capsys):
     """The position of the data iterator, or the loss that Orbax reads of every checkpoint."""

@@ -311,8 +311,8 @@ def test_a_spoilt_source_is_one_line_and_leaves_nothing(tiny_model, tmp_path, ca
     huggingface.save(source, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer)
     change(source)
     assert run(f"--from={source}", f"--to={tmp_path}/out", f"--format={form}", *flags) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("selfrag")]
-    assert len(said) == 1 and message in said[0] and str(source) in said[0]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("convert ")]
+    assert len(said) == 1 and said[0].startswith("selfrag convert: ") and message in said[0] and str(source) in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ["spoilt"]
 
 

@@ -592,8 +592,8 @@ def test_numbers_of_numpy_are_numbers(talkative):
     rag.check(dict(ndocs=np.int64(3), threshold=np.float32(0.5), keep_passages=np.bool_(True)))
 
 
-def test_what_is_left_of_a_file_is_computed_in_the_same_shapes(talkative, monkeypatch):
-    """Else floating point would round otherwise, and a resumed file differ from one never interrupted."""
+def test_what_is_left_of_a_file_is_computed_in_as_many_slots(talkative, monkeypatch):
+    """Which is most of what makes floating point round as it did before."""
     rag, sizes = make_rag(talkative, ndocs=2), []
 
     class Enough(Exception):

@@ -227,8 +227,11 @@ def test_a_number_sign_in_front_of_a_short_answer_is_dropped(tell):
 
 
 def test_a_full_stop_within_a_word_gets_a_space(tell):
-    told = tell([[Says(("Mara has 3.5 of them.It is so.",))]], mode="no_retrieval")
+    text = "Mara has 3.5 of them.It is so."
+    told = tell([[Says((text,), 0.9), Says(("b",), 0.1)]], max_depth=2)
     assert tell.search.answer_text([told.outcome.best().node]) == "Mara has 3. 5 of them. It is so."
+    alone = tell([[Says((text,))]], mode="no_retrieval")  # of which the script has another form
+    assert tell.search.answer_text([alone.outcome.best().node]) == text
 
 
 def test_repetitions_are_left_out_where_the_script_counts_citations(tell):
@@ -247,6 +250,10 @@ def test_where_the_best_path_has_no_text_the_second_is_told(tell):
     assert best is outcome.beams[1] and tell.search.answer_text(path) == "b"
     best, path = tell.search.told(outcome, outcome.best(), "factscore")
     assert best is outcome.best() and tell.search.answer_text(path) == ""
+    silent = [Says((END, GO), 0.9, 0.9), Says(("b", GO), 0.1)]
+    two = tell([silent, *([[Says((END,), 0.9, 0.9), Says(("c",), 0.1)]] * 2)]).outcome
+    best, path = tell.search.told(two, two.best(), "asqa")
+    assert best is two.best() and len(two.path(best)) == 2 and not tell.search.answer_text(path)
 
 
 def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):

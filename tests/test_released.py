@@ -241,6 +241,7 @@ def test_what_the_scripts_cannot_do_is_refused(talkative):
         rag.answer(["q"], scorer="released", constraints=(reflection.IRRELEVANT,))
     with pytest.raises(BadInput, match="searches have none"):
         rag.answer(["q"], scorer="released", constraints=(reflection.NO_SUPPORT,), max_depth=1)
+    rag.check(dict(scorer="released", constraints=[reflection.NO_SUPPORT], max_depth=3, threshold=0.2))
     with pytest.raises(BadInput, match="keep no passage"):
         rag.answer(["q"], scorer="released", keep_passages=True)
     with pytest.raises(BadInput, match="--scorer='authors': must be one of paper, released"):

@@ -224,7 +224,7 @@ class SelfRAG:
 
         changes: fields of SearchConfig or of its weights that differ for this call, e.g. mode="always_retrieve",
         threshold=0.5, w_sup=2.0. on_answer is called with each answer as soon as there is one, whatever their order. of: how many
-        questions there are in all, where these are what is left of them: they are then computed in the same shapes. Raises
+        questions there are in all, where these are what is left of them: they are then computed in as many slots. Raises
         BadInput on an unknown field or a value of the wrong type.
         """
         rows = _questions(questions)

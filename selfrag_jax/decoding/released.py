@@ -14,12 +14,16 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
                  passages of earlier segments are not kept; the same passages serve at every step
   votes          are for texts, character by character: line breaks are deleted, white space and [Continue to Use Evidence] are not
   answer (short) a number sign or colon in front is dropped
-  answer (long)  a space is put behind a full stop within a word, "3.5" included. For tasks asqa and eli5: a segment with the text of
-                 an earlier one is left out, and where the best path has no text the second best is the answer
+  answer (long)  with passages, a space is put behind a full stop within a word, "3.5" included. For tasks asqa and eli5: a segment
+                 with the text of an earlier one is left out, and where the best path's one segment has no text the second best path
+                 is the answer
 
 --constraints=[No support / Contradictory] is the long form's --ignore_cont: such segments are left out of the answer, not of the
 search. Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e^-100 (of IsRel in the long form, for
-probabilities of -100), are taken as they are. Marks of citations are not written into the text; `Answer.citations` has them.
+probabilities of -100), are taken as they are. Three things of the text are not copied: marks of citations within it
+(`Answer.citations` has them), for which the script takes the last character of every sentence off; [Continue to Use Evidence] in
+a long answer, which it leaves there; and a number sign in front of a short answer to an open question with passages, which it
+keeps, as the critique before it hides it.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ class _Search(Search):
 class ReleasedSearch(BeamSearch):
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
         super().__init__(model, params, tokenizer, config, max_length)
-        if config.constraints and (config.constraints != (reflection.NO_SUPPORT,) or config.max_depth == 1):
+        if config.constraints and ([*config.constraints] != [reflection.NO_SUPPORT] or config.max_depth == 1):
             raise BadInput(
                 f"--constraints: the released scripts' searches have none, but {reflection.NO_SUPPORT} in the long form; use --scorer=paper"
             )
@@ -98,7 +102,9 @@ class ReleasedSearch(BeamSearch):
         path = [n for n in search.path(best) if not refused(n)]
         if not self.long or task not in _SPARE:
             return best, path
-        if not self.answer_text(path) and len(search.beams) > 1:
+        if (
+            not self.answer_text(path) and len(path) <= 1 and len(search.beams) > 1
+        ):  # two textless ones leave the script a space
             best = search.beams[1]
             path = [n for n in search.path(best) if not refused(n)]
         first = {text: n for n in reversed(path) if (text := self.text(n.tokens))}
@@ -106,7 +112,10 @@ class ReleasedSearch(BeamSearch):
 
     def answer_text(self, path: Sequence[Node]) -> str:
         text = super().answer_text(path)
-        return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text) if self.long else re.sub("^[#:]", "", text)
+        if not self.long:
+            return re.sub("^[#:]", "", text)
+        retrieved = any(n.action == "retrieve" for n in path)
+        return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text) if retrieved else text
 
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:

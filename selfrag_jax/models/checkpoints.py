@@ -372,7 +372,7 @@ def steps_to_read(workdir: Path, step: str = "last") -> list[int]:
         return steps
     if step == "best":
         files = {s: Path(workdir) / CHECKPOINTS / str(s) / "metrics" / "metrics" for s in steps}
-        losses = {s: loss for s, file in files.items() if (loss := _loss_in(file)) is not None}
+        losses = {s: loss for s, file in files.items() if (loss := _loss_in(file)) not in (None, NO_LOSS)}
         if not losses:
             raise BadInput(f"{workdir}: no checkpoint has a loss to choose the best by; there are {', '.join(map(str, steps))}")
         return [min(losses, key=losses.get)]

@@ -278,7 +278,7 @@ def train(
             if saves:
                 position = {"example": packer.state, "truncated": truncated}
                 # After a signal the interval goes on when training does: the loss of a batch or two is no reason to be the best.
-                loss = checkpoints.NO_LOSS if stopping else log.loss_since_save()
+                loss = checkpoints.NO_LOSS if stopping and done % config.save_every and done != steps else log.loss_since_save()
                 checkpoints.save(saved, done, state, position | {"loss": log.since_save}, loss)
             if stopping:
                 break
