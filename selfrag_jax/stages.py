@@ -425,7 +425,8 @@ STAGES: dict[str, Stage] = {
             Flag("out", "answers (JSON lines)", required=True),
             Flag(
                 "task",
-                "name of the task; default: the input file's name. With --scorer=released, asqa and eli5 are told otherwise",
+                "name of the task; default: the input file's name. With --scorer=released, answers to asqa and eli5 "
+                "have marks of citations in the text",
             ),
             *_SEARCH_FLAGS,
             *_HOW_FLAGS,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from selfrag_jax import prompts, reflection
+from selfrag_jax.decoding import scoring
 from selfrag_jax.decoding.answer import DEFAULT
 from selfrag_jax.decoding.engine import Generate, Passages, Read
 from selfrag_jax.decoding.released import ReleasedSearch
@@ -65,6 +66,7 @@ def tell(talkative):
             complete=np.zeros((1, n), bool),
             next_position=np.zeros((1, n), int),
             retrieve_at=np.array([[s.again] * m for s in says])[None],
+            rel_log_probs=np.log([[1.0 - s.rel, s.rel] for s in says])[None],
         )
 
     def run(answers, p=(0.5, 0.4, 0.1), **changes):
@@ -141,11 +143,13 @@ def test_only_the_end_of_text_ends_a_generation(talkative):
 def critiques(talkative):
     """What the released search reads of made-up logits: critiques(tokens) -> the segment, and the distributions of each step."""
     t = talkative.tokenizer
-    rules = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64).engine_rules
+    released = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64).engine_rules
     r = t.reflection_ids()
 
-    def read(*names):
-        logits = np.random.default_rng(0).normal(size=(len(names), 1, t.vocab_size)).astype(np.float32)
+    def read(*names, known=None, logits=None):
+        rules = replace(released, known=known)
+        if logits is None:
+            logits = np.random.default_rng(0).normal(size=(len(names), 1, t.vocab_size)).astype(np.float32)
         no = jnp.zeros(1, bool)
         state = SimpleNamespace(segment=Segment.empty(1, len(names), rules), done=no, sup_seen=no, use_seen=no)
         for age, name in enumerate(names):
@@ -173,6 +177,48 @@ def test_support_and_utility_are_read_where_they_are_first_said(critiques):
 def test_support_and_utility_that_are_never_said_are_nothing(critiques):
     segment, _, _ = critiques("[Relevant]", "Mara", "[Retrieval]")
     assert not np.any(segment.issup) and not np.any(segment.isuse)
+
+
+def test_the_scripts_know_the_5000_or_32000_most_likely_tokens_of_a_step(talkative):
+    for depth, known in ((1, 5_000), (2, 32_000), (7, 32_000)):
+        config = replace(DEFAULT.search, scorer="released", max_depth=depth)
+        assert ReleasedSearch(talkative.model, talkative.params, talkative.tokenizer, config, 64).engine_rules.known == known
+
+
+def test_what_is_not_known_counts_as_e_to_the_minus_100(critiques, talkative):
+    """[Fully supported] is said; [Partially supported] is the 6th most likely token, [No support / Contradictory] the 7th."""
+    t = talkative.tokenizer
+    logits = np.linspace(-9, -8, t.vocab_size, dtype=np.float32)
+    (full, part, no), others = t.reflection_ids().issup, [20, 21, 22, 23]
+    logits[[full, *others, part, no]] = [5, 4, 4, 4, 4, 3, 2]
+    p = np.exp([5.0, 3.0, 2.0])
+    read = lambda known: critiques("[Fully supported]", known=known, logits=logits[None, None])[0].issup[0]  # noqa: E731
+    np.testing.assert_allclose(read(None), p / p.sum(), rtol=1e-5)
+    np.testing.assert_allclose(read(7), p / p.sum(), rtol=1e-5)
+    np.testing.assert_allclose(read(6), [p[0] / p[:2].sum(), p[1] / p[:2].sum(), 0], rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(read(5), [1, 0, 0], atol=1e-30)
+    assert scoring.s_sup(np.asarray(read(6), float)) > scoring.s_sup(np.asarray(read(7), float))
+
+
+def test_an_unknown_relevance_counts_as_a_probability_of_minus_100_in_the_long_form(critiques, talkative):
+    """So that where only [Relevant] is known a passage scores below 0, and where only [Irrelevant] is, above 1."""
+    t, never = talkative.tokenizer, np.zeros(3)
+    irrelevant, relevant = t.reflection_ids().isrel
+
+    def score(likely, known):
+        logits = np.zeros(t.vocab_size, np.float32)
+        logits[[irrelevant, relevant]] = -40
+        logits[likely] = 6
+        segment = critiques("[Relevant]", known=known, logits=logits[None, None])[0]
+        p = np.exp(6) / (np.exp(6) + t.vocab_size - 2)
+        return scoring.released_score_long(np.asarray(segment.rel_log_probs[0]), never), p
+
+    got, p = score(relevant, t.vocab_size - 1)
+    assert got == pytest.approx(p / (p - 100), rel=1e-4) and got < 0
+    got, p = score(irrelevant, t.vocab_size - 1)
+    assert got == pytest.approx(-100 / (p - 100), rel=1e-4) and got > 1
+    assert score(0, t.vocab_size - 2)[0] == 0.5  # neither is known
+    assert score(relevant, t.vocab_size)[0] == pytest.approx(1.0) and score(irrelevant, None)[0] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_depth_of_t_gives_t_minus_one_segments(tell):
@@ -221,48 +267,108 @@ def test_votes_are_for_texts_character_by_character(tell):
     assert option("it is so") != plain != option("It is so.")
 
 
+def text_of(tell, outcome, task="", voted=False):
+    return tell.search.told(outcome, outcome.best(), task, voted)[2]
+
+
 def test_a_number_sign_in_front_of_a_short_answer_is_dropped(tell):
-    short = tell([[Says(("#Mara # studied",))]], mode="no_retrieval", max_depth=1)
-    assert tell.search.answer_text([short.outcome.best().node]) == "Mara # studied"
+    """Or a colon; but not where a critique stands before it, unless the answer was elected: only then have critiques been
+    taken out by the time that the script looks."""
+    for mark in "#:":
+        said = f"{mark}Mara # studied"
+        short = tell([[Says((said,))]], mode="no_retrieval", max_depth=1).outcome
+        assert text_of(tell, short) == "Mara # studied"
+        for front, voted, text in (
+            ((), False, "Mara # studied"),
+            (("[Relevant]",), False, said),
+            (("[Relevant]",), True, "Mara # studied"),
+        ):
+            level = [Says((*front, said, END), 0.9), Says(("b",), 0.1)]
+            assert text_of(tell, tell([level], max_depth=1).outcome, voted=voted) == text
+
+
+def test_line_breaks_are_deleted_of_a_short_answer_that_was_elected_or_alone(tell):
+    said = "Mara studied\n\nLisford "
+    alone = tell([[Says((said,))]], mode="no_retrieval", max_depth=1).outcome
+    assert text_of(tell, alone) == "Mara studiedLisford "
+    outcome = tell([[Says((said,), 0.9), Says(("b",), 0.1)]], max_depth=1).outcome
+    assert text_of(tell, outcome, voted=True) == "Mara studiedLisford "
+    assert text_of(tell, outcome) == "Mara studied\n\nLisford"
 
 
 def test_a_full_stop_within_a_word_gets_a_space(tell):
     text = "Mara has 3.5 of them.It is so."
     told = tell([[Says((text,), 0.9), Says(("b",), 0.1)]], max_depth=2)
-    assert tell.search.answer_text([told.outcome.best().node]) == "Mara has 3. 5 of them. It is so."
+    assert text_of(tell, told.outcome) == "Mara has 3. 5 of them. It is so."
     alone = tell([[Says((text,))]], mode="no_retrieval")  # of which the script has another form
-    assert tell.search.answer_text([alone.outcome.best().node]) == text
+    assert text_of(tell, alone.outcome) == text
+
+
+def test_continue_stays_in_a_long_answer(tell):
+    said = ("[Relevant]", "Mara studied", "[Continue to Use Evidence]", "so", END)
+    level = [Says(said, 0.9), Says(("b",), 0.1)]
+    assert text_of(tell, tell([level], max_depth=2).outcome) == "Mara studied[Continue to Use Evidence] so"
+    assert text_of(tell, tell([[Says(said)]], mode="no_retrieval").outcome, "asqa").startswith("Mara studied[Continue")
+
+
+def two_segments(tell, first, second):
+    """A path of two segments that say these parts."""
+    level = [Says((*first, GO, END), 0.9, 0.9), Says(("b", GO), 0.1)]
+    leaf = [Says((*second, END), 0.9, 0.9), Says(("c",), 0.1)]
+    return tell([level, leaf, leaf]).outcome
+
+
+def test_marks_of_citations_take_the_place_of_each_last_character(tell):
+    """Where citations are counted, by the segment's place in the path; a sentence without a full stop loses its last letter."""
+    outcome = two_segments(tell, ("Mara studied.",), ("It is so",))
+    assert text_of(tell, outcome, "asqa") == text_of(tell, outcome, "eli5") == "Mara studied [1]. It is s [2]."
+    assert text_of(tell, outcome, "factscore") == "Mara studied. It is so"
+    alone = tell([[Says((" Mara studied.",))]], mode="no_retrieval").outcome
+    assert text_of(tell, alone, "asqa").strip() == "Mara studied."  # no mark
+
+
+def test_a_full_stop_and_continue_become_the_first_mark(tell):
+    said = ("Mara studied.", "[Continue to Use Evidence]", "It is so.")
+    outcome = tell([[Says(said, 0.9), Says(("b",), 0.1)]], max_depth=2).outcome
+    assert text_of(tell, outcome, "asqa") == "Mara studied [1].  It is so [1]."
+    outcome = two_segments(tell, ("Mara studied. [1] It is so.",), ("b.",))
+    assert text_of(tell, outcome, "asqa") == "Mara studied [1]. It is so [1]. b [2]."
+
+
+def test_a_segment_without_text_leaves_its_mark(tell):
+    outcome = two_segments(tell, ("[Relevant]",), ("It is so.",))
+    assert text_of(tell, outcome, "asqa") == " [1]. It is so [2]."
+    outcome = two_segments(tell, (), ("It is so.",))  # that says nothing at all does not
+    _, path, text = tell.search.told(outcome, outcome.best(), "asqa", False)
+    assert text == "It is so [2]." and len(path) == 1
 
 
 def test_repetitions_are_left_out_where_the_script_counts_citations(tell):
-    level = [Says(("It is so.", GO, END), 0.9, 0.9), Says(("b", GO), 0.1)]
-    leaf = [Says(("It is so.", END), 0.9, 0.9), Says(("c",), 0.1)]
-    for task, segments in (("asqa", 1), ("eli5", 1), ("factscore", 2)):
-        outcome = tell([level, leaf, leaf]).outcome
-        best, path = tell.search.told(outcome, outcome.best(), task)
-        assert best is outcome.best() and len(path) == segments
-        assert tell.search.answer_text(path) == " ".join(["It is so."] * segments)
+    outcome = two_segments(tell, ("It is so.",), ("It is so.",))
+    for task, text in (("asqa", "It is so [1]."), ("eli5", "It is so [1]."), ("factscore", "It is so. It is so.")):
+        best, path, got = tell.search.told(outcome, outcome.best(), task, False)
+        assert best is outcome.best() and len(path) == 1 + (task == "factscore") and got == text
 
 
 def test_where_the_best_path_has_no_text_the_second_is_told(tell):
-    outcome = tell([[Says((END,), 0.9, 0.9), Says(("b",), 0.1)]], max_depth=2).outcome
-    best, path = tell.search.told(outcome, outcome.best(), "asqa")
-    assert best is outcome.beams[1] and tell.search.answer_text(path) == "b"
-    best, path = tell.search.told(outcome, outcome.best(), "factscore")
-    assert best is outcome.best() and tell.search.answer_text(path) == ""
-    silent = [Says((END, GO), 0.9, 0.9), Says(("b", GO), 0.1)]
-    two = tell([silent, *([[Says((END,), 0.9, 0.9), Says(("c",), 0.1)]] * 2)]).outcome
-    best, path = tell.search.told(two, two.best(), "asqa")
-    assert best is two.best() and len(two.path(best)) == 2 and not tell.search.answer_text(path)
+    outcome = tell([[Says((END,), 0.9, 0.9), Says(("b.",), 0.1)]], max_depth=2).outcome
+    best, _, text = tell.search.told(outcome, outcome.best(), "asqa", False)
+    assert best is outcome.beams[1] and text == "b [1]."
+    best, _, text = tell.search.told(outcome, outcome.best(), "factscore", False)
+    assert best is outcome.best() and text == ""
+    two = two_segments(tell, (END,), ())
+    best, _, text = tell.search.told(two, two.best(), "asqa", False)
+    assert best is two.best() and text == " [1]."
 
 
 def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):
     """--ignore_cont: the segment stays in the tree, and its score in the path's."""
     level = [Says(("Mara", "[No support / Contradictory]", GO), 0.9), Says(("b", GO), 0.1)]
-    leaf = [Says(("studied",), 0.9), Says(("c",), 0.1)]
+    leaf = [Says(("studied.",), 0.9), Says(("c",), 0.1)]
     outcome = tell([level, leaf, leaf], constraints=(reflection.NO_SUPPORT,)).outcome
-    best, path = tell.search.told(outcome, outcome.best(), "factscore")
-    assert [n.id for n in outcome.path(best)] == [0, path[0].id] and tell.search.answer_text(path) == "studied"
+    best, path, text = tell.search.told(outcome, outcome.best(), "factscore", False)
+    assert [n.id for n in outcome.path(best)] == [0, path[0].id] and text == "studied."
+    assert text_of(tell, outcome, "asqa") == "studied [1]."
 
 
 def test_no_retrieval_is_decided_once_more(tell):

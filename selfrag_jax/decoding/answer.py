@@ -350,16 +350,15 @@ class SelfRAG:
             return _failed(q, e)
 
     def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
-        best = outcome.best()
-        if self._votes(search.config, q):
-            best = _vote(search, outcome, q) or best
-        best, path = search.told(outcome, best, q.task)
+        votes = self._votes(search.config, q)
+        best = (votes and _vote(search, outcome, q)) or outcome.best()
+        best, path, text = search.told(outcome, best, q.task, votes)
         whole = outcome.path(best)
         passages, citations = cite([n if search.text(n.tokens) else replace(n, passage=None) for n in path])
         return Answer(
             id=q.id,
             question=q.question,
-            answer=search.answer_text(path),
+            answer=text,
             segments=tuple(_segment(search, n) for n in path),
             citations=tuple(citations),
             passages=tuple(passages),

@@ -409,12 +409,11 @@ class BeamSearch:
         r = self.rules.reflection
         return [self.tokenizer.token(t) for t in tokens if t in (*r.isrel, *r.issup, *r.isuse)]
 
-    def told(self, search: Search, best: Beam, task: str) -> tuple[Beam, list[Node]]:
-        """The path that is the answer, and its segments that are told. task: of the question, which matters to the released scripts."""
-        return best, search.path(best)
-
-    def answer_text(self, path: Sequence[Node]) -> str:
-        return " ".join(text for n in path if (text := self.text(n.tokens)))
+    def told(self, search: Search, best: Beam, task: str, voted: bool) -> tuple[Beam, list[Node], str]:
+        """The path that is the answer, its segments that are told, and the text that they make. task: of the question, and
+        voted: whether `best` was elected, matter to the released scripts."""
+        path = search.path(best)
+        return best, path, " ".join(text for n in path if (text := self.text(n.tokens)))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a segment without its control tokens."""

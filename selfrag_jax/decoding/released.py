@@ -13,17 +13,22 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
                  unless it stands at the deepest level; child i's history has the text of child i - 1 in place of its parent's;
                  passages of earlier segments are not kept; the same passages serve at every step
   votes          are for texts, character by character: line breaks are deleted, white space and [Continue to Use Evidence] are not
-  answer (short) a number sign or colon in front is dropped
-  answer (long)  with passages, a space is put behind a full stop within a word, "3.5" included. For tasks asqa and eli5: a segment
-                 with the text of an earlier one is left out, and where the best path's one segment has no text the second best path
-                 is the answer
+  answer (short) line breaks are deleted, and a number sign or colon in front; of an answer from passages that was not elected only
+                 the sign, and that only where no critique stands before it
+  answer (long)  [Continue to Use Evidence] stays in the text. With passages, a space is put behind a full stop within a word, "3.5"
+                 included. For tasks asqa and eli5, the last character of the i-th segment of the path makes way for a mark, " [i].",
+                 though the list of passages may be another; a mark is all that is seen of a segment that only criticises; one with
+                 the text of an earlier one is left out; a full stop with [Continue to Use Evidence] becomes " [1]. "; and where the
+                 best path's one segment has no text the second best path is the answer
+  unknown        what is none of the 5,000 (short) or 32,000 (long) most likely tokens of a step counts as e^-100 beside the others of
+                 its group; of IsRel, in the long form, as a probability of -100
 
 --constraints=[No support / Contradictory] is the long form's --ignore_cont: such segments are left out of the answer, not of the
-search. Log-probabilities outside the 5,000 or 32,000 best, which the scripts take for e^-100 (of IsRel in the long form, for
-probabilities of -100), are taken as they are. Three things of the text are not copied: marks of citations within it
-(`Answer.citations` has them), for which the script takes the last character of every sentence off; [Continue to Use Evidence] in
-a long answer, which it leaves there; and a number sign in front of a short answer to an open question with passages, which it
-keeps, as the critique before it hides it.
+search. Not copied: the scripts' failures (the long form without retrieval but for asqa and eli5; a long form's gate that lacks
+a token; one passage in mode always_retrieve of the short form), the critiques that they leave in a short answer, and what looks
+like a control token but was spelled. White space beside control tokens is that of Tokenizer.decode; theirs depends on the version
+of vLLM. And vLLM leaves tokens out of texts that a tokenizer holds for special, unless it is told not to, which the scripts do
+not: where [Retrieval] is one of those, their long form ends with its first segment.
 """
 
 from __future__ import annotations
@@ -45,8 +50,14 @@ from selfrag_jax.models.params import Params
 from selfrag_jax.records import BadInput, Passage
 from selfrag_jax.tokenizer import Tokenizer
 
+KNOWN_SHORT, KNOWN_LONG = 5_000, 32_000  # most likely tokens whose log-probabilities the scripts ask for
 GATE_TOKENS = 25  # that the long-form script looks through for [Retrieval]
-_SPARE = ("asqa", "eli5")  # tasks of which the long-form script leaves repetitions out
+_CITED = ("asqa", "eli5")  # tasks for which the long-form script marks citations in the text
+
+
+def _spaced(text: str) -> str:
+    """With a space behind every full stop within a word."""
+    return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text)
 
 
 @dataclass
@@ -83,7 +94,8 @@ class ReleasedSearch(BeamSearch):
         if config.temperature:
             raise BadInput("--temperature: the released scripts take the most likely token; use --scorer=paper")
         self.long = config.max_depth > 1
-        self.whole = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids(), whole=True)
+        known = KNOWN_LONG if self.long else KNOWN_SHORT
+        self.whole = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids(), True, known)
         self.retrieval, self.no_retrieval = (self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL))
 
     engine_rules = property(lambda self: self.whole)
@@ -91,31 +103,53 @@ class ReleasedSearch(BeamSearch):
     limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
 
     # ---- what is told of a search --------------------------------------------------------------------------------
+    def told(self, search: Search, best: Beam, task: str, voted: bool) -> tuple[Beam, list[Node], str]:
+        path = search.path(best)
+        if not self.long:
+            return best, path, self._short_text(path[0], voted)
+        if path[0].action == "no_retrieval":
+            return best, path, self._bare(path[0].tokens).removeprefix(" ")
+        path = self._not_refused(path)
+        if task not in _CITED:
+            return best, path, _spaced(" ".join(self._bare(n.tokens) for n in path))
+        # Where there are two segments without text, the space between them is text enough for the script.
+        if len(path) <= 1 and not any(self._bare(n.tokens) for n in path) and len(search.beams) > 1:
+            best = search.beams[1]
+            path = self._not_refused(search.path(best))
+        return best, *self._with_marks(path)
+
     def option(self, tokens: Sequence[int]) -> str:
         """What the short form's votes are counted by."""
-        r = self.rules.reflection
-        gone = {*r.isrel, *r.issup, *r.isuse, *r.retrieve[:2], *r.markup, self.rules.eos, self.rules.pad}
-        return self.tokenizer.decode([t for t in tokens if t not in gone]).replace("\n", "")
+        return self._bare(tokens).replace("\n", "")
 
-    def told(self, search: Search, best: Beam, task: str) -> tuple[Beam, list[Node]]:
-        refused = lambda n: n.action == "retrieve" and bool(self.refused & {*n.tokens})  # noqa: E731
-        path = [n for n in search.path(best) if not refused(n)]
-        if not self.long or task not in _SPARE:
-            return best, path
-        if (
-            not self.answer_text(path) and len(path) <= 1 and len(search.beams) > 1
-        ):  # two textless ones leave the script a space
-            best = search.beams[1]
-            path = [n for n in search.path(best) if not refused(n)]
-        first = {text: n for n in reversed(path) if (text := self.text(n.tokens))}
-        return best, [n for n in path if first.get(self.text(n.tokens)) is n]
+    def _short_text(self, node: Node, voted: bool) -> str:
+        if voted or node.action == "no_retrieval":
+            return re.sub("^[#:]", "", self.option(node.tokens))
+        critique_first = bool(node.tokens) and node.tokens[0] in self.rules.reflection.all
+        in_front = not critique_first and self._bare(node.tokens).startswith(("#", ":"))
+        return self.text(node.tokens)[in_front:]
 
-    def answer_text(self, path: Sequence[Node]) -> str:
-        text = super().answer_text(path)
-        if not self.long:
-            return re.sub("^[#:]", "", text)
-        retrieved = any(n.action == "retrieve" for n in path)
-        return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text) if retrieved else text
+    def _bare(self, tokens: Sequence[int]) -> str:
+        """The text as the scripts clean it: with white space, and with the one control token that they do not know of."""
+        again = self.rules.reflection.retrieve[2]
+        gone = {*self.rules.reflection.all, self.rules.eos, self.rules.pad} - {again}
+        return self.tokenizer.decode([t for t in tokens if t not in gone])
+
+    def _not_refused(self, path: Sequence[Node]) -> list[Node]:
+        return [n for n in path if not self.refused & {*n.tokens}]
+
+    def _with_marks(self, path: Sequence[Node]) -> tuple[list[Node], str]:
+        """The segments that are told where citations are counted, and their text with a mark in place of each one's last
+        character."""
+        told: dict[str, tuple[int, Node]] = {}
+        for i, node in enumerate(path, 1):
+            if any(t != self.rules.eos for t in node.tokens):
+                told.setdefault(self._bare(node.tokens).removeprefix(" "), (i, node))
+        text = "".join(f"{text[:-1]} [{i}]. " for text, (i, _) in told.items())
+        text = _spaced(text.removesuffix(" "))
+        for mark in (f".{reflection.CONTINUE}", ". [1] "):
+            text = text.replace(mark, " [1]. ")
+        return [node for _, node in told.values()], text
 
     # ---- the search of one question ------------------------------------------------------------------------------
     def search(self, prompt: list[int], name: str) -> Generator[Any, Any, Search]:
@@ -200,7 +234,7 @@ class ReleasedSearch(BeamSearch):
         tokens = self._remapped(out) if self.long else out.said()
         said = tokens[: tokens.index(self.retrieval)] if self.long and self.retrieval in tokens else tokens
         if self.long:
-            score = scoring.finite(scoring.released_score_long(out.isrel, out.issup))
+            score = scoring.finite(scoring.released_score_long(out.rel_log_probs, out.issup))
         else:
             judged = (out.mean_probability(), out.isrel, out.issup, out.isuse)
             score = scoring.finite(scoring.released_score(*judged, self.config.weights))

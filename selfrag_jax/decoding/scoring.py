@@ -15,9 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from selfrag_jax.records import BadInput
 
 MOST = 1e6  # as a weight; far above, sums of scores would be rounded to nothing
+UNKNOWN = -100.0  # what the released scripts take for the log-probability of a token that vLLM did not return
 UTILITY_WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
@@ -94,7 +97,12 @@ def released_score(p_sequence, isrel, issup, isuse, weights: Weights):
     return weights.w_seq * p_sequence + evidence + (weights.w_use * s_use(isuse) if said(isuse) else 0.0)
 
 
-def released_score_long(isrel, issup) -> float:
+def released_score_long(rel_log_probs, issup) -> float:
     """f of the long-form script: without the sequence, without IsUse (whose values it looks up by IsSup's names), and with
-    weights of 1 whatever the command line says."""
-    return float(s_rel(isrel) + (s_sup(issup) if float(issup.sum()) > 0 else 0.0))
+    weights of 1 whatever the command line says.
+
+    rel_log_probs: [2] in the order of reflection.ISREL. One that is not known is given as -100, which the script here takes for
+    the probability, so that s_rel leaves 0 to 1.
+    """
+    rel = np.where(rel_log_probs == UNKNOWN, UNKNOWN, np.exp(rel_log_probs.astype(np.float64)))
+    return float(s_rel(rel) + (s_sup(issup) if float(issup.sum()) > 0 else 0.0))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selfrag_jax.decoding.scoring import UNKNOWN
 from selfrag_jax.reflection import ReflectionIds
 
 
@@ -24,6 +25,7 @@ class TokenRules:
     pad: int
     reflection: ReflectionIds | None
     whole: bool = False  # as the released scripts generate: on to the end of text, each group read where it is said first
+    known: int | None = None  # tokens, the most likely ones, whose probabilities are known (None: all); see `log_probs_of`
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +45,7 @@ class Segment:
     complete: jax.Array  # [B] bool: ended by a token, not by the length limit
     next_position: jax.Array  # [B] int32: position of the token that would follow
     retrieve_at: jax.Array | None  # [B, M, 3] f32: at every position (TokenRules.whole only)
+    rel_log_probs: jax.Array | None  # [B, 2] f32: at the first generated position (TokenRules.whole only)
 
     def at(self, index) -> Segment:
         """Those branches that `index` picks."""
@@ -60,14 +63,26 @@ class Segment:
     def empty(cls, B: int, M: int, rules: TokenRules) -> Segment:
         count, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
         groups = (jnp.full((B, n), 0.0 if rules.whole else 1.0 / n, jnp.float32) for n in (2, 3, 5, 3))
-        everywhere = jnp.zeros((B, M, 3), jnp.float32) if rules.whole else None
+        more = (jnp.zeros((B, M, 3), jnp.float32), jnp.zeros((B, 2), jnp.float32)) if rules.whole else (None, None)
         pad = jnp.full((B, M), rules.pad, jnp.int32)
-        return cls(pad, count, jnp.zeros(B, jnp.float32), count, *groups, no, no, count, everywhere)
+        return cls(pad, count, jnp.zeros(B, jnp.float32), count, *groups, no, no, count, *more)
 
 
-def group_distribution(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Softmax within a group of token ids. logits: [B, V] -> [B, len(ids)]."""
-    return jax.nn.softmax(logits[:, jnp.array(ids)], axis=-1)
+def group_distribution(logits: jax.Array, ids: tuple[int, ...], known: int | None = None) -> jax.Array:
+    """Softmax within a group of token ids. logits: [B, V] -> [B, len(ids)]. known: as of `log_probs_of`."""
+    few = known is not None and known < logits.shape[-1]
+    return jax.nn.softmax(log_probs_of(logits, ids, known) if few else logits[:, jnp.array(ids)], axis=-1)
+
+
+def log_probs_of(logits: jax.Array, ids: tuple[int, ...], known: int | None) -> jax.Array:
+    """Log-probabilities of some tokens; UNKNOWN for one that is none of the `known` most likely. logits: [B, V] ->
+    [B, len(ids)]."""
+    mine = logits[:, jnp.array(ids)]
+    log_probs = mine - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    if known is None or known >= logits.shape[-1]:
+        return log_probs
+    more_likely = jax.lax.map(lambda m: (logits > m[:, None]).sum(-1), mine.T).T  # faster on a CPU than all at once
+    return jnp.where(more_likely < known, log_probs, UNKNOWN)
 
 
 def _member(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
@@ -101,11 +116,14 @@ def read_groups(s: Any, logits: jax.Array, token: jax.Array, ending: jax.Array, 
         ends = ending | at_limit
         when = (first, says_sup | (ends & ~s.sup_seen), ends, ends)
     names = ("isrel", "issup", "isuse", "retrieve")
-    new = {name: group_distribution(logits, getattr(r, name)) for name in names}
+    new = {name: group_distribution(logits, getattr(r, name), rules.known) for name in names}
     kept = {k: jnp.where((live & w)[:, None], new[k], getattr(seg, k)) for k, w in zip(names, when, strict=True)}
     if rules.whole:
         now = (jnp.arange(seg.tokens.shape[1]) == s.age[:, None])[..., None] & live[:, None, None]
         kept["retrieve_at"] = jnp.where(now, new["retrieve"][:, None], seg.retrieve_at)
+        kept["rel_log_probs"] = jnp.where(
+            (live & first)[:, None], log_probs_of(logits, r.isrel, rules.known), seg.rel_log_probs
+        )
     return replace(seg, **kept), s.sup_seen | says_sup, s.use_seen | says_use
 
 
