@@ -36,6 +36,13 @@ def test_bandwidth():
 
 
 @pytest.mark.slow
+def test_retrieval_that_takes_time():
+    out = run("answer.py", "--size=tiny", "--retrieval=20")
+    assert len(re.findall(r"(others wait|others go on|found at once) +[\d.]+ s\n", out)) == 3
+    assert re.search(r"-?\d+% of the waiting is hidden", out)
+
+
+@pytest.mark.slow
 def test_curves():
     out = run("answer.py", "--size=tiny", "--curves")
     assert re.findall(r"K=(\d+) +[\d.]+\n", out) == ["1", "2", "5", "10", "20"]

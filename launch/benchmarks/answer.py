@@ -3,6 +3,7 @@ one run.
 
     python launch/benchmarks/answer.py            # about 100M parameters, f32, on a CPU: short form, then long form
     python launch/benchmarks/answer.py --curves   # ours alone over passages and batch; memory with and without a shared prefix
+    python launch/benchmarks/answer.py --retrieval=500  # ours alone where passages take half a second to find
     python launch/benchmarks/answer.py --bandwidth --size=7b  # bytes a second that generating reads, beside the device's copies
 
 Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache, log-probabilities of the whole
@@ -17,6 +18,7 @@ import argparse
 import os
 import time
 from dataclasses import replace
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may need its share
@@ -28,7 +30,7 @@ import numpy as np
 from selfrag_jax import reflection
 from selfrag_jax.decoding import segments, slots
 from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
-from selfrag_jax.decoding.engine import compiled, on_device, one_by_one
+from selfrag_jax.decoding.engine import compiled, group_size, on_device, one_by_one
 from selfrag_jax.decoding.scoring import Weights
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
@@ -247,13 +249,14 @@ def curves(a) -> None:
         asked, s = questions(n, 200, 150, 5), search(model, params, 50, 5, 1, 1)
         ours(s, asked)
         print(f"  {n:<3} {n / timed(lambda s=s, asked=asked: ours(s, asked))[1]:.3f}")
-    print("memory of one step beside the weights, 16 questions, K=10, by the compiler: GB")
+    print("most memory beside the weights, 16 questions, K=10, by the compiler: GB")
     for shared in (True, False):
         print(f"  prefix {'shared' if shared else 'copied':<7} {memory(model, 16, 10, shared) / 1e9:.2f}")
 
 
 def memory(model: Model, n: int, k: int, shared: bool) -> int:
-    """Arguments, results and temporaries of generating a segment, the prompt in a prefix or in each branch."""
+    """Arguments, results and temporaries of reading passages or generating segments, whichever takes more, with the prompt in a
+    prefix or in each branch."""
     rules, fed = segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()), 152 if shared else 352
     layered = one_by_one(jax.default_backend(), 1)
     prefix = Cache.empty(model.config, n, 200 if shared else 1)
@@ -262,10 +265,43 @@ def memory(model: Model, n: int, k: int, shared: bool) -> int:
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     params = jax.tree.map(lambda s: s.update(dtype=model.config.dtype), model.shapes())
     params = jax.eval_shape(model.by_layers, params) if layered else params
-    lowered = slots.decode.lower(model, params, rules, state, jax.ShapeDtypeStruct((), np.int32), None)
-    m = lowered.compile().memory_analysis()
+    rows = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)  # noqa: E731
+    ints, flags, together = partial(rows, np.int32), partial(rows, bool), group_size(n, k * fed)
+    B = together * k
+    branches = (ints(together), ints(B, fed), flags(B, fed), ints(B), ints(B), rows(np.uint32, B, 2))
+    generating = slots.decode.lower(model, params, rules, state, ints(), None)
+    reading = slots.feed.lower(model, params, rules, state, *branches)
     weights = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(params))
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes - weights
+    found = [lowered.compile().memory_analysis() for lowered in (generating, reading)]
+    held = lambda m: m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes  # noqa: E731
+    return max(map(held, found)) - weights
+
+
+def retrieval(a) -> None:
+    """How much of the time that passages take to be found is spent on other questions' segments. Any index that takes so long is
+    stood for by one that waits."""
+    model, params = model_of(a.size, 25)
+    n, at_once, steps = 8, 4, 4
+    asked, s = questions(n, 200, 150, a.passages or 5), search(model, params, 50, a.passages or 5, 1, steps)
+    calls = []
+
+    def find(queries, wait):
+        calls.append(len(queries))
+        time.sleep(wait)
+        return [asked[q][1] for q, _ in queries]
+
+    def seconds(wait: float, overlap: bool) -> float:
+        calls.clear()
+        find_after = lambda queries: find(queries, wait)  # noqa: E731
+        return timed(lambda: [*s.stream([prompt for prompt, _ in asked], find_after, at_once, overlap=overlap)])[1]
+
+    for overlap in (False, True):
+        seconds(0.0, overlap)  # compiles
+    wait = a.retrieval / 1e3
+    kept, beside, free = seconds(wait, False), seconds(wait, True), seconds(0.0, False)
+    print(f"{n} questions, {at_once} at once, {steps} segments each, passages found in {wait:.2f} s, {len(calls)} times")
+    print(f"  others wait   {kept:7.1f} s\n  others go on  {beside:7.1f} s\n  found at once {free:7.1f} s")
+    print(f"  {100 * (kept - beside) / (kept - free):.0f}% of the waiting is hidden")
 
 
 def copy_bandwidth() -> float:
@@ -319,10 +355,11 @@ def main() -> None:
     p.add_argument("--new", type=int, default=300, help="tokens of the long form at most; the published command has 300")
     p.add_argument("--rounds", type=int, default=3, help="of ours, of which the median counts")
     p.add_argument("--curves", action="store_true", help="ours alone: time over passages and batch, and memory")
+    p.add_argument("--retrieval", type=int, default=0, metavar="MS", help="ours alone: with passages that take so long to find")
     p.add_argument("--bandwidth", action="store_true", help="ours alone: bytes that a generated token takes, and the time")
     a = p.parse_args()
-    if a.curves or a.bandwidth:
-        return curves(a) if a.curves else bandwidth(a)
+    if a.curves or a.bandwidth or a.retrieval:
+        return curves(a) if a.curves else bandwidth(a) if a.bandwidth else retrieval(a)
     for form in ("short", "long") if a.form == "both" else (a.form,):
         compare(a, form)
 
