@@ -78,6 +78,7 @@ def test_a_file_without_questions_is_refused(tmp_path):
         (Question("1", "q", ("True.",), options=("True.", "False.")), "true", 1.0),
         (Question("1", "q", ("True.",), options=("True.", "False.")), "True. It is.", 0.0),  # exactly the option
         (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}), "x.", 0.5),
+        (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["2"]}, {"short_answers": ["x"]}]}), "On [1]. x [2].", 0.5),
         (Question("1", "q", extra={"facts": [["a", "x"], ["b", "y"], ["c", "z"], ["d", "w"]]}), "x and y, z.", 0.75),
     ],
 )

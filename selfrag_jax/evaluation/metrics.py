@@ -32,8 +32,8 @@ def accuracy(q: Question, answer: str) -> float:
     """The task's accuracy of one answer, in [0, 1].
 
     Choices: the label is right. Options: the answer is exactly the right one. qa_pairs: the share of parts answered (ALCE's
-    str-em). facts: the share of the topic's facts that are told. Otherwise: a gold answer is contained. Raises BadInput
-    when the question has no gold answer.
+    str-em, without marks of citations). facts: the share of the topic's facts that are told. Otherwise: a gold answer is
+    contained. Raises BadInput when the question has no gold answer.
     """
     if q.choices:
         said = answer.strip().rstrip(".").split(" ")[0].strip("():.")
@@ -41,7 +41,8 @@ def accuracy(q: Question, answer: str) -> float:
     if q.options:
         return float(normalise(answer) in map(normalise, _require(q)))
     if "qa_pairs" in q.extra:
-        return float(np.mean([contains(answer, pair["short_answers"]) for pair in q.extra["qa_pairs"]]))
+        text = re.sub(r" ?\[\d+\]", "", answer)
+        return float(np.mean([contains(text, pair["short_answers"]) for pair in q.extra["qa_pairs"]]))
     if "facts" in q.extra:
         return float(np.mean([contains(answer, [value]) for _, value in q.extra["facts"]]))
     return contains(answer, _require(q))
