@@ -3,6 +3,7 @@ down, and the search is looked at for what it asks next and what it makes of the
 plain form of the scripts."""
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ class Says:
     rel: float = 0.5
     sup: float = 0.0  # p(Fully supported); 0: it never says such a token, and nor does it of IsUse
     again: tuple[float, float, float] = (1.0, 0.0, 0.0)  # of the Retrieve tokens, at every position
+    tokens: tuple = ()  # in place of the parts
 
 
 @dataclass
@@ -50,7 +52,7 @@ def tell(talkative):
         return t.encode([Control(p) if p in reflection.ALL else p for p in parts])
 
     def segment(says):
-        tokens = [[*encode(*s.parts)] for s in says]
+        tokens = [[*(s.tokens or encode(*s.parts))] for s in says]
         n, m = len(says), max(map(len, tokens))
         sup = np.array([[s.sup, 0.0, 1.0 - s.sup] if s.sup else [0.0] * 3 for s in says])
         return Segment(
@@ -123,7 +125,13 @@ def test_the_long_forms_gate_looks_for_retrieval_in_what_the_model_says(tell):
 
 def test_without_retrieval_a_long_answer_ends_at_the_first_blank_line(tell):
     long = tell([[Says(("Mara studied\n\nLisford",))]], mode="no_retrieval")
-    assert tell.decode(long.outcome.best().node.tokens).strip() == "Mara studied"
+    assert text_of(tell, long.outcome) == "Mara studied"
+    tokens = tell.encode("Mara\n\nLisford\n\nso")
+    line_break = next(a for a, b in pairwise(tokens) if a == b)
+    at = tokens.index(line_break) + 1
+    apart = [*tokens[:at], *tell.encode("[Relevant]"), *tokens[at:]]
+    outcome = tell([[Says((), tokens=apart)]], mode="no_retrieval").outcome
+    assert text_of(tell, outcome) == "Mara\n\nLisford"  # a critique stood between
     assert long.fed == [[[*tell.prompt, *tell.encode("[No Retrieval]")]]]
     short = tell([[Says(("Mara studied\n\nLisford",))]], mode="no_retrieval", max_depth=1)
     assert tell.decode(short.outcome.best().node.tokens) == "Mara studied\n\nLisford"
@@ -300,6 +308,8 @@ def test_a_full_stop_within_a_word_gets_a_space(tell):
     text = "Mara has 3.5 of them.It is so."
     told = tell([[Says((text,), 0.9), Says(("b",), 0.1)]], max_depth=2)
     assert text_of(tell, told.outcome) == "Mara has 3. 5 of them. It is so."
+    told = tell([[Says(("It is?It is!So",), 0.9), Says(("b",), 0.1)]], max_depth=2)
+    assert text_of(tell, told.outcome) == "It is? It is! So"
     alone = tell([[Says((text,))]], mode="no_retrieval")  # of which the script has another form
     assert text_of(tell, alone.outcome) == text
 
@@ -323,8 +333,9 @@ def test_marks_of_citations_take_the_place_of_each_last_character(tell):
     outcome = two_segments(tell, ("Mara studied.",), ("It is so",))
     assert text_of(tell, outcome, "asqa") == text_of(tell, outcome, "eli5") == "Mara studied [1]. It is s [2]."
     assert text_of(tell, outcome, "factscore") == "Mara studied. It is so"
-    alone = tell([[Says((" Mara studied.",))]], mode="no_retrieval").outcome
-    assert text_of(tell, alone, "asqa").strip() == "Mara studied."  # no mark
+    assert text_of(tell, two_segments(tell, ("   Mara studied.",), ("b. ",)), "asqa") == " Mara studied [1]. b. [2]."
+    alone = tell([[Says(("   Mara studied. ",))]], mode="no_retrieval").outcome
+    assert text_of(tell, alone, "asqa") == " Mara studied. "  # no mark
 
 
 def test_a_full_stop_and_continue_become_the_first_mark(tell):
@@ -369,6 +380,14 @@ def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):
     best, path, text = tell.search.told(outcome, outcome.best(), "factscore", False)
     assert [n.id for n in outcome.path(best)] == [0, path[0].id] and text == "studied."
     assert text_of(tell, outcome, "asqa") == "studied [1]."
+    no = "[No support / Contradictory]"
+    both = tell([[Says((no,), 0.9), Says((no,), 0.1)]], constraints=(reflection.NO_SUPPORT,), max_depth=2).outcome
+    assert text_of(tell, both, "asqa") == text_of(tell, both) == ""
+    level = [Says((no, GO, END), 0.9, 0.9), Says(("b", no, GO), 0.9, 0.1)]
+    second = [Says((no, END), 0.9, 0.9), Says(("c.", END), 0.9, 0.8)]
+    last = [Says(("d", END), 0.1, 0.1), Says(("e", END), 0.1, 0.1)]
+    outcome = tell([level, second, last], constraints=(reflection.NO_SUPPORT,)).outcome
+    assert text_of(tell, outcome, "asqa") == "c [1]."  # the second path's, without what it is refused
 
 
 def test_no_retrieval_is_decided_once_more(tell):

@@ -15,10 +15,11 @@ all questions together, what passages share read once, generation up to the segm
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import time
 from dataclasses import replace
-from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may need its share
@@ -193,17 +194,29 @@ def ours(s: BeamSearch, asked):
     return s.run([prompt for prompt, _ in asked], lambda queries: [asked[q][1] for q, _ in queries])
 
 
+@contextlib.contextmanager
+def counted():
+    """Counts the rows that pass through the model in generating: those of branches that have ended and wait too."""
+    decode, rows = slots.decode, [0]
+
+    @functools.wraps(decode)
+    def counting(model, params, rules, state, *args):
+        before = int(state.age[0])  # every row's grows by one in a step
+        state = decode(model, params, rules, state, *args)
+        rows[0] += (int(state.age[0]) - before) * state.age.shape[0]
+        return state
+
+    slots.decode = counting
+    try:
+        yield rows
+    finally:
+        slots.decode = decode
+
+
 def timed(f):
     begin = time.perf_counter()
     out = f()
     return out, time.perf_counter() - begin
-
-
-def flops(c: LlamaConfig, tokens: float) -> float:
-    """Of the products with weights, for tokens that are read; attention and the output head are a few per cent more."""
-    from selfrag_jax.models.roofline import weights
-
-    return 2.0 * tokens * (weights(c) - 2 * c.vocab_size * c.embed_dim)
 
 
 def compare(a, form: str) -> None:
@@ -217,7 +230,8 @@ def compare(a, form: str) -> None:
     s = search(model, params, new, k, width, depth)
     del params
     before = len(compiled)
-    _, first = timed(lambda: ours(s, asked))
+    with counted() as rows:
+        _, first = timed(lambda: ours(s, asked))
     programs = len(compiled) - before
     times = []
     for _ in range(a.rounds):
@@ -231,9 +245,10 @@ def compare(a, form: str) -> None:
     print(
         f"  ours   {n / mine:8.4f} questions/s   {read} tokens read, {sum(written)} generated (segments of {np.mean(written):.0f})"
     )
-    work = [flops(model.config, t) for t in (theirs.read + theirs.written, read + sum(written))]
+    of = lambda mine: (theirs.read + theirs.written) / (read + mine)  # noqa: E731  each token takes the same operations
     print(
-        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {work[0] / work[1]:.2f}; {programs} programs compiled in {first - mine:.0f} s"
+        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {of(sum(written)):.2f}, {of(rows[0]):.2f} with branches that "
+        f"wait for others; {programs} programs compiled in {first - mine:.0f} s"
     )
 
 
@@ -266,7 +281,7 @@ def memory(model: Model, n: int, k: int, shared: bool) -> int:
     params = jax.tree.map(lambda s: s.update(dtype=model.config.dtype), model.shapes())
     params = jax.eval_shape(model.by_layers, params) if layered else params
     rows = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)  # noqa: E731
-    ints, flags, together = partial(rows, np.int32), partial(rows, bool), group_size(n, k * fed)
+    ints, flags, together = functools.partial(rows, np.int32), functools.partial(rows, bool), group_size(n, k * fed)
     B = together * k
     branches = (ints(together), ints(B, fed), flags(B, fed), ints(B), ints(B), rows(np.uint32, B, 2))
     generating = slots.decode.lower(model, params, rules, state, ints(), None)

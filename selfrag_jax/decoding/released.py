@@ -15,20 +15,29 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
   votes          are for texts, character by character: line breaks are deleted, white space and [Continue to Use Evidence] are not
   answer (short) line breaks are deleted, and a number sign or colon in front; of an answer from passages that was not elected only
                  the sign, and that only where no critique stands before it
-  answer (long)  [Continue to Use Evidence] stays in the text. With passages, a space is put behind a full stop within a word, "3.5"
-                 included. For tasks asqa and eli5, the last character of the i-th segment of the path makes way for a mark, " [i].",
-                 though the list of passages may be another; a mark is all that is seen of a segment that only criticises; one with
-                 the text of an earlier one is left out; a full stop with [Continue to Use Evidence] becomes " [1]. "; and where the
-                 best path's one segment has no text the second best path is the answer
+  answer (long)  [Continue to Use Evidence] stays in the text. With passages, a space is put behind a full stop (exclamation mark,
+                 question mark) within a word, "3.5" included. For tasks asqa and eli5, the last character of the i-th segment of the
+                 path, of those that --ignore_cont leaves, makes way for a mark, " [i].", though the list of passages may be another;
+                 a mark is all that is seen of a segment that only criticises; one with the text of an earlier one is left out; a
+                 full stop with [Continue to Use Evidence] and ". [1] " become " [1]. "; and where the best path's one segment has no
+                 text the second best path is the answer
   unknown        what is none of the 5,000 (short) or 32,000 (long) most likely tokens of a step counts as e^-100 beside the others of
-                 its group; of IsRel, in the long form, as a probability of -100
+                 its group; of IsRel, in the long form, as a probability of -100. The short form's gate knows all tokens
 
 --constraints=[No support / Contradictory] is the long form's --ignore_cont: such segments are left out of the answer, not of the
-search. Not copied: the scripts' failures (the long form without retrieval but for asqa and eli5; a long form's gate that lacks
-a token; one passage in mode always_retrieve of the short form), the critiques that they leave in a short answer, and what looks
-like a control token but was spelled. White space beside control tokens is that of Tokenizer.decode; theirs depends on the version
-of vLLM. And vLLM leaves tokens out of texts that a tokenizer holds for special, unless it is told not to, which the scripts do
-not: where [Retrieval] is one of those, their long form ends with its first segment.
+search. Not as theirs:
+
+  failures       their searches die in mode no_retrieval and, but for asqa and eli5, wherever nothing is retrieved (long); without a
+                 threshold where [No Retrieval] is said (long; taken for 0 here); of a gate that lacks a token (long); where the one
+                 path has no text (long, asqa and eli5); of one passage in mode always_retrieve, and of an empty answer (short). The
+                 short form is that of commit ed22968 but for max_depth, which that one hands to a function that has none
+  tasks          votes are for all questions with options, there for fever and arc_c; in the long form tasks but asqa and eli5 are
+                 treated as factscore, which is all that there is
+  text           an answer from passages that was not elected (short) has lost its control tokens and white space around it; what
+                 looks like a control token but was spelled stays; white space beside control tokens is that of Tokenizer.decode,
+                 theirs depends on the version of vLLM. And vLLM leaves tokens out of texts that a tokenizer holds for special, unless
+                 it is told not to, which the scripts do not: where [Retrieval] is one of those, their long form ends with its
+                 first segment
 """
 
 from __future__ import annotations
@@ -108,7 +117,7 @@ class ReleasedSearch(BeamSearch):
         if not self.long:
             return best, path, self._short_text(path[0], voted)
         if path[0].action == "no_retrieval":
-            return best, path, self._bare(path[0].tokens).removeprefix(" ")
+            return best, path, self._first_paragraph(path[0].tokens).removeprefix(" ")
         path = self._not_refused(path)
         if task not in _CITED:
             return best, path, _spaced(" ".join(self._bare(n.tokens) for n in path))
@@ -134,6 +143,12 @@ class ReleasedSearch(BeamSearch):
         again = self.rules.reflection.retrieve[2]
         gone = {*self.rules.reflection.all, self.rules.eos, self.rules.pad} - {again}
         return self.tokenizer.decode([t for t in tokens if t not in gone])
+
+    def _first_paragraph(self, tokens: Sequence[int]) -> str:
+        whole = self.tokenizer.decode(tokens)  # a critique between two line breaks keeps them apart
+        behind = len(whole) - len(whole.split("\n\n")[0])
+        text = self._bare(tokens)
+        return text[: len(text) - behind]
 
     def _not_refused(self, path: Sequence[Node]) -> list[Node]:
         return [n for n in path if not self.refused & {*n.tokens}]
@@ -185,14 +200,15 @@ class ReleasedSearch(BeamSearch):
         if not self.long:
             return scoring.released_gate(log_probs.astype(np.float64)) > c.threshold
         [out] = yield from self._generate(search, prompt, [[]], GATE_TOKENS)
-        says = self.retrieval in self._before_blank_line(out)
+        says = self.retrieval in self._to_blank_line(out)
         return says and scoring.p_retrieve(p, "yes_no") > c.threshold
 
-    def _before_blank_line(self, out: Segment) -> list[int]:
+    def _to_blank_line(self, out: Segment) -> list[int]:
+        """With the token that ends the first one; a token may hold what stands before it and after."""
         tokens = out.said()
         for n in range(1, len(tokens) + 1):
             if "\n\n" in self.tokenizer.decode(tokens[:n]):
-                return tokens[: n - 1]
+                return tokens[:n]
         return tokens
 
     def _generate(
@@ -211,7 +227,7 @@ class ReleasedSearch(BeamSearch):
     def _without(self, search: _Search, prompt: list[int]) -> Generator[Any, Any, None]:
         """Answers without retrieval."""
         [out] = yield from self._generate(search, prompt, [[self.no_retrieval]], self.config.max_new_tokens)
-        tokens = self._before_blank_line(out) if self.long else out.said()
+        tokens = self._to_blank_line(out) if self.long else out.said()
         node = self._add(search, None, "no_retrieval", None, tokens, out, 0.0, 0.0)
         search.beams = [Beam(node, search.beams[0].retrieve, 0)]
 
