@@ -4,8 +4,8 @@ included: published numbers come from it. `beam_search.py` is the paper's.
 max_depth=1 is the short-form script, more the long-form one. What is theirs, and not the paper's:
 
   gate (short)   compares log-probabilities, which inverts it
-  gate (long)    retrieves where the model says [Retrieval] within 25 tokens and the threshold agrees (as of commit f109462; before,
-                 a missing [Retrieval] retrieved, in a version whose search could not run)
+  gate (long)    retrieves where the model says [Retrieval] within 25 tokens, before a blank line, and the threshold agrees (as of
+                 commit f109462; before, a missing [Retrieval] retrieved, in a version whose search could not run)
   no retrieval   (long) ends at the first blank line
   generation     goes on to the end of text or the limit, never ends with a segment
   scores         see scoring.released_score and scoring.released_score_long
@@ -19,25 +19,29 @@ max_depth=1 is the short-form script, more the long-form one. What is theirs, an
                  question mark) within a word, "3.5" included. For tasks asqa and eli5, the last character of the i-th segment of the
                  path, of those that --ignore_cont leaves, makes way for a mark, " [i].", though the list of passages may be another;
                  a mark is all that is seen of a segment that only criticises; one with the text of an earlier one is left out; a
-                 full stop with [Continue to Use Evidence] and ". [1] " become " [1]. "; and where the best path's one segment has no
-                 text the second best path is the answer
+                 full stop with [Continue to Use Evidence] and ". [1] " become " [1]. "; and where what is left of the best path is
+                 nothing, or one segment without text, the second best path is the answer
   unknown        what is none of the 5,000 (short) or 32,000 (long) most likely tokens of a step counts as e^-100 beside the others of
-                 its group; of IsRel, in the long form, as a probability of -100. The short form's gate knows all tokens
+                 its group; of IsRel, in the long form, as a probability of -100. The short form's gate knows 32,016
 
 --constraints=[No support / Contradictory] is the long form's --ignore_cont: such segments are left out of the answer, not of the
-search. Not as theirs:
+search. The long form is the script with --use_grounding; --use_groundness, --use_utility and --use_seqscore of the short one are
+weights above 0. Not as theirs:
 
-  failures       their searches die in mode no_retrieval and, but for asqa and eli5, wherever nothing is retrieved (long); without a
-                 threshold where [No Retrieval] is said (long; taken for 0 here); of a gate that lacks a token (long); where the one
-                 path has no text (long, asqa and eli5); of one passage in mode always_retrieve, and of an empty answer (short). The
-                 short form is that of commit ed22968 but for max_depth, which that one hands to a function that has none
+  failures       their searches die where passages are to be read and there are none; in mode no_retrieval and, but for asqa and
+                 eli5, wherever nothing is retrieved (long); where [No Retrieval] is said and the threshold is None (long; taken for 0
+                 here); of a gate that lacks a token (long); where the one path has no text (long, asqa and eli5); of one passage in
+                 mode always_retrieve, and of an empty answer (short). The short form is that of commit ed22968 but for max_depth,
+                 which that one hands to a function that has none
   tasks          votes are for all questions with options, there for fever and arc_c; in the long form tasks but asqa and eli5 are
                  treated as factscore, which is all that there is
-  text           an answer from passages that was not elected (short) has lost its control tokens and white space around it; what
-                 looks like a control token but was spelled stays; white space beside control tokens is that of Tokenizer.decode,
-                 theirs depends on the version of vLLM. And vLLM leaves tokens out of texts that a tokenizer holds for special, unless
-                 it is told not to, which the scripts do not: where [Retrieval] is one of those, their long form ends with its
-                 first segment
+  tokens         what was generated goes into histories as it is, not as text that is cut into tokens again; a control token that is
+                 spelled, in a passage or by the model, is none; passages without a title have no empty line in its place; passages
+                 are cut to max_length, and paths end with the model's context
+  text           an answer from passages that was not elected (short) has lost its control tokens and white space around it; white
+                 space beside control tokens is that of Tokenizer.decode, theirs depends on the version of vLLM. And vLLM leaves
+                 tokens out of texts that a tokenizer holds for special, unless it is told not to, which the scripts do not: where
+                 [Retrieval] is one of those, their long form has one segment in mode always_retrieve, and else retrieves nothing
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ _CITED = ("asqa", "eli5")  # tasks for which the long-form script marks citation
 
 
 def _spaced(text: str) -> str:
-    """With a space behind every full stop within a word."""
+    """With a space behind what ends a sentence within a word."""
     return re.sub(r"(?<=\w)([.!?])(?=\w)", r"\1 ", text)
 
 
