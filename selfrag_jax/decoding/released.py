@@ -137,10 +137,10 @@ class ReleasedSearch(BeamSearch):
 
     def _short_text(self, node: Node, voted: bool) -> str:
         if voted or node.action == "no_retrieval":
-            return re.sub("^[#:]", "", self.option(node.tokens))
-        critique_first = bool(node.tokens) and node.tokens[0] in self.rules.reflection.all
-        in_front = not critique_first and self._bare(node.tokens).startswith(("#", ":"))
-        return self.text(node.tokens)[in_front:]
+            text = seen = self.option(node.tokens)
+        else:  # the script looks at what still has its critiques
+            text, seen = self.text(node.tokens), self.tokenizer.decode(node.tokens)
+        return text[seen.startswith(("#", ":")) :]
 
     def _bare(self, tokens: Sequence[int]) -> str:
         """The text as the scripts clean it: with white space, and with the one control token that they do not know of."""

@@ -68,10 +68,9 @@ class Segment:
         return cls(pad, count, jnp.zeros(B, jnp.float32), count, *groups, no, no, count, *more)
 
 
-def group_distribution(logits: jax.Array, ids: tuple[int, ...], known: int | None = None) -> jax.Array:
-    """Softmax within a group of token ids. logits: [B, V] -> [B, len(ids)]. known: as of `log_probs_of`."""
-    few = known is not None and known < logits.shape[-1]
-    return jax.nn.softmax(log_probs_of(logits, ids, known) if few else logits[:, jnp.array(ids)], axis=-1)
+def group_distribution(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Softmax within a group of token ids. logits: [B, V] -> [B, len(ids)]."""
+    return jax.nn.softmax(logits[:, jnp.array(ids)], axis=-1)
 
 
 def log_probs_of(logits: jax.Array, ids: tuple[int, ...], known: int | None) -> jax.Array:
@@ -116,14 +115,16 @@ def read_groups(s: Any, logits: jax.Array, token: jax.Array, ending: jax.Array, 
         ends = ending | at_limit
         when = (first, says_sup | (ends & ~s.sup_seen), ends, ends)
     names = ("isrel", "issup", "isuse", "retrieve")
-    new = {name: group_distribution(logits, getattr(r, name), rules.known) for name in names}
+    if rules.whole:
+        log_probs = {name: log_probs_of(logits, getattr(r, name), rules.known) for name in names}
+        new = {name: jax.nn.softmax(p, axis=-1) for name, p in log_probs.items()}
+    else:
+        new = {name: group_distribution(logits, getattr(r, name)) for name in names}
     kept = {k: jnp.where((live & w)[:, None], new[k], getattr(seg, k)) for k, w in zip(names, when, strict=True)}
     if rules.whole:
         now = (jnp.arange(seg.tokens.shape[1]) == s.age[:, None])[..., None] & live[:, None, None]
         kept["retrieve_at"] = jnp.where(now, new["retrieve"][:, None], seg.retrieve_at)
-        kept["rel_log_probs"] = jnp.where(
-            (live & first)[:, None], log_probs_of(logits, r.isrel, rules.known), seg.rel_log_probs
-        )
+        kept["rel_log_probs"] = jnp.where((live & first)[:, None], log_probs["isrel"], seg.rel_log_probs)
     return replace(seg, **kept), s.sup_seen | says_sup, s.use_seen | says_use
 
 
