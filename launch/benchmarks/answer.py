@@ -298,17 +298,16 @@ def retrieval(a) -> None:
     model, params = model_of(a.size, 25)
     n, at_once, steps = 8, 4, 4
     asked, s = questions(n, 200, 150, a.passages or 5), search(model, params, 50, a.passages or 5, 1, steps)
-    calls = []
-
-    def find(queries, wait):
-        calls.append(len(queries))
-        time.sleep(wait)
-        return [asked[q][1] for q, _ in queries]
+    calls = []  # of the last run
 
     def seconds(wait: float, overlap: bool) -> float:
+        def find(queries):
+            calls.append(queries)
+            time.sleep(wait)
+            return [asked[q][1] for q, _ in queries]
+
         calls.clear()
-        find_after = lambda queries: find(queries, wait)  # noqa: E731
-        return timed(lambda: [*s.stream([prompt for prompt, _ in asked], find_after, at_once, overlap=overlap)])[1]
+        return timed(lambda: [*s.stream([prompt for prompt, _ in asked], find, at_once, overlap=overlap)])[1]
 
     for overlap in (False, True):
         seconds(0.0, overlap)  # compiles
