@@ -66,12 +66,14 @@ def folder(talkative, tmp_path_factory):
     return path
 
 
-def answers(folder, **changes):
+def answers(folder, also=None, **changes):
+    """also: changes of a search that is run besides."""
     search = replace(DEFAULT.search, max_new_tokens=6, length_bucket=32, max_depth=2, ndocs=3)
     rag = SelfRAG.load(folder, config=replace(DEFAULT, search=search, batch=2, max_length=64, **changes))
     rng = np.random.default_rng(5)
     rows = [Question(str(i), f"Where {i}?", ctxs=tuple(make_passages(rng, rag.loaded.tokenizer, 3))) for i in range(2)]
-    return rag, rag.answer(rows, mode="always_retrieve")
+    found = rag.answer(rows, mode="always_retrieve")
+    return rag, found + (rag.answer(rows, mode="always_retrieve", **also) if also else [])
 
 
 @pytest.mark.slow
@@ -114,10 +116,12 @@ PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
 from test_quantize import answers
-from selfrag_jax.decoding import answer
+from selfrag_jax.decoding import answer, released
+released.KNOWN_LONG = 800  # half of the vocabulary, which lies over the devices
 if sys.argv[4] == "one by one":
     answer.one_by_one = lambda *_: True
-rag, found = answers(sys.argv[1], tensor=int(sys.argv[3]), quantization=sys.argv[5] or None)
+also = dict(scorer="released", max_depth=3, threshold=0.2)
+rag, found = answers(sys.argv[1], also, tensor=int(sys.argv[3]), quantization=sys.argv[5] or None)
 assert isinstance(rag.loaded.params["layers"], tuple) == (sys.argv[4] == "one by one")
 print(json.dumps([[a.answer, a.score, [n["score"] for n in a.tree]] for a in found]))
 """
@@ -126,7 +130,7 @@ print(json.dumps([[a.answer, a.score, [n["score"] for n in a.tree]] for a in fou
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ("", "int8"))
 def test_two_devices_answer_as_one(folder, bits):
-    """With layers stacked, as on TPUs, and one by one, as on GPUs."""
+    """With layers stacked, as on TPUs, and one by one, as on GPUs; by the paper's search and the released one."""
     found = []
     for devices, layers in ((1, "one by one"), (2, "stacked"), (2, "one by one")):
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}

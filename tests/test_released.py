@@ -249,7 +249,7 @@ def test_the_short_form_equals_the_script(talkative):
             assert [n.tokens for n in got.nodes] == [tokens for tokens, _ in tree]
             np.testing.assert_allclose([n.score for n in got.nodes], [score for _, score in tree], atol=1e-5)
             assert got.best().node.score == max(n.score for n in got.nodes)
-            retrieved, missed = retrieved + decided, missed + plain.missed
+            retrieved += decided
             if decided:
                 voted = answer._vote(search, got, Question("0", "?", options=("a", "b")))
                 elected = plain.elected(tree)
@@ -257,6 +257,7 @@ def test_the_short_form_equals_the_script(talkative):
                 mine = [n.score for n in got.nodes if search.option(n.tokens) == elected]
                 assert voted.node.score == max(mine)
                 shared += len(mine) > 1
+        missed += plain.missed
     assert 40 < retrieved < 120 and shared > 10 and missed > 10
 
 
@@ -280,10 +281,10 @@ def test_the_long_form_equals_the_script(talkative):
             assert [(n.parent, n.tokens) for n in got.nodes] == [(parent, tokens) for parent, tokens, _ in tree]
             np.testing.assert_allclose([n.total for n in got.nodes], [score for *_, score in tree], atol=1e-5)
             assert [b.node.id for b in got.beams] == beams
-            missed += plain.missed
             deep += max(n.depth for n in got.nodes) > 0
             stopped += decided and max(n.depth for n in got.nodes) < config.max_depth - 2
             remapped += any(talkative.tokenizer.id(reflection.NO_RETRIEVAL) in n.tokens for n in got.nodes)
+        missed += plain.missed
     assert deep > 10 and stopped > 10 and remapped > 10 and missed > 10
 
 
@@ -299,6 +300,22 @@ def test_answers_of_the_released_scorer(talkative):
             [alone] = rag.answer([row], **changes)
             assert alone.answer == a.answer and alone.score == pytest.approx(a.score, abs=1e-5)
             assert all(sum(a.segments[c.segment].issup.values()) > 0 and c.passage < len(a.passages) for c in a.citations)
+
+
+@pytest.mark.slow
+def test_the_task_and_the_options_of_a_question_reach_its_text(talkative, monkeypatch):
+    """Marks of citations for asqa alone, and in the short form what was elected is told as such."""
+    rng = np.random.default_rng(5)
+    row = Question("0", "Where?", ctxs=tuple(make_passages(rng, talkative.tokenizer, 3)))
+    rag, changes = make_rag(talkative), dict(scorer="released", mode="always_retrieve")
+    for task, marked in (("asqa", True), ("factscore", False), ("", False)):
+        [a] = rag.answer([replace(row, task=task)], max_depth=3, **changes)
+        assert a.answer and not a.error and bool(re.search(r" \[1\]\.", a.answer)) == marked
+    seen, told = [], ReleasedSearch.told
+    monkeypatch.setattr(ReleasedSearch, "told", lambda self, *args: seen.append(args[3]) or told(self, *args))
+    for options, depth in (((), 1), (("a", "b"), 1), (("a", "b"), 3)):
+        rag.answer([replace(row, options=options)], max_depth=depth, **changes)
+    assert seen == [False, True, False]
 
 
 def test_what_the_scripts_cannot_do_is_refused(talkative):
