@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -208,15 +209,20 @@ def writing(saved, workdir: str | Path) -> Iterator[Any]:
 
 
 def errors_once() -> None:
-    """Of a checkpoint that cannot be written or read, Orbax logs what each of its threads died of, and prints that others have no one
-    left to tell: hundreds of lines around the one error, which is raised besides. They come when they like, so this stays."""
-    logging.getLogger("absl").addFilter(_not_of_orbax)
+    """Of a checkpoint that cannot be written or read, Orbax logs what each of its threads died of, asyncio what each of Orbax's tasks
+    died of that was not waited for, and Orbax prints that others have no one left to tell: hundreds of lines around the one error,
+    which is raised besides. They come when they like, so this stays."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_not_of_orbax)
     if getattr(sys.unraisablehook, "func", None) is not _unless_too_late:
         sys.unraisablehook = partial(_unless_too_late, sys.unraisablehook)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    if not record.exc_info:
+        return True
+    where = [record.pathname, *(frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2]))]
+    return not any(f"{os.sep}orbax{os.sep}" in file for file in where)
 
 
 def _unless_too_late(otherwise: Callable[[Any], None], error: Any) -> None:
