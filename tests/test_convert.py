@@ -245,26 +245,35 @@ def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, f
 
 
 @pytest.mark.slow
-def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path):
-    """SIGTERM while the fifth tensor is read."""
-    program = """if True:
-        import os, signal, sys, time
+@pytest.mark.parametrize(
+    ("form", "number", "status"), [("orbax", "SIGTERM", 143), ("orbax", "SIGINT", 130), ("huggingface", "SIGTERM", 143)]
+)
+def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path, form, number, status):
+    """Told so while the fifth tensor is read. What is half-written is removed, and nothing is written any more then."""
+    program = f"""if True:
+        import os, shutil, signal, sys, time
         from selfrag_jax import cli
         from selfrag_jax.models import huggingface
-        read, calls = huggingface.Folder.tensor, []
-        def slow(self, name, shape):
+        read, remove, calls = huggingface.Folder.tensor, shutil.rmtree, []
+        def tensor(self, name, shape):
             calls.append(name)
             if len(calls) == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(10)
+                os.kill(os.getpid(), signal.{number})
+            time.sleep(0.05)
             return read(self, name, shape)
-        huggingface.Folder.tensor = slow
+        def rmtree(*args, **kwargs):
+            before = len(calls)
+            time.sleep(0.5)
+            if len(calls) > before:
+                print("still being written")
+            remove(*args, **kwargs)
+        huggingface.Folder.tensor, shutil.rmtree = tensor, rmtree
         sys.exit(cli.main())
     """
-    command = [sys.executable, "-c", program, "convert", f"--from={folder[0]}", f"--to={tmp_path}/new/out", "--format=orbax"]
+    command = [sys.executable, "-c", program, "convert", f"--from={folder[0]}", f"--to={tmp_path}/new/out", f"--format={form}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert not done.stdout and not list(tmp_path.iterdir())
 
 
 def truncate(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -255,10 +256,11 @@ class _Streamed:
 
 
 class _StreamHandler(type_handlers.NumpyHandler):
-    """Writes `_Streamed` leaves as the numpy arrays that they stand for, one at a time."""
+    """Writes `_Streamed` leaves as the numpy arrays that they stand for, one at a time, in a thread of Orbax's."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
+        self._stopped, self._writing = threading.Event(), []
 
     async def _background_serialize(self, values, infos, args=None):
         for one in zip(values, infos, args, strict=True):
@@ -266,7 +268,10 @@ class _StreamHandler(type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        return [future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")]
+        self._writing = [
+            future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")
+        ]
+        return self._writing
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context) -> None:
         import tensorstore as ts
@@ -275,8 +280,17 @@ class _StreamHandler(type_handlers.NumpyHandler):
             tspec["metadata"]["chunks"] = (1, *value.shape[1:])
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         for i, part in enumerate(value.parts()):
+            if self._stopped.is_set():
+                raise InterruptedError("told to stop")
             await (array[i] if value.layered else array).write(part)
         value.done()
+
+    def stop(self) -> None:
+        """Nothing is written any more once this returns. What the thread died of is not raised."""
+        self._stopped.set()
+        for one in self._writing:
+            with suppress(Exception):
+                one.result()
 
 
 def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
@@ -296,7 +310,8 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
 
     tree = build((path, leaf(path, shape.shape)) for path, shape in leaves(s.shapes))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    streamed = ((_Streamed, _StreamHandler()), (jax.Array, type_handlers.ArrayHandler()))
+    stream = _StreamHandler()
+    streamed = ((_Streamed, stream), (jax.Array, type_handlers.ArrayHandler()))
     handlers.add("state", ocp.args.PyTreeSave, opened.handler(*streamed))
     handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -304,7 +319,11 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     checkpoints.errors_once()
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
-        saved.save(0, args=args)
+        try:
+            saved.save(0, args=args)
+        except BaseException:  # a signal, of which the thread does not know: it would write what is being removed
+            stream.stop()
+            raise
     checkpoints.write_record(folder / "0" / "data" / "metadata", {}, prints)  # known once all has been read
     checkpoints.write_architecture(out, s.config, s.tokenizer)
 
