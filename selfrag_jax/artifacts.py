@@ -30,6 +30,7 @@ except ImportError:  # no Unix
     fcntl = None
 
 STARTED = "started.json"
+LOCK = ".lock"  # a file of its own: one that is written anew and renamed would be another file to whoever holds it
 _OF_A_MODEL = (
     "config.json",
     "*.safetensors",
@@ -126,8 +127,11 @@ def claim(folder: str | Path, stage: str, config: Any, inputs: Mapping[str, str 
 
 @contextmanager
 def alone(folder: str | Path) -> Iterator[None]:
-    """Within the block no other process may have the claimed folder. Raises BadInput where one has it, as `lock` does."""
-    with open(Path(folder) / STARTED, "rb") as f:
+    """Within the block no other process may have the folder, which is made if need be. Raises BadInput where one has it, as `lock`
+    does."""
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as f:
         lock(f, folder)
         yield
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from selfrag_jax import cli
+from selfrag_jax import artifacts, cli
 from selfrag_jax import config as configs
 from selfrag_jax.data.generator import GeneratorSource
 from selfrag_jax.models import checkpoints
@@ -110,6 +110,14 @@ def test_other_weights_from_scratch_are_another_training(tmp_path):
     c.seed += 1  # of the weights
     with pytest.raises(BadInput, match="scratch.seed: 0 there, 1 asked for"):
         train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+
+
+def test_a_workdir_in_use_is_not_claimed(tmp_path):
+    """Two processes begin at the same moment: the second changes nothing, not even what the workdir says it was begun with."""
+    write_jsonl(tmp_path / "data.jsonl", [GeneratorExample("0", "Say 0.", "[No Retrieval]Number 0.[Utility:5]")])
+    with artifacts.alone(tmp_path / "w"), pytest.raises(BadInput, match="w: another process is writing it"):
+        train_stage(configs.load("tiny:smoke"), "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    assert [p.name for p in (tmp_path / "w").iterdir()] == [artifacts.LOCK]
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):

@@ -123,11 +123,11 @@ def train_stage(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
             f"host has {jax.local_device_count()} devices: --config.{role}.mesh.tensor, and the rest in mesh.fsdp",
             file=sys.stderr,
         )
-    # Not before data and mesh have been looked at: bad ones leave nothing behind. All of them look, so that all refuse.
-    artifacts.claim(workdir, "train", made, inputs, write=leads)
-    held = [start.params]
-    start = replace(start, params=None)  # the trainer alone holds them, and lets them go
+    # Not before data and mesh have been looked at: bad ones leave nothing behind.
     with artifacts.alone(workdir) if leads else nullcontext():
+        artifacts.claim(workdir, "train", made, inputs, write=leads)  # all of them look, so that all refuse
+        held = [start.params]
+        start = replace(start, params=None)  # the trainer alone holds them, and lets them go
         result = train(section, start.model, held.pop, source, start.tokenizer, workdir, name, new)
     counts = {k: result[k] for k in ("steps", "examples", "truncated")}
     if leads:
