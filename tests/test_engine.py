@@ -102,6 +102,34 @@ def test_a_slot_is_filled_as_soon_as_it_is_free(talkative):
         assert a.answer == others[a.id].answer and a.score == pytest.approx(others[a.id].score, abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"keep_passages": False}, {"scorer": "released"}], ids=str)
+def test_slots_that_are_changed_together_are_changed_as_one_by_one(talkative, monkeypatch, changes):
+    """Of eight slots, all that wait are read, fed and kept as one group: whole ones, and some that are filled up."""
+    rows, sizes, groups = asked(talkative, 29), [], engine.Engine.groups
+
+    def noted(*args):
+        for group in groups(*args):
+            sizes.append((len(group), len({q for q, _ in group})))
+            yield group
+
+    monkeypatch.setattr(engine.Engine, "groups", noted)
+    found = []
+    for smallest in (8, 100):
+        monkeypatch.setattr(engine, "SMALLEST_GROUP", smallest)
+        rag = make_rag(talkative, ndocs=2)
+        rag.config = replace(rag.config, batch=8)
+        found.append(rag.answer(rows, mode="always_retrieve", **changes))
+        together, sizes[:] = [of for n, of in sizes if n > 1], []
+        assert together == [] if smallest == 100 else 8 in together and set(together) & set(range(5, 8))
+    for one, other in zip(*found, strict=True):
+        assert not one.error and one.answer == other.answer
+        assert [(n["parent"], n["text"], n["said"]) for n in one.tree] == [
+            (n["parent"], n["text"], n["said"]) for n in other.tree
+        ]
+        np.testing.assert_allclose([n["score"] for n in one.tree], [n["score"] for n in other.tree], atol=1.1e-4)  # 4 digits
+
+
 @pytest.mark.parametrize(("width", "least"), [(1, 6), (2, 1)])
 def test_segments_are_told_when_they_have_settled(talkative, width, least):
     """In the order of the answer, before it, and none of them changes any more. One beam settles each segment at once."""
