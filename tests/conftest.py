@@ -14,14 +14,19 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from selfrag_jax.models.checkpoints import LoadedModel
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.world.base import make_tokenizer
 from selfrag_jax.world.encyclopedia import WorldConfig, build
 
+# The same examples in every run, so that a failure is one of the change; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-@pytest.fixture(autouse=True, scope="module")
+
+@pytest.fixture(autouse=True)
 def few_compiled_programs():
     """Each compiled program takes some of the memory maps that Linux gives a process (65,530), without which XLA ends in a
     segmentation fault; so they are let go in time."""
@@ -30,6 +35,16 @@ def few_compiled_programs():
     if maps.is_file() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Commands that are run within the process may set variables of their own."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -333,12 +333,13 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
     command = [sys.executable, "-m", "selfrag_jax", "train", "--role=generator", f"--data={tmp_path}/data.jsonl"]
     command += [f"--workdir={tmp_path}/w", "--config=tiny:smoke"]
     limited = ["bash", "-c", 'ulimit -f 586 && exec "$@"', "bash", *command]  # KiB
-    full = subprocess.run(limited, capture_output=True, text=True)
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}  # in which no killed process left half a program
+    full = subprocess.run(limited, capture_output=True, text=True, env=env)
     assert full.returncode == 1, full.stderr
     assert "a checkpoint could not be written (File too large)" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr and "Error" not in full.stderr and steps(tmp_path / "w") == []
     with artifacts.alone(tmp_path / "w"):  # as a process that is not quite gone
-        other = subprocess.run(command, capture_output=True, text=True)
+        other = subprocess.run(command, capture_output=True, text=True, env=env)
     assert other.returncode == 2 and "another process is writing it" in other.stderr, other.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, env=env)
     assert again.returncode == 0 and steps(tmp_path / "w")[-1] == 6, again.stderr

@@ -248,7 +248,7 @@ def compare(a, form: str) -> None:
     of = lambda mine: (theirs.read + theirs.written) / (read + mine)  # noqa: E731  each token takes the same operations
     print(
         f"  ratio  {per_question / mine:8.2f}   of floating-point operations {of(sum(written)):.2f}, {of(rows[0]):.2f} with branches that "
-        f"wait for others; {programs} programs compiled in {first - mine:.0f} s"
+        f"wait for others; {programs} programs compiled in {max(0.0, first - mine):.0f} s"
     )
 
 
