@@ -110,7 +110,7 @@ def _answer(pick) -> dict:
             top_p=1.0,
             seed=0,
         ),
-        batch=pick(50, 6),  # fewer than 8 are changed one by one: half as many programs to compile
+        batch=pick(50, 6),  # fewer than 8 are changed one by one: one program of each kind, not two
         max_length=160,
         closed_set=True,
         dtype=None,

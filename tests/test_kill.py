@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS, SAVE_EVERY = 500, 4  # more than there is time for while it is killed, on whatever machine
+STEPS, SAVE_EVERY = 600, 4  # more than there is time for while it is killed, on whatever machine
 
 
 def program(workdir, form):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ class _StreamHandler(type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._stopped, self._writing = threading.Event(), []
+        self.stopped = threading.Event()
 
     async def _background_serialize(self, values, infos, args=None):
         for one in zip(values, infos, args, strict=True):
@@ -268,10 +269,7 @@ class _StreamHandler(type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        self._writing = [
-            future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")
-        ]
-        return self._writing
+        return [future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")]
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context) -> None:
         import tensorstore as ts
@@ -280,17 +278,10 @@ class _StreamHandler(type_handlers.NumpyHandler):
             tspec["metadata"]["chunks"] = (1, *value.shape[1:])
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         for i, part in enumerate(value.parts()):
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 raise InterruptedError("told to stop")
             await (array[i] if value.layered else array).write(part)
         value.done()
-
-    def stop(self) -> None:
-        """Nothing is written any more once this returns. What the thread died of is not raised."""
-        self._stopped.set()
-        for one in self._writing:
-            with suppress(Exception):
-                one.result()
 
 
 def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
@@ -319,13 +310,34 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
     checkpoints.errors_once()
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
-        try:
-            saved.save(0, args=args)
-        except BaseException:  # a signal, of which the thread does not know: it would write what is being removed
-            stream.stop()
-            raise
+        _undisturbed(partial(saved.save, 0, args=args), stream.stopped)
     checkpoints.write_record(folder / "0" / "data" / "metadata", {}, prints)  # known once all has been read
     checkpoints.write_architecture(out, s.config, s.tokenizer)
+
+
+def _undisturbed(save: Callable[[], Any], stopped: threading.Event) -> None:
+    """Saves in a thread of its own, which no signal reaches. Where one ends the waiting for it, `stopped` is set, and what the signal
+    raises goes on only when all of Orbax's threads have ended; else one of them might write what is being removed."""
+    running, failed = threading.Lock(), []
+
+    def run() -> None:
+        with running:
+            try:
+                if not stopped.is_set():
+                    save()
+            except BaseException as e:
+                failed.append(e)
+
+    thread = threading.Thread(target=run, name="save")
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        stopped.set()
+        with running:  # it has ended, or will find that it need not begin
+            raise
+    if failed:
+        raise failed[0]
 
 
 def _lazy_params(workdir: Path, step: int) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
