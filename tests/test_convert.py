@@ -268,6 +268,7 @@ def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path, form
                 print("still being written")
             remove(*args, **kwargs)
         huggingface.Folder.tensor, shutil.rmtree = tensor, rmtree
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without
         sys.exit(cli.main())
     """
     command = [sys.executable, "-c", program, "convert", f"--from={folder[0]}", f"--to={tmp_path}/new/out", f"--format={form}"]
