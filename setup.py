@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["selfrag_jax", "selfrag_jax.*"]), "selfrag_jax.configs"],
     package_dir={"selfrag_jax": "selfrag_jax", "selfrag_jax.configs": "configs"},
-    package_data={"selfrag_jax": ["world/base_model/*"]},
+    package_data={"selfrag_jax": ["base_model/weights/*"]},
     entry_points={"console_scripts": ["selfrag=selfrag_jax.cli:main"]},
     install_requires=[
         "jax>=0.10,<0.12",

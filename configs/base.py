@@ -3,13 +3,13 @@
     selfrag base --workdir=W/base --out=my_base                       # about an hour on one CPU core
     selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
 
-Hardware: one CPU core, 2 GB. Score to expect: that of the model in selfrag_jax/world/base_model, made with these stages
+Hardware: one CPU core, 2 GB. Score to expect: that of the model in selfrag_jax/base_model/weights, made with these stages
 (its made.json holds scores and time).
 """
 
 from ml_collections import ConfigDict
 
-COMMAND = "selfrag base --workdir=W/base --out=selfrag_jax/world/base_model"
+COMMAND = "selfrag base --workdir=W/base --out=selfrag_jax/base_model/weights"
 
 
 def _train() -> ConfigDict:

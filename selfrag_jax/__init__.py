@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     # Imported on first use: `import selfrag_jax` stays instant.
     if name == "SelfRAG":
-        from selfrag_jax.decoding.answer import SelfRAG
+        from selfrag_jax.answering.selfrag import SelfRAG
 
         return SelfRAG
     raise AttributeError(f"module 'selfrag_jax' has no attribute {name!r}")

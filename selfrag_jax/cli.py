@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from selfrag_jax import memory
+from selfrag_jax import allocator as memory
+from selfrag_jax.commands.stages import STAGES, Failed, Stage
 from selfrag_jax.records import BadInput
-from selfrag_jax.stages import STAGES, Failed, Stage
 
 
 def _overview() -> str:

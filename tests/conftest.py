@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from selfrag_jax.models.checkpoints import LoadedModel
+from selfrag_jax.base_model.source import make_tokenizer
+from selfrag_jax.checkpoints.saving import LoadedModel
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.world.base import make_tokenizer
 from selfrag_jax.world.encyclopedia import WorldConfig, build
 
 # The same examples in every run, so that a failure is one of the change; HYPOTHESIS_PROFILE=default looks for new ones.
@@ -109,7 +109,7 @@ def small_world():
 def quickstart(tmp_path_factory):
     """A finished smoke run: (workdir, rows of results.json)."""
     from selfrag_jax import config
-    from selfrag_jax.world import quickstart as flow
+    from selfrag_jax.commands import quickstart as flow
 
     workdir = tmp_path_factory.mktemp("quickstart")
     return workdir, flow.run(config.load("tiny:smoke"), workdir)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import scoring
-from selfrag_jax.decoding.answer import DEFAULT, SelfRAG
-from selfrag_jax.decoding.beam_search import SearchConfig
+from selfrag_jax.answering.selfrag import DEFAULT, SelfRAG
 from selfrag_jax.records import Passage
-from selfrag_jax.tokenizer import Control
+from selfrag_jax.search import scoring
+from selfrag_jax.search.paper import SearchConfig
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import Control
 
 
 class PlainSearch:

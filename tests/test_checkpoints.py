@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfrag_jax import artifacts
-from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints, fingerprints, huggingface
-from selfrag_jax.models.convert import convert
+from selfrag_jax.checkpoints import fingerprints
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.checkpoints.converting import convert
+from selfrag_jax.data.generator_examples import GeneratorSource
+from selfrag_jax.huggingface import weights as huggingface
 from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
@@ -254,7 +256,7 @@ def test_a_second_start_does_not_read_the_base(run, tiny_model, tokenizer, tmp_p
 
 def test_a_full_disk_ends_the_log_with_an_error(tmp_path, monkeypatch):
     """tensorboardX's own writer would wait for ever."""
-    from selfrag_jax.training.metrics import Log
+    from selfrag_jax.training.log import Log
 
     log = Log(tmp_path)
     add = lambda: log.add({"loss": np.ones(5), "correct": np.ones(5), "count": np.ones(5), "gradient_norm": 1.0}, 8)  # noqa: E731

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from plain_search import make_rag
 
-from selfrag_jax import cli, config, stages
+from selfrag_jax import cli, config
+from selfrag_jax.commands import stages
 from selfrag_jax.records import BadInput
 from selfrag_jax.training.train import TrainConfig
 
@@ -116,7 +117,7 @@ def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
 
 
 def test_build_refuses_unknown_and_missing_fields():
-    from selfrag_jax.retrieval.embed import EncoderConfig
+    from selfrag_jax.retrieval.encoders import EncoderConfig
 
     with pytest.raises(BadInput, match="did you mean 'dim'"):
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
@@ -143,9 +144,9 @@ def test_build_refuses_fields_of_the_wrong_type(change, message):
 
 
 def test_both_variants_of_tiny_build_every_section():
-    from selfrag_jax.critique.collect import CollectConfig
-    from selfrag_jax.critique.label import LabelConfig
-    from selfrag_jax.decoding.answer import AnswerConfig
+    from selfrag_jax.answering.selfrag import AnswerConfig
+    from selfrag_jax.critic.collecting import CollectConfig
+    from selfrag_jax.critic.labelling import LabelConfig
     from selfrag_jax.training.train import TrainConfig
     from selfrag_jax.world.encyclopedia import WorldConfig
 

@@ -18,9 +18,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from selfrag_jax import artifacts, cli
-from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.decoding.answer import SelfRAG
-from selfrag_jax.models import checkpoints, convert, huggingface
+from selfrag_jax.answering.selfrag import SelfRAG
+from selfrag_jax.checkpoints import converting as convert
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.data.generator_examples import GeneratorSource
+from selfrag_jax.huggingface import weights as huggingface
 from selfrag_jax.models.attention import RopeScaling
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.records import BadInput, GeneratorExample
@@ -81,7 +83,7 @@ def test_another_type_rounds_each_value(folder, tmp_path):
 
 @pytest.mark.parametrize("tied", (True, False))
 def test_new_reflection_tokens_start_at_the_mean(tiny_model, tmp_path, tied):
-    from selfrag_jax.world.base import make_tokenizer
+    from selfrag_jax.base_model.source import make_tokenizer
 
     plain = make_tokenizer(4000)  # without reflection tokens
     model = Model(replace(tiny_model.model.config, vocab_size=plain.vocab_size, tie_embeddings=tied))
@@ -100,7 +102,7 @@ def test_new_reflection_tokens_start_at_the_mean(tiny_model, tmp_path, tied):
 
 
 def test_reflection_tokens_take_the_padding_of_a_table(tiny_model, tmp_path):
-    from selfrag_jax.world.base import make_tokenizer
+    from selfrag_jax.base_model.source import make_tokenizer
 
     plain = make_tokenizer(4000)
     old, padding = plain.vocab_size, 5  # fewer spare rows than there are new tokens

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from selfrag_jax.data.batches import LOSS_GROUPS, Packer, build_example
-from selfrag_jax.data.critic import CriticSource
-from selfrag_jax.data.generator import GeneratorSource, output_segments
+from selfrag_jax.data.critic_examples import CriticSource
+from selfrag_jax.data.generator_examples import GeneratorSource, output_segments
 from selfrag_jax.records import BadInput, CriticExample, GeneratorExample, Passage, read_rows
-from selfrag_jax.tokenizer import Control
+from selfrag_jax.text.tokenizer import Control
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 2.0, "issup": 1.0, "isuse": 1.0}
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_search import make_passages, make_rag
 
-from selfrag_jax.decoding import engine, segments, slots
-from selfrag_jax.decoding.answer import Answer, SegmentDone
-from selfrag_jax.decoding.engine import bucket
+from selfrag_jax.answering.selfrag import Answer, SegmentDone
+from selfrag_jax.engine import engine, segments
+from selfrag_jax.engine import programs as slots
+from selfrag_jax.engine.engine import bucket
 from selfrag_jax.models.llama import Cache
 from selfrag_jax.records import BadInput, Question
 
@@ -180,7 +181,7 @@ def test_other_questions_go_on_while_passages_are_looked_for(talkative, monkeypa
 
 def test_a_search_that_fails_frees_its_slot(talkative, monkeypatch):
     rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 9)
-    from selfrag_jax.decoding.beam_search import BeamSearch
+    from selfrag_jax.search.paper import BeamSearch
 
     node = BeamSearch._node
 
@@ -249,7 +250,7 @@ def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkey
     monkeypatch.setattr(engine, "_seen", set())
     rag = make_rag(talkative, ndocs=2)
     rows = asked(talkative, 5)
-    with caplog.at_level("INFO", logger="selfrag_jax.decoding.engine"):
+    with caplog.at_level("INFO", logger="selfrag_jax.engine.engine"):
         rag.answer(rows, mode="always_retrieve")
         before = len(engine.compiled)
         traced = [getattr(slots, name)._cache_size() for name in ("read", "feed", "decode", "keep")]

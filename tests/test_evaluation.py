@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from selfrag_jax import reflection
-from selfrag_jax.evaluation import evaluate, metrics, report
-from selfrag_jax.evaluation.tasks import read_questions
+from selfrag_jax.data.questions import read_questions
+from selfrag_jax.evaluation import metrics, report
+from selfrag_jax.evaluation import scores as evaluate
 from selfrag_jax.records import BadInput, Question
+from selfrag_jax.text import reflection
 
 
 def write(path, rows):

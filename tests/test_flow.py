@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from selfrag_jax import artifacts, cli, config
-from selfrag_jax.decoding import scoring
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.commands import quickstart as flow
 from selfrag_jax.evaluation import report
-from selfrag_jax.models import checkpoints
 from selfrag_jax.records import BadInput, read_rows
 from selfrag_jax.retrieval import corpus
-from selfrag_jax.world import quickstart as flow
+from selfrag_jax.search import scoring
 
 
 def test_every_system_has_its_results(quickstart):
@@ -145,8 +145,8 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
 
 
 def test_generator_data_is_in_the_published_format(quickstart):
-    from selfrag_jax import prompts, reflection
-    from selfrag_jax.tokenizer import Control
+    from selfrag_jax.text import prompts, reflection
+    from selfrag_jax.text.tokenizer import Control
 
     for _, row in read_rows(quickstart[0] / "generator_data.jsonl"):
         controls = [p.token for p in prompts.parse_output(row["output"]) if isinstance(p, Control)]

@@ -19,7 +19,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from selfrag_jax import cli
-from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.huggingface import weights as huggingface
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.records import BadInput
 

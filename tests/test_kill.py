@@ -19,13 +19,13 @@ def program(workdir, form):
     """Prints "step N" before each step, and at the end a hash of the parameters."""
     import jax
 
-    from selfrag_jax.data.generator import GeneratorSource
+    from selfrag_jax.base_model.source import make_tokenizer
+    from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.models.llama import LlamaConfig, Model
     from selfrag_jax.models.lora import LoraConfig
     from selfrag_jax.records import GeneratorExample
     from selfrag_jax.training import train as trainer
     from selfrag_jax.training.optimizer import OptimizerConfig
-    from selfrag_jax.world.base import make_tokenizer
 
     tokenizer = make_tokenizer(4000).with_reflection_tokens()
     rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]

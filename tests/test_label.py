@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from selfrag_jax import prompts, reflection
-from selfrag_jax.critique.label import CriticConfig, LabelConfig, label_rows
+from selfrag_jax.critic.labelling import CriticConfig, LabelConfig, label_rows
 from selfrag_jax.records import Instruction, Passage
-from selfrag_jax.tokenizer import NEWLINE, Control
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import NEWLINE, Control
 
 CONFIG = LabelConfig(seed=0, critic=CriticConfig(8, 32, True), passages=3, variants=2, best_rate=0.5, chunk=10)
 PASSAGES = tuple(Passage(str(i), f"Title {i}", f"Text {i}.") for i in range(5))

@@ -8,9 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints, lora
-from selfrag_jax.models.convert import convert
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.checkpoints.converting import convert
+from selfrag_jax.data.generator_examples import GeneratorSource
+from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import at, leaves

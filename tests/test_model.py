@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfrag_jax.models import checkpoints
+from selfrag_jax.checkpoints import saving as checkpoints
 from selfrag_jax.models.llama import Cache, Llama, LlamaConfig, Model
 from selfrag_jax.records import BadInput
 

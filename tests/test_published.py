@@ -11,10 +11,11 @@ import torch
 import transformers
 
 from selfrag_jax import cli
-from selfrag_jax.decoding.answer import SelfRAG
-from selfrag_jax.models import checkpoints, huggingface
+from selfrag_jax.answering.selfrag import SelfRAG
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.huggingface import weights as huggingface
 from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
-from selfrag_jax.tokenizer import Control, Tokenizer
+from selfrag_jax.text.tokenizer import Control, Tokenizer
 
 TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer" / "tokenizer.model"
 CONFIG = """

@@ -13,9 +13,10 @@ import pytest
 from plain_search import make_passages
 
 from selfrag_jax import cli, config
+from selfrag_jax.answering.selfrag import DEFAULT, AnswerConfig, SelfRAG, prepare
 from selfrag_jax.config import build
-from selfrag_jax.decoding.answer import DEFAULT, AnswerConfig, SelfRAG, prepare
-from selfrag_jax.models import huggingface, quantize
+from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.models import quantize
 from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import at, leaves

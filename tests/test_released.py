@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from plain_search import PlainSearch, make_passages, make_rag
 
-from selfrag_jax import prompts, reflection
-from selfrag_jax.decoding import answer, engine, scoring
-from selfrag_jax.decoding.answer import DEFAULT
-from selfrag_jax.decoding.released import ReleasedSearch
+from selfrag_jax.answering import selfrag as answer
+from selfrag_jax.answering.selfrag import DEFAULT
+from selfrag_jax.engine import engine
 from selfrag_jax.records import BadInput, Question
-from selfrag_jax.tokenizer import Control
+from selfrag_jax.search import scoring
+from selfrag_jax.search.released.search import ReleasedSearch
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import Control
 
 
 def test_the_gate_compares_logarithms():

@@ -8,7 +8,8 @@ import pytest
 
 from selfrag_jax import cli, config
 from selfrag_jax.records import BadInput, Passage, read_rows
-from selfrag_jax.retrieval import corpus, embed, index
+from selfrag_jax.retrieval import corpus, index
+from selfrag_jax.retrieval import encoders as embed
 from selfrag_jax.retrieval.retriever import OnlineRetriever, retrieve_file
 from selfrag_jax.world import encyclopedia
 

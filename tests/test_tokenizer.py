@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import prompts, reflection
+from selfrag_jax.base_model.source import make_tokenizer
 from selfrag_jax.records import Passage
-from selfrag_jax.tokenizer import Control, Tokenizer
-from selfrag_jax.world.base import make_tokenizer
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import Control, Tokenizer
 
 
 @given(st.text(max_size=60))

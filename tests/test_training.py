@@ -15,13 +15,13 @@ from jax.sharding import AbstractMesh
 
 from selfrag_jax import artifacts, cli
 from selfrag_jax import config as configs
-from selfrag_jax.data.generator import GeneratorSource
-from selfrag_jax.models import checkpoints
+from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.commands.train import starting_model, train_stage
+from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
 from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
 from selfrag_jax.training.optimizer import OptimizerConfig, schedule
-from selfrag_jax.training.stage import starting_model, train_stage
 from selfrag_jax.training.train import MeshConfig, TrainConfig, train
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
@@ -465,7 +465,7 @@ def test_fifty_steps_equal_those_of_torch(tokenizer, tmp_path, form):
     torch = pytest.importorskip("torch")
     from test_huggingface import torch_model
 
-    from selfrag_jax.models import huggingface
+    from selfrag_jax.huggingface import weights as huggingface
     from selfrag_jax.models.llama import Model
 
     steps, rate = 50, 1e-3

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import prompts, reflection
+from selfrag_jax.checkpoints.saving import read_tokenizer
 from selfrag_jax.data.batches import build_example
-from selfrag_jax.models.checkpoints import read_tokenizer
 from selfrag_jax.records import BadInput, Passage
-from selfrag_jax.tokenizer import EOS, MODES, Control, Tokenizer
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import EOS, MODES, Control, Tokenizer
 
 FOLDER = Path(__file__).parent / "data" / "llama_tokenizer"
 CASES = [json.loads(line) for line in (Path(__file__).parent / "data" / "llama_tokenizer_ids.jsonl").open()]

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import config, reflection
-from selfrag_jax.critique import collect
-from selfrag_jax.prompts import CritiqueQuery
+from selfrag_jax import config
+from selfrag_jax.critic import collecting as collect
 from selfrag_jax.records import Passage, write_jsonl
+from selfrag_jax.text import reflection
+from selfrag_jax.text.prompts import CritiqueQuery
 from selfrag_jax.world import encyclopedia, language, questions, truth
 
 

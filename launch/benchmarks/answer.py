@@ -28,15 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfrag_jax import reflection
-from selfrag_jax.decoding import segments, slots
-from selfrag_jax.decoding.beam_search import BeamSearch, SearchConfig
-from selfrag_jax.decoding.engine import compiled, group_size, on_device, one_by_one
-from selfrag_jax.decoding.scoring import Weights
+from selfrag_jax.engine import programs as slots
+from selfrag_jax.engine import segments
+from selfrag_jax.engine.engine import compiled, group_size, on_device, one_by_one
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.records import Passage
-from selfrag_jax.tokenizer import Control
+from selfrag_jax.search.paper import BeamSearch, SearchConfig
+from selfrag_jax.search.scoring import Weights
+from selfrag_jax.text import reflection
+from selfrag_jax.text.tokenizer import Control
 
 WORDS = 32_000  # the vocabulary's; the reflection tokens stand behind them
 
@@ -101,7 +102,7 @@ class Released:
         import torch
         import transformers
 
-        from selfrag_jax.models import huggingface
+        from selfrag_jax.huggingface import weights as huggingface
 
         self.torch = torch
         with tempfile.TemporaryDirectory() as folder:

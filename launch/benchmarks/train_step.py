@@ -4,7 +4,7 @@
     python launch/benchmarks/train_step.py --size=1b --length=2048 --dtype=bfloat16 --rounds=1  # on a GPU
 
 Each runs in a process of its own, as its users start it: torch in a child, ours as `selfrag` does, which keeps the memory that
-XLA frees (selfrag_jax/memory.py; --kept_torch gives torch the like). Prints tokens per second of both (of the median step),
+XLA frees (selfrag_jax/allocator.py; --kept_torch gives torch the like). Prints tokens per second of both (of the median step),
 their ratio, and on a device with a known peak the model FLOPs utilisation (selfrag_jax/models/roofline.py). Needs torch and
 transformers, as `pip install '.[test]'` brings them. Compilation and the first steps are not timed.
 """
@@ -61,7 +61,7 @@ def with_torch(a, c: dict, folder: str):
 
 def torch_process(a, c: dict, folder: str, connection) -> None:
     """Sends the number of parameters, then the times of some steps whenever it is asked, until the other end is closed."""
-    from selfrag_jax import memory
+    from selfrag_jax import allocator as memory
 
     if a.kept_torch:
         memory.keep_freed()
@@ -87,7 +87,8 @@ def with_jax(a, folder: str):
     import jax.numpy as jnp
     import numpy as np
 
-    from selfrag_jax.models import huggingface, roofline
+    from selfrag_jax.huggingface import weights as huggingface
+    from selfrag_jax.models import roofline
     from selfrag_jax.models.llama import Model
     from selfrag_jax.training import optimizer, train
 
@@ -130,7 +131,7 @@ def rate(a, times: list[float]) -> float:
 def main() -> None:
     import tempfile
 
-    from selfrag_jax import memory
+    from selfrag_jax import allocator as memory
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="100m")

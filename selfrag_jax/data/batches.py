@@ -19,8 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
-from selfrag_jax import reflection
-from selfrag_jax.tokenizer import BOS, Control, Part, Tokenizer
+from selfrag_jax.text import reflection
+from selfrag_jax.text.tokenizer import BOS, Control, Part, Tokenizer
 
 # Loss groups, for reports and weights: plain text, then the reflection-token groups.
 LOSS_GROUPS = ("text", *reflection.GROUPS)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax import prompts
-from selfrag_jax.decoding.answer import question_text
-from selfrag_jax.decoding.engine import Engine, Generate, Read, drive, on_device
-from selfrag_jax.decoding.segments import Segment, TokenRules
-from selfrag_jax.models.checkpoints import LoadedModel
+from selfrag_jax.answering.selfrag import question_text
+from selfrag_jax.checkpoints.saving import LoadedModel
+from selfrag_jax.engine.engine import Engine, Generate, Read, drive, on_device
+from selfrag_jax.engine.segments import Segment, TokenRules
 from selfrag_jax.records import Passage, Question
+from selfrag_jax.text import prompts
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax.decoding.answer import question_text
+from selfrag_jax.answering.selfrag import question_text
 from selfrag_jax.records import BadInput, Passage, Question
 
 # judge(instruction, passage, segment) -> does the passage fully support the segment?

@@ -18,7 +18,7 @@ from selfrag_jax import artifacts
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput, write_json
 from selfrag_jax.retrieval import corpus
-from selfrag_jax.retrieval.embed import EMBEDDINGS, ENCODER, PASSAGES
+from selfrag_jax.retrieval.encoders import EMBEDDINGS, ENCODER, PASSAGES
 
 SCANN = "scann"
 

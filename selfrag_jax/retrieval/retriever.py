@@ -13,7 +13,7 @@ import numpy as np
 from selfrag_jax import artifacts
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput, Passage, read_rows, text_field, to_json, write_jsonl
-from selfrag_jax.retrieval.embed import HashedEncoder
+from selfrag_jax.retrieval.encoders import HashedEncoder
 from selfrag_jax.retrieval.index import Index
 
 

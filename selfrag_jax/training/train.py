@@ -21,16 +21,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from selfrag_jax.checkpoints import saving as checkpoints
 from selfrag_jax.data.batches import Batch, Packer, Source
-from selfrag_jax.models import checkpoints, lora, roofline, sharding
+from selfrag_jax.models import lora, roofline, sharding
 from selfrag_jax.models.attention import KERNELS, choose
 from selfrag_jax.models.llama import DTYPES, REMAT, LlamaConfig, Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import Params, build, leaves
 from selfrag_jax.progress import progress
 from selfrag_jax.records import BadInput
-from selfrag_jax.tokenizer import Tokenizer
-from selfrag_jax.training import metrics, optimizer
+from selfrag_jax.text.tokenizer import Tokenizer
+from selfrag_jax.training import log as metrics
+from selfrag_jax.training import optimizer
 from selfrag_jax.training.optimizer import OptimizerConfig
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from selfrag_jax import reflection
-from selfrag_jax.prompts import CritiqueQuery
 from selfrag_jax.records import Passage
+from selfrag_jax.text import reflection
+from selfrag_jax.text.prompts import CritiqueQuery
 from selfrag_jax.world import language
 from selfrag_jax.world.language import KINDS
 
