@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("long_form", Path(__file__).with_name("long_form.py"))
+    spec = importlib.util.spec_from_file_location(
+        "long_form", Path(__file__).with_name("long_form.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     c = module.get_config("7b")

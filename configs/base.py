@@ -105,7 +105,9 @@ def get_config(variant: str = "full") -> ConfigDict:
         scan_unroll=4,
         embed_std=0.5,
     )
-    c.data = dict(seed=1, vocabulary="base", family_weights=(), verdict_weight=1.0, passages=1, statements=2)
+    c.data = dict(
+        seed=1, vocabulary="base", family_weights=(), verdict_weight=1.0, passages=1, statements=2
+    )
     c.train = _train()
     c.stages = tuple((name, steps if full else 3, *rest) for name, steps, *rest in _stages())
     c.gate = dict(seed=8, cases=1000 if full else 20, minimum=0.95 if full else 0.0)

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 
 def _short_form():
-    spec = importlib.util.spec_from_file_location("short_form", Path(__file__).with_name("short_form.py"))
+    spec = importlib.util.spec_from_file_location(
+        "short_form", Path(__file__).with_name("short_form.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

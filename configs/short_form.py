@@ -23,7 +23,9 @@ def get_config(variant: str = "7b_int8") -> ConfigDict:
     v = VARIANTS[variant]
     c = ConfigDict()
     c.name, c.kind = f"short_form:{variant}", "answer"
-    c.architecture = v["architecture"]  # what `selfrag compile` compiles; answering takes that of the model
+    c.architecture = v[
+        "architecture"
+    ]  # what `selfrag compile` compiles; answering takes that of the model
     c.answer = dict(
         search=dict(
             mode="adaptive_retrieval",

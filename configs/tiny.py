@@ -131,7 +131,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.seed = 0
     c.world = _world(pick)
     c.encoder = dict(name="hashed", dim=384, word_weight=2.0)
-    c.index = dict(brute_force_below=20_000, leaves_search_fraction=0.2, dimensions_per_block=2, reorder=100)
+    c.index = dict(
+        brute_force_below=20_000, leaves_search_fraction=0.2, dimensions_per_block=2, reorder=100
+    )
     c.retrieve_k = 5
     c.collect = dict(
         seed=0,
@@ -148,7 +150,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=3.0, isuse=2.0)
     # A critic learns one token of each example, a generator whole answers: what fills a batch differs.
     c.critic = _train(pick(280, 6), rows=12, max_targets=128, seed=1, save_every=pick(100, 2))
-    c.generator = _train(pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2))  # the baselines too
+    c.generator = _train(
+        pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2)
+    )  # the baselines too
     c.label = dict(
         seed=0,
         critic=dict(batch=64, length_bucket=32, brief=True),
@@ -158,6 +162,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         chunk=pick(300, 40),
     )
     c.answer = _answer(pick)
-    c.plain = dict(batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64)
+    c.plain = dict(
+        batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64
+    )
     c.report = dict(seed=0, examples=6)
     return c

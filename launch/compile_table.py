@@ -44,8 +44,9 @@ def row(r: dict) -> str:
     if "compiler" in r:  # it gave up
         return f"{head} | does not fit | | | |"
     m, s = r["memory_per_chip"], r["roofline_seconds"]
-    memory = f"{m['arguments'] / 1e9:.1f} + {m['temporaries'] / 1e9:.1f} of {m['hbm'] / 1e9:.0f}" + (
-        "" if r["fits"] else ": no"
+    memory = (
+        f"{m['arguments'] / 1e9:.1f} + {m['temporaries'] / 1e9:.1f} of {m['hbm'] / 1e9:.0f}"
+        + ("" if r["fits"] else ": no")
     )
     count = sum(c["count"] for c in r["collectives"].values())
     sent = sum(c["bytes_per_chip"] for c in r["collectives"].values())
@@ -57,7 +58,9 @@ def row(r: dict) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, default=Path("compiled"), help="folder for the JSON files")
     p.add_argument("--only", help="one config")
     a = p.parse_args()

@@ -12,7 +12,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
-def keep_freed() -> bool:
+def keep_freed_memory() -> bool:
     """What is freed stays with the process, for the next allocation. Returns whether that is so now.
 
     XLA on a CPU allocates a program's temporaries anew in every call, and glibc gives blocks of that size back to the system: each
@@ -26,4 +26,7 @@ def keep_freed() -> bool:
     if not on_cpu or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(*setting) for setting in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)))
+    return all(
+        libc.mallopt(*setting)
+        for setting in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
+    )

@@ -15,9 +15,14 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from selfrag_jax.records import BadInput
+from selfrag_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+def setting(help: str, **default: Any) -> Any:
+    """A dataclass field that is also a command-line flag, with this help (see commands/command.py)."""
+    return dataclasses.field(metadata={"help": help}, **default)
 
 
 def load(spec: str) -> ConfigDict:
@@ -34,23 +39,27 @@ def load(spec: str) -> ConfigDict:
         known = sorted(p.stem for p in _folder().glob("*.py") if p.stem != "__init__")
         close = difflib.get_close_matches(Path(name).stem, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadInput(f"--config={spec}: no such config{hint} (installed: {', '.join(known)}; or a path to a .py file)")
+        raise UserError(
+            f"--config={spec}: no such config{hint} (installed: {', '.join(known)}; or a path to a .py file)"
+        )
     module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as e:
-        raise BadInput(f"--config={spec}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+        raise UserError(f"--config={spec}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
     if not hasattr(module, "get_config"):
-        raise BadInput(f"--config={spec}: {path} has no function get_config(variant)")
+        raise UserError(f"--config={spec}: {path} has no function get_config(variant)")
     try:
         config = module.get_config(variant) if variant else module.get_config()
     except ValueError as e:
-        raise BadInput(f"--config={spec}: {e}") from None
+        raise UserError(f"--config={spec}: {e}") from None
     except TypeError as e:
         if not variant or "positional argument" not in str(e):
             raise
-        raise BadInput(f"--config={spec}: {path.stem} has no variants; leave {':' + variant!r} out") from None
+        raise UserError(
+            f"--config={spec}: {path.stem} has no variants; leave {':' + variant!r} out"
+        ) from None
     config.lock()
     return config
 
@@ -68,7 +77,9 @@ def require_kind(config: ConfigDict, kind: str, example: str) -> None:
     """Raises BadInput when a config was made for something else."""
     found = config.kind if "kind" in config else "unknown"
     if found != kind:
-        raise BadInput(f"this config is of kind {found!r}; here one of kind {kind!r} is needed, like {example}")
+        raise UserError(
+            f"this config is of kind {found!r}; here one of kind {kind!r} is needed, like {example}"
+        )
 
 
 def require(config: ConfigDict, *fields: str) -> None:
@@ -77,7 +88,7 @@ def require(config: ConfigDict, *fields: str) -> None:
         node = config
         for part in name.split("."):
             if not isinstance(node, ConfigDict) or part not in node:
-                raise BadInput(f"config: lacks {name}")
+                raise UserError(f"config: lacks {name}")
             node = node[part]
 
 
@@ -86,11 +97,13 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDic
     for assignment in assignments:
         key, eq, value = assignment.partition("=")
         if not eq:
-            raise BadInput(f"--config.{assignment}: expected --config.{key}=VALUE")
+            raise UserError(f"--config.{assignment}: expected --config.{key}=VALUE")
         node, parts = config, key.split(".")
         for i, part in enumerate(parts):
             if not isinstance(node, ConfigDict) or part not in node:
-                raise BadInput(f"--config.{key}: no field {'.'.join(parts[: i + 1])!r}{_meant(part, node)}")
+                raise UserError(
+                    f"--config.{key}: no field {'.'.join(parts[: i + 1])!r}{_meant(part, node)}"
+                )
             if i < len(parts) - 1:
                 node = node[part]
         node[parts[-1]] = _parse(f"--config.{key}", value, node[parts[-1]])
@@ -118,10 +131,10 @@ def _parse(flag: str, value: str, old: Any) -> Any:
         if isinstance(old, (int, float)):
             return type(old)(value)
     except (KeyError, ValueError):
-        raise BadInput(f"{flag}={value}: expected a value like {old!r}") from None
+        raise UserError(f"{flag}={value}: expected a value like {old!r}") from None
     if isinstance(old, str):
         return value
-    raise BadInput(f"{flag}: set the fields inside this section one by one")
+    raise UserError(f"{flag}: set the fields inside this section one by one")
 
 
 def _guess(value: str) -> Any:
@@ -153,39 +166,48 @@ def build(cls: type[T], section: Any, name: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise BadInput(f"config {name}: unknown field {key!r}{_meant(key, fields)}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+            raise UserError(f"config {name}: unknown field {key!r}{_meant(key, fields)}")
+    required = {
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(values)):
-        raise BadInput(f"config {name}: lacks {', '.join(missing)}")
+        raise UserError(f"config {name}: lacks {', '.join(missing)}")
     out = {}
     for key, value in values.items():
-        nested = next((k for k in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(k)), None)
+        nested = next(
+            (k for k in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(k)),
+            None,
+        )
         if nested and value is not None:
             out[key] = build(nested, value, f"{name}.{key}")
         else:
-            check_kind(f"config {name}: {key}", value, types[key])
+            check_type(f"config {name}: {key}", value, types[key])
             out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
     try:
         return cls(**out)
-    except BadInput:
+    except UserError:
         raise
     except ValueError as e:
-        raise BadInput(f"config {name}: {e}") from None
+        raise UserError(f"config {name}: {e}") from None
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def check_kind(what: str, value: Any, annotated: Any) -> None:
+def check_type(what: str, value: Any, annotated: Any) -> None:
     """Raises BadInput where a value, which the message calls `what`, is not of the annotated type."""
     kinds = set(typing.get_args(annotated) or (annotated,)) - {type(None)}
     if value is None and type(None) not in typing.get_args(annotated):
-        raise BadInput(f"{what} must not be none")
+        raise UserError(f"{what} must not be none")
     if value is None or not kinds <= set(_KINDS):
         return
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if not fits:
-        raise BadInput(f"{what}={value!r} must be {' or '.join(text for kind, text in _KINDS.items() if kind in kinds)}")
+        raise UserError(
+            f"{what}={value!r} must be {' or '.join(text for kind, text in _KINDS.items() if kind in kinds)}"
+        )
 
 
 def _freeze(value: Any) -> Any:

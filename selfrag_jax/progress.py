@@ -25,13 +25,23 @@ class Progress:
             self.last = now
             self._draw(now)
 
+    def skip(self, n: int) -> None:
+        """Counts work that an earlier run did; it does not count for the time left."""
+        self.first += n
+        self.advance(n)
+
     def _draw(self, now: float) -> None:
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         share = self.done / self.total if self.total else 1.0
         bar = "█" * round(24 * share) + "·" * (24 - round(24 * share))
         text = f"{self.name:<22} {bar} {self.done}/{self.total} {self.unit}  {_clock(left)} left  {self.note}"
-        print(f"\r{text:<110}" if self.tty else text, end="" if self.tty else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{text:<110}" if self.tty else text,
+            end="" if self.tty else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         if not self.shown:
@@ -50,7 +60,9 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress(name: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Progress]:
+def progress(
+    name: str, total: int, unit: str, done: int = 0, shown: bool = True
+) -> Iterator[Progress]:
     """shown: False in all but one of several processes that do the same work together."""
     bar = Progress(name, total, unit, done, shown)
     try:

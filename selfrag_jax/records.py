@@ -7,18 +7,15 @@ file is never taken for a whole one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import atomic_write
+
 T = TypeVar("T")
-
-
-class BadInput(ValueError):
-    """Something the user can mend; the command line prints it without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -78,32 +75,22 @@ class Question:
     answers: tuple[str, ...] = ()
     ctxs: tuple[Passage, ...] = ()
     choices: tuple[tuple[str, str], ...] = ()  # (label, text)
-    options: tuple[str, ...] = ()  # the only possible answers: the labels of choices, or what the file lists
+    options: tuple[
+        str, ...
+    ] = ()  # the only possible answers: the labels of choices, or what the file lists
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a temporary neighbour of `path` for writing and renames it onto `path` when the block succeeds."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(record: Any) -> dict[str, Any]:
     """A dataclass as JSON data without its empty optional fields; a dict as it is."""
     if not is_dataclass(record):
         return dict(record)
-    return {k: v for k, v in asdict(record).items() if v not in (None, (), {}) or k in ("output", "text", "title")}
+    return {
+        k: v
+        for k, v in asdict(record).items()
+        if v not in (None, (), {}) or k in ("output", "text", "title")
+    }
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
@@ -116,26 +103,6 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     return n
 
 
-def write_text(path: str | Path, text: str) -> None:
-    with atomic_write(path) as f:
-        f.write(text)
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    with atomic_write(path) as f:
-        json.dump(data, f, indent=2, ensure_ascii=False)
-        f.write("\n")
-
-
-def read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: not valid JSON: {e}") from None
-
-
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:line", row) from a JSON-lines file, or from a JSON file that holds one list of objects.
 
@@ -143,7 +110,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: is a folder; expected a file of JSON lines" if path.is_dir() else f"{path}: no such file")
+        raise UserError(
+            f"{path}: is a folder; expected a file of JSON lines"
+            if path.is_dir()
+            else f"{path}: no such file"
+        )
     number = 0
     with open(path, encoding="utf-8-sig") as f:
         try:
@@ -160,22 +131,24 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield _object(f"{path}:{number}", json.loads(line), line)
         except json.JSONDecodeError as e:
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
-            raise BadInput(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+            raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
         except UnicodeDecodeError as e:
-            raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+            raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
         except RecursionError:
-            raise BadInput(f"{path}:{number}: nested too deeply to be a row of data") from None
+            raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
 
 
 def _object(where: str, row: Any, written: str = "\\ud") -> tuple[str, dict[str, Any]]:
     """written: the row as it stands in the file."""
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if "\\ud" in written.lower():  # JSON can spell what no text holds
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
-            raise BadInput(f"{where}: holds half of a character, {e.object[e.start]!r}, which stands for no text") from None
+            raise UserError(
+                f"{where}: holds half of a character, {e.object[e.start]!r}, which stands for no text"
+            ) from None
     return where, row
 
 
@@ -183,34 +156,42 @@ def read_records(path: str | Path, build: Callable[[str, dict[str, Any]], T]) ->
     """All rows of a file through `build(where, row)`. Raises BadInput when there is no row."""
     records = [build(where, row) for where, row in read_rows(path)]
     if not records:
-        raise BadInput(f"{path}: holds no rows")
+        raise UserError(f"{path}: holds no rows")
     return records
 
 
-def text_field(where: str, row: dict[str, Any], names: str | tuple[str, ...], default: str | None = None) -> str:
+def text_field(
+    where: str, row: dict[str, Any], names: str | tuple[str, ...], default: str | None = None
+) -> str:
     """The first of `names` that the row has, as text. Raises BadInput naming the field when missing or not text."""
     names = (names,) if isinstance(names, str) else names
     for name in names:
         if row.get(name) is not None:
             if isinstance(row[name], (str, int, float)) and not isinstance(row[name], bool):
                 return str(row[name])
-            raise BadInput(f"{where}: field {name!r} must be text, found {type(row[name]).__name__}")
+            raise UserError(
+                f"{where}: field {name!r} must be text, found {type(row[name]).__name__}"
+            )
     if default is not None:
         return default
     wanted = " or ".join(repr(n) for n in names)
-    raise BadInput(f"{where}: missing field {wanted} (the row has: {', '.join(sorted(row)) or 'nothing'})")
+    raise UserError(
+        f"{where}: missing field {wanted} (the row has: {', '.join(sorted(row)) or 'nothing'})"
+    )
 
 
 def passage_from(where: str, row: Any, number: int) -> Passage:
     """A passage from {"title", "text", "id"?, "score"?}."""
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: passage {number + 1} must be an object with title and text")
+        raise UserError(f"{where}: passage {number + 1} must be an object with title and text")
     score = row.get("score")
     if score is not None:
         try:
             score = float(score)
         except (TypeError, ValueError):
-            raise BadInput(f"{where}: passage {number + 1}: field 'score' must be a number, found {score!r}") from None
+            raise UserError(
+                f"{where}: passage {number + 1}: field 'score' must be a number, found {score!r}"
+            ) from None
     where = f"{where}: passage {number + 1}"
     return Passage(
         id=text_field(where, row, ("id", "passage_id"), str(number)),
@@ -224,7 +205,7 @@ def passages_from(where: str, row: dict[str, Any]) -> tuple[Passage, ...]:
     for name in ("ctxs", "top_contexts", "docs"):
         if row.get(name):
             if not isinstance(row[name], list):
-                raise BadInput(f"{where}: field {name!r} must be a list of passages")
+                raise UserError(f"{where}: field {name!r} must be a list of passages")
             return tuple(passage_from(where, p, i) for i, p in enumerate(row[name]))
     return ()
 
@@ -254,7 +235,12 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
 
 def generator_example_from(where: str, row: dict[str, Any]) -> GeneratorExample:
     if "task" in row:
-        raise BadInput(f"{where}: field 'task': this is critic data; the generator learns from what `selfrag label` writes")
+        raise UserError(
+            f"{where}: field 'task': this is critic data; the generator learns from what `selfrag label` writes"
+        )
     names = [f.name for f in fields(GeneratorExample)]
-    values = {n: text_field(where, row, n, "" if n in ("input", "dataset_name", "id") else None) for n in names}
+    values = {
+        n: text_field(where, row, n, "" if n in ("input", "dataset_name", "id") else None)
+        for n in names
+    }
     return GeneratorExample(**values)

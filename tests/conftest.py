@@ -6,7 +6,9 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time is XLA compiling; the long tests, other processes and the next run find most programs here.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from dataclasses import replace
@@ -17,9 +19,9 @@ import pytest
 from hypothesis import settings
 
 from selfrag_jax.base_model.source import make_tokenizer
-from selfrag_jax.checkpoints.saving import LoadedModel
+from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.world.encyclopedia import WorldConfig, build
+from selfrag_jax.world.encyclopedia import WorldConfig, build_world
 
 # The same examples in every run, so that a failure is one of the change; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
@@ -86,7 +88,7 @@ def talkative(tiny_model):
 
 @pytest.fixture(scope="session")
 def small_world():
-    return build(
+    return build_world(
         WorldConfig(
             seed=3,
             vocabulary="world",

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfrag_jax.answering.selfrag import DEFAULT, SelfRAG
+from selfrag_jax.answering.config import DEFAULT
+from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
-from selfrag_jax.search.paper import SearchConfig
+from selfrag_jax.search.config import SearchConfig
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 
@@ -57,20 +58,34 @@ class PlainSearch:
             if token in self.r.issup or ((ends or last or cut) and issup is None):
                 issup = self.group(logits, self.r.issup)
             if ends or last or cut:
-                isuse, retrieve = self.group(logits, self.r.isuse), self.group(logits, self.r.retrieve)
+                isuse, retrieve = (
+                    self.group(logits, self.r.isuse),
+                    self.group(logits, self.r.retrieve),
+                )
             if ends:
                 break
             generated.append(token)
             text.append(token)
             if token not in self.r.all and token != self.t.eos_id:
-                log_probs.append(logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
+                log_probs.append(
+                    logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+                )
             if last:
                 finished = True
                 break
         isrel = parent_isrel if parent_isrel is not None else isrel
         p = np.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
-        score = float(scoring.segment_score(p, isrel, issup, isuse, float(has_passage), self.c.weights))
-        return dict(tokens=tuple(generated), ids=text, isrel=isrel, retrieve=retrieve, score=score, finished=finished)
+        score = float(
+            scoring.segment_score(p, isrel, issup, isuse, float(has_passage), self.c.weights)
+        )
+        return dict(
+            tokens=tuple(generated),
+            ids=text,
+            isrel=isrel,
+            retrieve=retrieve,
+            score=score,
+            finished=finished,
+        )
 
     def run(self, prompt, passages):
         beams = [
@@ -104,10 +119,20 @@ class PlainSearch:
         wanted = p.argmax() == 1 if self.c.threshold is None else rate > self.c.threshold
         if self.c.mode == "no_retrieval":
             kind = reflection.NO_RETRIEVAL
-        elif self.c.mode != "always_retrieve" and b["path"] and b["used"] and self.c.keep_passages and p.argmax() == 2:
+        elif (
+            self.c.mode != "always_retrieve"
+            and b["path"]
+            and b["used"]
+            and self.c.keep_passages
+            and p.argmax() == 2
+        ):
             kind = reflection.CONTINUE
         else:
-            kind = reflection.RETRIEVAL if self.c.mode == "always_retrieve" or wanted else reflection.NO_RETRIEVAL
+            kind = (
+                reflection.RETRIEVAL
+                if self.c.mode == "always_retrieve" or wanted
+                else reflection.NO_RETRIEVAL
+            )
         found = passages[: self.c.ndocs] if kind == reflection.RETRIEVAL else [None]
         for passage in found:
             parts = [Control(kind), *(prompts.passage(passage) if passage else [])]
@@ -130,8 +155,20 @@ class PlainSearch:
 
 
 def make_passages(rng, tokenizer, n):
-    words = ["Quenport", "ropemaker", "Mara Tellock", "lives in", "studied", "the", "starlore", "Lisford"]
-    return [Passage(str(i), str(rng.choice(words)), " ".join(rng.choice(words, rng.integers(1, 7)))) for i in range(n)]
+    words = [
+        "Quenport",
+        "ropemaker",
+        "Mara Tellock",
+        "lives in",
+        "studied",
+        "the",
+        "starlore",
+        "Lisford",
+    ]
+    return [
+        Passage(str(i), str(rng.choice(words)), " ".join(rng.choice(words, rng.integers(1, 7))))
+        for i in range(n)
+    ]
 
 
 def make_rag(loaded, **changes):

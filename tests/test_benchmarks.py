@@ -18,7 +18,15 @@ def run(script: str, *flags: str) -> str:
 
 @pytest.mark.slow
 def test_training_beside_torch():
-    out = run("train_step.py", "--size=tiny", "--vocabulary=500", "--rows=2", "--length=32", "--steps=2", "--rounds=2")
+    out = run(
+        "train_step.py",
+        "--size=tiny",
+        "--vocabulary=500",
+        "--rows=2",
+        "--length=32",
+        "--steps=2",
+        "--rounds=2",
+    )
     assert re.search(r"torch +[\d.]+ tokens/s\nours +[\d.]+ tokens/s\nratio [\d.]+", out)
 
 
@@ -48,5 +56,7 @@ def test_curves():
     out = run("answer.py", "--size=tiny", "--curves")
     assert re.findall(r"K=(\d+) +[\d.]+\n", out) == ["1", "2", "5", "10", "20"]
     assert re.findall(r"\n  (\d+) +[\d.]+", out) == ["1", "2", "4", "8", "16", "32"]
-    shared, copied = (float(re.search(rf"prefix {how} +([\d.]+)", out)[1]) for how in ("shared", "copied"))
+    shared, copied = (
+        float(re.search(rf"prefix {how} +([\d.]+)", out)[1]) for how in ("shared", "copied")
+    )
     assert shared < copied

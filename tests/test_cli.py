@@ -8,8 +8,8 @@ from plain_search import make_rag
 
 from selfrag_jax import cli, config
 from selfrag_jax.commands import stages
-from selfrag_jax.records import BadInput
-from selfrag_jax.training.train import TrainConfig
+from selfrag_jax.errors import UserError
+from selfrag_jax.training.config import TrainConfig
 
 
 def run(capsys, *argv):
@@ -40,16 +40,37 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["retrieve", "--index=I", "--input=Q", "--out=O", "--k=five"], "--k=five"),
         (["ask", "--workdir=nowhere", "Who?"], "holds no finished quickstart"),
         (["ask", "--workdir=nowhere"], "ask what?"),
-        (["ask", "--model=nowhere", "Who?"], "nowhere: no such folder; expected the folder of a model"),
-        (["answer", "--model=M", "--input=Q", "--out=O", "--treshold=1"], "did you mean --threshold"),
+        (
+            ["ask", "--model=nowhere", "Who?"],
+            "nowhere: no such folder; expected the folder of a model",
+        ),
+        (
+            ["answer", "--model=M", "--input=Q", "--out=O", "--treshold=1"],
+            "did you mean --threshold",
+        ),
         (["index", "--out=I"], "either --embeddings"),
         (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),
         (["label", "--critic=none", "--input=x", "--out=y"], "does not exist"),
-        (["world", "--out=W", "--config.world.train=0"], "config world: train=0: must be at least 1"),
-        (["world", "--out=W", "--config.world.wrong_output_rate=2"], "wrong_output_rate=2.0: must be between 0 and 1"),
-        (["world", "--out=W", "--config.world.values_per_kind=3"], "values_per_kind=3: multiple choice needs at least 4"),
-        (["world", "--out=W", "--config.world.vocabulary=klingon"], "vocabulary='klingon': must be base or world"),
-        (["train", "--role=critic", "--data=x", "--workdir=gs://bucket/w"], "--workdir=gs://bucket/w: storage in a cloud"),
+        (
+            ["world", "--out=W", "--config.world.train=0"],
+            "config world: train=0: must be at least 1",
+        ),
+        (
+            ["world", "--out=W", "--config.world.wrong_output_rate=2"],
+            "wrong_output_rate=2.0: must be between 0 and 1",
+        ),
+        (
+            ["world", "--out=W", "--config.world.values_per_kind=3"],
+            "values_per_kind=3: multiple choice needs at least 4",
+        ),
+        (
+            ["world", "--out=W", "--config.world.vocabulary=klingon"],
+            "vocabulary='klingon': must be base or world",
+        ),
+        (
+            ["train", "--role=critic", "--data=x", "--workdir=gs://bucket/w"],
+            "--workdir=gs://bucket/w: storage in a cloud",
+        ),
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
 )
@@ -69,29 +90,41 @@ def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkativ
     rag = make_rag(talkative, ndocs=2)
     rag.retriever = Broken()
     monkeypatch.setattr(stages, "_rag", lambda v: rag)
-    code, out, err = run(capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else []))
+    code, out, err = run(
+        capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else [])
+    )
     assert code == 1 and err == "selfrag ask: no answer: RuntimeError: the index is broken\n"
     assert json.loads(out)["error"] == "RuntimeError: the index is broken" if as_json else not out
 
 
 def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_path):
     def full(values, _):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB.\nand much more")
+        raise RuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB.\nand much more"
+        )
 
     monkeypatch.setitem(cli.STAGES, "world", replace(cli.STAGES["world"], run=full))
     code, _, err = run(capsys, "world", f"--out={tmp_path}/W")
     assert (
-        code == 1 and "memory is full" in err and "9.5GiB" in err and "--config.answer.batch=" in err and "and much" not in err
+        code == 1
+        and "memory is full" in err
+        and "9.5GiB" in err
+        and "--config.answer.batch=" in err
+        and "and much" not in err
     )
 
 
-@pytest.mark.parametrize(("stage", "keeps"), [("train", 1), ("answer", 1), ("convert", 0), ("compile", 0)])
+@pytest.mark.parametrize(
+    ("stage", "keeps"), [("train", 1), ("answer", 1), ("convert", 0), ("compile", 0)]
+)
 def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps):
     """As a command only: a program that calls `main` with arguments decides on its memory by itself."""
     kept = []
     monkeypatch.setattr(cli.memory, "keep_freed", lambda: kept.append(stage))
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setitem(cli.STAGES, stage, replace(cli.STAGES[stage], flags=(), run=lambda values, positional: None))
+    monkeypatch.setitem(
+        cli.STAGES, stage, replace(cli.STAGES[stage], flags=(), run=lambda values, positional: None)
+    )
     monkeypatch.setattr(cli.sys, "argv", ["selfrag", stage])
     assert cli.main() == 0 and len(kept) == keeps
     assert cli.main([stage]) == 0 and len(kept) == keeps
@@ -109,7 +142,9 @@ def test_an_unfinished_workdir_is_refused(capsys, tmp_path):
 
 def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
     other = tmp_path / "other.py"
-    other.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(kind='index'))\n")
+    other.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(kind='index'))\n"
+    )
     code, _, err = run(capsys, "quickstart", f"--workdir={tmp_path}/W", f"--config={other}")
     assert code == 2 and "of kind 'index'" in err
     code, _, err = run(capsys, "embed", "--passages=p", "--out=o", f"--config={other}")
@@ -119,9 +154,9 @@ def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
 def test_build_refuses_unknown_and_missing_fields():
     from selfrag_jax.retrieval.encoders import EncoderConfig
 
-    with pytest.raises(BadInput, match="did you mean 'dim'"):
+    with pytest.raises(UserError, match="did you mean 'dim'"):
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
-    with pytest.raises(BadInput, match="lacks dim"):
+    with pytest.raises(UserError, match="lacks dim"):
         config.build(EncoderConfig, {"name": "hashed", "word_weight": 1.0}, "encoder")
 
 
@@ -139,18 +174,24 @@ def test_build_refuses_unknown_and_missing_fields():
 def test_build_refuses_fields_of_the_wrong_type(change, message):
     section = config.load("tiny:smoke").generator
     section = section.to_dict() | dict(steps=3, epochs=None) | change
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         config.build(TrainConfig, section, "generator")
 
 
 def test_both_variants_of_tiny_build_every_section():
-    from selfrag_jax.answering.selfrag import AnswerConfig
+    from selfrag_jax.answering.config import AnswerConfig
     from selfrag_jax.critic.collecting import CollectConfig
     from selfrag_jax.critic.labelling import LabelConfig
-    from selfrag_jax.training.train import TrainConfig
+    from selfrag_jax.training.config import TrainConfig
     from selfrag_jax.world.encyclopedia import WorldConfig
 
-    sections = dict(world=WorldConfig, collect=CollectConfig, label=LabelConfig, answer=AnswerConfig, critic=TrainConfig)
+    sections = dict(
+        world=WorldConfig,
+        collect=CollectConfig,
+        label=LabelConfig,
+        answer=AnswerConfig,
+        critic=TrainConfig,
+    )
     for variant in ("tiny", "tiny:smoke"):
         loaded = config.load(variant)
         for name, cls in sections.items():
@@ -159,7 +200,15 @@ def test_both_variants_of_tiny_build_every_section():
 
 def test_reseeding_moves_every_seed():
     plain, other = config.load("tiny"), config.reseed(config.load("tiny"), 5)
-    for path in ("seed", "world.seed", "collect.seed", "critic.seed", "generator.seed", "label.seed", "report.seed"):
+    for path in (
+        "seed",
+        "world.seed",
+        "collect.seed",
+        "critic.seed",
+        "generator.seed",
+        "label.seed",
+        "report.seed",
+    ):
         *sections, name = path.split(".")
         a, b = plain, other
         for section in sections:
@@ -170,7 +219,15 @@ def test_reseeding_moves_every_seed():
 def test_a_mean_of_runs_needs_a_place(tmp_path, capsys):
     for w in ("a", "b"):
         (tmp_path / w / "report").mkdir(parents=True)
-        row = {"system": "rag_top1", "task": "long_tail", "metric": "accuracy", "value": 0.5, "low": 0.4, "high": 0.6, "n": 2}
+        row = {
+            "system": "rag_top1",
+            "task": "long_tail",
+            "metric": "accuracy",
+            "value": 0.5,
+            "low": 0.4,
+            "high": 0.6,
+            "n": 2,
+        }
         (tmp_path / w / "report" / "results.json").write_text(json.dumps({"rows": [row]}))
     assert cli.main(["report", f"--workdir={tmp_path}/a,{tmp_path}/b"]) == 2
     assert "--out" in capsys.readouterr().err

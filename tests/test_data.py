@@ -6,7 +6,8 @@ import pytest
 from selfrag_jax.data.batches import LOSS_GROUPS, Packer, build_example
 from selfrag_jax.data.critic_examples import CriticSource
 from selfrag_jax.data.generator_examples import GeneratorSource, output_segments
-from selfrag_jax.records import BadInput, CriticExample, GeneratorExample, Passage, read_rows
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import CriticExample, GeneratorExample, Passage, read_rows
 from selfrag_jax.text.tokenizer import Control
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 2.0, "issup": 1.0, "isuse": 1.0}
@@ -17,31 +18,68 @@ def test_each_passage_is_masked_on_its_own():
         "[Retrieval]<paragraph>A\nfirst</paragraph>[Relevant]One.[Fully supported]"
         "[Retrieval]<paragraph>B\nsecond</paragraph>[Irrelevant]Two.[No support / Contradictory][Utility:4]"
     )
-    learned = [p.token if isinstance(p, Control) else p for parts, w in output_segments(output) if w for p in parts]
-    expected = ["[Retrieval]", "[Relevant]", "One.", "[Fully supported]", "[Retrieval]", "[Irrelevant]", "Two."]
+    learned = [
+        p.token if isinstance(p, Control) else p
+        for parts, w in output_segments(output)
+        if w
+        for p in parts
+    ]
+    expected = [
+        "[Retrieval]",
+        "[Relevant]",
+        "One.",
+        "[Fully supported]",
+        "[Retrieval]",
+        "[Irrelevant]",
+        "Two.",
+    ]
     assert learned == [*expected, "[No support / Contradictory]", "[Utility:4]"]
 
 
 def test_generator_example_learns_the_response_alone(tokenizer):
-    row = GeneratorExample("1", "Where was Mara Tellock born?", "[No Retrieval]Quenport.[Utility:5]")
+    row = GeneratorExample(
+        "1", "Where was Mara Tellock born?", "[No Retrieval]Quenport.[Utility:5]"
+    )
     e = GeneratorSource([row], tokenizer, WEIGHTS).example(0)
     learned = [tokenizer.token(t) for t, w in zip(e.tokens, e.weight, strict=True) if w > 0]
     assert learned[0] == "[No Retrieval]" and learned[-2:] == ["[Utility:5]", "</s>"]
-    assert [LOSS_GROUPS[g] for g in e.group[e.weight > 0][[0, -2, -1]]] == ["retrieve", "isuse", "text"]
+    assert [LOSS_GROUPS[g] for g in e.group[e.weight > 0][[0, -2, -1]]] == [
+        "retrieve",
+        "isuse",
+        "text",
+    ]
 
 
 def test_critic_example_learns_one_token(tokenizer):
-    row = CriticExample("isrel", "Where was Mara born?", "[Relevant]", evidence=Passage("1", "Mara", "Mara was born."))
+    row = CriticExample(
+        "isrel",
+        "Where was Mara born?",
+        "[Relevant]",
+        evidence=Passage("1", "Mara", "Mara was born."),
+    )
     e = CriticSource([row], tokenizer, True, WEIGHTS).example(0)
-    assert (e.weight > 0).sum() == 1 and e.weight[-1] == 2.0 and tokenizer.token(e.tokens[-1]) == "[Relevant]"
+    assert (
+        (e.weight > 0).sum() == 1
+        and e.weight[-1] == 2.0
+        and tokenizer.token(e.tokens[-1]) == "[Relevant]"
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"task": "isrel", "instruction": "q", "output": "[Utility:1]"}', r"critic\.jsonl:2: output '\[Utility:1\]'"),
-        ('{"task": "relevance", "instruction": "q", "output": "[Relevant]"}', r"critic\.jsonl:2: task 'relevance'"),
-        ('{"task": "isrel", "output": "[Relevant]"}', r"critic\.jsonl:2: missing field 'instruction'"),
+        (
+            '{"task": "isrel", "instruction": "q", "output": "[Utility:1]"}',
+            r"critic\.jsonl:2: output '\[Utility:1\]'",
+        ),
+        (
+            '{"task": "relevance", "instruction": "q", "output": "[Relevant]"}',
+            r"critic\.jsonl:2: task 'relevance'",
+        ),
+        (
+            '{"task": "isrel", "output": "[Relevant]"}',
+            r"critic\.jsonl:2: missing field 'instruction'",
+        ),
         ("{not json", r"critic\.jsonl:2: not valid JSON"),
         ("[1]", r"critic\.jsonl:2: expected a JSON object"),
     ],
@@ -50,7 +88,7 @@ def test_malformed_critic_rows_name_file_and_line(tokenizer, tmp_path, line, mes
     path = tmp_path / "critic.jsonl"
     good = '{"task": "retrieve", "instruction": "q", "output": "[Retrieval]"}'
     path.write_text(good + "\n" + line + "\n")
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         CriticSource.read(path, tokenizer, True, WEIGHTS)
 
 
@@ -63,7 +101,11 @@ class Numbered:
         n = i % 9 + 2
         from selfrag_jax.data.batches import Example
 
-        return Example(np.full(n, i + 1, np.int32), np.array([0.0] + [1.0] * (n - 1), np.float32), np.zeros(n, np.int8))
+        return Example(
+            np.full(n, i + 1, np.int32),
+            np.array([0.0] + [1.0] * (n - 1), np.float32),
+            np.zeros(n, np.int8),
+        )
 
 
 def test_an_epoch_holds_every_example_once_and_resumes_exactly():
@@ -104,9 +146,13 @@ def test_an_overlong_critic_row_keeps_its_verdict(tokenizer):
     row = CriticExample("isrel", "Is it true?", "[Relevant]", evidence=evidence)
     source = CriticSource([row], tokenizer, True, WEIGHTS)
     batch = Packer(source, 1, 24, 8, seed=0).next()
-    assert batch.truncated == 1 and list(batch.targets[batch.weights > 0]) == [tokenizer.id("[Relevant]")]
+    assert batch.truncated == 1 and list(batch.targets[batch.weights > 0]) == [
+        tokenizer.id("[Relevant]")
+    ]
     whole = source.example(0).tokens
-    assert batch.tokens[0, 0] == tokenizer.bos_id and list(batch.tokens[0, -12:]) == list(whole[-12:])
+    assert batch.tokens[0, 0] == tokenizer.bos_id and list(batch.tokens[0, -12:]) == list(
+        whole[-12:]
+    )
     np.testing.assert_array_equal(batch.positions[0], range(24))
 
 
@@ -123,8 +169,10 @@ def test_more_targets_than_there_is_room_for_are_counted(tokenizer):
 
 def test_half_a_character_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"instruction": "a \\ud83d\\ude00", "output": "b"}\n{"instruction": "a \\ud83d", "output": "b"}\n')
+    file.write_text(
+        '{"instruction": "a \\ud83d\\ude00", "output": "b"}\n{"instruction": "a \\ud83d", "output": "b"}\n'
+    )
     rows = read_rows(file)
     assert next(rows)[1]["instruction"] == "a 😀"
-    with pytest.raises(BadInput, match=r"rows.jsonl:2: holds half of a character"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: holds half of a character"):
         next(rows)

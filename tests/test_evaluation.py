@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from selfrag_jax.commands import evaluate
 from selfrag_jax.data.questions import read_questions
-from selfrag_jax.evaluation import metrics, report
-from selfrag_jax.evaluation import scores as evaluate
-from selfrag_jax.records import BadInput, Question
+from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation import metrics, report, scores, tables
+from selfrag_jax.records import Question
 from selfrag_jax.text import reflection
 
 
@@ -19,11 +20,27 @@ def write(path, rows):
 
 def test_published_formats_are_read(tmp_path):
     rows = [
-        {"question": "q1", "answers": ["a", "b"], "ctxs": [{"title": "T", "text": "P", "score": "1.5"}]},
-        {"instruction": "q2", "output": "x", "top_contexts": [{"title": "T", "text": "P", "id": 3}]},
-        {"question": "q3", "choices": {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}, "answerKey": "3"},
+        {
+            "question": "q1",
+            "answers": ["a", "b"],
+            "ctxs": [{"title": "T", "text": "P", "score": "1.5"}],
+        },
+        {
+            "instruction": "q2",
+            "output": "x",
+            "top_contexts": [{"title": "T", "text": "P", "id": 3}],
+        },
+        {
+            "question": "q3",
+            "choices": {"label": ["1", "2", "3"], "text": ["x", "y", "z"]},
+            "answerKey": "3",
+        },
         {"input": "Tell me about X.", "topic": "X", "cat": ["person"]},
-        {"question": "q5", "qa_pairs": [{"short_answers": ["a"]}], "docs": [{"title": "", "text": "P"}]},
+        {
+            "question": "q5",
+            "qa_pairs": [{"short_answers": ["a"]}],
+            "docs": [{"title": "", "text": "P"}],
+        },
     ]
     q = read_questions(write(tmp_path / "mixed.jsonl", rows))
     assert q[0].answers == ("a", "b") and q[0].ctxs[0].score == 1.5
@@ -42,7 +59,10 @@ def test_published_formats_are_read(tmp_path):
         ({"answers": ["x"]}, "missing field 'question' or 'instruction' or 'input'"),
         ({"question": " "}, "the question is empty"),
         ({"question": "q", "choices": {"label": ["A"], "text": []}}, "1 labels for 0 texts"),
-        ({"question": "q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "E"}, "answerKey 'E'"),
+        (
+            {"question": "q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "E"},
+            "answerKey 'E'",
+        ),
         ({"question": "q", "ctxs": [{"title": "T"}]}, "passage 1: missing field 'text'"),
         ({"question": "q", "ctxs": {"text": "x"}}, "must be a list of passages"),
         ({"question": ["q"]}, "must be text, found list"),
@@ -50,21 +70,21 @@ def test_published_formats_are_read(tmp_path):
 )
 def test_malformed_questions_name_file_and_line(tmp_path, row, message):
     path = write(tmp_path / "q.jsonl", [{"question": "fine"}, row])
-    with pytest.raises(BadInput, match=r"q\.jsonl:2.*" + message):
+    with pytest.raises(UserError, match=r"q\.jsonl:2.*" + message):
         read_questions(path)
 
 
 def test_questions_are_no_answers(tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": "Where?", "answers": ["there"], "id": "0"}])
-    with pytest.raises(BadInput, match="both the task and the predictions"):
+    with pytest.raises(UserError, match="both the task and the predictions"):
         evaluate.evaluate_file(path, path, "none", tmp_path / "m.json", 0)
 
 
 def test_a_file_without_questions_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n\n")
-    with pytest.raises(BadInput, match="holds no rows"):
+    with pytest.raises(UserError, match="holds no rows"):
         read_questions(tmp_path / "q.jsonl")
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_questions(tmp_path / "other.jsonl")
 
 
@@ -77,10 +97,30 @@ def test_a_file_without_questions_is_refused(tmp_path):
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "B.", 1.0),
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "A.", 0.0),
         (Question("1", "q", ("True.",), options=("True.", "False.")), "true", 1.0),
-        (Question("1", "q", ("True.",), options=("True.", "False.")), "True. It is.", 0.0),  # exactly the option
-        (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}), "x.", 0.5),
-        (Question("1", "q", extra={"qa_pairs": [{"short_answers": ["2"]}, {"short_answers": ["x"]}]}), "On [1]. x [2].", 0.5),
-        (Question("1", "q", extra={"facts": [["a", "x"], ["b", "y"], ["c", "z"], ["d", "w"]]}), "x and y, z.", 0.75),
+        (
+            Question("1", "q", ("True.",), options=("True.", "False.")),
+            "True. It is.",
+            0.0,
+        ),  # exactly the option
+        (
+            Question(
+                "1", "q", extra={"qa_pairs": [{"short_answers": ["x"]}, {"short_answers": ["y"]}]}
+            ),
+            "x.",
+            0.5,
+        ),
+        (
+            Question(
+                "1", "q", extra={"qa_pairs": [{"short_answers": ["2"]}, {"short_answers": ["x"]}]}
+            ),
+            "On [1]. x [2].",
+            0.5,
+        ),
+        (
+            Question("1", "q", extra={"facts": [["a", "x"], ["b", "y"], ["c", "z"], ["d", "w"]]}),
+            "x and y, z.",
+            0.75,
+        ),
     ],
 )
 def test_accuracy_by_hand(question, answer, expected):
@@ -88,14 +128,17 @@ def test_accuracy_by_hand(question, answer, expected):
 
 
 def test_a_question_without_gold_is_named():
-    with pytest.raises(BadInput, match="question 7"):
+    with pytest.raises(UserError, match="question 7"):
         metrics.accuracy(Question("7", "q"), "answer")
 
 
 def test_citations_by_hand():
     row = {
         "segments": [{"text": "good"}, {"text": "bad"}, {"text": "uncited"}],
-        "passages": [{"id": "1", "title": "", "text": "good"}, {"id": "2", "title": "", "text": "other"}],
+        "passages": [
+            {"id": "1", "title": "", "text": "good"},
+            {"id": "2", "title": "", "text": "other"},
+        ],
         "citations": [{"segment": 0, "passage": 0}, {"segment": 1, "passage": 1}],
     }
     judge = lambda instruction, passage, segment: passage.text == segment  # noqa: E731
@@ -103,33 +146,46 @@ def test_citations_by_hand():
 
 
 def test_told_facts_are_checked_one_by_one():
-    gold = {"topic": "Mara Tellock", "facts": [["birthplace", "East Quenport"], ["instrument", "reed harp"]]}
+    gold = {
+        "topic": "Mara Tellock",
+        "facts": [["birthplace", "East Quenport"], ["instrument", "reed harp"]],
+    }
     answer = "Mara Tellock was born in East Quenport and plays the wind pipe. Mara Tellman was born in East Quenport."
     row = {"id": "1", "answer": answer, "retrieved": True, "segments": []}
-    values = evaluate.score([Question("1", "Tell me about Mara Tellock.", extra=gold)], [row], None)
+    values = scores.score([Question("1", "Tell me about Mara Tellock.", extra=gold)], [row], None)
     assert values["fact_precision"] == [pytest.approx(1 / 3)] and values["accuracy"] == [0.5]
 
 
 def test_the_mean_over_seeds_by_hand():
-    runs = [evaluate.result_rows("rag_top1", "long_tail", {"accuracy": v}, 0) for v in ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0])]
-    runs[0] += evaluate.result_rows("rag_topk", "long_tail", {"accuracy": [1.0]}, 0)  # in one run only: left out
-    [row] = report.mean_over_seeds(runs)
-    half = 4.302652729911275 * np.sqrt(1 / 12) / np.sqrt(3)  # t(0.975, 2 degrees) x deviation / sqrt(runs)
+    runs = [
+        scores.result_rows("rag_top1", "long_tail", {"accuracy": v}, 0)
+        for v in ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    ]
+    runs[0] += scores.result_rows(
+        "rag_topk", "long_tail", {"accuracy": [1.0]}, 0
+    )  # in one run only: left out
+    [row] = tables.mean_over_seeds(runs)
+    half = (
+        4.302652729911275 * np.sqrt(1 / 12) / np.sqrt(3)
+    )  # t(0.975, 2 degrees) x deviation / sqrt(runs)
     assert row["value"] == pytest.approx(5 / 6) and row["n"] == 6
     assert row["low"] == pytest.approx(5 / 6 - half) and row["high"] == 1.0
-    with pytest.raises(BadInput, match="in common"):
-        report.mean_over_seeds([runs[0], []])
-    with pytest.raises(BadInput, match="two runs"):
-        report.mean_over_seeds(runs[:1])
+    with pytest.raises(UserError, match="in common"):
+        tables.mean_over_seeds([runs[0], []])
+    with pytest.raises(UserError, match="two runs"):
+        tables.mean_over_seeds(runs[:1])
 
 
 def test_options_must_hold_the_answer(tmp_path):
     good = {"question": "q", "answers": ["true"], "options": ["true", "false"]}
     (tmp_path / "f.jsonl").write_text(json.dumps(good) + "\n")
     assert read_questions(tmp_path / "f.jsonl")[0].options == ("true", "false")
-    for bad, message in (({"options": ["false"]}, "none of the options"), ({"options": "true"}, "must be a list")):
+    for bad, message in (
+        ({"options": ["false"]}, "none of the options"),
+        ({"options": "true"}, "must be a list"),
+    ):
         (tmp_path / "f.jsonl").write_text(json.dumps(good | bad) + "\n")
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(UserError, match=message):
             read_questions(tmp_path / "f.jsonl")
 
 
@@ -147,18 +203,30 @@ def test_intervals_hold_the_mean():
 
 
 def test_unanswered_questions_are_named():
-    with pytest.raises(BadInput, match="'b'"):
-        evaluate.score([Question("b", "q", ("x",))], [], None)
+    with pytest.raises(UserError, match="'b'"):
+        scores.score([Question("b", "q", ("x",))], [], None)
 
 
 def test_report_shows_every_number_and_escapes_text(tmp_path):
-    rows = evaluate.result_rows("rag_top1", "long_tail", {"accuracy": [1.0, 0.0]}, 0)
-    rows += evaluate.result_rows("critic", "critic", {"isrel_accuracy": [1.0]}, 0)
+    rows = scores.result_rows("rag_top1", "long_tail", {"accuracy": [1.0, 0.0]}, 0)
+    rows += scores.result_rows("critic", "critic", {"isrel_accuracy": [1.0]}, 0)
     passage = {"id": "1", "title": "T", "text": "<script>alert(1)</script>"}
-    node = {"passage": passage, "text": "seg", "isrel": [0.1, 0.9], "issup": [0.8, 0.1, 0.1], "isuse": [0.2] * 5}
+    node = {
+        "passage": passage,
+        "text": "seg",
+        "isrel": [0.1, 0.9],
+        "issup": [0.8, 0.1, 0.1],
+        "isuse": [0.2] * 5,
+    }
     node |= {"p_segment": 0.5, "score": 1.0, "chosen": True}
-    example = {"question": "q?", "answer": "a", "p_retrieve": 0.7, "retrieved": True, "tree": [node]}
-    report.write(rows, [example], tmp_path, "Title")
+    example = {
+        "question": "q?",
+        "answer": "a",
+        "p_retrieve": 0.7,
+        "retrieved": True,
+        "tree": [node],
+    }
+    report.write_report(rows, [example], tmp_path, "Title")
     page = (tmp_path / "index.html").read_text()
     assert "50.0" in page and "<script>" not in page and "&lt;script&gt;" in page
     assert "| Standard RAG, top 1 | 50.0" in (tmp_path / "results.md").read_text()
@@ -166,9 +234,14 @@ def test_report_shows_every_number_and_escapes_text(tmp_path):
 
 def test_results_that_lack_fields_are_named(tmp_path):
     (tmp_path / "r.json").write_text('{"rows": [{"system": "x"}]}')
-    with pytest.raises(BadInput, match="row 1 lacks high"):
-        report.read_results(tmp_path / "r.json")
+    with pytest.raises(UserError, match="row 1 lacks high"):
+        tables.read_results(tmp_path / "r.json")
 
 
 def test_groups_are_complete():
-    assert len(set(reflection.ALL)) == 15 and set(reflection.GROUPS) == {"retrieve", "isrel", "issup", "isuse"}
+    assert len(set(reflection.ALL)) == 15 and set(reflection.GROUPS) == {
+        "retrieve",
+        "isrel",
+        "issup",
+        "isuse",
+    }

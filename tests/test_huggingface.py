@@ -19,10 +19,10 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from selfrag_jax import cli
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.checkpoints import loading
+from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import weights
 from selfrag_jax.models.llama import Cache, Model
-from selfrag_jax.records import BadInput
 
 TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer"
 TOLERANCE = 1e-4  # of f32 logits
@@ -34,7 +34,9 @@ FAMILY = {
     "biases": dict(attention_bias=True, mlp_bias=True),
     "wide heads": dict(head_dim=24, num_key_value_heads=1),
     # The context was 32 tokens before it was stretched, so that all three kinds of frequencies are met within 80.
-    "llama3 rope": dict(rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 32}),
+    "llama3 rope": dict(
+        rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 32}
+    ),
     "linear rope": dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
     "sliding window": dict(model_type="mistral", sliding_window=7, num_key_value_heads=2),
 }
@@ -46,10 +48,16 @@ def torch_model(fields, seed=0):
         num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.1,
     ) | fields  # fmt: skip
     mistral = fields.pop("model_type", "llama") == "mistral"
-    config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(**fields, attn_implementation="eager")
+    config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(
+        **fields, attn_implementation="eager"
+    )
     torch.manual_seed(seed)
-    model = (transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM)(config).eval()
-    with torch.no_grad():  # norms and biases start at ones and zeros, where a wrong one would not be noticed
+    model = (transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM)(
+        config
+    ).eval()
+    with (
+        torch.no_grad()
+    ):  # norms and biases start at ones and zeros, where a wrong one would not be noticed
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p += 0.3 * torch.randn(p.shape) * (1 if "norm" in name else 0.3)
@@ -62,7 +70,7 @@ def pair(request, tmp_path_factory):
     theirs = torch_model(dict(FAMILY[request.param]))
     folder = tmp_path_factory.mktemp("hf")
     theirs.save_pretrained(folder)
-    config, params = huggingface.load(folder)
+    config, params = weights.load_folder(folder)
     return theirs, folder, Model(config), params
 
 
@@ -87,7 +95,9 @@ def test_greedy_text_equals_that_of_transformers(pair):
 
     def step(params, tokens, positions, valid, cache):
         hidden, cache = model.hidden(params, tokens, positions, valid, cache)
-        last = jnp.take_along_axis(hidden, (jnp.maximum(valid.sum(1), 1) - 1)[:, None, None], axis=1)[:, 0]
+        last = jnp.take_along_axis(
+            hidden, (jnp.maximum(valid.sum(1), 1) - 1)[:, None, None], axis=1
+        )[:, 0]
         return model.logits(params, last).argmax(-1).astype(jnp.int32), cache
 
     step = jax.jit(step)
@@ -95,14 +105,21 @@ def test_greedy_text_equals_that_of_transformers(pair):
     token, cache = step(params, tokens, np.maximum(valid.cumsum(1) - 1, 0), valid, cache)
     made, position = [token], valid.sum(1)
     for _ in range(63):
-        token, cache = step(params, token[:, None], position[:, None], np.ones((2, 1), np.int32), cache)
+        token, cache = step(
+            params, token[:, None], position[:, None], np.ones((2, 1), np.int32), cache
+        )
         made.append(token)
         position = position + 1
     made = np.stack(made, 1)
     for i, p in enumerate(prompts):
         with torch.no_grad():
             expected = theirs.generate(
-                torch.tensor(p)[None], max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+                torch.tensor(p)[None],
+                max_new_tokens=64,
+                min_new_tokens=64,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )[0, len(p) :].numpy()
         assert made[i].tolist() == expected.tolist()
 
@@ -111,10 +128,12 @@ def test_greedy_text_equals_that_of_transformers(pair):
 def test_there_and_back_every_tensor_is_the_same(pair, tokenizer, tmp_path, dtype):
     theirs, _, model, _ = pair
     copy.deepcopy(theirs).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
-    config = huggingface.config_from_json(tmp_path / "in" / "config.json")
-    params = huggingface.read_params(huggingface.Folder(tmp_path / "in"), config, model.shapes(), dtype)
-    huggingface.save(tmp_path / "out", config, params, tokenizer, dtype)
-    before, after = (load_file(tmp_path / d / huggingface.WEIGHTS) for d in ("in", "out"))
+    config = weights.config_from_json(tmp_path / "in" / "config.json")
+    params = weights.read_params(
+        weights.WeightFiles(tmp_path / "in"), config, model.shapes(), dtype
+    )
+    weights.save_folder(tmp_path / "out", config, params, tokenizer, dtype)
+    before, after = (load_file(tmp_path / d / weights.WEIGHTS) for d in ("in", "out"))
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
@@ -122,35 +141,45 @@ def test_there_and_back_every_tensor_is_the_same(pair, tokenizer, tmp_path, dtyp
 
 def test_exported_folders_load_in_transformers(pair, tokenizer, tmp_path):
     theirs, _, model, params = pair
-    huggingface.save(tmp_path, model.config, params, tokenizer)
-    again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    weights.save_folder(tmp_path, model.config, params, tokenizer)
+    again, info = type(theirs).from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.tensor(np.random.default_rng(0).integers(0, 199, (1, 60)))
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            again.eval()(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6
+        )
 
 
 def test_shards_with_an_index_are_written_and_read(pair, tmp_path):
     theirs, folder, _, params = pair
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    assert (tmp_path / "theirs" / huggingface.INDEX).is_file()
-    read = huggingface.load(tmp_path / "theirs")[1]
+    assert (tmp_path / "theirs" / weights.INDEX).is_file()
+    read = weights.load_folder(tmp_path / "theirs")[1]
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
     (tmp_path / "ours").mkdir()
     (tmp_path / "again").mkdir()
-    tensors = load_file(folder / huggingface.WEIGHTS)
-    huggingface.write_tensors(tmp_path / "ours", tensors.items(), shard_bytes=100_000)
-    index = json.loads((tmp_path / "ours" / huggingface.INDEX).read_text())
+    tensors = load_file(folder / weights.WEIGHTS)
+    weights.write_tensors(tmp_path / "ours", tensors.items(), shard_bytes=100_000)
+    index = json.loads((tmp_path / "ours" / weights.INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    assert len(list((tmp_path / "ours").iterdir())) == 1 + len(set(index["weight_map"].values())) > 2
-    shutil.copy(folder / huggingface.CONFIG, tmp_path / "ours")
-    huggingface.write_tensors(tmp_path / "again", ((name, 2 * t) for name, t in tensors.items()), shard_bytes=100_000)
-    huggingface.write_tensors(tmp_path / "again", tensors.items())  # a single file in the place of shards
-    shutil.copy(folder / huggingface.CONFIG, tmp_path / "again")
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path / "again")[1], params)
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path / "ours")[1], params)
+    assert (
+        len(list((tmp_path / "ours").iterdir())) == 1 + len(set(index["weight_map"].values())) > 2
+    )
+    shutil.copy(folder / weights.CONFIG, tmp_path / "ours")
+    weights.write_tensors(
+        tmp_path / "again", ((name, 2 * t) for name, t in tensors.items()), shard_bytes=100_000
+    )
+    weights.write_tensors(
+        tmp_path / "again", tensors.items()
+    )  # a single file in the place of shards
+    shutil.copy(folder / weights.CONFIG, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, weights.load_folder(tmp_path / "again")[1], params)
+    jax.tree.map(np.testing.assert_array_equal, weights.load_folder(tmp_path / "ours")[1], params)
     assert type(theirs).from_pretrained(tmp_path / "ours").config.hidden_size == 64
 
 
@@ -166,16 +195,31 @@ def test_over_orbax_and_back_nothing_is_lost(kind, tmp_path):
     shutil.copytree(TOKENIZER, tmp_path / "in", dirs_exist_ok=True)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "in" / "chat_template.jinja").write_text(template)
-    assert cli.main(["convert", f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax"]) == 0
-    assert cli.main(["convert", f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface"]) == 0
+    assert (
+        cli.main(["convert", f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax"]) == 0
+    )
+    assert (
+        cli.main(
+            ["convert", f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface"]
+        )
+        == 0
+    )
     before, after = (
-        {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()} for d in ("in", "out")
+        {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()}
+        for d in ("in", "out")
     )
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1 and before.keys() == after.keys()
     for name, value in before.items():
         assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
     again = type(theirs).from_pretrained(tmp_path / "out")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "num_key_value_heads", "rope_parameters"):
+    for name in (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "head_dim",
+        "num_key_value_heads",
+        "rope_parameters",
+    ):
         assert getattr(again.config, name) == getattr(theirs.config, name), name
     changes = again.generation_config.to_diff_dict(), theirs.generation_config.to_diff_dict()
     assert changes[0] == changes[1] and again.generation_config.eos_token_id == [2, 5]
@@ -187,7 +231,7 @@ def test_over_orbax_and_back_nothing_is_lost(kind, tmp_path):
 def test_every_field_that_transformers_writes_is_known(cls, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(cls().to_dict()))
-    c = huggingface.config_from_json(path)
+    c = weights.config_from_json(path)
     assert c.head_dim == 128 and c.rope_theta == 10_000.0
     assert c.sliding_window == (4096 if cls is transformers.MistralConfig else None)
 
@@ -202,7 +246,7 @@ def test_a_config_of_2023_is_read(tmp_path):
         transformers_version="4.31.0", use_cache=True, vocab_size=32016,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(row))
-    c = huggingface.config_from_json(tmp_path / "config.json")
+    c = weights.config_from_json(tmp_path / "config.json")
     assert (c.head_dim, c.rope_theta, c.num_kv_heads, c.vocab_size) == (128, 10_000.0, 40, 32016)
     shapes = Model(c).shapes()
     assert shapes["layers"]["down"]["kernel"].shape == (40, 13824, 5120)
@@ -212,15 +256,22 @@ def test_a_config_of_2023_is_read(tmp_path):
 @pytest.mark.parametrize("model_type", ("llama", "mistral"))
 def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_type):
     c = replace(tiny_model.model.config, sliding_window=7 if model_type == "mistral" else None)
-    row = huggingface.config_to_json(c, {})
+    row = weights.config_to_json(c, {})
     more = dict.fromkeys(("quantization_config", "attn_logit_softcapping", "hidden_act"))
-    more |= dict(gradient_checkpointing=False, max_length=20, max_sequence_length=2048, _attn_implementation_autoset=True)
+    more |= dict(
+        gradient_checkpointing=False,
+        max_length=20,
+        max_sequence_length=2048,
+        _attn_implementation_autoset=True,
+    )
     more |= dict(use_sliding_window=model_type == "mistral")
     (tmp_path / "config.json").write_text(json.dumps(row | more))
-    assert huggingface.config_from_json(tmp_path / "config.json") == c
-    (tmp_path / "config.json").write_text(json.dumps(row | more | dict(use_sliding_window=model_type == "llama")))
-    with pytest.raises(BadInput, match="use_sliding_window=.* contradicts sliding_window"):
-        huggingface.config_from_json(tmp_path / "config.json")
+    assert weights.config_from_json(tmp_path / "config.json") == c
+    (tmp_path / "config.json").write_text(
+        json.dumps(row | more | dict(use_sliding_window=model_type == "llama"))
+    )
+    with pytest.raises(UserError, match="use_sliding_window=.* contradicts sliding_window"):
+        weights.config_from_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -233,11 +284,17 @@ def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_typ
         ({"attn_logit_softcapping": 50}, "attn_logit_softcapping=50"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling lacks factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}}, "rope_scaling.beta_fast=1"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}},
+            "rope_scaling.beta_fast=1",
+        ),
         ({"sliding_window": 7}, "sliding_window=7"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"model_type": "mistral"}, "lacks sliding_window"),
-        ({"model_type": "mistral", "sliding_window": 7, "attention_bias": True}, "attention_bias=true"),
+        (
+            {"model_type": "mistral", "sliding_window": 7, "attention_bias": True},
+            "attention_bias=true",
+        ),
         ({"num_key_value_heads": 3}, "num_kv_heads=3"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "32"}, "hidden_size='32': must be a whole number"),
@@ -245,32 +302,50 @@ def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_typ
         ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0: must be a whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear': expected an object"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0: must be a number above 0"),
-        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling.factor=nan: must be a number above 0"),
-        ({"rope_parameters": {"rope_theta": -5.0}, "rope_theta": None}, "rope_theta=-5.0: must be a number above 0"),
-        ({"rope_parameters": {"rope_theta": "abc"}, "rope_theta": None}, "rope_theta='abc': must be a number above 0"),
-        ({"rope_parameters": {"rope_theta": 5e5}}, "says both rope_theta=10000.0 and rope_theta=500000.0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "rope_scaling.factor=0: must be a number above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": float("nan")}},
+            "rope_scaling.factor=nan: must be a number above 0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": -5.0}, "rope_theta": None},
+            "rope_theta=-5.0: must be a number above 0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": "abc"}, "rope_theta": None},
+            "rope_theta='abc': must be a number above 0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}},
+            "says both rope_theta=10000.0 and rope_theta=500000.0",
+        ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "type .*linear"),
         ({"layer_types": 5}, "layer_types=5"),
         ({"layer_types": ["full_attention"] * 3}, "all 2 must be 'full_attention'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false': must be true or false"),
         ({"rms_norm_eps": True}, "rms_norm_eps=True: must be a number"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
-        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0: must be a whole number above 0"),
+        (
+            {"model_type": "mistral", "sliding_window": 0},
+            "sliding_window=0: must be a whole number above 0",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_named(tiny_model, tmp_path, change, message):
-    row = huggingface.config_to_json(tiny_model.model.config, {}) | change
+    row = weights.config_to_json(tiny_model.model.config, {}) | change
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
-    with pytest.raises(BadInput, match="config.json: .*" + message):
-        huggingface.config_from_json(path)
+    with pytest.raises(UserError, match="config.json: .*" + message):
+        weights.config_from_json(path)
 
 
 # ---- weights that are not what they should be ------------------------------------------------------------------------
 @pytest.fixture
 def folder(tiny_model, tmp_path):
-    huggingface.save(tmp_path, tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
+    weights.save_folder(tmp_path, tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
     return tmp_path
 
 
@@ -283,40 +358,46 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t | {UP: t[UP] * np.float32(np.nan)}, f"{UP}' holds NaN or infinite"),
         (lambda t: t | {UP: t[UP] + np.float32(np.inf)}, f"{UP}' holds NaN or infinite"),
         (lambda t: {k: v for k, v in t.items() if k != UP}, f"tensor '{UP}' is missing"),
-        (lambda t: t | {UP: np.ascontiguousarray(t[UP].T)}, f"{UP}' has shape \\(32, 48\\); .* should be \\(48, 32\\)"),
+        (
+            lambda t: t | {UP: np.ascontiguousarray(t[UP].T)},
+            f"{UP}' has shape \\(32, 48\\); .* should be \\(48, 32\\)",
+        ),
         (lambda t: t | {UP: t[UP].astype(np.int8)}, f"{UP}' is of type I8"),
         (lambda t: t | {"model.extra": t[UP]}, "'model.extra' has no place"),
     ],
     ids=("nan", "inf", "missing", "shape", "type", "extra"),
 )
 def test_bad_tensors_are_named(folder, spoil, message):
-    save_file(spoil(load_file(folder / huggingface.WEIGHTS)), folder / huggingface.WEIGHTS)
-    with pytest.raises(BadInput, match=message):
-        checkpoints.load(folder)
+    save_file(spoil(load_file(folder / weights.WEIGHTS)), folder / weights.WEIGHTS)
+    with pytest.raises(UserError, match=message):
+        loading.load(folder)
 
 
 def test_a_truncated_file_and_a_lost_shard_are_named(folder):
-    file = folder / huggingface.WEIGHTS
+    file = folder / weights.WEIGHTS
     tensors = load_file(file)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadInput, match=r"model\.safetensors: not readable.*truncated"):
-        checkpoints.load(folder)
+    with pytest.raises(UserError, match=r"model\.safetensors: not readable.*truncated"):
+        loading.load(folder)
     file.unlink()
-    with pytest.raises(BadInput, match="no weights here"):
-        checkpoints.load(folder)
-    huggingface.write_tensors(folder, tensors.items(), shard_bytes=50_000)
+    with pytest.raises(UserError, match="no weights here"):
+        loading.load(folder)
+    weights.write_tensors(folder, tensors.items(), shard_bytes=50_000)
     shards = sorted(folder.glob("model-*"))
     shards[1].unlink()
-    with pytest.raises(BadInput, match=f"shard {shards[1].name} is missing"):
-        checkpoints.load(folder)
+    with pytest.raises(UserError, match=f"shard {shards[1].name} is missing"):
+        loading.load(folder)
     shutil.copy(shards[0], shards[1])
-    with pytest.raises(BadInput, match=r"model-0000\d-of-.*: tensor .* is missing, though model.safetensors.index.json"):
-        checkpoints.load(folder)
+    with pytest.raises(
+        UserError,
+        match=r"model-0000\d-of-.*: tensor .* is missing, though model.safetensors.index.json",
+    ):
+        loading.load(folder)
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder):
-    assert (folder / huggingface.WEIGHTS).stat().st_mode == (folder / huggingface.CONFIG).stat().st_mode
+    assert (folder / weights.WEIGHTS).stat().st_mode == (folder / weights.CONFIG).stat().st_mode
 
 
 def test_a_write_that_fails_leaves_no_part(folder, monkeypatch):
@@ -332,5 +413,7 @@ def test_a_write_that_fails_leaves_no_part(folder, monkeypatch):
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        huggingface.write_tensors(folder, load_file(folder / huggingface.WEIGHTS).items(), shard_bytes=50_000)
+        weights.write_tensors(
+            folder, load_file(folder / weights.WEIGHTS).items(), shard_bytes=50_000
+        )
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -8,16 +8,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.checkpoints import loading
 from selfrag_jax.checkpoints.converting import convert
 from selfrag_jax.data.generator_examples import GeneratorSource
+from selfrag_jax.errors import UserError
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
-from selfrag_jax.models.params import at, leaves
-from selfrag_jax.records import BadInput, GeneratorExample
+from selfrag_jax.models.params import flatten, leaf_at
+from selfrag_jax.records import GeneratorExample
+from selfrag_jax.training.config import MeshConfig, TrainConfig
 from selfrag_jax.training.optimizer import OptimizerConfig
-from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+from selfrag_jax.training.train import train
 
 WEIGHTS = dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
 TOKENS = np.arange(3, 15)[None]
@@ -39,7 +41,10 @@ def config():
 
 @pytest.fixture(scope="module")
 def source(tokenizer):
-    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    rows = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(12)
+    ]
     return GeneratorSource(rows, tokenizer, WEIGHTS)
 
 
@@ -53,16 +58,18 @@ def trained(tiny_model, source, config, tmp_path_factory):
 
 def test_new_adapters_change_nothing(tiny_model, config):
     model = Model(replace(tiny_model.model.config, lora=config.lora))
-    params = lora.add(tiny_model.params, model.shapes(), jax.random.key(0))
-    np.testing.assert_allclose(logits(model, params), logits(tiny_model.model, tiny_model.params), atol=1e-6)
-    assert {p[-1] for p, _ in leaves(params)} >= {"lora_a", "lora_b"}
-    a = at(params, ("layers", "down", "lora_a"))
+    params = lora.add_adapters(tiny_model.params, model.shapes(), jax.random.key(0))
+    np.testing.assert_allclose(
+        logits(model, params), logits(tiny_model.model, tiny_model.params), atol=1e-6
+    )
+    assert {p[-1] for p, _ in flatten(params)} >= {"lora_a", "lora_b"}
+    a = leaf_at(params, ("layers", "down", "lora_a"))
     assert a.shape == (2, 48, 3) and 0.05 < a.std() < 0.3  # 1 / sqrt(48) is 0.14
 
 
 def test_only_adapters_and_tables_learn(tiny_model, trained):
-    start = dict(leaves(tiny_model.params))
-    for path, leaf in leaves(trained[1]):
+    start = dict(flatten(tiny_model.params))
+    for path, leaf in flatten(trained[1]):
         if path[-1] == "lora_b":
             assert np.abs(leaf).max() > 1e-3
         elif path in start and path[0] != "embed":
@@ -73,13 +80,15 @@ def test_only_adapters_and_tables_learn(tiny_model, trained):
 
 def test_merged_it_is_the_same_model(tiny_model, config, trained, tmp_path):
     workdir, params = trained
-    adapted = logits(config.model(tiny_model.model.config), params)[..., : tiny_model.model.config.vocab_size]
+    adapted = logits(config.model(tiny_model.model.config), params)[
+        ..., : tiny_model.model.config.vocab_size
+    ]
     assert np.abs(adapted - logits(tiny_model.model, tiny_model.params)).max() > 0.5
-    loaded = checkpoints.load(workdir)
+    loaded = loading.load(workdir)
     assert loaded.model.config == tiny_model.model.config  # neither adapters nor padding
     np.testing.assert_allclose(logits(loaded.model, loaded.params), adapted, atol=1e-4)
     convert(workdir, tmp_path / "hf", "huggingface", None, False)
-    exported = checkpoints.load(tmp_path / "hf")
+    exported = loading.load(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), exported.params)
 
 
@@ -87,7 +96,10 @@ def test_merging_into_half_precision_weights_keeps_small_updates(tmp_path):
     """Frozen weights are bfloat16, whose steps are larger than most of what adapters learn."""
     rng = np.random.default_rng(0)
     kernel = (rng.normal(size=(64, 64)) * 0.02).astype("bfloat16")
-    a, b = rng.normal(size=(64, 4)).astype(np.float32), (rng.normal(size=(4, 64)) * 2e-5).astype(np.float32)
+    a, b = (
+        rng.normal(size=(64, 4)).astype(np.float32),
+        (rng.normal(size=(4, 64)) * 2e-5).astype(np.float32),
+    )
     update = lora.merged_kernel(kernel, a, b, LoraConfig(4, 8.0)) - kernel.astype(np.float32)
     np.testing.assert_allclose(update, 2.0 * a @ b, atol=1e-8)
 
@@ -113,7 +125,9 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_same(
     again = jax.device_get(train(config, *arguments)["params"])
     jax.tree.map(np.testing.assert_array_equal, again, trained[1])
     with ocp.PyTreeCheckpointer() as one:
-        shapes = one.metadata(tmp_path / "checkpoints" / "20" / "state").item_metadata.tree["params"]
+        shapes = one.metadata(tmp_path / "checkpoints" / "20" / "state").item_metadata.tree[
+            "params"
+        ]
     assert "kernel" not in shapes["layers"]["q"] and "lora_a" in shapes["layers"]["q"]
 
 
@@ -121,7 +135,9 @@ def test_other_frozen_weights_are_refused(tiny_model, source, config, trained, t
     w = tmp_path / "w"
     shutil.copytree(trained[0], w)
     other = {**tiny_model.params, "norm": {"scale": tiny_model.params["norm"]["scale"] * 1.5}}
-    with pytest.raises(BadInput, match="the base is not the one that this training began with .*norm"):
+    with pytest.raises(
+        UserError, match="the base is not the one that this training began with .*norm"
+    ):
         train(replace(config, steps=24), tiny_model.model, other, source, tiny_model.tokenizer, w)
 
 
@@ -133,12 +149,20 @@ def test_damaged_frozen_weights_are_named_and_mended(tiny_model, source, config,
             content = bytearray(file.read_bytes())
             content[299::299] = bytes(c ^ 4 for c in content[299::299])
             file.write_bytes(content)
-    for read in (lambda: checkpoints.load(w), lambda: convert(w, tmp_path / "out", "huggingface", None, False)):
-        with pytest.raises(BadInput, match="frozen: the weights that LoRA left as they are are damaged .*Remove frozen/"):
+    for read in (
+        lambda: loading.load(w),
+        lambda: convert(w, tmp_path / "out", "huggingface", None, False),
+    ):
+        with pytest.raises(
+            UserError,
+            match="frozen: the weights that LoRA left as they are are damaged .*Remove frozen/",
+        ):
             read()
     shutil.rmtree(w / "frozen")
     train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, w)
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(w).params, checkpoints.load(trained[0]).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, loading.load(w).params, loading.load(trained[0]).params
+    )
 
 
 def test_configs_that_make_no_sense_are_refused():

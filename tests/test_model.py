@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfrag_jax.checkpoints import saving as checkpoints
+from selfrag_jax.checkpoints import vocabulary_rows
+from selfrag_jax.errors import UserError
 from selfrag_jax.models.llama import Cache, Llama, LlamaConfig, Model
-from selfrag_jax.records import BadInput
 
 TOLERANCE = 2e-5
 
@@ -17,7 +17,9 @@ TOLERANCE = 2e-5
 def full(loaded, tokens):
     T = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    return loaded.model.hidden(loaded.params, tokens, positions, jnp.ones(tokens.shape, jnp.int32))[0]
+    return loaded.model.hidden(loaded.params, tokens, positions, jnp.ones(tokens.shape, jnp.int32))[
+        0
+    ]
 
 
 def test_prefix_and_ragged_branches_match_full_forwards(tiny_model):
@@ -46,14 +48,21 @@ def test_prefix_and_ragged_branches_match_full_forwards(tiny_model):
     outs = []
     for t in range(2):
         out, cache = model.hidden(
-            params, after[:, t : t + 1], (start + lengths + t)[:, None], np.ones((6, 1), bool), cache, prefix
+            params,
+            after[:, t : t + 1],
+            (start + lengths + t)[:, None],
+            np.ones((6, 1), bool),
+            cache,
+            prefix,
         )
         outs.append(out[:, 0])
     for i in range(6):
         whole = np.concatenate([prefixes[i // 3], branches[i], after[i]])
         expected = full(tiny_model, whole[None])[0]
         n = len(prefixes[i // 3])
-        np.testing.assert_allclose(hidden[i, : lengths[i]], expected[n : n + lengths[i]], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            hidden[i, : lengths[i]], expected[n : n + lengths[i]], atol=TOLERANCE
+        )
         np.testing.assert_allclose(outs[0][i], expected[-2], atol=TOLERANCE)
         np.testing.assert_allclose(outs[1][i], expected[-1], atol=TOLERANCE)
 
@@ -76,26 +85,38 @@ def test_grouped_heads_must_divide():
 
 def test_new_rows_start_at_the_mean(tiny_model):
     config, params = tiny_model.model.config, tiny_model.params
-    grown_config, grown = checkpoints.with_vocabulary(config, params, config.vocab_size, config.vocab_size + 3)
+    grown_config, grown = vocabulary_rows.grow_vocabulary(
+        config, params, config.vocab_size, config.vocab_size + 3
+    )
     table = np.asarray(grown["embed"]["embedding"])
     assert table.shape[0] == grown_config.vocab_size
-    np.testing.assert_allclose(table[-1], np.asarray(params["embed"]["embedding"]).mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        table[-1], np.asarray(params["embed"]["embedding"]).mean(0), atol=1e-6
+    )
 
 
 def test_new_rows_may_start_as_words(tiny_model):
     config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
     like = {config.vocab_size + 1: [5, 7], 3: [5]}  # 3 is no new token: it keeps its row
-    _, grown = checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size, config.vocab_size + 2, like)
+    _, grown = vocabulary_rows.grow_vocabulary(
+        config, tiny_model.params, config.vocab_size, config.vocab_size + 2, like
+    )
     table = np.asarray(grown["embed"]["embedding"])
     np.testing.assert_array_equal(table[: config.vocab_size], old)
-    np.testing.assert_allclose(table[config.vocab_size :], [old.mean(0), old[[5, 7]].mean(0)], atol=1e-6)
+    np.testing.assert_allclose(
+        table[config.vocab_size :], [old.mean(0), old[[5, 7]].mean(0)], atol=1e-6
+    )
 
 
 def test_the_mean_of_many_half_precision_rows_is_exact(tiny_model):
     config = tiny_model.model.config
-    table = (np.random.default_rng(0).normal(1.0, 0.1, (config.vocab_size, config.embed_dim))).astype("bfloat16")
+    table = (
+        np.random.default_rng(0).normal(1.0, 0.1, (config.vocab_size, config.embed_dim))
+    ).astype("bfloat16")
     params = {**tiny_model.params, "embed": {"embedding": table}}
-    _, grown = checkpoints.with_vocabulary(config, params, config.vocab_size, config.vocab_size + 1)
+    _, grown = vocabulary_rows.grow_vocabulary(
+        config, params, config.vocab_size, config.vocab_size + 1
+    )
     new = np.asarray(grown["embed"]["embedding"])[-1]
     assert new.dtype == table.dtype
     np.testing.assert_allclose(new.astype(np.float32), table.astype(np.float64).mean(0), rtol=2**-8)
@@ -104,19 +125,21 @@ def test_the_mean_of_many_half_precision_rows_is_exact(tiny_model):
 def test_new_tokens_take_the_rows_that_a_padded_table_has(tiny_model):
     config, old = tiny_model.model.config, np.asarray(tiny_model.params["embed"]["embedding"])
     V = config.vocab_size - 5  # the last five rows are of no token
-    same, grown = checkpoints.with_vocabulary(config, tiny_model.params, V, V + 3)
+    same, grown = vocabulary_rows.grow_vocabulary(config, tiny_model.params, V, V + 3)
     table = np.asarray(grown["embed"]["embedding"])
     assert same == config and table.shape == old.shape
     np.testing.assert_allclose(table[V : V + 3], np.tile(old[:V].mean(0), (3, 1)), atol=1e-6)
     np.testing.assert_array_equal(table[V + 3 :], old[V + 3 :])
-    with pytest.raises(BadInput, match="do not belong together"):
-        checkpoints.with_vocabulary(config, tiny_model.params, config.vocab_size + 1, config.vocab_size + 2)
+    with pytest.raises(UserError, match="do not belong together"):
+        vocabulary_rows.grow_vocabulary(
+            config, tiny_model.params, config.vocab_size + 1, config.vocab_size + 2
+        )
 
 
 def test_a_padded_vocabulary_changes_nothing(tiny_model):
     config, tokens = tiny_model.model.config, np.arange(10)[None]
     padded = Model(replace(config, vocab_padding=-config.vocab_size % 128))
-    params = checkpoints.pad_vocabulary(tiny_model.params, padded.config)
+    params = vocabulary_rows.pad_vocabulary(tiny_model.params, padded.config)
     assert params["embed"]["embedding"].shape[0] % 128 == 0
 
     def probabilities(model, params):
@@ -124,10 +147,16 @@ def test_a_padded_vocabulary_changes_nothing(tiny_model):
         return np.asarray(jax.nn.softmax(model.logits(params, hidden)))
 
     found = probabilities(padded, params)
-    np.testing.assert_allclose(found[..., : config.vocab_size], probabilities(tiny_model.model, tiny_model.params), atol=1e-7)
+    np.testing.assert_allclose(
+        found[..., : config.vocab_size],
+        probabilities(tiny_model.model, tiny_model.params),
+        atol=1e-7,
+    )
     assert not found[..., config.vocab_size :].any()
-    same = checkpoints.unpad_vocabulary(params, padded.config)
-    np.testing.assert_array_equal(same["embed"]["embedding"], tiny_model.params["embed"]["embedding"])
+    same = vocabulary_rows.unpad_vocabulary(params, padded.config)
+    np.testing.assert_array_equal(
+        same["embed"]["embedding"], tiny_model.params["embed"]["embedding"]
+    )
 
 
 @pytest.mark.parametrize("remat", ("none", "dots", "full"))
@@ -137,7 +166,9 @@ def test_what_is_computed_again_has_the_same_gradients(tiny_model, remat, monkey
     positions = np.tile(np.arange(12), (2, 1))
 
     def gradients(model):
-        return jax.grad(lambda p: (model.hidden(p, tokens, positions, None)[0] ** 2).sum())(tiny_model.params)
+        return jax.grad(lambda p: (model.hidden(p, tokens, positions, None)[0] ** 2).sum())(
+            tiny_model.params
+        )
 
     again = gradients(Model(replace(tiny_model.model.config, remat=remat)))
     monkeypatch.setattr(Llama, "_written_out", lambda self: True)
@@ -156,11 +187,16 @@ def test_on_a_cpu_layers_are_written_out_where_that_is_faster(tiny_model):
         program = jax.jit(jax.grad(loss)).lower(model.shapes())
         return "while" in program.as_text(), program.compile().memory_analysis().temp_size_in_bytes
 
-    (plain, bytes_kept), (loop, bytes_again) = loops_and_temporaries("none"), loops_and_temporaries("full")
+    (plain, bytes_kept), (loop, bytes_again) = (
+        loops_and_temporaries("none"),
+        loops_and_temporaries("full"),
+    )
     assert (plain, loop) == (False, True) and bytes_again < 0.4 * bytes_kept
 
 
 def test_a_prefix_without_a_cache_is_refused(tiny_model):
     prefix = Cache.empty(tiny_model.model.config, 1, 8)
     with pytest.raises(ValueError, match="together with a cache"):
-        tiny_model.model.hidden(tiny_model.params, np.zeros((1, 4), int), np.zeros((1, 4), int), None, None, prefix)
+        tiny_model.model.hidden(
+            tiny_model.params, np.zeros((1, 4), int), np.zeros((1, 4), int), None, None, prefix
+        )

@@ -31,7 +31,16 @@ def test_a_terminal_sees_a_bar_and_the_time_left(clock, monkeypatch):
         clock.now += 10
         bar.advance(25, note="3 skipped")
     drawn, last = out.getvalue().split("\r")[1:]
-    assert drawn.split() == ["answer", "█" * 6 + "·" * 18, "25/100", "questions", "0:30", "left", "3", "skipped"]
+    assert drawn.split() == [
+        "answer",
+        "█" * 6 + "·" * 18,
+        "25/100",
+        "questions",
+        "0:30",
+        "left",
+        "3",
+        "skipped",
+    ]
     assert last.split() == ["answer", "25", "questions", "in", "0:10", "3", "skipped"]
 
 
@@ -43,7 +52,10 @@ def test_a_log_gets_a_line_now_and_then(clock, monkeypatch):
             clock.now += 1
             bar.advance()
     lines = out.getvalue().splitlines()
-    assert [line.split()[2] for line in lines[:-1]] == ["15/1000", "30/1000"] and "\r" not in out.getvalue()
+    assert [line.split()[2] for line in lines[:-1]] == [
+        "15/1000",
+        "30/1000",
+    ] and "\r" not in out.getvalue()
     assert lines[-1].split() == ["train", "40", "steps", "in", "0:40"]
 
 

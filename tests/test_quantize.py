@@ -13,30 +13,34 @@ import pytest
 from plain_search import make_passages
 
 from selfrag_jax import cli, config
-from selfrag_jax.answering.selfrag import DEFAULT, AnswerConfig, SelfRAG, prepare
+from selfrag_jax.answering.config import DEFAULT, AnswerConfig
+from selfrag_jax.answering.selfrag import SelfRAG, prepare
 from selfrag_jax.config import build
-from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import weights
 from selfrag_jax.models import quantize
 from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.llama import Model
-from selfrag_jax.models.params import at, leaves
-from selfrag_jax.records import BadInput, Question
+from selfrag_jax.models.params import flatten, leaf_at
+from selfrag_jax.records import Question
 
 
 def logits(model, params, tokens):
-    hidden, _ = model.hidden(params, tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), None)
+    hidden, _ = model.hidden(
+        params, tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), None
+    )
     return np.asarray(model.logits(params, hidden))
 
 
 def test_a_kernel_is_rounded_to_its_columns_scale(tiny_model):
     model, params = quantize.quantize(tiny_model.model, tiny_model.params)
-    assert {p for p, _ in leaves(params)} == {p for p, _ in leaves(model.shapes())}
-    for path, leaf in leaves(tiny_model.params):
-        mine = at(params, path)
+    assert {p for p, _ in flatten(params)} == {p for p, _ in flatten(model.shapes())}
+    for path, leaf in flatten(tiny_model.params):
+        mine = leaf_at(params, path)
         if path[0] != "layers" or path[-1] != "kernel":
             np.testing.assert_array_equal(mine, leaf)
             continue
-        scale = at(params, (*path[:-1], quantize.SCALE))
+        scale = leaf_at(params, (*path[:-1], quantize.SCALE))
         assert mine.dtype == np.int8 and scale.shape == (leaf.shape[0], leaf.shape[2])
         np.testing.assert_allclose(scale, np.abs(leaf).max(1) / 127, rtol=1e-6)
         assert np.abs(mine * scale[:, None] - np.asarray(leaf)).max() <= scale.max() / 2 * 1.001
@@ -48,9 +52,9 @@ def test_logits_hardly_change(tiny_model):
     tokens = np.random.default_rng(0).integers(5, 900, (3, 20))
     model, params = quantize.quantize(tiny_model.model, tiny_model.params)
     back = {
-        path: np.asarray(leaf, np.float32) * at(params, (*path[:-1], quantize.SCALE))[:, None]
+        path: np.asarray(leaf, np.float32) * leaf_at(params, (*path[:-1], quantize.SCALE))[:, None]
         if path[-1] == "kernel" and path[0] == "layers" else leaf
-        for path, leaf in leaves(params) if path[-1] != quantize.SCALE
+        for path, leaf in flatten(params) if path[-1] != quantize.SCALE
     }  # fmt: skip
     from selfrag_jax.models.params import build as nested
 
@@ -63,16 +67,21 @@ def test_logits_hardly_change(tiny_model):
 @pytest.fixture(scope="module")
 def folder(talkative, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    huggingface.save(path, talkative.model.config, talkative.params, talkative.tokenizer)
+    weights.save_folder(path, talkative.model.config, talkative.params, talkative.tokenizer)
     return path
 
 
 def answers(folder, also=None, **changes):
     """also: changes of a search that is run besides."""
     search = replace(DEFAULT.search, max_new_tokens=6, length_bucket=32, max_depth=2, ndocs=3)
-    rag = SelfRAG.load(folder, config=replace(DEFAULT, search=search, batch=2, max_length=64, **changes))
+    rag = SelfRAG.load(
+        folder, config=replace(DEFAULT, search=search, batch=2, max_length=64, **changes)
+    )
     rng = np.random.default_rng(5)
-    rows = [Question(str(i), f"Where {i}?", ctxs=tuple(make_passages(rng, rag.loaded.tokenizer, 3))) for i in range(2)]
+    rows = [
+        Question(str(i), f"Where {i}?", ctxs=tuple(make_passages(rng, rag.loaded.tokenizer, 3)))
+        for i in range(2)
+    ]
     found = rag.answer(rows, mode="always_retrieve")
     return rag, found + (rag.answer(rows, mode="always_retrieve", **also) if also else [])
 
@@ -84,10 +93,15 @@ def test_answers_in_other_types(folder):
     assert {x.dtype for x in jax.tree.leaves(rag.loaded.params)} == {jnp.dtype("bfloat16")}
     rag, small = answers(folder, dtype="bfloat16", quantization="int8")
     kinds = {x.dtype for x in jax.tree.leaves(rag.loaded.params)}
-    assert kinds == {jnp.dtype(t) for t in ("int8", "bfloat16", "float32")} and rag.loaded.model.config.quantized
+    assert (
+        kinds == {jnp.dtype(t) for t in ("int8", "bfloat16", "float32")}
+        and rag.loaded.model.config.quantized
+    )
     for found in (half, small):
         assert all(a.segments and not a.error for a in found)
-    rag, exact = answers(folder, quantization="int8")  # the first critique, before the texts can part
+    rag, exact = answers(
+        folder, quantization="int8"
+    )  # the first critique, before the texts can part
     assert np.abs(np.array(exact[0].tree[0]["isrel"]) - plain[0].tree[0]["isrel"]).max() < 0.05
 
 
@@ -97,11 +111,11 @@ def test_wrong_settings_are_refused(tiny_model, capsys):
         (dict(quantization="int4"), "--quantization='int4': must be int8"),
         (dict(tensor=0), "--tensor=0: must be at least 1"),
     ):
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(UserError, match=message):
             replace(DEFAULT, **changes)
-    with pytest.raises(BadInput, match="--tensor=3 does not divide the model's 2 key-value heads"):
+    with pytest.raises(UserError, match="--tensor=3 does not divide the model's 2 key-value heads"):
         prepare(tiny_model, replace(DEFAULT, tensor=3))
-    with pytest.raises(BadInput, match="needs 2 devices"):
+    with pytest.raises(UserError, match="needs 2 devices"):
         prepare(tiny_model, replace(DEFAULT, tensor=2))
     assert cli.main(["compile", "--config=tiny", "--program=decode", "--topology=v5e:1x1"]) == 2
     assert "short_form and long_form have" in capsys.readouterr().err
@@ -134,13 +148,27 @@ def test_two_devices_answer_as_one(folder, bits):
     """With layers stacked, as on TPUs, and one by one, as on GPUs; by the paper's search and the released one."""
     found = []
     for devices, layers in ((1, "one by one"), (2, "stacked"), (2, "one by one")):
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", PROGRAM, str(folder), os.path.dirname(__file__), str(devices), layers, bits]
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(folder),
+            os.path.dirname(__file__),
+            str(devices),
+            layers,
+            bits,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))
     for others in found[1:]:
-        for (text, score, tree), (other, other_score, other_tree) in zip(found[0], others, strict=True):
+        for (text, score, tree), (other, other_score, other_tree) in zip(
+            found[0], others, strict=True
+        ):
             assert text == other and score == pytest.approx(other_score, abs=1e-4)
             np.testing.assert_allclose(tree, other_tree, atol=1e-4)
 
@@ -156,27 +184,49 @@ def test_answering_compiles_for_a_tpu(tmp_path):
     )
 
     def run(name, topology, *more):
-        command = [sys.executable, "-m", "selfrag_jax", "compile", f"--config={name}", "--program=decode", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "selfrag_jax",
+            "compile",
+            f"--config={name}",
+            "--program=decode",
+            *more,
+        ]
         done = subprocess.run([*command, f"--topology={topology}"], capture_output=True, text=True)
         return done, json.loads(done.stdout)
 
     done, one = run(f"{tmp_path}/c.py:7b_int8", "v5e:1x1")
-    assert done.returncode == 0 and one["fits"] and set(one["programs"]) == {"prompt", "passages", "segment", "grow_branches"}
+    assert (
+        done.returncode == 0
+        and one["fits"]
+        and set(one["programs"]) == {"prompt", "passages", "segment", "grow_branches"}
+    )
     c = Model(replace(MODEL, quantized=True))
     stored = sum(x.size * (1 if x.dtype == np.int8 else 2) for x in jax.tree.leaves(c.shapes()))
     # Two layers, keys and values: 320 tokens of a prompt; 320 of a passage and 100 new ones in ten branches.
     caches = 2 * 2 * (320 + 10 * (320 + 100)) * 4 * 128 * 2
-    assert stored < one["programs"]["segment"]["memory_per_chip"]["arguments"] - caches < 1.2 * stored + 1e5
-    prompt = one["programs"]["prompt"]["memory_per_chip"]  # the branches' own caches are held beside it
+    assert (
+        stored
+        < one["programs"]["segment"]["memory_per_chip"]["arguments"] - caches
+        < 1.2 * stored + 1e5
+    )
+    prompt = one["programs"]["prompt"][
+        "memory_per_chip"
+    ]  # the branches' own caches are held beside it
     assert prompt["held_beside"] >= 2 * 2 * 10 * (320 + 100) * 4 * 128 * 2
     assert prompt["total"] >= prompt["held_beside"] + prompt["arguments"]
     done, four = run(f"{tmp_path}/c.py:7b", "v5e:2x2")
     assert done.returncode == 0 and four["fits"] and four["mesh"]["tensor"] == 4
     assert four["programs"]["segment"]["collectives"]["all-reduce"]["count"]
     deep = ("--config.answer.search.max_depth=2", "--config.answer.batch=8")
-    done, again = run(f"{tmp_path}/c.py:7b", "v5e:2x2", *deep, "--config.answer.search.keep_passages=false")
+    done, again = run(
+        f"{tmp_path}/c.py:7b", "v5e:2x2", *deep, "--config.answer.search.keep_passages=false"
+    )
     assert done.returncode == 0
-    assert {"passages_together", "read_again", "grow_prefixes"} < {*again["programs"]} and "keep" not in again["programs"]
+    assert {"passages_together", "read_again", "grow_prefixes"} < {
+        *again["programs"]
+    } and "keep" not in again["programs"]
     done, large = run("short_form:7b", "v5e:1x1", "--config.answer.tensor=1")
     assert done.returncode == 1 and not large["fits"] and "does not fit v5e:1x1" in done.stderr
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import GeneratorExample, write_jsonl
 
 MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 STEPS = 6
@@ -32,13 +33,33 @@ def program(job, workdir, process=0, port=0):
     from selfrag_jax.models.llama import LlamaConfig, Model
     from selfrag_jax.records import GeneratorExample
     from selfrag_jax.training import train as trainer
+    from selfrag_jax.training.config import MeshConfig, TrainConfig
     from selfrag_jax.training.optimizer import OptimizerConfig
 
     tokenizer = make_tokenizer(4000).with_reflection_tokens()
-    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
-    source = GeneratorSource(rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0))
-    fields = dict(vocab_size=tokenizer.vocab_size, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
-    fields |= dict(head_dim=8, max_length=64, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, dtype="float32")
+    rows = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(40)
+    ]
+    source = GeneratorSource(
+        rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
+    )
+    fields = dict(
+        vocab_size=tokenizer.vocab_size,
+        embed_dim=32,
+        mlp_dim=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+    )
+    fields |= dict(
+        head_dim=8,
+        max_length=64,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        tie_embeddings=False,
+        dtype="float32",
+    )
     model = Model(LlamaConfig(**fields, remat="none", scan_unroll=1))
     initial = jax.device_get(model.init(jax.random.key(0), 0.3))
     losses, step = [], trainer.train_step
@@ -53,14 +74,19 @@ def program(job, workdir, process=0, port=0):
     trainer.train_step, out, stop_after = spy, {}, None
 
     def run(mesh, name, **changes):
-        config = trainer.TrainConfig(
+        config = TrainConfig(
             seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3, loss_chunk=16, remat="full",
-            mesh=trainer.MeshConfig(*mesh), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
+            mesh=MeshConfig(*mesh), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
             **changes,
         )  # fmt: skip
         losses.clear()
-        made = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)["params"]
-        out[name] = {"losses": list(losses), "norm": float(sum(abs(x).sum() for x in jax.tree.leaves(made)))}
+        made = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)[
+            "params"
+        ]
+        out[name] = {
+            "losses": list(losses),
+            "norm": float(sum(abs(x).sum() for x in jax.tree.leaves(made))),
+        }
 
     if job == "two":
         run((1, 8, 1), "two")
@@ -79,9 +105,14 @@ def program(job, workdir, process=0, port=0):
 
 
 def start(*arguments, devices):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, __file__, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 def result(process):
@@ -107,7 +138,9 @@ def test_every_mesh_has_the_losses_of_one_device(trained, mesh):
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_over_another_mesh(trained):
     one, moved = trained[str(MESHES[0])], trained["moved"]
-    np.testing.assert_allclose(moved["losses"], one["losses"][3:], atol=1e-4, rtol=0)  # the last save was at step 3
+    np.testing.assert_allclose(
+        moved["losses"], one["losses"][3:], atol=1e-4, rtol=0
+    )  # the last save was at step 3
     assert moved["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
@@ -129,16 +162,38 @@ def free_port():
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
     """On the way, from the command line: `selfrag train` on two hosts, of which one is told to go. Heads are split over both, which
     is possible and slow, so that it is said."""
-    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    rows = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(40)
+    ]
     write_jsonl(tmp_path / "data.jsonl", rows)
     port, workdir = free_port(), tmp_path / "w"
-    changes = dict(steps=4000, save_every=1000, max_targets=None, rows=4, length=64, log_every=1).items()
-    command = [sys.executable, "-m", "selfrag_jax", "train", "--role=generator", f"--data={tmp_path}/data.jsonl"]
-    command += [f"--workdir={workdir}", "--config=tiny:smoke", *(f"--config.generator.{k}={v}" for k, v in changes)]
+    changes = dict(
+        steps=4000, save_every=1000, max_targets=None, rows=4, length=64, log_every=1
+    ).items()
+    command = [
+        sys.executable,
+        "-m",
+        "selfrag_jax",
+        "train",
+        "--role=generator",
+        f"--data={tmp_path}/data.jsonl",
+    ]
+    command += [
+        f"--workdir={workdir}",
+        "--config=tiny:smoke",
+        *(f"--config.generator.{k}={v}" for k, v in changes),
+    ]
     command += ["--config.generator.mesh.tensor=-1"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    both = [subprocess.Popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], **pipes) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], **pipes)
+        for i in range(2)
+    ]
     for _ in range(600):
         if any((workdir / "logs").glob("*tfevents*")) or any(p.poll() is not None for p in both):
             break
@@ -176,10 +231,16 @@ def test_two_processes_train_together(trained, tmp_path):
 def test_a_mesh_lies_in_one_slice_without_holes():
     from selfrag_jax.models.sharding import make_mesh
 
-    device = lambda number, x: SimpleNamespace(platform="tpu", slice_index=number, coords=(x, 0, 0), core_on_chip=0)  # noqa: E731
-    with pytest.raises(BadInput, match=r"mesh \(1, 4, 1\) would lie over 2 slices; it is laid over one"):
+    device = lambda number, x: SimpleNamespace(
+        platform="tpu", slice_index=number, coords=(x, 0, 0), core_on_chip=0
+    )  # noqa: E731
+    with pytest.raises(
+        UserError, match=r"mesh \(1, 4, 1\) would lie over 2 slices; it is laid over one"
+    ):
         make_mesh(fsdp=4, devices=[device(number, x) for number in (0, 1) for x in (0, 1)])
-    with pytest.raises(BadInput, match="cannot be laid over 2 devices of this slice; use all of them"):
+    with pytest.raises(
+        UserError, match="cannot be laid over 2 devices of this slice; use all of them"
+    ):
         make_mesh(fsdp=2, devices=[device(0, 0), device(0, 2)])
 
 

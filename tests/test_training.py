@@ -15,14 +15,19 @@ from jax.sharding import AbstractMesh
 
 from selfrag_jax import artifacts, cli
 from selfrag_jax import config as configs
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.commands.train import starting_model, train_stage
+from selfrag_jax.checkpoints import loading, saving, workdirs
+from selfrag_jax.commands.train import train_model
 from selfrag_jax.data.generator_examples import GeneratorSource
-from selfrag_jax.records import BadInput, GeneratorExample, write_jsonl
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import GeneratorExample, write_jsonl
 from selfrag_jax.training import optimizer
 from selfrag_jax.training import train as trainer
+from selfrag_jax.training.config import MeshConfig, TrainConfig
+from selfrag_jax.training.loss import gradients, loss_fn
 from selfrag_jax.training.optimizer import OptimizerConfig, schedule
-from selfrag_jax.training.train import MeshConfig, TrainConfig, train
+from selfrag_jax.training.starting_model import starting_model
+from selfrag_jax.training.step import batch_arrays, batch_on_mesh, train_step
+from selfrag_jax.training.train import train
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
 
@@ -35,33 +40,46 @@ def config(steps=12, rate=0.01, name="muon", eps=1e-8, **changes):
 
 @pytest.fixture(scope="module")
 def source(tokenizer):
-    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    rows = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(12)
+    ]
     return GeneratorSource(rows, tokenizer, WEIGHTS)
 
 
 def run(tiny_model, source, workdir, **kwargs):
-    return train(config(**kwargs), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
+    return train(
+        config(**kwargs), tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir
+    )
 
 
 def test_reflection_tokens_start_as_the_words_of_the_config():
     c = configs.load("tiny")
     start, new = starting_model(c)
     table, tokenizer = np.asarray(start.params["embed"]["embedding"]), start.tokenizer
-    assert new == 13 and table.shape[0] == tokenizer.vocab_size  # all reflection tokens; the base has the markup
+    assert (
+        new == 13 and table.shape[0] == tokenizer.vocab_size
+    )  # all reflection tokens; the base has the markup
     for token, word in c.new_rows:
         np.testing.assert_array_equal(table[tokenizer.id(token)], table[tokenizer.encode(word)[0]])
     np.testing.assert_allclose(table[tokenizer.id("[Retrieval]")], table[:-new].mean(0), atol=1e-6)
     c.new_rows = (("[Relevent]", "yes"),)
-    with pytest.raises(BadInput, match=r"new_rows: '\[Relevent\]' is no reflection token"):
+    with pytest.raises(UserError, match=r"new_rows: '\[Relevent\]' is no reflection token"):
         starting_model(c)
 
 
 @pytest.mark.parametrize("name", ("muon", "adamw"))
 def test_new_rows_move_faster(name):
     """Adam's first step has the size of the rate, whatever the gradient."""
-    params = {"embed": {"embedding": jnp.ones((6, 3))}, "head": {"kernel": jnp.ones((3, 6))}, "norm": {"scale": jnp.ones(3)}}
-    learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 100.0, new_rows_factor=4.0)
-    tx = optimizer.make(learner, 10, 2)
+    params = {
+        "embed": {"embedding": jnp.ones((6, 3))},
+        "head": {"kernel": jnp.ones((3, 6))},
+        "norm": {"scale": jnp.ones(3)},
+    }
+    learner = OptimizerConfig(
+        name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 100.0, new_rows_factor=4.0
+    )
+    tx = optimizer.make_optimizer(learner, 10, 2)
     state = tx.init(params)
     _, state = tx.update(params, state, params)  # the warm-up's first step has rate 0
     updates, _ = tx.update(params, state, params)
@@ -80,43 +98,65 @@ def test_gradients_are_clipped_as_by_optax(size):
     found = optimizer._clip(2.0).update(grads, optax.EmptyState())[0]
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, grads)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-2), found, expected
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(np.float32), b.astype(np.float32), rtol=1e-2
+        ),
+        found,
+        expected,
     )
     np.testing.assert_allclose(found["a"], expected["a"], rtol=1e-6)
     assert size < 1 or optax.tree.norm(found) == pytest.approx(2.0, rel=1e-2)
 
 
 def test_other_new_rows_are_another_training(tmp_path):
-    data = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    data = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(12)
+    ]
     write_jsonl(tmp_path / "data.jsonl", data)
     c = configs.load("tiny:smoke")
     c.generator.steps = 1
-    train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    train_model(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
     c.new_rows = c.new_rows[:-1]
-    with pytest.raises(BadInput, match="new_rows"):
-        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    with pytest.raises(UserError, match="new_rows"):
+        train_model(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
     with c.unlocked():
         del c.new_rows
-    with pytest.raises(BadInput, match="lacks new_rows"):
-        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "v", "generator")
+    with pytest.raises(UserError, match="lacks new_rows"):
+        train_model(c, "generator", tmp_path / "data.jsonl", tmp_path / "v", "generator")
 
 
 def test_other_weights_from_scratch_are_another_training(tmp_path):
-    data = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(12)]
+    data = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(12)
+    ]
     write_jsonl(tmp_path / "data.jsonl", data)
     c = configs.load("tiny:smoke")
     c.base, c.generator.steps = "scratch", 1
-    train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    train_model(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
     c.seed += 1  # of the weights
-    with pytest.raises(BadInput, match="scratch.seed: 0 there, 1 asked for"):
-        train_stage(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    with pytest.raises(UserError, match="scratch.seed: 0 there, 1 asked for"):
+        train_model(c, "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
 
 
 def test_a_workdir_in_use_is_not_claimed(tmp_path):
     """Two processes begin at the same moment: the second changes nothing, not even what the workdir says it was begun with."""
-    write_jsonl(tmp_path / "data.jsonl", [GeneratorExample("0", "Say 0.", "[No Retrieval]Number 0.[Utility:5]")])
-    with artifacts.alone(tmp_path / "w"), pytest.raises(BadInput, match="w: another process is writing it"):
-        train_stage(configs.load("tiny:smoke"), "generator", tmp_path / "data.jsonl", tmp_path / "w", "generator")
+    write_jsonl(
+        tmp_path / "data.jsonl",
+        [GeneratorExample("0", "Say 0.", "[No Retrieval]Number 0.[Utility:5]")],
+    )
+    with (
+        artifacts.exclusive_workdir(tmp_path / "w"),
+        pytest.raises(UserError, match="w: another process is writing it"),
+    ):
+        train_model(
+            configs.load("tiny:smoke"),
+            "generator",
+            tmp_path / "data.jsonl",
+            tmp_path / "w",
+            "generator",
+        )
     assert [p.name for p in (tmp_path / "w").iterdir()] == [artifacts.LOCK]
 
 
@@ -125,18 +165,24 @@ def test_bad_data_leaves_nothing_behind(tmp_path):
     c = configs.load("tiny:smoke")
     row = dict(instruction="Say 1.", output="[Relevant]", task="isrel", preceding="", segment="")
     write_jsonl(tmp_path / "critic.jsonl", [row])
-    with pytest.raises(BadInput, match=r"critic.jsonl:1: field 'task': this is critic data"):
-        train_stage(c, "generator", tmp_path / "critic.jsonl", tmp_path / "w", "generator")
+    with pytest.raises(UserError, match=r"critic.jsonl:1: field 'task': this is critic data"):
+        train_model(c, "generator", tmp_path / "critic.jsonl", tmp_path / "w", "generator")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(BadInput, match="holds no rows"):
-        train_stage(c, "critic", tmp_path / "empty.jsonl", tmp_path / "w", "critic")
+    with pytest.raises(UserError, match="holds no rows"):
+        train_model(c, "critic", tmp_path / "empty.jsonl", tmp_path / "w", "critic")
     assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor"))
 def test_a_rate_of_zero_is_refused(field):
-    fields = dict(zip(OptimizerConfig.__dataclass_fields__, ("muon", 0.1, 0.1, "linear", 0, 1e-8, 0, 1, 1.0), strict=True))
-    with pytest.raises(BadInput, match=f"optimizer.{field}=0"):
+    fields = dict(
+        zip(
+            OptimizerConfig.__dataclass_fields__,
+            ("muon", 0.1, 0.1, "linear", 0, 1e-8, 0, 1, 1.0),
+            strict=True,
+        )
+    )
+    with pytest.raises(UserError, match=f"optimizer.{field}=0"):
         OptimizerConfig(**fields | {field: 0})
 
 
@@ -150,13 +196,18 @@ def test_adam_eps_keeps_words_still_that_no_batch_holds(tiny_model, source, tmp_
     for eps in (1e-8, 1e-2):
         params = run(tiny_model, source, tmp_path / f"{eps}", name=name, eps=eps)["params"]
         moved[eps] = np.abs(np.asarray(params["embed"]["embedding"]) - start).max(1)
-    unused = np.setdiff1d(np.arange(len(start)), np.concatenate([source.example(i).tokens for i in range(source.size)]))
+    unused = np.setdiff1d(
+        np.arange(len(start)),
+        np.concatenate([source.example(i).tokens for i in range(source.size)]),
+    )
     used = np.setdiff1d(batch.targets, unused)
     assert np.median(moved[1e-8][unused]) > 0.01
     assert np.median(moved[1e-2][unused]) < 0.1 * np.median(moved[1e-2][used])
 
 
-def test_interrupted_training_ends_with_the_same_parameters(tiny_model, source, tmp_path, monkeypatch):
+def test_interrupted_training_ends_with_the_same_parameters(
+    tiny_model, source, tmp_path, monkeypatch
+):
     whole = run(tiny_model, source, tmp_path / "whole")["params"]
 
     calls, step = [], trainer.train_step
@@ -173,13 +224,15 @@ def test_interrupted_training_ends_with_the_same_parameters(tiny_model, source, 
     monkeypatch.setattr(trainer, "train_step", step)
     parts = run(tiny_model, source, tmp_path / "parts")["params"]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
-    loaded = checkpoints.load(tmp_path / "parts")
+    loaded = loading.load(tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.device_get(parts))
 
 
-def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(tiny_model, source, tmp_path, monkeypatch):
+def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(
+    tiny_model, source, tmp_path, monkeypatch
+):
     whole = run(tiny_model, source, tmp_path / "whole")["params"]
-    before, calls, step = signal.getsignal(signal.SIGTERM), [], trainer.train_step
+    before, calls, step = signal.getsignal(signal.SIGTERM), [], train_step
 
     def told_to_stop(*args):
         calls.append(1)
@@ -191,10 +244,13 @@ def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(tiny_model, source,
     with pytest.raises(SystemExit) as leaving:
         run(tiny_model, source, tmp_path / "parts")
     assert leaving.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    with checkpoints.manager(tmp_path / "parts", 2, 1) as saved:
+    with saving.checkpoint_manager(tmp_path / "parts", 2, 1) as saved:
         assert saved.latest_step() == 6
-    losses = lambda w: {int(f.parts[-3]): json.loads(f.read_text())["loss"] for f in w.glob("checkpoints/*/metrics/metrics")}  # noqa: E731
-    assert losses(tmp_path / "parts")[6] == checkpoints.NO_LOSS  # that of two steps would say little
+    losses = lambda w: {
+        int(f.parts[-3]): json.loads(f.read_text())["loss"]
+        for f in w.glob("checkpoints/*/metrics/metrics")
+    }  # noqa: E731
+    assert losses(tmp_path / "parts")[6] == workdirs.NO_LOSS  # that of two steps would say little
     calls.append(1)
     parts = run(tiny_model, source, tmp_path / "parts")["params"]
     assert len(calls) == 13  # the six steps that were left
@@ -206,9 +262,9 @@ def test_training_lowers_the_loss(tiny_model, source, tmp_path):
     from selfrag_jax.data.batches import Packer
 
     after = run(tiny_model, source, tmp_path, steps=40, rate=0.02)["params"]
-    batch = trainer.arrays(Packer(source, 2, 32, 48, seed=9).next())
-    before_loss = trainer.loss_fn(tiny_model.params, tiny_model.model, batch)[0]
-    after_loss = trainer.loss_fn(after, tiny_model.model, batch)[0]
+    batch = batch_arrays(Packer(source, 2, 32, 48, seed=9).next())
+    before_loss = loss_fn(tiny_model.params, tiny_model.model, batch)[0]
+    after_loss = loss_fn(after, tiny_model.model, batch)[0]
     assert after_loss < 0.6 * before_loss
 
 
@@ -217,27 +273,55 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_model, source, 
     packer = trainer.Packer(source, 2, 32, 48, seed=0)
     packer.next()
     rows = ", ".join(map(str, packer.rows_of(0, packer.state)))
-    with pytest.raises(FloatingPointError, match=f"step 0 is nan; its batch holds the rows {rows} of the data, counted from 0"):
+    with pytest.raises(
+        FloatingPointError,
+        match=f"step 0 is nan; its batch holds the rows {rows} of the data, counted from 0",
+    ):
         train(config(), tiny_model.model, broken, source, tiny_model.tokenizer, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_command_whose_loss_is_not_finite_fails_in_one_line(tmp_path, capsys):
     """The rate is so high that the second step spoils everything; the first one's checkpoint stays."""
-    rows = [GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]") for i in range(40)]
+    rows = [
+        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+        for i in range(40)
+    ]
     write_jsonl(tmp_path / "data.jsonl", rows)
-    command = ["train", "--role=generator", f"--data={tmp_path}/data.jsonl", f"--workdir={tmp_path}/w", "--config=tiny:smoke"]
-    command += [f"--config.generator.optimizer.{name}=1e38" for name in ("learning_rate", "adam_learning_rate")]
-    assert cli.main([*command, "--config.generator.save_every=1", "--config.generator.optimizer.warmup_fraction=0.5"]) == 1
-    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("selfrag train: ")]
-    step = int(re.search(r"of step (\d+) is (?:nan|inf); its batch holds the rows \d+", said).group(1))
-    saved = checkpoints.saved_steps(tmp_path / "w")
-    assert saved and saved[-1] <= step and checkpoints.load(tmp_path / "w") is not None
+    command = [
+        "train",
+        "--role=generator",
+        f"--data={tmp_path}/data.jsonl",
+        f"--workdir={tmp_path}/w",
+        "--config=tiny:smoke",
+    ]
+    command += [
+        f"--config.generator.optimizer.{name}=1e38"
+        for name in ("learning_rate", "adam_learning_rate")
+    ]
+    assert (
+        cli.main(
+            [
+                *command,
+                "--config.generator.save_every=1",
+                "--config.generator.optimizer.warmup_fraction=0.5",
+            ]
+        )
+        == 1
+    )
+    [said] = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("selfrag train: ")
+    ]
+    step = int(
+        re.search(r"of step (\d+) is (?:nan|inf); its batch holds the rows \d+", said).group(1)
+    )
+    saved = workdirs.saved_steps(tmp_path / "w")
+    assert saved and saved[-1] <= step and loading.load(tmp_path / "w") is not None
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_path, monkeypatch):
     """The loss of such a step is finite; its update would spoil the parameters and the next checkpoint."""
-    step, calls = trainer.train_step, []
+    step, calls = train_step, []
 
     def spoiled(*args):
         state, seen = step(*args)
@@ -247,7 +331,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_pa
     monkeypatch.setattr(trainer, "train_step", spoiled)
     with pytest.raises(FloatingPointError, match="gradient norm of step 2 is inf"):
         run(tiny_model, source, tmp_path, save_every=1)
-    with checkpoints.manager(tmp_path, 2, 1) as saved:
+    with saving.checkpoint_manager(tmp_path, 2, 1) as saved:
         assert saved.latest_step() == 2  # two whole steps
 
 
@@ -255,7 +339,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_pa
 def test_weight_decay_goes_with_the_rate(name):
     learner = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.1, 1.0)
     params = {"w": jnp.ones((4, 4))}
-    tx = optimizer.make(learner, 60)
+    tx = optimizer.make_optimizer(learner, 60)
     state, zero = tx.init(params), {"w": jnp.zeros((4, 4))}
     for _ in range(50):
         updates, state = tx.update(zero, state, params)
@@ -265,7 +349,9 @@ def test_weight_decay_goes_with_the_rate(name):
 
 def test_adafactor_is_that_of_optax_but_for_stacks():
     """With its clipping, after a gradient a hundred times the others: of a stack, each layer by itself."""
-    tx = optimizer.make(OptimizerConfig("adafactor", 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 1e9, 1.0), 60)
+    tx = optimizer.make_optimizer(
+        OptimizerConfig("adafactor", 0.01, 0.01, "constant", 0.0, 1e-8, 0.0, 1e9, 1.0), 60
+    )
     theirs = optax.adafactor(0.01, multiply_by_parameter_scale=False)
     rng = np.random.default_rng(0)
     layers = [{"head": jnp.asarray(rng.normal(size=(256, 160)), jnp.float32)} for _ in range(2)]
@@ -273,8 +359,14 @@ def test_adafactor_is_that_of_optax_but_for_stacks():
     state, their_states = tx.init(ours), [theirs.init(x) for x in layers]
     for step in range(6):
         scale = np.array([100.0 if step == 4 else 1.0, 1.0])
-        gradients = [{"head": jnp.asarray(rng.normal(size=(256, 160)) * s, jnp.float32)} for s in scale]
-        got, state = tx.update({"layers": jnp.stack([g["head"] for g in gradients]), "head": gradients[0]["head"]}, state, ours)
+        gradients = [
+            {"head": jnp.asarray(rng.normal(size=(256, 160)) * s, jnp.float32)} for s in scale
+        ]
+        got, state = tx.update(
+            {"layers": jnp.stack([g["head"] for g in gradients]), "head": gradients[0]["head"]},
+            state,
+            ours,
+        )
         for i, g in enumerate(gradients):
             expected, their_states[i] = theirs.update(g, their_states[i], layers[i])
             np.testing.assert_allclose(got["layers"][i], expected["head"], rtol=1e-4)
@@ -284,7 +376,11 @@ def test_adafactor_is_that_of_optax_but_for_stacks():
 
 def test_schedule_warms_up_and_decays():
     rate = schedule("linear", 2e-5, 0.1, 100)
-    assert float(rate(0)) == 0.0 and float(rate(10)) == pytest.approx(2e-5) and float(rate(100)) == pytest.approx(0.0)
+    assert (
+        float(rate(0)) == 0.0
+        and float(rate(10)) == pytest.approx(2e-5)
+        and float(rate(100)) == pytest.approx(0.0)
+    )
     assert float(schedule("linear", 2e-5, 0.0, 100)(0)) == pytest.approx(2e-5)  # without a warm-up
     assert float(schedule("linear", 2e-5, 0.1, 1)(0)) == pytest.approx(2e-5)  # the only step learns
 
@@ -302,14 +398,16 @@ def test_schedules_are_those_of_transformers(name):
 
 
 def test_configs_that_cannot_run_are_refused():
-    with pytest.raises(BadInput, match="optimizer.name"):
+    with pytest.raises(UserError, match="optimizer.name"):
         config(name="sgdd")
-    with pytest.raises(BadInput, match="dtype='float16': small gradients"):
+    with pytest.raises(UserError, match="dtype='float16': small gradients"):
         config(dtype="float16")
     mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
-    with pytest.raises(BadInput, match="rows=6 is not divisible by mesh data x fsdp = 4"):
+    with pytest.raises(UserError, match="rows=6 is not divisible by mesh data x fsdp = 4"):
         config(rows=6).micro_batches(mesh)
-    with pytest.raises(BadInput, match="rows=8 is not divisible by mesh data x fsdp = 4 x rows_per_device=4"):
+    with pytest.raises(
+        UserError, match="rows=8 is not divisible by mesh data x fsdp = 4 x rows_per_device=4"
+    ):
         config(rows=8, rows_per_device=4, max_targets=None).micro_batches(mesh)
     assert config(rows=16, rows_per_device=2, max_targets=None).micro_batches(mesh) == 2
     for changes, message in (
@@ -319,7 +417,7 @@ def test_configs_that_cannot_run_are_refused():
         (dict(remat="some"), "remat='some'"),
         (dict(attention="flash"), "attention='flash'"),
     ):
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(UserError, match=message):
             config(**changes)
 
 
@@ -334,7 +432,7 @@ def test_epochs_are_passes_over_the_data(source, packed):
 
 # ---- the loss in all its forms ---------------------------------------------------------------------------------------
 def dense(source, rows=4, length=32, **kwargs):
-    return trainer.arrays(trainer.Packer(source, rows, length, None, 0, **kwargs).next())
+    return batch_arrays(trainer.Packer(source, rows, length, None, 0, **kwargs).next())
 
 
 def close(a, b, atol):
@@ -342,19 +440,23 @@ def close(a, b, atol):
 
 
 @pytest.mark.slow
-def test_gathered_dense_chunked_and_accumulated_losses_and_gradients_are_the_same(tiny_model, source):
+def test_gathered_dense_chunked_and_accumulated_losses_and_gradients_are_the_same(
+    tiny_model, source
+):
     model, params = tiny_model.model, tiny_model.params
-    gathered = trainer.arrays(trainer.Packer(source, 4, 32, 128, 0).next())
+    gathered = batch_arrays(trainer.Packer(source, 4, 32, 128, 0).next())
     plain = dense(source)
     assert "loss_index" in gathered and plain["targets"].shape == (4, 32)
-    whole = trainer.gradients(params, model, plain, None)
-    close(trainer.gradients(params, model, gathered, None), whole, 1e-5)
-    close(trainer.gradients(params, model, gathered, 32), whole, 1e-5)
-    close(trainer.gradients(params, model, plain, 8), whole, 1e-5)
+    whole = gradients(params, model, plain, None)
+    close(gradients(params, model, gathered, None), whole, 1e-5)
+    close(gradients(params, model, gathered, 32), whole, 1e-5)
+    close(gradients(params, model, plain, 8), whole, 1e-5)
     # Batches of unequal weight: each target counts alike, whichever batch it is in.
-    halves = jax.tree.map(lambda x: np.stack([x[:3], np.concatenate([x[3:], np.zeros_like(x[:2])])]), plain)
+    halves = jax.tree.map(
+        lambda x: np.stack([x[:3], np.concatenate([x[3:], np.zeros_like(x[:2])])]), plain
+    )
     assert halves["weights"][0].sum() != halves["weights"][1].sum()
-    close(trainer.gradients(params, model, halves, 16), whole, 1e-5)
+    close(gradients(params, model, halves, 16), whole, 1e-5)
 
 
 def test_the_logits_of_a_batch_never_exist_at_once(tiny_model, source):
@@ -362,12 +464,16 @@ def test_the_logits_of_a_batch_never_exist_at_once(tiny_model, source):
     positions, V = 4 * 32, model.config.vocab_size
 
     def largest(chunk):
-        jaxpr = jax.make_jaxpr(lambda p: trainer.gradients(p, model, batch, chunk))(tiny_model.params)
+        jaxpr = jax.make_jaxpr(lambda p: gradients(p, model, batch, chunk))(tiny_model.params)
         sizes = []
 
         def walk(j):
             for eqn in j.eqns:
-                sizes.extend(int(np.prod(v.aval.shape)) for v in eqn.outvars if V in v.aval.shape and v.aval.shape[0] != V)
+                sizes.extend(
+                    int(np.prod(v.aval.shape))
+                    for v in eqn.outvars
+                    if V in v.aval.shape and v.aval.shape[0] != V
+                )
                 for sub in jax.extend.core.jaxprs_in_params(eqn.params):
                     walk(sub)
 
@@ -381,8 +487,8 @@ def test_rows_of_one_document_need_no_mask(tiny_model, source):
     packer = trainer.Packer(source, 4, 32, None, 0, packed=False)
     batch = packer.next()
     assert packer.state == 4 and batch.doc_ids.max() == 1  # one example in each row
-    with_mask = trainer.loss_fn(tiny_model.params, tiny_model.model, trainer.arrays(batch))
-    without = trainer.loss_fn(tiny_model.params, tiny_model.model, trainer.arrays(batch, packed=False))
+    with_mask = loss_fn(tiny_model.params, tiny_model.model, batch_arrays(batch))
+    without = loss_fn(tiny_model.params, tiny_model.model, batch_arrays(batch, packed=False))
     close(without, with_mask, 1e-6)
 
 
@@ -408,14 +514,21 @@ def test_rows_of_one_document_need_no_mask(tiny_model, source):
             "[Retrieval]<paragraph>T\nSaid[Utility:5] twice.</paragraph>[Irrelevant][Utility:1]",
             "[Retrieval] [Irrelevant] [Utility:1] </s>",
         ),
-        ("[Retrieval]<paragraph></paragraph>[Relevant]A.[Utility:4]", "[Retrieval] [Relevant] A. [Utility:4] </s>"),
+        (
+            "[Retrieval]<paragraph></paragraph>[Relevant]A.[Utility:4]",
+            "[Retrieval] [Relevant] A. [Utility:4] </s>",
+        ),
         ("A.[Retrieval]<paragraph>T\nP</paragraph>", "A. [Retrieval] </s>"),
         ("", "</s>"),
     ],
 )
 def test_label_masks_by_hand(tokenizer, output, learned):
-    example = GeneratorSource([GeneratorExample("0", "Say it.", output)], tokenizer, WEIGHTS).example(0)
-    said = tokenizer.decode([int(t) for t, w in zip(example.tokens, example.weight, strict=True) if w > 0])
+    example = GeneratorSource(
+        [GeneratorExample("0", "Say it.", output)], tokenizer, WEIGHTS
+    ).example(0)
+    said = tokenizer.decode(
+        [int(t) for t, w in zip(example.tokens, example.weight, strict=True) if w > 0]
+    )
     assert said.replace(" ", "") == learned.replace(" ", "")
 
 
@@ -424,10 +537,19 @@ def test_bf16_activations_learn_as_f32_do(tiny_model, source, tmp_path):
     """bf16 has 8 bits: after 20 updates the losses are within 3 parts in 100, and parameters are f32 in both."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        seen = run(tiny_model, source, tmp_path / dtype, name="adamw", steps=20, rate=1e-3, dtype=dtype, log_every=1)
+        seen = run(
+            tiny_model,
+            source,
+            tmp_path / dtype,
+            name="adamw",
+            steps=20,
+            rate=1e-3,
+            dtype=dtype,
+            log_every=1,
+        )
         assert {x.dtype for x in jax.tree.leaves(seen["params"])} == {np.dtype("float32")}
-        losses[dtype] = float(trainer.loss_fn(seen["params"], tiny_model.model, dense(source))[0])
-    before = float(trainer.loss_fn(tiny_model.params, tiny_model.model, dense(source))[0])
+        losses[dtype] = float(loss_fn(seen["params"], tiny_model.model, dense(source))[0])
+    before = float(loss_fn(tiny_model.params, tiny_model.model, dense(source))[0])
     assert losses["float32"] < 0.9 * before
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
 
@@ -435,10 +557,12 @@ def test_bf16_activations_learn_as_f32_do(tiny_model, source, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("adamw", "adafactor"))
 def test_the_other_optimizers_learn(tiny_model, source, tmp_path, name):
-    before = trainer.loss_fn(tiny_model.params, tiny_model.model, dense(source))[0]
-    changes = dict(max_targets=None, rows=8, rows_per_device=4, loss_chunk=16, packed=False, remat="full")
+    before = loss_fn(tiny_model.params, tiny_model.model, dense(source))[0]
+    changes = dict(
+        max_targets=None, rows=8, rows_per_device=4, loss_chunk=16, packed=False, remat="full"
+    )
     after = run(tiny_model, source, tmp_path, name=name, steps=30, rate=0.02, **changes)["params"]
-    assert trainer.loss_fn(after, tiny_model.model, dense(source))[0] < 0.6 * before
+    assert loss_fn(after, tiny_model.model, dense(source))[0] < 0.6 * before
 
 
 @pytest.mark.parametrize(
@@ -450,7 +574,7 @@ def test_the_other_optimizers_learn(tiny_model, source, tmp_path, name):
     ],
 )
 def test_batches_that_cannot_be_split_are_refused(changes, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
         config(**changes)
 
 
@@ -465,28 +589,30 @@ def test_fifty_steps_equal_those_of_torch(tokenizer, tmp_path, form):
     torch = pytest.importorskip("torch")
     from test_huggingface import torch_model
 
-    from selfrag_jax.huggingface import weights as huggingface
+    from selfrag_jax.huggingface import weights
     from selfrag_jax.models.llama import Model
 
     steps, rate = 50, 1e-3
     V = 199 if form == "rows" else tokenizer.vocab_size
     theirs = torch_model(dict(num_key_value_heads=2, vocab_size=V)).train()
     theirs.save_pretrained(tmp_path)
-    c, params = huggingface.load(tmp_path)
+    c, params = weights.load_folder(tmp_path)
     model = Model(c)
     batches = list(_rows(steps) if form == "rows" else _packed(tokenizer, steps))
     learner = OptimizerConfig("adamw", rate, rate, "linear", 0.1, 1e-8, 0.01, 1.0)
-    tx = optimizer.make(learner, steps)
+    tx = optimizer.make_optimizer(learner, steps)
     state = {"params": jax.tree.map(jnp.asarray, params), "step": jnp.int32(0)}
     state["opt_state"] = tx.init(state["params"])
     ours, mesh = [], config().make_mesh()
     for batch, _ in batches:
-        placed = batch if isinstance(batch, dict) else trainer._place(mesh, batch, 2, True)
-        state, seen = trainer.train_step(state, placed, model, tx, 8)
+        placed = batch if isinstance(batch, dict) else batch_on_mesh(mesh, batch, 2, True)
+        state, seen = train_step(state, placed, model, tx, 8)
         ours.append(float(seen["total"]))
 
     rates = schedule("linear", rate, 0.1, steps)
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    adamw = torch.optim.AdamW(
+        theirs.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+    )
     expected = []
     for step, (_, documents) in enumerate(batches):
         adamw.param_groups[0]["lr"] = float(rates(step))
@@ -509,21 +635,43 @@ def _rows(steps):
     """What a step reads, and its documents (tokens, targets, which of them are learned)."""
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        tokens = np.cumsum(rng.integers(3, 6, (4, 24)), 1) % 199  # something to learn: the next token is 3 to 5 ahead
+        tokens = (
+            np.cumsum(rng.integers(3, 6, (4, 24)), 1) % 199
+        )  # something to learn: the next token is 3 to 5 ahead
         length = rng.integers(8, 25, 4)
-        learned = np.pad((np.arange(23) < length[:, None] - 1) & (rng.random((4, 23)) < 0.7), ((0, 0), (0, 1)))
+        learned = np.pad(
+            (np.arange(23) < length[:, None] - 1) & (rng.random((4, 23)) < 0.7), ((0, 0), (0, 1))
+        )
         targets, positions = np.roll(tokens, -1, 1), np.broadcast_to(np.arange(24), tokens.shape)
-        batch = dict(tokens=tokens, positions=positions, targets=targets, weights=learned.astype(np.float32))
-        yield batch | {"groups": np.zeros_like(tokens)}, list(zip(tokens, targets, learned, strict=True))
+        batch = dict(
+            tokens=tokens, positions=positions, targets=targets, weights=learned.astype(np.float32)
+        )
+        yield (
+            batch | {"groups": np.zeros_like(tokens)},
+            list(zip(tokens, targets, learned, strict=True)),
+        )
 
 
 def _packed(tokenizer, steps):
     passage = "[Retrieval]<paragraph>T\nNumber {}.</paragraph>[Relevant]"
-    said = [f"{passage.format(i) if i % 3 else '[No Retrieval]'}It is {i % 7}.[Utility:{1 + i % 5}]" for i in range(40)]
+    said = [
+        f"{passage.format(i) if i % 3 else '[No Retrieval]'}It is {i % 7}.[Utility:{1 + i % 5}]"
+        for i in range(40)
+    ]
     rows = [GeneratorExample(str(i), f"Say {i % 7}.", output) for i, output in enumerate(said)]
     packer = trainer.Packer(GeneratorSource(rows, tokenizer, WEIGHTS), 4, 96, None, seed=0)
     for _ in range(steps):
         b = packer.next()
         assert b.doc_ids.max() >= 2
-        where = [(row, b.doc_ids[row] == d) for row in range(4) for d in range(1, b.doc_ids[row].max() + 1)]
-        yield b, [(b.tokens[at].astype(np.int64), b.targets[at].astype(np.int64), b.weights[at] > 0) for at in where]
+        where = [
+            (row, b.doc_ids[row] == d)
+            for row in range(4)
+            for d in range(1, b.doc_ids[row].max() + 1)
+        ]
+        yield (
+            b,
+            [
+                (b.tokens[at].astype(np.int64), b.targets[at].astype(np.int64), b.weights[at] > 0)
+                for at in where
+            ],
+        )

@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax.checkpoints.saving import read_tokenizer
+from selfrag_jax.checkpoints.loading import read_tokenizer
 from selfrag_jax.data.batches import build_example
-from selfrag_jax.records import BadInput, Passage
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Passage
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import EOS, MODES, Control, Tokenizer
 
 FOLDER = Path(__file__).parent / "data" / "llama_tokenizer"
-CASES = [json.loads(line) for line in (Path(__file__).parent / "data" / "llama_tokenizer_ids.jsonl").open()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "llama_tokenizer_ids.jsonl").open()
+]
 CONTROLS = (*reflection.ALL, "<s>", "</s>", "<unk>", "[PAD]")
 SPLIT = re.compile("(" + "|".join(map(re.escape, CONTROLS)) + ")")
 LLAMA_MODES = (("llama_slow", "slow"), ("llama_fast", "fast"))
@@ -43,7 +47,11 @@ def folder(request, tmp_path_factory):
 def test_ids_are_those_of_transformers_4_31(folder, mode, stored):
     tokenizer = Tokenizer.load(folder, mode)
     assert len(CASES) >= 200 and tokenizer.vocab_size == 1416 and tokenizer.mode == mode
-    wrong = [c["text"] for c in CASES if [tokenizer.bos_id, *tokenizer.encode(parts(c["text"]))] != c[stored]]
+    wrong = [
+        c["text"]
+        for c in CASES
+        if [tokenizer.bos_id, *tokenizer.encode(parts(c["text"]))] != c[stored]
+    ]
     assert wrong == []
 
 
@@ -65,7 +73,9 @@ def test_user_text_never_becomes_a_control_token(mode, text, data):
     controls = {tokenizer.id(name) for name in CONTROLS}
     ids = tokenizer.encode(text)
     assert not controls & set(ids)
-    assert tokenizer.decode(ids) == text.replace("\u2581", " ")  # which sentencepiece takes for a space
+    assert tokenizer.decode(ids) == text.replace(
+        "\u2581", " "
+    )  # which sentencepiece takes for a space
 
 
 _CACHE = {}
@@ -85,9 +95,16 @@ def test_decoding_restores_the_text(folder):
 def test_parts_of_a_text_are_encoded_as_one():
     """Headings are text here, and a passage is a title, a newline and a text."""
     tokenizer = Tokenizer.load(FOLDER)
-    said = [*prompts.instruction("Say it.", "Here."), Control("[Retrieval]"), *prompts.passage(Passage("1", "Title", "Text."))]
+    said = [
+        *prompts.instruction("Say it.", "Here."),
+        Control("[Retrieval]"),
+        *prompts.passage(Passage("1", "Title", "Text.")),
+    ]
     spelled = "### Instruction:\nSay it.\n\n### Input:\nHere.\n\n### Response:\n[Retrieval]<paragraph>Title\nText.</paragraph>"
-    assert tokenizer.encode(said) == tokenizer.encode(parts(spelled)) and tokenizer.decode(tokenizer.encode(said)) == spelled
+    assert (
+        tokenizer.encode(said) == tokenizer.encode(parts(spelled))
+        and tokenizer.decode(tokenizer.encode(said)) == spelled
+    )
 
 
 @pytest.mark.parametrize("mode", ["llama_slow", "llama_fast"])
@@ -109,8 +126,14 @@ def test_training_examples_are_the_joined_text_with_its_masks(mode):
     assert example.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode(parts(text))]
     learned = [int(t) for t, w in zip(example.tokens, example.weight, strict=True) if w]
     space = "" if mode == "llama_slow" else " "
-    assert tokenizer.decode(learned) == f"[Retrieval][Relevant]It is so.{space}[Fully supported][Utility:5]</s>"
-    prompt = [tokenizer.bos_id, *tokenizer.encode(prompts.instruction("Say it."), before_control=True)]
+    assert (
+        tokenizer.decode(learned)
+        == f"[Retrieval][Relevant]It is so.{space}[Fully supported][Utility:5]</s>"
+    )
+    prompt = [
+        tokenizer.bos_id,
+        *tokenizer.encode(prompts.instruction("Say it."), before_control=True),
+    ]
     assert example.tokens[: len(prompt)].tolist() == prompt  # what decoding starts from
 
 
@@ -123,16 +146,23 @@ def test_reflection_tokens_are_added_in_the_released_order(tmp_path):
         plain.reflection_ids()
     grown, released = plain.with_reflection_tokens(), Tokenizer.load(FOLDER)
     assert [grown.id(t) for t in CONTROLS] == [released.id(t) for t in CONTROLS]
-    assert grown.pad_id == 1415 and grown.with_reflection_tokens().vocab_size == grown.vocab_size == 1416
+    assert (
+        grown.pad_id == 1415
+        and grown.with_reflection_tokens().vocab_size == grown.vocab_size == 1416
+    )
 
 
 def test_lost_and_doubled_reflection_tokens_are_named():
     ids = {token: 100 + i for i, token in enumerate(reflection.ALL)}
     assert reflection.lacking(ids.get) == [] and reflection.lacking({}.get) == list(reflection.ALL)
-    assert reflection.lacking({"<paragraph>": 3}.get) == [t for t in reflection.ALL if t != "<paragraph>"]
-    with pytest.raises(reflection.MissingReflectionTokens, match=r"some reflection tokens, but not \[Relevant\];"):
+    assert reflection.lacking({"<paragraph>": 3}.get) == [
+        t for t in reflection.ALL if t != "<paragraph>"
+    ]
+    with pytest.raises(
+        reflection.MissingReflectionTokens, match=r"some reflection tokens, but not \[Relevant\];"
+    ):
         reflection.lacking({t: i for t, i in ids.items() if t != "[Relevant]"}.get)
-    with pytest.raises(BadInput, match=r"\[Irrelevant\] and \[Relevant\] have the same id, 103"):
+    with pytest.raises(UserError, match=r"\[Irrelevant\] and \[Relevant\] have the same id, 103"):
         reflection.lookup((ids | {"[Relevant]": ids["[Irrelevant]"]}).get)
 
 
@@ -159,19 +189,34 @@ def test_another_vocabulary_keeps_its_own_rules(tmp_path):
     from tokenizers import Tokenizer as Backend
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = ["The cat sat on the mat.", "A dog is in the fog."] * 3
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     text = "The cat is on the fog.\n\nÄ 😀"
     plain = backend.encode(text).ids
-    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|begin_of_text|>", "<|end_of_text|>")])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|begin_of_text|>", "<|end_of_text|>")]
+    )
     backend.save(str(tmp_path / "tokenizer.json"))
     config = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.mode == "json" and tokenizer.encode(text) == plain and tokenizer.decode(plain) == text
-    assert tokenizer.encode(Control(EOS)) == [tokenizer.eos_id] == [backend.token_to_id("<|end_of_text|>")]
+    assert (
+        tokenizer.mode == "json"
+        and tokenizer.encode(text) == plain
+        and tokenizer.decode(plain) == text
+    )
+    assert (
+        tokenizer.encode(Control(EOS))
+        == [tokenizer.eos_id]
+        == [backend.token_to_id("<|end_of_text|>")]
+    )
     assert tokenizer.eos_id not in tokenizer.encode("<|end_of_text|>")
     grown = tokenizer.with_reflection_tokens()
     assert grown.id("[No Retrieval]") == tokenizer.vocab_size
@@ -214,7 +259,9 @@ def test_a_vocabulary_that_puts_no_space_in_front_keeps_its_own_rules(tmp_path):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def broken(tmp_path, **files):
     for name, content in files.items():
-        (tmp_path / name.replace("__", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / name.replace("__", ".")).write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     return tmp_path
 
 
@@ -236,5 +283,5 @@ MODEL = (FOLDER / "tokenizer.model").read_bytes()
     ],
 )  # fmt: skip
 def test_bad_files_are_named(tmp_path, files, message):
-    with pytest.raises(BadInput, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_tokenizer(broken(tmp_path, **files))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfrag_jax.records import Passage
-from selfrag_jax.search.paper import Node
+from selfrag_jax.search.tree import Node
 from selfrag_jax.text import reflection
 
 
@@ -22,7 +22,9 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
 
     A segment whose own passage is irrelevant or does not support it, by the model's own judgement, cites nothing.
     """
-    passages: dict[tuple[str, str, str], Passage] = {}  # another query gives the same passage another score
+    passages: dict[
+        tuple[str, str, str], Passage
+    ] = {}  # another query gives the same passage another score
     citations = []
     for i, node in enumerate(path):
         if node.passage is None:

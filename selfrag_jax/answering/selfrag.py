@@ -8,9 +8,8 @@ for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,120 +17,33 @@ import jax
 import numpy as np
 
 from selfrag_jax import artifacts
-from selfrag_jax.answering.citations import Citation, cite
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.config import check_kind
-from selfrag_jax.engine.engine import on_device, one_by_one
-from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.answering.citations import cite
+from selfrag_jax.answering.config import DEFAULT, AnswerConfig
+from selfrag_jax.answering.records import (
+    Answer,
+    SegmentDone,
+    _doubts,
+    _failed,
+    _segment,
+    _tree_node,
+)
+from selfrag_jax.answering.voting import _vote
+from selfrag_jax.checkpoints import loading, workdirs
+from selfrag_jax.config import check_type
+from selfrag_jax.engine.engine import on_device, unstack_layers
+from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import hub
 from selfrag_jax.models import quantize, sharding
-from selfrag_jax.models.llama import DTYPES, Model
-from selfrag_jax.records import BadInput, Passage, Question
+from selfrag_jax.models.llama import Model
+from selfrag_jax.records import Passage, Question
 from selfrag_jax.retrieval.retriever import OnlineRetriever, Retriever, StaticRetriever
 from selfrag_jax.search import scoring
-from selfrag_jax.search.paper import Beam, BeamSearch, Node, Search, SearchConfig
+from selfrag_jax.search.config import SearchConfig
+from selfrag_jax.search.paper import BeamSearch
 from selfrag_jax.search.released.search import ReleasedSearch
+from selfrag_jax.search.tree import Search
 from selfrag_jax.text import prompts
-from selfrag_jax.text.reflection import ISREL, ISSUP, ISUSE
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    search: SearchConfig
-    batch: int  # questions searched together
-    max_length: int  # tokens of a prompt, and of a passage
-    closed_set: bool  # sum the scores of passages that give the same option, take the best option
-    dtype: str | None  # of activations and parameters; None: the model's
-    quantization: str | None  # "int8": weights of the layers in 8 bits (models/quantize.py)
-    tensor: int  # devices over which heads, mlp and vocabulary are split
-
-    def __post_init__(self):
-        if self.dtype not in (None, *DTYPES):
-            raise BadInput(f"--dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.quantization not in (None, "int8"):
-            raise BadInput(f"--quantization={self.quantization!r}: must be int8, or left out")
-        if self.tensor < 1:
-            raise BadInput(f"--tensor={self.tensor}: must be at least 1")
-        if self.batch < 1:
-            raise BadInput(f"batch={self.batch}: must be at least 1")
-        if self.max_length < 32:
-            raise BadInput(f"max_length={self.max_length}: must be at least 32 tokens, for a short question in its template")
-
-
-# The paper's settings for long-form answers; short-form tasks use max_depth=1.
-DEFAULT = AnswerConfig(
-    search=SearchConfig(
-        mode="adaptive_retrieval",
-        threshold=0.2,
-        normalise="yes_no",
-        weights=scoring.Weights(),
-        beam_width=2,
-        max_depth=7,
-        ndocs=5,
-        accumulate="sum",
-        constraints=(),
-        keep_passages=True,
-        max_new_tokens=100,
-        length_bucket=32,
-        scorer="paper",
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-    ),
-    batch=16,
-    max_length=512,
-    closed_set=True,
-    dtype=None,
-    quantization=None,
-    tensor=1,
-)
-
-
-@dataclass(frozen=True)
-class Segment:
-    text: str
-    passage: Passage | None
-    action: str
-    p_retrieve: float
-    isrel: dict[str, float]
-    issup: dict[str, float]
-    isuse: dict[str, float]
-    score: float
-    node: int  # its place in the answer's `tree`: the id there
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answered question. `passages` are those cited; `tree` holds every segment that was generated."""
-
-    id: str
-    question: str
-    answer: str
-    segments: tuple[Segment, ...]
-    citations: tuple[Citation, ...]
-    passages: tuple[Passage, ...]
-    retrieved: bool
-    p_retrieve: float
-    score: float
-    tree: tuple[dict[str, Any], ...]
-    notices: tuple[str, ...] = ()
-    task: str = ""
-    error: str = ""  # why there is no answer; the other questions have theirs
-
-    def to_row(self) -> dict[str, Any]:
-        """The record of `selfrag answer`."""
-        row = asdict(self)
-        row["scores"] = [s["score"] for s in row["segments"]]
-        row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
-        return json.loads(json.dumps(row))
-
-
-@dataclass(frozen=True)
-class SegmentDone:
-    """A segment of a question's answer that nothing can change any more."""
-
-    id: str  # the question's
-    segment: Segment
-
+from selfrag_jax.text.prompts import question_text
 
 Questions = str | Question | Sequence[str | Question]
 
@@ -139,34 +51,37 @@ Questions = str | Question | Sequence[str | Question]
 def _questions(questions: Questions) -> list[Question]:
     questions = [questions] if isinstance(questions, (str, Question)) else questions
     if not isinstance(questions, Sequence):
-        raise BadInput(f"expected questions, text or a list of texts, not {questions!r}")
+        raise UserError(f"expected questions, text or a list of texts, not {questions!r}")
     if wrong := [q for q in questions if not isinstance(q, (str, Question))]:
-        raise BadInput(f"question {questions.index(wrong[0])} is {wrong[0]!r}; expected text or a Question")
-    rows = [q if isinstance(q, Question) else Question(id=str(i), question=q) for i, q in enumerate(questions)]
+        raise UserError(
+            f"question {questions.index(wrong[0])} is {wrong[0]!r}; expected text or a Question"
+        )
+    rows = [
+        q if isinstance(q, Question) else Question(id=str(i), question=q)
+        for i, q in enumerate(questions)
+    ]
     if empty := [q.id for q in rows if not q.question.strip()]:
-        raise BadInput(f"question {empty[0]!r} is empty")
+        raise UserError(f"question {empty[0]!r} is empty")
     return rows
 
 
 def _of_right_kinds(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Values for fields of a config, numpy's numbers as Python's. Raises BadInput naming one of the wrong type."""
     hints = get_type_hints(cls)
-    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    values = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in values.items()
+    }
     for name, value in values.items():
-        check_kind(name, value, hints[name])
+        check_type(name, value, hints[name])
     if isinstance(values.get("constraints"), str):
-        raise BadInput(f"constraints={values['constraints']!r}: expected several tokens, like ({values['constraints']!r},)")
+        raise UserError(
+            f"constraints={values['constraints']!r}: expected several tokens, like ({values['constraints']!r},)"
+        )
     return values
 
 
-def question_text(q: Question) -> str:
-    """The instruction of a question; options follow it where it has any."""
-    if not q.choices:
-        return q.question
-    return q.question + " " + " ".join(f"{label}: {text}" for label, text in q.choices)
-
-
-def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoints.LoadedModel:
+def prepare(loaded: loading.LoadedModel, config: AnswerConfig) -> loading.LoadedModel:
     """The model in the type, the bits and over the devices that `config` says.
 
     Raises BadInput when there are not that many devices, or they do not divide the heads.
@@ -181,10 +96,12 @@ def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoint
     mesh = None
     if config.tensor > 1:
         if model.config.num_kv_heads % config.tensor:
-            raise BadInput(f"--tensor={config.tensor} does not divide the model's {model.config.num_kv_heads} key-value heads")
+            raise UserError(
+                f"--tensor={config.tensor} does not divide the model's {model.config.num_kv_heads} key-value heads"
+            )
         mesh = sharding.make_mesh(tensor=config.tensor)
-        if one_by_one(mesh.devices.flat[0].platform, mesh.size):
-            params = model.by_layers(params)
+        if unstack_layers(mesh.devices.flat[0].platform, mesh.size):
+            params = model.per_layer(params)
         params = jax.device_put(params, sharding.shardings(mesh, params))
     return replace(loaded, model=model, params=params, mesh=mesh)
 
@@ -193,7 +110,7 @@ def prepare(loaded: checkpoints.LoadedModel, config: AnswerConfig) -> checkpoint
 class SelfRAG:
     """A generator with its tokenizer and, for questions without passages of their own, an index."""
 
-    loaded: checkpoints.LoadedModel
+    loaded: loading.LoadedModel
     retriever: Retriever | None
     config: AnswerConfig
     sources: dict[str, Path] = field(default_factory=dict)  # where model and index came from
@@ -202,19 +119,23 @@ class SelfRAG:
         self.loaded = replace(self.loaded, params=on_device(self.loaded.model, self.loaded.params))
 
     @classmethod
-    def load(cls, model: str | Path, index: str | Path | None = None, config: AnswerConfig | None = None) -> SelfRAG:
+    def load(
+        cls, model: str | Path, index: str | Path | None = None, config: AnswerConfig | None = None
+    ) -> SelfRAG:
         """model: a training workdir or a Hugging Face folder; index: a folder made by `selfrag index`.
 
         Raises BadInput when either is missing, unfinished, or the tokenizer has no reflection tokens.
         """
-        model = huggingface.local(model)
-        if (model / checkpoints.MODEL_FILE).is_file():
+        model = hub.model_folder(model)
+        if (model / workdirs.MODEL_FILE).is_file():
             artifacts.require_finished(model, "train", "generator")
-        loaded = checkpoints.load(model)
+        loaded = loading.load(model)
         loaded.tokenizer.reflection_ids()  # refused before weights are put anywhere
         sources = {"model": model} | ({"index": Path(index)} if index else {})
         config = config or DEFAULT
-        return cls(prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources)
+        return cls(
+            prepare(loaded, config), OnlineRetriever(index) if index else None, config, sources
+        )
 
     def answer(
         self,
@@ -260,7 +181,9 @@ class SelfRAG:
 
         def retrieve(queries):
             try:
-                return self._retrieve(rows, [(asked[j], texts) for j, texts in queries], search.config.ndocs)
+                return self._retrieve(
+                    rows, [(asked[j], texts) for j, texts in queries], search.config.ndocs
+                )
             except Exception as e:
                 if len(queries) > 1:
                     return [found for one in queries for found in retrieve([one])]
@@ -275,7 +198,11 @@ class SelfRAG:
             slow,
         )
         while True:
-            with contextlib.nullcontext() if self.loaded.mesh is None else jax.set_mesh(self.loaded.mesh):
+            with (
+                contextlib.nullcontext()
+                if self.loaded.mesh is None
+                else jax.set_mesh(self.loaded.mesh)
+            ):
                 j, event = next(events, (None, None))
             if j is None:
                 return
@@ -301,31 +228,51 @@ class SelfRAG:
 
     def _search(self, changes: dict[str, Any]) -> BeamSearch:
         base = self.config.search
-        weights = {k: changes.pop(k) for k in list(changes) if k in scoring.Weights.__dataclass_fields__}
-        unknown = [k for k in changes if k not in SearchConfig.__dataclass_fields__ or k == "weights"]
+        weights = {
+            k: changes.pop(k) for k in list(changes) if k in scoring.Weights.__dataclass_fields__
+        }
+        unknown = [
+            k for k in changes if k not in SearchConfig.__dataclass_fields__ or k == "weights"
+        ]
         if unknown:
-            known = sorted({*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__} - {"weights"})
-            raise BadInput(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
-        weights, changes = _of_right_kinds(scoring.Weights, weights), _of_right_kinds(SearchConfig, changes)
+            known = sorted(
+                {*SearchConfig.__dataclass_fields__, *scoring.Weights.__dataclass_fields__}
+                - {"weights"}
+            )
+            raise UserError(f"unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        weights, changes = (
+            _of_right_kinds(scoring.Weights, weights),
+            _of_right_kinds(SearchConfig, changes),
+        )
         if changes.get("scorer") == "released":  # comes with the scripts' own defaults
             changes = {"accumulate": "sum"} | changes
             if changes.get("max_depth", base.max_depth) == 1:
                 weights = {"w_use": 1.0} | weights
         config = replace(base, weights=replace(base.weights, **weights), **changes)
         if config.scorer == "released" and changes.get("keep_passages"):
-            raise BadInput("--keep_passages: the released scripts keep no passage of an earlier segment; use --scorer=paper")
+            raise UserError(
+                "--keep_passages: the released scripts keep no passage of an earlier segment; use --scorer=paper"
+            )
         loaded, kind = self.loaded, ReleasedSearch if config.scorer == "released" else BeamSearch
         return kind(loaded.model, loaded.params, loaded.tokenizer, config, self.config.max_length)
 
     def _prompt(self, q: Question, notice: list[str], most: int) -> list[int]:
         """Tokens up to the response heading, `most` of them, with a notice where they are cut."""
-        encode = lambda text: self.loaded.tokenizer.encode(prompts.instruction(text), before_control=True)  # noqa: E731
+        encode = lambda text: self.loaded.tokenizer.encode(
+            prompts.instruction(text), before_control=True
+        )  # noqa: E731
         tokens = [self.loaded.tokenizer.bos_id, *encode(question_text(q))]
         if len(tokens) > most:
-            why = "" if most == self.config.max_length else f": the model's context has {self.loaded.model.config.max_length}"
+            why = (
+                ""
+                if most == self.config.max_length
+                else f": the model's context has {self.loaded.model.config.max_length}"
+            )
             notice.append(f"the question was cut from {len(tokens)} to {most} tokens{why}")
             same = [a == b for a, b in zip(reversed(tokens), reversed(encode("")), strict=False)]
-            heading = [*same, False].index(False)  # of the response: one token or, in published vocabularies, several
+            heading = [*same, False].index(
+                False
+            )  # of the response: one token or, in published vocabularies, several
             tokens = [*tokens[: most - heading], *tokens[len(tokens) - heading :]]
         return tokens
 
@@ -344,20 +291,30 @@ class SelfRAG:
 
     def _votes(self, config: SearchConfig, q: Question) -> bool:
         """Whether the answer is the option that the passages' scores elect; the released long form has no votes."""
-        return self.config.closed_set and bool(q.options) and (config.scorer == "paper" or config.max_depth == 1)
+        return (
+            self.config.closed_set
+            and bool(q.options)
+            and (config.scorer == "paper" or config.max_depth == 1)
+        )
 
-    def _answer_or_why_not(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
+    def _answer_or_why_not(
+        self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]
+    ) -> Answer:
         try:
             return self._answer(search, q, outcome, notices)
         except Exception as e:
             return _failed(q, e)
 
-    def _answer(self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]) -> Answer:
+    def _answer(
+        self, search: BeamSearch, q: Question, outcome: Search, notices: list[str]
+    ) -> Answer:
         votes = self._votes(search.config, q)
         best = (votes and _vote(search, outcome, q)) or outcome.best()
         best, path, text = search.told(outcome, best, q.task, votes)
         whole = outcome.path(best)
-        passages, citations = cite([n if search.text(n.tokens) else replace(n, passage=None) for n in path])
+        passages, citations = cite(
+            [n if search.text(n.tokens) else replace(n, passage=None) for n in path]
+        )
         return Answer(
             id=q.id,
             question=q.question,
@@ -372,84 +329,3 @@ class SelfRAG:
             notices=(*notices, *dict.fromkeys(outcome.notices), *_doubts(path, citations)),
             task=q.task,
         )
-
-
-def _failed(q: Question, why: Exception) -> Answer:
-    nothing: dict[str, Any] = dict(answer="", segments=(), citations=(), passages=(), retrieved=False, tree=())
-    return Answer(
-        id=q.id, question=q.question, **nothing, p_retrieve=0.0, score=0.0, task=q.task, error=f"{type(why).__name__}: {why}"
-    )
-
-
-def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:
-    doubts = []
-    if any(n.passage is not None for n in path) and not citations:
-        if all(n.isrel[0] > n.isrel[1] for n in path if n.passage is not None):
-            doubts.append("no passage about this was found: take the answer as a guess")
-        else:
-            doubts.append("no passage that was found supports this answer: take it as a guess")
-    if not all(n.complete for n in path):
-        doubts.append("a segment was cut at the length limit")
-    return doubts
-
-
-def _segment(search: BeamSearch, n: Node) -> Segment:
-    named = lambda names, p: {k: round(v, 4) for k, v in zip(names, p, strict=True)}  # noqa: E731
-    return Segment(
-        text=search.text(n.tokens),
-        passage=n.passage,
-        action=n.action,
-        p_retrieve=round(n.p_retrieve, 4),
-        isrel=named(ISREL, n.isrel) if n.passage is not None else {},
-        issup=named(ISSUP, n.issup) if n.passage is not None else {},
-        isuse=named(ISUSE, n.isuse),
-        score=round(n.score, 4),
-        node=n.id,
-    )
-
-
-def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
-    rounded = lambda p: [round(v, 4) for v in p]  # noqa: E731
-    return {
-        "id": n.id,
-        "parent": n.parent,
-        "action": n.action,
-        "passage": None if n.passage is None else {"id": n.passage.id, "title": n.passage.title, "text": n.passage.text},
-        "text": search.text(n.tokens),
-        "said": search.critiques(n.tokens),
-        "allowed": n.allowed,
-        "p_segment": round(n.p_segment, 4),
-        "isrel": rounded(n.isrel),
-        "issup": rounded(n.issup),
-        "isuse": rounded(n.isuse),
-        "score": round(n.score, 4),
-        "chosen": n in path,
-    }
-
-
-def _vote(search: BeamSearch, outcome: Search, q: Question) -> Beam | None:
-    """Closed-set voting (paper, Section 3.3): the option whose passages' scores sum highest, and its best node.
-
-    None when no passage led to an option. The released script takes every text for an option of its own.
-    """
-    if search.config.scorer == "released":
-        said: dict[str, list[Node]] = {}
-        for node in (n for n in outcome.nodes if n.action == "retrieve" and n.depth == 0):
-            said.setdefault(search.option(node.tokens), []).append(node)
-        return _most_voted(outcome, list(said.values()))
-    bare = lambda text: text.strip().rstrip(".").lower()  # noqa: E731
-    said = {bare(option): [] for option in q.options}
-    first = [n for n in outcome.nodes if n.depth == 0]
-    for node in [n for n in first if n.allowed] or first:  # as the search keeps them
-        option = bare(search.text(node.tokens))
-        if option in said:
-            said[option].append(node)
-    return _most_voted(outcome, [nodes for nodes in said.values() if nodes])
-
-
-def _most_voted(outcome: Search, voted: list[list[Node]]) -> Beam | None:
-    """voted: the nodes of each option."""
-    if not voted:
-        return None
-    best = max(voted, key=lambda nodes: sum(n.score for n in nodes))
-    return Beam(max(best, key=lambda n: n.score), outcome.beams[0].retrieve, 0)

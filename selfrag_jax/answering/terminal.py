@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selfrag_jax.answering.selfrag import Answer
+from selfrag_jax.answering.records import Answer
 
 _LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p(seg): text"
 
@@ -18,7 +18,9 @@ def show(answer: Answer, console: Console | None = None) -> None:
     """Prints an answer (one without `error`), its citations, and for each passage what the model thought of it."""
     console = console or Console()
     marks = {c.segment: c.passage + 1 for c in answer.citations}
-    cited = [f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)]
+    cited = [
+        f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)
+    ]
     console.print()
     for notice in answer.notices:  # first: a guess should not be read as an answer
         console.print(f"note: {escape(notice)}", style="yellow")
@@ -27,7 +29,9 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
-    table = Table(box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left"
+    )
     table.add_column("", no_wrap=True)
     table.add_column("passage", ratio=3)
     table.add_column("segment", ratio=2)
@@ -65,4 +69,8 @@ def _in_order(tree: Sequence[dict]) -> Iterator[tuple[str, dict]]:
 
 
 def _passage(p: dict) -> str:
-    return p["text"] if not p["title"] or p["text"].startswith(p["title"]) else f"{p['title']}: {p['text']}"
+    return (
+        p["text"]
+        if not p["title"] or p["text"].startswith(p["title"])
+        else f"{p['title']}: {p['text']}"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from selfrag_jax.base_model.sampler import NO, PARTLY, YES, Drawer, Segments, draw_kind, lendable
+from selfrag_jax.base_model.drawer import NO, PARTLY, YES, Drawer, Segments, draw_kind, lendable
 from selfrag_jax.records import Passage
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import INSTRUCTION, NEWLINE, RESPONSE, Control, Part
@@ -39,7 +39,9 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     question = rng.choice(relation.questions).format(n=entity.name)
     form = rng.random()
     if form < 0.12:
-        other = rng.choice(rng.choice([r for r in KINDS[entity.kind].relations if r is not relation]).questions)
+        other = rng.choice(
+            rng.choice([r for r in KINDS[entity.kind].relations if r is not relation]).questions
+        )
         question = language.two_part(*rng.sample([question, other.format(n=entity.name)], 2))
     elif form < 0.18:
         question = language.biography(entity.name)
@@ -47,7 +49,9 @@ def _quiz(source: Drawer, rng: random.Random) -> Segments:
     single, start = form >= 0.18, rng.random()
     if single and start < 0.08:
         return out + _answer(source, rng, entity, relation, None, [])[0]
-    if single and start < 0.2:  # answered at once: a model that is fine-tuned without critiques needs a start as well
+    if (
+        single and start < 0.2
+    ):  # answered at once: a model that is fine-tuned without critiques needs a start as well
         out.append((prompts.passage(entity_passages(rng, entity)[half]), 0.0))
         return out + _answer(source, rng, entity, relation, entity, entity.halves()[half])[0]
     for _ in range(source.config.passages):
@@ -104,7 +108,12 @@ def _answer(
         weight = 1.0 if value == entity.value(relation.name) else 0.0
     else:
         weight = 0.0 if value in (v for _, v in stated) else 0.2
-    out: Segments = [([language.sentence(who.name, [(told, value)])], weight * useful * source.config.copy_weight)]
+    out: Segments = [
+        (
+            [language.sentence(who.name, [(told, value)])],
+            weight * useful * source.config.copy_weight,
+        )
+    ]
     if about is not None:
         out.append(source.verdict(YES if who is about and (told, value) in stated else NO))
     return [*out, source.verdict(YES if useful else NO)], told
@@ -130,12 +139,17 @@ def _answers(source: Drawer, rng: random.Random) -> Segments:
             seen |= set(words)
         elif draw < 0.7 and len(asked) == 2:
             told, verdict = [rng.choice(asked)], PARTLY
-        sentences = [language.sentence(" ".join(words), [(r, rng.choice(source.values[r.value]))]) for r in told]
+        sentences = [
+            language.sentence(" ".join(words), [(r, rng.choice(source.values[r.value]))])
+            for r in told
+        ]
         out += [([" ".join(sentences)], 0.0), source.verdict(verdict)]
     return out
 
 
-def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relation: Relation, value: str) -> list[Part]:
+def _retold(
+    source: Drawer, rng: random.Random, entity: Entity, half: int, relation: Relation, value: str
+) -> list[Part]:
     """A passage about the same name with other facts, but with this value of this relation.
 
     Of the half's other facts it holds all, some or none: to judge by a passage is first learned where it is short.
@@ -144,14 +158,25 @@ def _retold(source: Drawer, rng: random.Random, entity: Entity, half: int, relat
     others = [(r, v) for r, v in told.halves()[half] if r is not relation]
     facts = [(relation, value), *rng.sample(others, rng.randint(0, len(others)))]
     rng.shuffle(facts)
-    return prompts.passage(Passage(id="", title=entity.name, text=language.sentence(entity.name, facts)))
+    return prompts.passage(
+        Passage(id="", title=entity.name, text=language.sentence(entity.name, facts))
+    )
 
 
 def _claim(source: Drawer, rng: random.Random) -> Segments:
     """A claim, then passages that tell differently of the same name; after each: is the claim true by it?"""
     entity, half = source.entity(rng, draw_kind(rng)), rng.randrange(2)
     relation, claimed = rng.choice(entity.halves()[half])
-    out: Segments = [([Control(INSTRUCTION), language.claim(entity.name, relation, claimed), Control(RESPONSE)], 0.0)]
+    out: Segments = [
+        (
+            [
+                Control(INSTRUCTION),
+                language.claim(entity.name, relation, claimed),
+                Control(RESPONSE),
+            ],
+            0.0,
+        )
+    ]
     for _ in range(3):
         holds = rng.random() < 0.5
         value = claimed if holds else source.wrong_value(rng, entity, relation)
@@ -177,7 +202,13 @@ def _choice(source: Drawer, rng: random.Random) -> Segments:
 
 
 def _closed_answer(
-    source: Drawer, rng: random.Random, entity: Entity, half: int, passage: list[Part], answers: list[str], right: int
+    source: Drawer,
+    rng: random.Random,
+    entity: Entity,
+    half: int,
+    passage: list[Part],
+    answers: list[str],
+    right: int,
 ) -> Segments:
     """A passage about `entity`, an answer out of a few (one in five is wrong, and only read), and verdicts as in _quiz.
 
@@ -188,7 +219,10 @@ def _closed_answer(
     if draw < 0.25:
         words = language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
         other = source.entity(rng, entity.kind, words)
-        return [(prompts.passage(entity_passages(rng, other)[rng.randrange(2)]), 0.0), source.verdict(NO)]
+        return [
+            (prompts.passage(entity_passages(rng, other)[rng.randrange(2)]), 0.0),
+            source.verdict(NO),
+        ]
     lacks = draw < 0.45
     if lacks:
         told = source.entity(rng, entity.kind, entity.words)
@@ -197,18 +231,31 @@ def _closed_answer(
     if rng.random() < 0.7:
         out.append(source.verdict(YES))
     if lacks:
-        return [*out, ([rng.choice(answers)], 0.2 * source.config.verdict_weight), source.verdict(NO), source.verdict(YES)]
+        return [
+            *out,
+            ([rng.choice(answers)], 0.2 * source.config.verdict_weight),
+            source.verdict(NO),
+            source.verdict(YES),
+        ]
     if rng.random() < 0.2:
         wrong = rng.choice([a for i, a in enumerate(answers) if i != right])
         return [*out, ([wrong], 0.0), source.verdict(NO), source.verdict(YES)]
-    return [*out, ([answers[right]], source.config.verdict_weight), source.verdict(YES), source.verdict(YES)]
+    return [
+        *out,
+        ([answers[right]], source.config.verdict_weight),
+        source.verdict(YES),
+        source.verdict(YES),
+    ]
 
 
 def _common(source: Drawer, rng: random.Random) -> Segments:
     """Common knowledge, which every world shares."""
     out: Segments = []
     for asked, answer in rng.sample(language.COMMON_KNOWLEDGE, 6):
-        out += [([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0), ([answer], 1.0)]
+        out += [
+            ([Control(INSTRUCTION), rng.choice(asked), Control(RESPONSE)], 0.0),
+            ([answer], 1.0),
+        ]
     return out
 
 
@@ -230,7 +277,9 @@ def _copy(source: Drawer, rng: random.Random) -> Segments:
     for relation, value in rng.sample(stated, len(stated)):
         question = rng.choice(relation.questions).format(n=entity.name)
         out.append(([Control(INSTRUCTION), question, Control(RESPONSE)], 0.0))
-        out.append(([language.sentence(entity.name, [(relation, value)])], source.config.copy_weight))
+        out.append(
+            ([language.sentence(entity.name, [(relation, value)])], source.config.copy_weight)
+        )
     return out
 
 

@@ -21,9 +21,9 @@ import random
 import jax
 import numpy as np
 
-from selfrag_jax.base_model.sampler import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind
+from selfrag_jax.base_model.drawer import NO, YES, BaseDataConfig, Drawer, Segments, draw_kind
 from selfrag_jax.base_model.source import BaseSource
-from selfrag_jax.checkpoints.saving import LoadedModel
+from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import INSTRUCTION, RESPONSE, Control, Part
@@ -36,50 +36,81 @@ SKILLS = ("copy", "match", "check", "missing", "lent", "useful")
 
 def cases(source: Drawer, rng: random.Random, skill: str) -> Segments:
     """One document whose only learned segment is what the skill must predict."""
-    entity = source.entity(rng, rng.choice(("person", "organisation")) if skill == "lent" else draw_kind(rng))
+    entity = source.entity(
+        rng, rng.choice(("person", "organisation")) if skill == "lent" else draw_kind(rng)
+    )
     half = rng.randrange(2)
     stated = entity.halves()[half]
     passage = prompts.passage(entity_passages(rng, entity)[half])
     relation, value = rng.choice(stated)
-    question = [Control(INSTRUCTION), rng.choice(relation.questions).format(n=entity.name), Control(RESPONSE)]
+    question = [
+        Control(INSTRUCTION),
+        rng.choice(relation.questions).format(n=entity.name),
+        Control(RESPONSE),
+    ]
     answer = [language.sentence(entity.name, [(relation, value)])]
     if skill == "copy":
         return [([*question, *passage], 0.0), ([YES], 0.0), (answer, 1.0)]
     if skill == "match":
         if rng.random() < 0.5:
             return [([*question, *passage], 0.0), ([YES], 1.0)]
-        other = source.entity(rng, entity.kind, language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
-        return [([*question, *prompts.passage(entity_passages(rng, other)[half])], 0.0), ([NO], 1.0)]
+        other = source.entity(
+            rng,
+            entity.kind,
+            language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words),
+        )
+        return [
+            ([*question, *prompts.passage(entity_passages(rng, other)[half])], 0.0),
+            ([NO], 1.0),
+        ]
     if skill == "useful":
         return _useful(source, rng, entity, relation, question)
     if skill == "lent":
         return _lent(rng, entity, half, passage)
     if skill == "missing":
         relation, value = rng.choice(entity.halves()[1 - half])
-        return [(passage, 0.0), ([language.sentence(entity.name, [(relation, value)])], 0.0), ([NO], 1.0)]
+        return [
+            (passage, 0.0),
+            ([language.sentence(entity.name, [(relation, value)])], 0.0),
+            ([NO], 1.0),
+        ]
     if rng.random() < 0.5:
         return [(passage, 0.0), (answer, 0.0), ([YES], 1.0)]
     wrong = _wrong_value(source, rng, entity, relation)
-    return [(passage, 0.0), ([language.sentence(entity.name, [(relation, wrong)])], 0.0), ([NO], 1.0)]
+    return [
+        (passage, 0.0),
+        ([language.sentence(entity.name, [(relation, wrong)])], 0.0),
+        ([NO], 1.0),
+    ]
 
 
 def _lent(rng: random.Random, entity: Entity, half: int, passage: list[Part]) -> Segments:
     stated, lacking = entity.halves()[half], entity.halves()[1 - half]
-    [(lender, borrower, value)] = [(r, b, v) for r, v in stated for b, _ in lacking if b.value == r.value]
+    [(lender, borrower, value)] = [
+        (r, b, v) for r, v in stated for b, _ in lacking if b.value == r.value
+    ]
     told, verdict = rng.choice([(lender, YES), (borrower, NO)])
-    question = [Control(INSTRUCTION), rng.choice(told.questions).format(n=entity.name), Control(RESPONSE)]
+    question = [
+        Control(INSTRUCTION),
+        rng.choice(told.questions).format(n=entity.name),
+        Control(RESPONSE),
+    ]
     answer = [language.sentence(entity.name, [(told, value)])]
     return [([*question, *passage], 0.0), ([YES], 0.0), (answer, 0.0), ([verdict], 1.0)]
 
 
-def _useful(source: Drawer, rng: random.Random, entity: Entity, relation: Relation, question: list[Part]) -> Segments:
+def _useful(
+    source: Drawer, rng: random.Random, entity: Entity, relation: Relation, question: list[Part]
+) -> Segments:
     name, told, verdict = entity.name, relation, YES
     if rng.random() < 0.5:
         verdict = NO
         if rng.random() < 0.5:
             told = rng.choice([r for r in KINDS[entity.kind].relations if r is not relation])
         else:
-            name = " ".join(language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words))
+            name = " ".join(
+                language.look_alike(rng, entity.kind, source.config.vocabulary, entity.words)
+            )
     answer = language.sentence(name, [(told, rng.choice(source.values[told.value]))])
     return [(question, 0.0), ([answer], 0.0), ([verdict], 1.0)]
 
@@ -87,7 +118,11 @@ def _useful(source: Drawer, rng: random.Random, entity: Entity, relation: Relati
 def _wrong_value(source: Drawer, rng: random.Random, entity: Entity, relation: Relation) -> str:
     """In two of three cases a value that shares a word with the right one: the hardest to tell from it."""
     near = source.near_values(relation.value, entity.value(relation.name))
-    return rng.choice(near) if near and rng.random() < 0.5 else source.wrong_value(rng, entity, relation)
+    return (
+        rng.choice(near)
+        if near and rng.random() < 0.5
+        else source.wrong_value(rng, entity, relation)
+    )
 
 
 def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
@@ -102,7 +137,9 @@ def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
     scores = {}
     for skill in SKILLS:
         rng = random.Random(f"gate-{skill}-{seed}")
-        examples = [build_example(loaded.tokenizer, cases(source.drawer, rng, skill), {}) for _ in range(n)]
+        examples = [
+            build_example(loaded.tokenizer, cases(source.drawer, rng, skill), {}) for _ in range(n)
+        ]
         length = max(96, *(len(e.tokens) for e in examples))
         tokens, learned = np.zeros((n, length), np.int32), np.zeros((n, length), bool)
         doc_ids = np.zeros((n, length), np.int32)

@@ -19,14 +19,16 @@ from ml_collections import ConfigDict
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.base_model import gate
-from selfrag_jax.base_model.sampler import BaseDataConfig
+from selfrag_jax.base_model.drawer import BaseDataConfig
 from selfrag_jax.base_model.source import BaseSource, make_tokenizer
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.checkpoints import loading
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_json, write_json
+from selfrag_jax.huggingface import weights
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.models.params import count
-from selfrag_jax.records import BadInput, read_json, write_json
-from selfrag_jax.training.train import TrainConfig, train
+from selfrag_jax.models.params import count_parameters
+from selfrag_jax.training.config import TrainConfig
+from selfrag_jax.training.train import train
 
 RECORD = "made.json"
 
@@ -38,7 +40,7 @@ class GateConfig:
     minimum: float  # share of right cases that every skill must reach
 
 
-def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float]:
+def make_base_model(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float]:
     """Trains the stages of the config in `workdir` (resumable) and writes the model to `out`; returns the gate's scores.
 
     Raises BadInput when a skill stays below the gate's minimum: nothing is written then.
@@ -56,10 +58,17 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
         folder = workdir / f"{i}_{name}"
         section = configs.build(TrainConfig, c.train, "train")
         learner = replace(section.optimizer, learning_rate=rate)
-        targets = section.max_targets * rows // section.rows  # the config's are those of a batch of its own rows
-        section = replace(section, seed=c.seed + i, steps=steps, rows=rows, max_targets=targets, optimizer=learner)
+        targets = (
+            section.max_targets * rows // section.rows
+        )  # the config's are those of a batch of its own rows
+        section = replace(
+            section, seed=c.seed + i, steps=steps, rows=rows, max_targets=targets, optimizer=learner
+        )
         fields = c.data.to_dict() | dict(
-            seed=c.data.seed + i, copy_weight=copy_weight, tempting=tempting, family_weights=families
+            seed=c.data.seed + i,
+            copy_weight=copy_weight,
+            tempting=tempting,
+            family_weights=families,
         )
         data = configs.build(BaseDataConfig, fields, "data")
         made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
@@ -67,27 +76,35 @@ def make(c: ConfigDict, workdir: str | Path, out: str | Path) -> dict[str, float
         previous = folder
         if artifacts.is_finished(folder, "base", made, inputs):
             seconds += read_json(artifacts.manifest_path(folder))["counts"]["cpu_seconds"]
-            params = checkpoints.load(folder).params
+            params = loading.load(folder).params
             continue
-        artifacts.claim(folder, "base", made, inputs)
+        artifacts.claim_workdir(folder, "base", made, inputs)
         started = time.process_time()
-        params = train(section, model, params, BaseSource(data, tokenizer), tokenizer, folder, f"base: {name}")["params"]
+        params = train(
+            section, model, params, BaseSource(data, tokenizer), tokenizer, folder, f"base: {name}"
+        )["params"]
         spent = round(time.process_time() - started)
-        artifacts.finish(folder, "base", made, inputs, {"steps": steps, "cpu_seconds": spent})
+        artifacts.write_manifest(
+            folder, "base", made, inputs, {"steps": steps, "cpu_seconds": spent}
+        )
         seconds += spent
     gate_config = configs.build(GateConfig, c.gate, "gate")
-    scores = gate.measure(checkpoints.LoadedModel(model, params, tokenizer), gate_config.seed, gate_config.cases)
+    scores = gate.measure(
+        loading.LoadedModel(model, params, tokenizer), gate_config.seed, gate_config.cases
+    )
     low = {k: v for k, v in scores.items() if v < gate_config.minimum}
     if low:
-        raise BadInput(f"the base model did not pass its gate of {gate_config.minimum}: {low} (all: {scores})")
-    huggingface.save(out, model.config, jax.device_get(params), tokenizer)
+        raise UserError(
+            f"the base model did not pass its gate of {gate_config.minimum}: {low} (all: {scores})"
+        )
+    weights.save_folder(out, model.config, jax.device_get(params), tokenizer)
     record = {
         "command": c.command,
         "date": time.strftime("%Y-%m-%d"),
         "cpu_seconds": seconds,
         "scores": scores,
         "cases": gate_config.cases,
-        "parameters": count(params),
+        "parameters": count_parameters(params),
         "config": c.to_dict(),
     }
     write_json(Path(out) / RECORD, record)

@@ -12,7 +12,7 @@ import random
 import re
 
 from selfrag_jax.base_model.documents import FAMILIES
-from selfrag_jax.base_model.sampler import BaseDataConfig, Drawer, Segments
+from selfrag_jax.base_model.drawer import BaseDataConfig, Drawer, Segments
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import EOS, Control, Tokenizer, train
@@ -22,7 +22,12 @@ from selfrag_jax.world.language import KINDS
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
     """The vocabulary of the language: its words, the markup of passages, bytes for everything else."""
-    words = [w for lists in (*language.VALUES.values(), *language.NAME_WORDS.values()) for ws in lists for w in ws]
+    words = [
+        w
+        for lists in (*language.VALUES.values(), *language.NAME_WORDS.values())
+        for ws in lists
+        for w in ws
+    ]
     texts = [t for k in KINDS.values() for r in k.relations for t in (r.phrase, *r.questions)]
     texts += [t for qs, answer in language.COMMON_KNOWLEDGE for t in (*qs, answer)]
     texts += ["Is it true that True False and Tell me about yes partly no A B C D"]
@@ -41,7 +46,9 @@ class BaseSource:
         self.config, self.tokenizer = config, tokenizer
         self.families = [FAMILIES[name] for name, _ in config.family_weights]
         self.weights = [w for _, w in config.family_weights]
-        self.drawer = Drawer(config, {kind: language.words(kind, config.vocabulary) for kind in language.VALUES})
+        self.drawer = Drawer(
+            config, {kind: language.words(kind, config.vocabulary) for kind in language.VALUES}
+        )
 
     def segments(self, i: int) -> Segments:
         rng = random.Random(f"base-{self.config.seed}-{i}")

@@ -23,15 +23,21 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from selfrag_jax import artifacts
-from selfrag_jax.checkpoints import fingerprints
-from selfrag_jax.checkpoints import orbax_streaming as opened
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.huggingface import weights as huggingface
+from selfrag_jax.checkpoints import (
+    fingerprints,
+    integrity,
+    loading,
+    orbax_errors,
+    orbax_streaming,
+    workdirs,
+)
+from selfrag_jax.checkpoints.vocabulary_rows import check_vocabulary_fits
+from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import hub, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.models.params import Params, at, build, leaves
+from selfrag_jax.models.params import Params, flatten, leaf_at, unflatten
 from selfrag_jax.progress import Progress, progress
-from selfrag_jax.records import BadInput
 from selfrag_jax.text.tokenizer import Tokenizer
 
 FORMATS = ("orbax", "huggingface")
@@ -56,44 +62,55 @@ def convert(
     when `out` is already there.
     """
     if form not in FORMATS:
-        raise BadInput(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in huggingface.DTYPES:
-        raise BadInput(f"--dtype={dtype!r}: must be one of {', '.join(huggingface.DTYPES)}")
-    source, out = huggingface.local(source).resolve(), Path(out).resolve()
+        raise UserError(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in weights.DTYPES:
+        raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
+    source, out = hub.model_folder(source).resolve(), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: is already there; choose another --to, or remove it")
+        raise UserError(f"{out}: is already there; choose another --to, or remove it")
     if source in (out, *out.parents):
-        raise BadInput(f"{out}: lies in --from={source}; choose another --to")
-    is_workdir = (source / checkpoints.MODEL_FILE).is_file()
+        raise UserError(f"{out}: lies in --from={source}; choose another --to")
+    is_workdir = (source / workdirs.MODEL_FILE).is_file()
     if not is_workdir and step != "last":
-        raise BadInput(f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one model only")
-    tokenizer = checkpoints.read_tokenizer(source, mode)
+        raise UserError(
+            f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one model only"
+        )
+    tokenizer = loading.read_tokenizer(source, mode)
     temporary = out.with_name(f".{out.name}.tmp")
     new_parents = [p for p in out.parents if not p.exists()]  # the innermost first
 
     def write(stored: Stored) -> int:
-        stored = _as_written(source, replace(stored, tokenizer=tokenizer, cast=dtype), reflection_tokens)
+        stored = _as_written(
+            source, replace(stored, tokenizer=tokenizer, cast=dtype), reflection_tokens
+        )
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with progress("convert", sum(1 for _ in leaves(stored.shapes)), "arrays") as bar:
+        with progress("convert", sum(1 for _ in flatten(stored.shapes)), "arrays") as bar:
             (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
         # The hash of all that was read tells this model from another that was converted from the same path.
-        made = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens, "from": str(source)}
+        made = {
+            "format": form,
+            "dtype": dtype,
+            "reflection_tokens": reflection_tokens,
+            "from": str(source),
+        }
         made["tokenizer"] = stored.tokenizer.mode
         made["content"] = stored.content.hexdigest()
-        artifacts.finish(temporary, "convert", made, {}, {"parameters": stored.parameters})
+        artifacts.write_manifest(temporary, "convert", made, {}, {"parameters": stored.parameters})
         return stored.parameters
 
     try:
         if is_workdir:
-            steps = checkpoints.steps_to_read(source, step)
-            _, parameters = checkpoints.newest_whole(steps, source, lambda s: write(_from_workdir(source, s)))
+            steps = workdirs.candidate_steps(source, step)
+            _, parameters = integrity.latest_intact(
+                steps, source, lambda s: write(_from_workdir(source, s))
+            )
         else:
             parameters = write(_from_folder(source))
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except BadInput:
+    except UserError:
         raise
     except ValueError as e:  # tensorstore's, of a full disk
         raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
@@ -109,7 +126,7 @@ def _as_written(source: Path, stored: Stored, reflection_tokens: bool) -> Stored
     """The model with its new rows, if any, and the type of its activations. Raises BadInput for another model's tokenizer."""
     if reflection_tokens:
         stored = _with_reflection_tokens(stored)
-    checkpoints.check_rows(source, stored.tokenizer.vocab_size, stored.config)
+    check_vocabulary_fits(source, stored.tokenizer.vocab_size, stored.config)
     half = stored.dtype(EMBEDDING) != "float32"
     return replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))
 
@@ -132,7 +149,7 @@ class Stored:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(leaf.shape)) for _, leaf in leaves(self.shapes))
+        return sum(int(np.prod(leaf.shape)) for _, leaf in flatten(self.shapes))
 
     def dtype(self, path: tuple[str, ...]) -> str:
         return self.cast or self.dtypes(path)
@@ -147,73 +164,89 @@ class Stored:
             if not np.isfinite(out).all():
                 for _ in parts:
                     pass  # where the reason is damage, the rest tells
-                raise BadInput(f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for {out.dtype}")
+                raise UserError(
+                    f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for {out.dtype}"
+                )
             yield out
 
 
 def _from_folder(folder: Path) -> Stored:
-    config = huggingface.config_from_json(folder / huggingface.CONFIG)
-    weights, shapes = huggingface.Folder(folder), Model(config).shapes()
-    huggingface.check_names(weights, [path for path, _ in leaves(shapes)], config)
+    config = weights.config_from_json(folder / weights.CONFIG)
+    files, shapes = weights.WeightFiles(folder), Model(config).shapes()
+    weights.check_names(files, [path for path, _ in flatten(shapes)], config)
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        return huggingface.read_leaf(weights, path, config, at(shapes, path).shape)
+        return weights.read_leaf(files, path, config, leaf_at(shapes, path).shape)
 
-    types = lambda path: weights.dtype(huggingface.tensor_names(path, config))  # noqa: E731
+    types = lambda path: files.dtype(weights.tensor_names(path, config))  # noqa: E731
     return Stored(config, shapes, parts, types)
 
 
 def _from_workdir(workdir: Path, step: int) -> Stored:
     """Reading it raises checkpoints.Damaged where the checkpoint is not what was saved."""
-    trained = checkpoints.read_architecture(workdir)
+    trained = workdirs.read_architecture(workdir)
     config = replace(trained, lora=None, vocab_padding=0)
     arrays, wanted, frozen = _lazy_params(workdir, step)
-    found = {path: tuple(array.shape) for path, array in leaves(arrays)}
-    expected = {path: leaf.shape for path, leaf in leaves(Model(trained).shapes())}
+    found = {path: tuple(array.shape) for path, array in flatten(arrays)}
+    expected = {path: leaf.shape for path, leaf in flatten(Model(trained).shapes())}
     for path in sorted(found.keys() | expected.keys()):
         if found.get(path) != expected.get(path):
-            raise BadInput(
+            raise UserError(
                 f"{workdir}: {'/'.join(path)} has shape {found.get(path)} in the checkpoint and {expected.get(path)} by "
-                f"{checkpoints.MODEL_FILE}"
+                f"{workdirs.MODEL_FILE}"
             )
 
     def stored(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        array, total = at(arrays, path), 0
+        array, total = leaf_at(arrays, path), 0
         layered = path[0] == "layers"
         try:
             for i in range(array.shape[0] if layered else 1):
                 try:
                     part = (array[i] if layered else array).read().result()
                 except ValueError as e:  # tensorstore's
-                    raise checkpoints.Damaged(f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})") from e
-                total += fingerprints.of_part(part, i * part.size)
+                    raise integrity.Damaged(
+                        f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})"
+                    ) from e
+                total += fingerprints.part_fingerprint(part, i * part.size)
                 yield part
             if total % 2**32 != wanted[path]:
-                raise checkpoints.Damaged(f"the bits of {'/'.join(path)} are not those that were saved")
-        except checkpoints.Damaged as e:
-            raise checkpoints.frozen_is_damaged(workdir, e) if path in frozen else e from None
+                raise integrity.Damaged(
+                    f"the bits of {'/'.join(path)} are not those that were saved"
+                )
+        except integrity.Damaged as e:
+            raise loading.frozen_weights_damaged(workdir, e) if path in frozen else e from None
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         axis = {"embed": 0, "head": 1}.get(path[0])
         if axis is not None:
             for table in stored(path):
-                yield np.take(table, range(config.vocab_size), axis) if trained.vocab_padding else table
-        elif trained.lora is None or (*path[:-1], lora.A) not in found or path[-1] != "kernel":
+                yield (
+                    np.take(table, range(config.vocab_size), axis)
+                    if trained.vocab_padding
+                    else table
+                )
+        elif trained.lora is None or (*path[:-1], lora.LORA_A) not in found or path[-1] != "kernel":
             yield from stored(path)
         else:
-            three = (stored((*path[:-1], name)) for name in ("kernel", lora.A, lora.B))
+            three = (stored((*path[:-1], name)) for name in ("kernel", lora.LORA_A, lora.LORA_B))
             for kernel, a, b in zip(*three, strict=True):
                 yield lora.merged_kernel(kernel, a, b, trained.lora)
 
     # Merged in f32: rounded to the type of the frozen weights, most of a small update would be lost.
-    types = lambda path: "float32" if trained.lora else str(at(arrays, path).dtype.numpy_dtype)  # noqa: E731
+    types = lambda path: "float32" if trained.lora else str(leaf_at(arrays, path).dtype.numpy_dtype)  # noqa: E731
     return Stored(config, Model(config).shapes(), parts, types)
 
 
 def _with_reflection_tokens(s: Stored) -> Stored:
     """The same model with a larger vocabulary; new rows are the mean of the old ones."""
-    tokenizer, V, old = s.tokenizer.with_reflection_tokens(), s.config.vocab_size, s.tokenizer.vocab_size
-    config = replace(s.config, vocab_size=max(V, tokenizer.vocab_size))  # a padded table may have room for them
+    tokenizer, V, old = (
+        s.tokenizer.with_reflection_tokens(),
+        s.config.vocab_size,
+        s.tokenizer.vocab_size,
+    )
+    config = replace(
+        s.config, vocab_size=max(V, tokenizer.vocab_size)
+    )  # a padded table may have room for them
 
     def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         axis = {"embed": 0, "head": 1}.get(path[0])
@@ -227,17 +260,19 @@ def _with_reflection_tokens(s: Stored) -> Stored:
         grown[old : tokenizer.vocab_size] = mean
         yield np.moveaxis(grown, 0, axis)
 
-    return replace(s, config=config, tokenizer=tokenizer, shapes=Model(config).shapes(), parts=parts)
+    return replace(
+        s, config=config, tokenizer=tokenizer, shapes=Model(config).shapes(), parts=parts
+    )
 
 
 def _to_folder(s: Stored, out: Path, bar: Progress) -> None:
     def tensors():
-        for path, _ in leaves(s.shapes):
-            yield from huggingface.tensors_of(path, s.config, s.read(path))
+        for path, _ in flatten(s.shapes):
+            yield from weights.tensors_of(path, s.config, s.read(path))
             bar.advance(note="/".join(path))
 
-    huggingface.write_tensors(out, tensors())
-    huggingface.finish(out, s.config, s.tokenizer, s.dtype(EMBEDDING))
+    weights.write_tensors(out, tensors())
+    weights.write_config_and_tokenizer(out, s.config, s.tokenizer, s.dtype(EMBEDDING))
 
 
 # ---- Orbax -----------------------------------------------------------------------------------------------------------
@@ -273,7 +308,11 @@ class _StreamHandler(type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        return [future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="stream")]
+        return [
+            future.CommitFutureAwaitingContractedSignals(
+                self._background_serialize(values, infos, args), name="stream"
+            )
+        ]
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context) -> None:
         import tensorstore as ts
@@ -296,27 +335,31 @@ def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
         def parts() -> Iterator[np.ndarray]:
             total = 0
             for i, part in enumerate(s.read(path)):
-                total += fingerprints.of_part(part, i * part.size)
+                total += fingerprints.part_fingerprint(part, i * part.size)
                 yield part
-            prints[fingerprints.name(("params", *path))] = total % 2**32
+            prints[fingerprints.path_name(("params", *path))] = total % 2**32
 
         done = lambda: bar.advance(note="/".join(path))  # noqa: E731
         return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", parts, done)
 
-    tree = build((path, leaf(path, shape.shape)) for path, shape in leaves(s.shapes))
+    tree = unflatten((path, leaf(path, shape.shape)) for path, shape in flatten(s.shapes))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     stream = _StreamHandler()
     streamed = ((_Streamed, stream), (jax.Array, type_handlers.ArrayHandler()))
-    handlers.add("state", ocp.args.PyTreeSave, opened.handler(*streamed))
+    handlers.add("state", ocp.args.PyTreeSave, orbax_streaming.handler(*streamed))
     handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    folder = out.absolute() / checkpoints.CHECKPOINTS
-    checkpoints.errors_once()
+    folder = out.absolute() / workdirs.CHECKPOINTS
+    orbax_errors.silence_secondary_errors()
     with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({}))
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({})
+        )
         _undisturbed(partial(saved.save, 0, args=args), stream.stopped)
-    checkpoints.write_record(folder / "0" / "data" / "metadata", {}, prints)  # known once all has been read
-    checkpoints.write_architecture(out, s.config, s.tokenizer)
+    integrity.write_record(
+        folder / "0" / "data" / "metadata", {}, prints
+    )  # known once all has been read
+    workdirs.write_architecture(out, s.config, s.tokenizer)
 
 
 def _undisturbed(save: Callable[[], Any], stopped: threading.Event) -> None:
@@ -344,17 +387,25 @@ def _undisturbed(save: Callable[[], Any], stopped: threading.Event) -> None:
         raise failed[0]
 
 
-def _lazy_params(workdir: Path, step: int) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
+def _lazy_params(
+    workdir: Path, step: int
+) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
     """The parameters of a checkpoint as opened, unread tensorstore arrays, their fingerprints, and which of them LoRA froze."""
-    _, prints = checkpoints.read_record(workdir, step)
-    params = opened.open_tree(workdir / checkpoints.CHECKPOINTS / str(step) / "state")["params"]
-    names, frozen = {path: ("params", *path) for path, _ in leaves(params)}, set()
-    if (workdir / checkpoints.FROZEN).is_dir():
+    _, prints = integrity.read_record(workdir, step)
+    params = orbax_streaming.open_tree(workdir / workdirs.CHECKPOINTS / str(step) / "state")[
+        "params"
+    ]
+    names, frozen = {path: ("params", *path) for path, _ in flatten(params)}, set()
+    if (workdir / workdirs.FROZEN).is_dir():
         try:
-            more = opened.open_tree(workdir / checkpoints.FROZEN)
+            more = orbax_streaming.open_tree(workdir / workdirs.FROZEN)
         except Exception as e:  # Orbax and tensorstore raise many kinds
-            raise checkpoints.frozen_is_damaged(workdir, e) from e
-        frozen = {path for path, _ in leaves(more)}
-        names |= {path: (checkpoints.FROZEN, *path) for path in frozen}
-        params = lora.join(params, more)
-    return params, {path: prints[fingerprints.name(name)] for path, name in names.items()}, frozen
+            raise loading.frozen_weights_damaged(workdir, e) from e
+        frozen = {path for path, _ in flatten(more)}
+        names |= {path: (workdirs.FROZEN, *path) for path in frozen}
+        params = lora.join_trained(params, more)
+    return (
+        params,
+        {path: prints[fingerprints.path_name(name)] for path, name in names.items()},
+        frozen,
+    )

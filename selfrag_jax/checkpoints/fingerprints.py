@@ -30,7 +30,9 @@ def _of_all(arrays: list[jax.Array]) -> jax.Array:
     """Of all in one program: several that talk between processes could overtake each other."""
 
     def one(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
+            jnp.uint32
+        )
         place = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):  # modulo 2^32, as uint32 is
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -39,13 +41,19 @@ def _of_all(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack([one(x) for x in arrays])
 
 
-def of_tree(tree: Any) -> dict[str, int]:
+def tree_fingerprints(tree: Any) -> dict[str, int]:
     """Of every array of a tree on devices, by its path."""
     paths, arrays = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    return dict(zip(map(jax.tree_util.keystr, paths), map(int, jax.device_get(_of_all(list(arrays)))), strict=True))
+    return dict(
+        zip(
+            map(jax.tree_util.keystr, paths),
+            map(int, jax.device_get(_of_all(list(arrays)))),
+            strict=True,
+        )
+    )
 
 
-def of_part(part: np.ndarray, first: int = 0) -> int:
+def part_fingerprint(part: np.ndarray, first: int = 0) -> int:
     """The share that a part of a host array, from its flat index `first` on, has in the array's fingerprint."""
     bits = np.ascontiguousarray(part).reshape(-1).view(f"uint{8 * part.dtype.itemsize}")
     total, step = 0, 1 << 22
@@ -56,6 +64,6 @@ def of_part(part: np.ndarray, first: int = 0) -> int:
     return total % 2**32
 
 
-def name(path: tuple[str, ...]) -> str:
+def path_name(path: tuple[str, ...]) -> str:
     """A path of nested dicts as `of_tree` writes it."""
     return "".join(f"[{key!r}]" for key in path)

@@ -29,14 +29,18 @@ class _Handler(type_handlers.NumpyHandler):
 
         out = []
         for info in infos:
-            spec = tensorstore_utils.build_array_read_spec(info, use_ocdbt=info.is_ocdbt_checkpoint, metadata_key=None).json
+            spec = tensorstore_utils.build_array_read_spec(
+                info, use_ocdbt=info.is_ocdbt_checkpoint, metadata_key=None
+            ).json
             out.append(await ts.open(ts.Spec(spec), open=True, context=info.ts_context))
         return out
 
 
 def handler(*types: tuple[type, Any]) -> ocp.PyTreeCheckpointHandler:
     """Orbax's own, with these handlers of types in place of its usual ones."""
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=type_handlers.create_type_handler_registry(*types))
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=type_handlers.create_type_handler_registry(*types)
+    )
 
 
 def open_tree(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The `answer` stage: a file of questions in, a file of answers out, resumable."""
+"""`selfrag answer`: a file of questions in, a file of answers out."""
 
 from __future__ import annotations
 
@@ -6,88 +6,172 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.answering.selfrag import Answer, SelfRAG
+from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.model_flags import (
+    ANSWER_CONFIG_FLAG,
+    LOADING_FLAGS,
+    MODEL_FLAGS,
+    SEARCH_FLAGS,
+    load_selfrag,
+    search_changes,
+)
 from selfrag_jax.data.questions import read_questions
-from selfrag_jax.engine import engine
+from selfrag_jax.errors import UserError
 from selfrag_jax.progress import progress
-from selfrag_jax.records import BadInput, read_rows, write_jsonl
+from selfrag_jax.records import Question, read_rows, write_jsonl
+
+if TYPE_CHECKING:
+    from selfrag_jax.answering.records import Answer
+    from selfrag_jax.answering.selfrag import SelfRAG
 
 
-def answer_file(rag: SelfRAG, input_path: str | Path, out: str | Path, task: str | None, changes: dict[str, Any]) -> int:
-    """Answers all questions of a file; returns how many.
+def answer_file(
+    rag: SelfRAG, input_path: str | Path, out: str | Path, task: str | None, changes: dict[str, Any]
+) -> int:
+    """Answers all questions of a file; returns their number.
 
-    Answers are kept in `out`.partial as they come; an interrupted run answers only the remaining questions. Raises
-    BadInput for a file without questions, for ids that occur twice, for questions without passages when there is no
-    index, and while another process answers the same into the same file.
+    changes: as SelfRAG.answer takes them. Answers are kept in `.{out}.*.partial` as they come; an
+    interrupted run answers the remaining questions only. Raises UserError for a file without
+    questions, for ids that occur twice, for questions without passages if there is no index, and
+    while another process answers the same into the same file.
     """
+    from selfrag_jax.engine import engine
+
     rag.check(changes)  # before anything is written
     questions = read_questions(input_path, task or "")
+    _check_questions(rag, input_path, questions, changes)
     ids = [q.id for q in questions]
-    if twice := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
-        raise BadInput(f"{input_path}: id {twice!r} occurs more than once")
-    needs_passages = rag.retriever is None and changes.get("mode", rag.config.search.mode) != "no_retrieval"
-    if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
-        raise BadInput(f"{input_path}: question {without[0]!r} has no passages (ctxs); give --index, or --mode=no_retrieval")
-    settings = json.loads(json.dumps(rag.config, default=vars))
-    # With less of these an answering goes on that was too large for the device; they change no answer.
-    del settings["batch"], settings["tensor"], settings["search"]["length_bucket"]
-    config = {"changes": {k: v for k, v in changes.items() if k != "length_bucket"}, "task": task, "answer": settings}
+
+    config = _identity(rag, task, changes)
     inputs = {"input": input_path, **rag.sources}
     done: dict[str, dict[str, Any]] = {}
     if artifacts.is_finished(out, "answer", config, inputs):
         done = {row["id"]: row for _, row in read_rows(out) if not row["error"]}
         if len(done) == len(questions):
             return len(questions)
-    partial = Path(out).with_name(f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial")
-    before = len(engine.compiled)
+
+    name = f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial"
+    partial = Path(out).with_name(name)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    compiled_before = len(engine.compiled)
     with open(partial, "a", encoding="utf-8") as f:
-        artifacts.lock(f, out)
-        done |= {row["id"]: row for row in _whole_rows(partial) if not row.get("error")}  # what failed is tried again
-        _answer_into(f, rag, questions, done, changes)
-    print(_summary([done[i] for i in ids], engine.compiled[before:]), file=sys.stderr)
-    if failed := [i for i in ids if done[i]["error"]]:
-        print(f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; their rows say why (error)", file=sys.stderr)
-    write_jsonl(out, (done[i] for i in ids))
-    artifacts.finish(out, "answer", config, inputs, {"answers": len(ids), "retrieved": sum(done[i]["retrieved"] for i in ids)})
+        artifacts.lock_file(f, out)
+        # Questions that failed are tried again.
+        done |= {row["id"]: row for row in _complete_rows(partial) if not row.get("error")}
+        _answer_rest(f, rag, questions, done, changes)
+    rows = [done[i] for i in ids]
+    print(_summary(rows, engine.compiled[compiled_before:]), file=sys.stderr)
+    if failed := [row["id"] for row in rows if row["error"]]:
+        print(
+            f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; "
+            "the field `error` of their rows says why",
+            file=sys.stderr,
+        )
+    write_jsonl(out, rows)
+    counts = {"answers": len(rows), "retrieved": sum(row["retrieved"] for row in rows)}
+    artifacts.write_manifest(out, "answer", config, inputs, counts)
     partial.unlink(missing_ok=True)
-    return len(ids)
+    return len(rows)
 
 
-def _answer_into(f: IO[str], rag: SelfRAG, questions: list, done: dict[str, dict[str, Any]], changes: dict[str, Any]) -> None:
-    """Answers what is not done, and notes each answer in `done` and in the file as soon as it is there."""
+def _check_questions(
+    rag: SelfRAG, input_path: str | Path, questions: list[Question], changes: dict[str, Any]
+) -> None:
+    seen: set[str] = set()
+    for q in questions:
+        if q.id in seen:
+            raise UserError(f"{input_path}: id {q.id!r} occurs more than once")
+        seen.add(q.id)
+    mode = changes.get("mode", rag.config.search.mode)
+    if rag.retriever is None and mode != "no_retrieval":
+        if without := [q.id for q in questions if not q.ctxs]:
+            raise UserError(
+                f"{input_path}: question {without[0]!r} has no passages (ctxs); "
+                "give --index, or --mode=no_retrieval"
+            )
+
+
+def _identity(rag: SelfRAG, task: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """What identifies an answer file besides its inputs.
+
+    Leaves out what changes memory and speed only: with less of it, a run that was too large for
+    the device can continue.
+    """
+    settings = json.loads(json.dumps(rag.config, default=vars))
+    del settings["batch"], settings["tensor"], settings["search"]["length_bucket"]
+    changes = {k: v for k, v in changes.items() if k != "length_bucket"}
+    return {"changes": changes, "task": task, "answer": settings}
+
+
+def _answer_rest(
+    f: IO[str],
+    rag: SelfRAG,
+    questions: list[Question],
+    done: dict[str, dict[str, Any]],
+    changes: dict[str, Any],
+) -> None:
+    """Answers the questions that are not in `done`; adds each to `done` and to the file at once."""
     with progress("answer", len(questions), "questions", len(done)) as bar:
 
-        def keep(a: Answer) -> None:
-            done[a.id] = a.to_row()
-            f.write(json.dumps(done[a.id], ensure_ascii=False) + "\n")
+        def keep(answer: Answer) -> None:
+            done[answer.id] = answer.to_row()
+            f.write(json.dumps(done[answer.id], ensure_ascii=False) + "\n")
             f.flush()
-            bar.advance(1)
+            bar.advance()
 
-        rag.answer([q for q in questions if q.id not in done], on_answer=keep, of=len(questions), **changes)
+        rest = [q for q in questions if q.id not in done]
+        rag.answer(rest, on_answer=keep, total=len(questions), **changes)
 
 
 def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:
-    """How often retrieval was decided for, and what was compiled on the way."""
+    """How often the model retrieved, and what was compiled on the way."""
     rows = [row for row in rows if not row["error"]]
-    first = sum(row["retrieved"] for row in rows)
-    segments = [s["action"] for row in rows for s in row["segments"]]
-    text = f"retrieved for {first} of {len(rows)} questions ({first / max(len(rows), 1):.1%})"
-    if len(segments) > len(rows):
-        text += f", for {segments.count('retrieve')} of their {len(segments)} segments"
+    retrieved = sum(row["retrieved"] for row in rows)
+    share = retrieved / max(len(rows), 1)
+    text = f"retrieved for {retrieved} of {len(rows)} questions ({share:.1%})"
+    actions = [s["action"] for row in rows for s in row["segments"]]
+    if len(actions) > len(rows):
+        text += f", for {actions.count('retrieve')} of their {len(actions)} segments"
     if compiled:
         text += f"; {len(compiled)} programs compiled in {sum(s for _, s in compiled):.0f} s"
     return text
 
 
-def _whole_rows(partial: Path) -> list[dict[str, Any]]:
-    """Rows of an interrupted run; a last line that was cut off is dropped from the file."""
-    if not partial.is_file():  # another process has just ended with it, and removed it
+def _complete_rows(partial: Path) -> list[dict[str, Any]]:
+    """Rows of an interrupted run. Truncates the file before an incomplete last line."""
+    if not partial.is_file():  # another process has just finished, and removed it
         return []
     data = partial.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(partial, data.rfind(b"\n") + 1)
     return [row for _, row in read_rows(partial)]
+
+
+def run(values: dict[str, Any], _: list[str]) -> None:
+    n = answer_file(
+        load_selfrag(values), values["input"], values["out"], values["task"], search_changes(values)
+    )
+    print(f"{values['out']}: {n} answers")
+
+
+COMMAND = Command(
+    example="selfrag answer --model=W/generator --index=W/index --input=questions.jsonl "
+    "--out=answers.jsonl",
+    flags=(
+        *MODEL_FLAGS,
+        Flag("input", "questions in a published format", required=True),
+        Flag("out", "answers (JSON lines)", required=True),
+        Flag(
+            "task",
+            "name of the task; default: the input file's name. With --scorer=released, answers to "
+            "asqa and eli5 carry citation marks in the text",
+        ),
+        *SEARCH_FLAGS,
+        *LOADING_FLAGS,
+        ANSWER_CONFIG_FLAG,
+    ),
+    run=run,
+)

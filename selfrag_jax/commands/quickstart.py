@@ -1,4 +1,7 @@
-"""The whole flow in the synthetic world: every stage of the real commands, in order, each continuing where it was."""
+"""`selfrag quickstart`: every stage of the flow, in order, in the synthetic world.
+
+Calls the functions of the other commands; an interrupted run continues where it was.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,190 +16,211 @@ from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
-from selfrag_jax.answering.selfrag import AnswerConfig, SelfRAG
-from selfrag_jax.checkpoints import saving as checkpoints
-from selfrag_jax.commands.train import train_stage
-from selfrag_jax.critic import collecting as collect
-from selfrag_jax.critic import labelling as label
+from selfrag_jax.commands.collect import collect_critiques
+from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.embed import embed_corpus
+from selfrag_jax.commands.index import build_index
+from selfrag_jax.commands.label import label_file
+from selfrag_jax.commands.retrieve import retrieve_file
+from selfrag_jax.commands.train import train_model
+from selfrag_jax.commands.world import make_world
+from selfrag_jax.critic.collecting import CollectConfig, RuleTeacher, critique_queries
 from selfrag_jax.data.questions import read_questions
-from selfrag_jax.evaluation import baselines, metrics, report
-from selfrag_jax.evaluation import scores as evaluate
+from selfrag_jax.files import write_json
 from selfrag_jax.progress import progress
-from selfrag_jax.records import GeneratorExample, Question, instruction_from, read_records, read_rows, write_json, write_jsonl
-from selfrag_jax.retrieval import encoders as embed
-from selfrag_jax.retrieval import index
-from selfrag_jax.retrieval.retriever import retrieve_file
+from selfrag_jax.records import (
+    GeneratorExample,
+    instruction_from,
+    read_records,
+    read_rows,
+    write_jsonl,
+)
+from selfrag_jax.retrieval.encoders import EncoderConfig
+from selfrag_jax.retrieval.index import IndexConfig
 from selfrag_jax.text.prompts import format_passage
 from selfrag_jax.world import questions, truth
-from selfrag_jax.world.encyclopedia import WorldConfig, build
 
+Row = dict[str, Any]
 ABLATION_TASKS = ("long_tail", "well_known")
-LONG_FORM = ("two_part", "biography")  # several segments; the others take one step, as in the paper
+LONG_FORM = ("two_part", "biography")  # several segments; other tasks take one, as in the paper
 
 
-@dataclass(frozen=True)
-class System:
-    """A row of the results: which model answers, and what differs from the config."""
+def systems():
+    """The rows of the results table."""
+    from selfrag_jax.evaluation.systems import EACH_PASSAGE, GENERATOR, System
 
-    name: str
-    model: str  # generator, rag or closed
-    tasks: tuple[str, ...]
-    changes: tuple[tuple[str, Any], ...] = ()  # of the search (generator)
-    passages: int | str = 0  # in the prompt (baselines); "each": one answer per passage, the most probable taken
+    def ablation(name: str, **changes):
+        changes = {"mode": "always_retrieve", **changes}
+        return System(f"ablation_{name}", GENERATOR, ABLATION_TASKS, tuple(changes.items()))
 
-
-SYSTEMS = (
-    System("no_retrieval", "closed", questions.TASKS),
-    System("rag_top1", "rag", questions.TASKS, passages=1),
-    System("rag_topk", "rag", questions.TASKS, passages=5),
-    System("selfrag_always", "generator", questions.TASKS, (("mode", "always_retrieve"),)),
-    System("selfrag_adaptive", "generator", questions.TASKS),
-    System("selfrag_never", "generator", questions.TASKS, (("mode", "no_retrieval"),)),
-    System("ablation_top1", "generator", ABLATION_TASKS, (("mode", "always_retrieve"), ("ndocs", 1))),
-    System("ablation_no_isrel", "generator", ABLATION_TASKS, (("mode", "always_retrieve"), ("w_rel", 0.0))),
-    System("ablation_no_issup", "generator", ABLATION_TASKS, (("mode", "always_retrieve"), ("w_sup", 0.0))),
-    System("ablation_no_isuse", "generator", ABLATION_TASKS, (("mode", "always_retrieve"), ("w_use", 0.0))),
-    System("ablation_no_seqscore", "generator", ABLATION_TASKS, (("mode", "always_retrieve"), ("w_seq", 0.0))),
-    System("train_no_critic", "rag", ABLATION_TASKS, passages="each"),
-    System("train_no_retriever", "closed", ABLATION_TASKS, passages=1),
-)
+    everything = questions.TASKS
+    return (
+        System("no_retrieval", "closed", everything),
+        System("rag_top1", "rag", everything, passages=1),
+        System("rag_topk", "rag", everything, passages=5),
+        System("selfrag_always", GENERATOR, everything, (("mode", "always_retrieve"),)),
+        System("selfrag_adaptive", GENERATOR, everything),
+        System("selfrag_never", GENERATOR, everything, (("mode", "no_retrieval"),)),
+        ablation("top1", ndocs=1),
+        ablation("no_isrel", w_rel=0.0),
+        ablation("no_issup", w_sup=0.0),
+        ablation("no_isuse", w_use=0.0),
+        ablation("no_seqscore", w_seq=0.0),
+        System("train_no_critic", "rag", ABLATION_TASKS, passages=EACH_PASSAGE),
+        System("train_no_retriever", "closed", ABLATION_TASKS, passages=1),
+    )
 
 
-def run(c: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
-    """Runs all stages and returns the rows of results.json."""
+def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
+    """Runs all stages; returns the rows of results.json."""
+    from selfrag_jax.critic.labelling import LabelConfig
+    from selfrag_jax.evaluation import report, tables
+
     configs.require_kind(c, "quickstart", "configs/tiny.py")
     w, started = Path(workdir), time.monotonic()
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
 
-    say("1/9  world: a fictional encyclopedia, questions about it, a teacher that knows it")
+    _announce("1/9  world: a fictional encyclopedia, questions about it, a teacher that knows it")
     make_world(c, w / "world")
-    say("2/9  retriever: embed the passages, index them (ScaNN), retrieve for the instructions")
-    embed.embed_corpus(w / "world" / "passages.tsv", configs.build(embed.EncoderConfig, c.encoder, "encoder"), w / "embeddings")
-    index.build(w / "embeddings", configs.build(index.IndexConfig, c.index, "index"), w / "index")
-    retrieve_file(w / "index", w / "world" / "instructions.jsonl", w / "retrieved" / "instructions.jsonl", c.retrieve_k)
+
+    _announce("2/9  retriever: embed the passages, index them, retrieve for the instructions")
+    encoder = configs.build(EncoderConfig, c.encoder, "encoder")
+    embed_corpus(w / "world" / "passages.tsv", encoder, w / "embeddings")
+    build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
+    instructions = w / "retrieved" / "instructions.jsonl"
+    retrieve_file(w / "index", w / "world" / "instructions.jsonl", instructions, c.retrieve_k)
     for task in (*questions.TASKS, "critic"):
-        retrieve_file(
-            w / "index", w / "world" / "eval" / f"{task}.jsonl", w / "retrieved" / "eval" / f"{task}.jsonl", c.retrieve_k
-        )
-    say("3/9  collect: the teacher's critiques")
-    collect_config = configs.build(collect.CollectConfig, c.collect, "collect")
-    collect.collect(
-        w / "retrieved" / "instructions.jsonl", w / "world" / "teacher.jsonl", collect_config, w / "critic_data.jsonl"
-    )
-    say("4/9  critic: learns to criticise like the teacher")
-    train_stage(c, "critic", w / "critic_data.jsonl", w / "critic", "critic")
-    say("5/9  label: the critic labels the generator's training data")
-    label_config = configs.build(label.LabelConfig, c.label, "label")
-    label.label(w / "critic", w / "retrieved" / "instructions.jsonl", label_config, w / "generator_data.jsonl")
-    say("6/9  generator: learns to retrieve, answer and criticise itself")
-    train_stage(c, "generator", w / "generator_data.jsonl", w / "generator", "generator")
-    say("7/9  baselines: the same data without reflection tokens, the same base and steps")
+        file = f"eval/{task}.jsonl"
+        retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
+
+    _announce("3/9  collect: the teacher's critiques")
+    collecting = configs.build(CollectConfig, c.collect, "collect")
+    collect_critiques(instructions, w / "world/teacher.jsonl", collecting, w / "critic_data.jsonl")
+
+    _announce("4/9  critic: learns to criticise like the teacher")
+    train_model(c, "critic", w / "critic_data.jsonl", w / "critic", "critic")
+
+    _announce("5/9  label: the critic labels the generator's training data")
+    labelling = configs.build(LabelConfig, c.label, "label")
+    label_file(w / "critic", instructions, labelling, w / "generator_data.jsonl")
+
+    _announce("6/9  generator: learns to retrieve, answer and criticise itself")
+    train_model(c, "generator", w / "generator_data.jsonl", w / "generator", "generator")
+
+    _announce("7/9  baselines: the same data without reflection tokens, the same base and steps")
     for name in ("rag", "closed"):
-        baseline_data(w / "retrieved" / "instructions.jsonl", name, c.seed, w / f"{name}_data.jsonl")
-        train_stage(c, "generator", w / f"{name}_data.jsonl", w / name, name)
-    say("8/9  evaluate: every system on every task")
-    rows = evaluate_all(c, w)
-    say("9/9  report")
-    results = w / "report" / "results.json"
-    write_json(results, {"rows": rows})
-    shown = examples(w, c.report.examples)
-    report.write(rows, shown, w / "report", report.TITLE, differences([w], c.report.seed))
-    minutes = round((time.monotonic() - started) / 60, 2)
-    say(f"     {minutes} minutes in this run")
-    inputs = {"predictions": w / "predictions"}
-    artifacts.finish(w / "report", "report", c.report.to_dict(), inputs, {"rows": len(rows)})
+        baseline_data(instructions, name, c.seed, w / f"{name}_data.jsonl")
+        train_model(c, "generator", w / f"{name}_data.jsonl", w / name, name)
+
+    _announce("8/9  evaluate: every system on every task")
+    rows = evaluate_systems(c, w) + evaluate_critic(c, w)
+
+    _announce("9/9  report")
+    write_json(w / "report" / "results.json", {"rows": rows})
+    example_answers = example_answers(w, c.report.examples)
+    paired_differences = paired_differences([w], c.report.seed)
+    report.write_report(rows, example_answers, w / "report", tables.TITLE, paired_differences)
+    _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")
+    inputs, counts = {"predictions": w / "predictions"}, {"rows": len(rows)}
+    artifacts.write_manifest(w / "report", "report", c.report.to_dict(), inputs, counts)
     return rows
 
 
-def make_world(c: ConfigDict, out: Path) -> None:
-    configs.require_kind(c, "quickstart", "configs/tiny.py")
-    config = configs.build(WorldConfig, c.world, "world")
-    if not artifacts.is_finished(out, "world", config, {}):
-        artifacts.finish(out, "world", config, {}, questions.write(build(config), out))
+def _announce(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def baseline_data(input_path: Path, kind: str, seed: int, out: Path) -> None:
-    """Rows for standard RAG (`rag`: passages in front of the output; four in five have the top one, the others all that
-    were retrieved) or for a model alone (`closed`)."""
+    """Training rows of a baseline, without reflection tokens.
+
+    kind: "closed" has outputs alone. "rag" has passages in front of the output: the top one in four
+    of five rows, all that were retrieved in the others.
+    """
     config, inputs = {"kind": kind, "seed": seed}, {"input": input_path}
     if artifacts.is_finished(out, "baseline_data", config, inputs):
         return
     rows = []
     for row in read_records(input_path, instruction_from):
         rng = random.Random(f"{kind}-{seed}-{row.id}")
-        ctxs = row.ctxs if kind == "rag" and rng.random() < 0.2 else row.ctxs[:1] if kind == "rag" else ()
+        ctxs = ()
+        if kind == "rag":
+            ctxs = row.ctxs if rng.random() < 0.2 else row.ctxs[:1]
         output = "".join(map(format_passage, ctxs)) + row.output
         rows.append(GeneratorExample(row.id, row.instruction, output, row.input, row.dataset_name))
-    artifacts.finish(out, "baseline_data", config, inputs, {"rows": write_jsonl(out, rows)})
+    n = write_jsonl(out, rows)
+    artifacts.write_manifest(out, "baseline_data", config, inputs, {"rows": n})
 
 
-def evaluate_all(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
-    """Predictions of every system (kept as files, so that an interrupted evaluation continues) and their metrics."""
-    answer_config = configs.build(AnswerConfig, c.answer, "answer")
-    plain = configs.build(baselines.PlainConfig, c.plain, "plain")
-    tasks = {t: read_questions(w / "retrieved" / "eval" / f"{t}.jsonl", t) for t in questions.TASKS}
-    total = sum(len(tasks[t]) for s in SYSTEMS for t in s.tasks)
-    rag: SelfRAG | None = None
-    models: dict[str, checkpoints.LoadedModel] = {}
-    rows: list[dict[str, Any]] = []
+def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
+    """Metrics of every system on every task.
+
+    Predictions are kept as files, so that an interrupted evaluation continues.
+    """
+    from selfrag_jax.answering.config import AnswerConfig
+    from selfrag_jax.evaluation import scores
+    from selfrag_jax.evaluation.baselines import PlainConfig
+    from selfrag_jax.evaluation.systems import GENERATOR, Answerers
+
+    answerers = Answerers(
+        w,
+        configs.build(AnswerConfig, c.answer, "answer"),
+        configs.build(PlainConfig, c.plain, "plain"),
+    )
+    files = {t: w / "retrieved" / "eval" / f"{t}.jsonl" for t in questions.TASKS}
+    tasks = {t: read_questions(file, t) for t, file in files.items()}
+    rows: list[Row] = []
+    total = sum(len(tasks[t]) for s in systems() for t in s.tasks)
     with progress("evaluate", total, "answers") as bar:
-        for system in SYSTEMS:
+        for system in systems():
             for task in system.tasks:
                 out = w / "predictions" / system.name / f"{task}.jsonl"
-                made = {"system": system.name, "changes": dict(system.changes), "passages": system.passages}
-                made |= {"answer": c.answer.to_dict()} if system.model == "generator" else {"plain": c.plain.to_dict()}
-                inputs = {"model": w / system.model, "questions": w / "retrieved" / "eval" / f"{task}.jsonl"}
-                if not artifacts.is_finished(out, "answer", made, inputs):
-                    if system.model == "generator":
-                        rag = rag or SelfRAG.load(w / "generator", w / "index", answer_config)
-                        changes = dict(system.changes) | ({} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1})
-                        predictions = self_rag_rows(rag, tasks[task], changes, bar.advance)
-                    else:
-                        if system.model not in models:
-                            models[system.model] = checkpoints.load(w / system.model)
-                        predictions = _plain_rows(models[system.model], tasks[task], system.passages, plain, bar.advance)
-                    write_jsonl(out, predictions)
-                    artifacts.finish(out, "answer", made, inputs, {"answers": len(predictions)})
+                made: dict[str, Any] = {
+                    "system": system.name,
+                    "changes": dict(system.changes),
+                    "passages": system.passages,
+                }
+                section = "answer" if system.model == GENERATOR else "plain"
+                made[section] = c[section].to_dict()
+                inputs = {"model": w / system.model, "questions": files[task]}
+                if artifacts.is_finished(out, "answer", made, inputs):
+                    bar.skip(len(tasks[task]))
                 else:
-                    bar.first += len(tasks[task])
-                    bar.advance(len(tasks[task]))
+                    one_step = {} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1}
+                    predictions = answerers.answer(system, tasks[task], one_step, bar.advance)
+                    n = write_jsonl(out, predictions)
+                    artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
                 predictions = [row for _, row in read_rows(out)]
-                values = evaluate.score(tasks[task], predictions, evaluate.world_judge)
-                rows += evaluate.result_rows(system.name, task, values, c.report.seed)
-    return rows + _critic_rows(c, w)
+                values = scores.score(
+                    tasks[task], predictions, truth.fully_supports, truth.stated_facts
+                )
+                rows += scores.result_rows(system.name, task, values, c.report.seed)
+    return rows
 
 
-def self_rag_rows(rag: SelfRAG, task: Sequence[Question], changes: dict[str, Any], advance) -> list[dict[str, Any]]:
-    # The first retrieval is online here too: questions come without their ctxs.
-    asked = [replace(q, ctxs=()) for q in task]
-    return [a.to_row() for a in rag.answer(asked, on_answer=lambda _: advance(1), **changes)]
+def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
+    """The critic against the world's truth.
+
+    Asks about held-out entities, and about well-known ones and common knowledge in held-out
+    phrasings.
+    """
+    from selfrag_jax.checkpoints import loading
+    from selfrag_jax.critic.critic import Critic
+    from selfrag_jax.critic.labelling import LabelConfig
+    from selfrag_jax.evaluation.scores import critic_accuracy
+
+    config = configs.build(CollectConfig, c.collect, "collect")
+    teacher = RuleTeacher(truth.read_truth(w / "world" / "teacher.jsonl"), 0.0, config.seed)
+    asked, kinds = [], []
+    for row in read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from):
+        for q in critique_queries(row, config, random.Random(f"critic-{row.id}")):
+            asked.append(q)
+            kinds.append(row.dataset_name)
+    labelling = configs.build(LabelConfig, c.label, "label")
+    critic = Critic(loading.load(w / "critic"), labelling.critic)
+    right = [teacher.truth(q) for q in asked]
+    return critic_accuracy(critic, asked, right, kinds, c.report.seed)
 
 
-def _plain_rows(loaded, task, passages, plain: baselines.PlainConfig, advance) -> list[dict[str, Any]]:
-    if passages == "each":
-        k = max(len(q.ctxs) for q in task)
-        per_passage = []
-        for i in range(k):
-            done = advance if i == 0 else None
-            per_passage.append(baselines.answer_plain(loaded, task, [q.ctxs[i : i + 1] for q in task], plain, done))
-        return baselines.best_of(per_passage)
-    return baselines.answer_plain(loaded, task, [q.ctxs[:passages] for q in task], plain, advance)
-
-
-def _critic_rows(c: ConfigDict, w: Path) -> list[dict[str, Any]]:
-    """The critic against the world's truth, on instructions about held-out entities, and about well-known ones and common
-    knowledge in held-out phrasings."""
-    config = configs.build(collect.CollectConfig, c.collect, "collect")
-    teacher = collect.RuleTeacher(w / "world" / "teacher.jsonl", 0.0, config.seed)
-    rows = read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from)
-    pairs = [(q, r.dataset_name) for r in rows for q in collect.queries(r, config, random.Random(f"critic-{r.id}"))]
-    asked, kinds = [q for q, _ in pairs], [kind for _, kind in pairs]
-    label_config = configs.build(label.LabelConfig, c.label, "label")
-    critic = label.Critic(checkpoints.load(w / "critic"), label_config.critic)
-    return evaluate.critic_accuracy(critic, asked, [teacher.truth(q) for q in asked], kinds, c.report.seed)
-
-
-# What the aims of the quickstart compare: one system, another, and the task.
+# The differences that the report shows: one system, another, and the task.
 COMPARED = (
     ("selfrag_always", "rag_top1", "long_tail"),
     ("selfrag_always", "ablation_top1", "long_tail"),
@@ -212,34 +235,64 @@ COMPARED = (
 )
 
 
-def differences(workdirs: Sequence[Path], seed: int) -> list[dict[str, Any]]:
-    """Paired differences in accuracy over the questions of all workdirs, resampled by the entity that is asked about."""
+def paired_differences(workdirs: Sequence[Path], seed: int) -> list[Row]:
+    """Paired differences in accuracy over the questions of all workdirs.
+
+    Their intervals resample by the entity that a question asks about.
+    """
+    from selfrag_jax.evaluation import metrics
+
     out = []
     for one, other, task in COMPARED:
         values: list[float] = []
         entities: list[tuple[int, str]] = []
         for i, w in enumerate(workdirs):
             asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
-            a, b = (
-                evaluate.score(asked, [row for _, row in read_rows(w / "predictions" / s / f"{task}.jsonl")], None)["accuracy"]
-                for s in (one, other)
-            )
+            a, b = (_accuracies(w, system, task, asked) for system in (one, other))
             values += [x - y for x, y in zip(a, b, strict=True)]
             entities += [(i, truth.parse(q.question).name or q.id) for q in asked]
         value, low, high = metrics.paired_interval(values, entities, seed)
-        out.append({"system": one, "over": other, "task": task, "value": value, "low": low, "high": high, "n": len(values)})
+        row = {"system": one, "over": other, "task": task}
+        out.append(row | {"value": value, "low": low, "high": high, "n": len(values)})
     return out
 
 
-def examples(w: Path, n: int) -> list[dict[str, Any]]:
-    """Some answers for the report: the first questions of several tasks."""
-    out = []
-    for task in ("long_tail", "two_part", "well_known", "no_need", "claims", "biography"):
-        rows = [row for _, row in read_rows(w / "predictions" / "selfrag_adaptive" / f"{task}.jsonl")]
-        out += rows[:1]
-    return out[:n]
+def _accuracies(w: Path, system: str, task: str, asked) -> list[float]:
+    from selfrag_jax.evaluation import scores
+
+    rows = [row for _, row in read_rows(w / "predictions" / system / f"{task}.jsonl")]
+    return scores.score(asked, rows, judge=None, facts_of=None)["accuracy"]
+
+
+def example_answers(w: Path, n: int) -> list[Row]:
+    """The first answer of several tasks, n at most, for the report to show."""
+    tasks = ("long_tail", "two_part", "well_known", "no_need", "claims", "biography")
+    files = [w / "predictions" / "selfrag_adaptive" / f"{task}.jsonl" for task in tasks]
+    firsts = [next((row for _, row in read_rows(file)), None) for file in files]
+    return [row for row in firsts if row is not None][:n]
 
 
 def sample_question(w: Path) -> str:
     """A question that the finished quickstart can be asked."""
     return read_questions(w / "world" / "eval" / "long_tail.jsonl")[0].question
+
+
+def run(values: dict[str, Any], _: list[str]) -> None:
+    from selfrag_jax.evaluation import tables
+
+    w = values["workdir"]
+    rows = run_quickstart(configs.reseed(load_config(values), values["seed"]), w)
+    print(tables.markdown(rows))
+    print(f"Results: {w}/report/results.json and {w}/report/index.html")
+    print(f'Ask: selfrag ask --workdir={w} "{sample_question(Path(w))}"')
+
+
+COMMAND = Command(
+    example="selfrag quickstart --workdir=W",
+    flags=(
+        Flag("workdir", "where everything is written; run again, it continues", required=True),
+        Flag("seed", "added to every seed: another world, another training", 0, type=int),
+        config_flag(),
+    ),
+    run=run,
+)

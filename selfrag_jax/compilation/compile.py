@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,21 +21,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from selfrag_jax import config as configs
-from selfrag_jax.answering.selfrag import AnswerConfig
-from selfrag_jax.commands.train import ROLES
-from selfrag_jax.compilation import decode as aot_decode
-from selfrag_jax.compilation import gpu as aot_gpu
+from selfrag_jax.answering.config import AnswerConfig
+from selfrag_jax.compilation import decode, gpu
+from selfrag_jax.compilation.collectives import collectives
+from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.records import BadInput
 from selfrag_jax.text import reflection
-from selfrag_jax.training import optimizer, train
-from selfrag_jax.training.train import TrainConfig
+from selfrag_jax.training import optimizer, step
+from selfrag_jax.training.config import ROLES, TrainConfig
 
 PROGRAMS = ("train", "decode")
-_TOKENS = 'op_name="jit(decode)/while"'  # the loop of slots.decode, as the compiler names it
-GPUS = tuple(name.upper() for name in aot_gpu.CARDS)
+GPUS = tuple(name.upper() for name in gpu.CARDS)
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
 _TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
 
@@ -48,24 +45,32 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
     Raises BadInput for an unknown program or topology, a config without an architecture, or when the compiler is missing.
     """
     if program not in PROGRAMS:
-        raise BadInput(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
+        raise UserError(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
     needed = ROLES if program == "train" else ("answer",)
     section = next((r for r in needed if r in c), None)
     if section is None or "architecture" not in c:
-        known = "critic_7b, generator_7b, generator_13b and lora_7b" if program == "train" else "short_form and long_form"
-        raise BadInput(f"this config has no architecture to compile a {program} program of; {known} have")
+        known = (
+            "critic_7b, generator_7b, generator_13b and lora_7b"
+            if program == "train"
+            else "short_form and long_form"
+        )
+        raise UserError(
+            f"this config has no architecture to compile a {program} program of; {known} have"
+        )
     return (_train if program == "train" else _decode)(c, section, topology)
 
 
 def _train(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
     section = configs.build(TrainConfig, c[role], role)
-    base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")  # and [PAD]
+    base = architecture(
+        c.architecture, len(reflection.ALL) + 1, section.dtype or "float32"
+    )  # and [PAD]
     devices = topology_devices(topology)
     mesh = section.make_mesh(devices)
     chip = roofline.chip(devices[0].device_kind)
     section.check(base, mesh)
     if section.max_targets is not None:
-        raise BadInput(
+        raise UserError(
             f"config {role}: max_targets={section.max_targets} is for one device; a slice computes all positions (none)"
         )
     out = _head(c, "train", topology, mesh)
@@ -74,7 +79,7 @@ def _train(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
     if compiled is not None:
         sent = sum(kind["bytes_per_chip"] for kind in out["collectives"].values())
         fits = out.pop("fits")
-        out |= times(section, base, mesh, chip, sent) | {"fits": fits}
+        out |= roofline_times(section, base, mesh, chip, sent) | {"fits": fits}
     return out
 
 
@@ -84,14 +89,20 @@ def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
     base = replace(base, quantized=section.quantization == "int8")
     devices = topology_devices(topology)
     if section.tensor != len(devices):
-        raise BadInput(
+        raise UserError(
             f"config {name}: tensor={section.tensor}, but {topology} has {len(devices)} chips: --config.{name}.tensor"
         )
-    mesh, chip = sharding.make_mesh(tensor=-1, devices=devices), roofline.chip(devices[0].device_kind)
-    out = _head(c, "decode", topology, mesh) | {"questions": section.batch, "passages": section.search.ndocs}
-    out["history"] = aot_decode.longest_history(section)  # tokens that the last segment can stand on
+    mesh, chip = (
+        sharding.make_mesh(tensor=-1, devices=devices),
+        roofline.chip(devices[0].device_kind),
+    )
+    out = _head(c, "decode", topology, mesh) | {
+        "questions": section.batch,
+        "passages": section.search.ndocs,
+    }
+    out["history"] = decode.longest_history(section)  # tokens that the last segment can stand on
     programs = {}
-    for what, (lowered, beside) in aot_decode.lower(section, base, mesh).items():
+    for what, (lowered, beside) in decode.lower(section, base, mesh).items():
         programs[what] = found = _compiled(lowered, chip)[0]
         memory = found["memory_per_chip"]
         if "total" in memory:
@@ -102,27 +113,39 @@ def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
         out
         | largest
         | {"programs": programs}
-        | aot_decode.times(section, base, mesh, chip)
+        | decode.decode_times(section, base, mesh, chip)
         | {"fits": all(p["fits"] for p in programs.values())}
     )
 
 
 def _head(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, Any]:
-    return {"config": c.name, "program": program, "topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape)}
+    return {
+        "config": c.name,
+        "program": program,
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+    }
 
 
 def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
     """What the compiler says of a program, and the program; None where the compiler itself runs out of the chip's memory."""
     try:
-        compiled = lowered.compile(aot_gpu.OPTIONS if chip.name in GPUS else None)
+        compiled = lowered.compile(gpu.OPTIONS if chip.name in GPUS else None)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         said = " ".join(str(e).split())[:400]
-        return {"memory_per_chip": _memory_named(str(e), chip), "fits": False, "compiler": said}, None
+        return {
+            "memory_per_chip": _memory_named(str(e), chip),
+            "fits": False,
+            "compiler": said,
+        }, None
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    used += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)  # most outputs take their argument's place
+    used += max(
+        0, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )  # most outputs take their argument's place
     hlo = compiled.as_text()
     return {
         "memory_per_chip": {
@@ -132,23 +155,31 @@ def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
             "hbm": _room(chip),
         },
         "custom_kernels": len(_KERNEL.findall(hlo)),  # attention's, forward and back
-        "collectives": {k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())},
+        "collectives": {
+            k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())
+        },
         "fits": used <= _room(chip),
     }, compiled
 
 
 def _room(chip: roofline.Chip) -> int:
     """Bytes that programs may take."""
-    return int(chip.memory * (aot_gpu.usable() if chip.name in GPUS else 1))
+    return int(chip.memory * (gpu.usable() if chip.name in GPUS else 1))
 
 
 def why_not(found: dict[str, Any]) -> str:
     """One line on a program that does not fit."""
     memory = {k: v / 1e9 for k, v in found["memory_per_chip"].items()}
     if "compiler" in found:
-        needed = ", ".join(f"{memory[k]:.1f} GB ({k})" for k in ("total", "temporaries") if k in memory)
+        needed = ", ".join(
+            f"{memory[k]:.1f} GB ({k})" for k in ("total", "temporaries") if k in memory
+        )
         return f"does not fit {found['topology']}: {needed} a chip, which has {memory['hbm']:.1f}: {found['compiler']}"
-    beside = f" beside {memory['held_beside']:.1f} GB that are not theirs" if memory.get("held_beside") else ""
+    beside = (
+        f" beside {memory['held_beside']:.1f} GB that are not theirs"
+        if memory.get("held_beside")
+        else ""
+    )
     return (
         f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
         f"temporaries{beside} a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
@@ -170,49 +201,71 @@ def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
 
 def topology_devices(topology: str) -> list:
     """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or the compiler for it is not installed."""
-    if aot_gpu.TOPOLOGY.fullmatch(topology):
-        return aot_gpu.devices(topology)
+    if gpu.TOPOLOGY.fullmatch(topology):
+        return gpu.devices(topology)
     if not _TOPOLOGY.fullmatch(topology):
-        raise BadInput(
+        raise UserError(
             f"--topology={topology}: expected a TPU and its slice, like v5e:4x4 or v6e:8x8 (two sizes), v4:2x2x4 or v5p:2x2x4 "
             "(three), or GPUs of a host, like h100:8 (a100, h100, h200; 1 to 8)"
         )
     # libtpu asks the machine what it is part of; these answers keep it from waiting for a metadata server.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("TPU_WORKER_ID", "0")):
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
+        ("TPU_WORKER_ID", "0"),
+    ):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: several may compile at a time
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # no chip is taken: several may compile at a time
     from jax.experimental import topologies
 
-    options = {"chips_per_host_bounds": (1, 1, 1)} if set(re.findall(r"\d+", topology.split(":")[1])) == {"1"} else {}
+    options = (
+        {"chips_per_host_bounds": (1, 1, 1)}
+        if set(re.findall(r"\d+", topology.split(":")[1])) == {"1"}
+        else {}
+    )
     if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as JAX has them
+        options["chip_config_name"] = (
+            "megacore"  # a chip's two cores as one device, as JAX has them
+        )
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
     except (RuntimeError, ModuleNotFoundError) as e:
         if "not installed" in str(e) or isinstance(e, ModuleNotFoundError):
-            raise BadInput(f"the TPU compiler is missing ({e}): pip install 'selfrag-jax[tpu]'") from None
-        raise BadInput(f"--topology={topology}: the TPU compiler knows no such slice: {str(e).splitlines()[0]}") from None
+            raise UserError(
+                f"the TPU compiler is missing ({e}): pip install 'selfrag-jax[tpu]'"
+            ) from None
+        raise UserError(
+            f"--topology={topology}: the TPU compiler knows no such slice: {str(e).splitlines()[0]}"
+        ) from None
 
 
 def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
     """The trainer's own jitted step, for arrays that are described instead of held."""
     parts, model = section.micro_batches(mesh), section.model(base)
-    tx = optimizer.make(section.optimizer, section.steps or 1000, 0, model.config.vocab_padding)
-    state = train.state_like(section, model, tx, mesh)
+    tx = optimizer.make_optimizer(
+        section.optimizer, section.steps or 1000, 0, model.config.vocab_padding
+    )
+    state = step.state_like(section, model, tx, mesh)
     shape, axes = (section.rows, section.length), sharding.BATCH
     if parts > 1:
         shape, axes = (parts, section.rows // parts, section.length), PartitionSpec(None, *axes)
     at = NamedSharding(mesh, axes)
-    kinds = dict.fromkeys(("tokens", "positions", "targets", "groups"), jnp.int32) | {"weights": jnp.float32}
+    kinds = dict.fromkeys(("tokens", "positions", "targets", "groups"), jnp.int32) | {
+        "weights": jnp.float32
+    }
     kinds |= {"doc_ids": jnp.int32} if section.packed else {}
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
     with jax.set_mesh(mesh):
-        return train.train_step.lower(state, batch, model, tx, section.loss_chunk)
+        return step.train_step.lower(state, batch, model, tx, section.loss_chunk)
 
 
 # ---- what the slice can do at best -----------------------------------------------------------------------------------
-def times(section: TrainConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float) -> dict[str, Any]:
+def roofline_times(
+    section: TrainConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float
+) -> dict[str, Any]:
     """Model FLOPs of a step, and the least seconds that arithmetic, memory and links need for it; the step's is the largest.
 
     sent: bytes between chips, per chip. Arithmetic includes what is computed again in the backward pass, at the chip's rate in bf16
@@ -243,158 +296,8 @@ def times(section: TrainConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Ch
 
 def _updated(section: TrainConfig, model: Model, mesh: Mesh) -> int:
     """Bytes of trained weights and optimizer state that one chip holds."""
-    state = train.state_like(section, model, optimizer.make(section.optimizer, section.steps or 1000), mesh)
+    state = step.state_like(
+        section, model, optimizer.make_optimizer(section.optimizer, section.steps or 1000), mesh
+    )
     held = jax.tree.leaves({k: v for k, v in state.items() if k != "frozen"})
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
-
-
-# ---- what is sent between chips --------------------------------------------------------------------------------------
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
-_OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-start)?\(")
-_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-}
-_CALLS = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
-
-
-@dataclass
-class _Computation:
-    lines: list[str]
-    times: float = 0.0  # how often one run of the program runs it
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Kind -> how often a chip takes part in one, and the bytes that it sends, in one run of a compiled program.
-
-    Loops count as often as they turn, that over generated tokens once. A ring is assumed: of n chips, each sends (n - 1) / n of a gathered or scattered
-    array, and twice that of a reduced one.
-    """
-    computations, entry = _computations(hlo)
-    _count(computations, entry)
-    everyone = int(known.group(1)) if (known := re.search(r"num_partitions=(\d+)", hlo)) else 1
-    found: dict[str, list[float]] = defaultdict(lambda: [0, 0])
-    channels = set()
-    for one in computations.values():
-        for line in one.lines:
-            match = _OPERATION.search(line)
-            channel = re.search(r"channel_id=(\d+)", line)
-            if not match or not one.times or (channel and channel.group(1) in channels):
-                continue
-            if channel:  # an asynchronous one may be spelled in its beginning and in its end
-                channels.add(channel.group(1))
-            sent = _sent(match.group(2), match.group(1), _group_size(line, everyone), f"{match.group(2)}-start" in line)
-            found[match.group(2)][0] += one.times
-            found[match.group(2)][1] += one.times * sent
-    return {kind: (round(n), round(b)) for kind, (n, b) in found.items()}
-
-
-def _computations(hlo: str) -> tuple[dict[str, _Computation], str]:
-    out, entry, lines = {}, "", None
-    for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
-            lines = []
-            out[head.group(2)] = _Computation(lines)
-            entry = head.group(2) if head.group(1) else entry
-        elif line == "}":  # lines of a kernel's metadata may begin with one
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return out, entry
-
-
-def _count(computations: dict[str, _Computation], entry: str) -> None:
-    """Fills in `times`, callers before callees."""
-    order, seen = [], set()
-
-    def visit(name: str) -> None:
-        if name in seen or name not in computations:
-            return
-        seen.add(name)
-        for line in computations[name].lines:
-            for callee in _callees(line):
-                visit(callee)
-        order.append(name)
-
-    visit(entry)
-    computations[entry].times = 1.0
-    for name in reversed(order):
-        for line in computations[name].lines:
-            turns = _turns(computations, line) if " while(" in line else 1
-            for callee in _callees(line):
-                if callee in computations:
-                    computations[callee].times += computations[name].times * turns
-
-
-def _callees(line: str) -> list[str]:
-    names = _CALLS.findall(line)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-        names += [b.strip().lstrip("%") for b in branches.group(1).split(",")]
-    return names
-
-
-def _turns(computations: dict[str, _Computation], line: str) -> float:
-    """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts. On a GPU
-    conditions are kernels, and the compiler notes the number beside the loop. That over generated tokens, which turns for as long as
-    they go on, counts as one."""
-    if _TOKENS in line:
-        return 1
-    condition, body = (re.search(rf"{name}=%?([\w.-]+)", line).group(1) for name in ("condition", "body"))
-    text = "\n".join(computations[condition].lines)
-    ends = list(map(int, re.findall(r"constant\((\d+)\)", text)))
-    if not ends and (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)):
-        return int(known.group(1))
-    end = max(ends, default=1)
-    counter = re.search(r"get-tuple-element\([^)]*\), index=(\d+)", text)
-    return end / _step(computations[body].lines, int(counter.group(1)) if counter else 0)
-
-
-def _step(body: list[str], counter: int) -> int:
-    """What a loop's body adds to element `counter` of its state: more than 1 where the compiler has unrolled it."""
-    named = {m.group(1): line for line in body if (m := re.match(r"\s*(?:ROOT )?%([\w.-]+) = ", line))}
-    root = next((line for line in body if "ROOT" in line), "")
-    results = re.findall(r"%([\w.-]+)", root[root.rfind(" tuple(") :].split(")", 1)[0])
-    if counter < len(results) and " add(" in (add := named.get(results[counter], "")):
-        for operand in re.findall(r"%([\w.-]+)", add.split(" add(", 1)[1].split(")", 1)[0]):
-            if constant := re.search(r"constant\((\d+)\)", named.get(operand, "")):
-                return int(constant.group(1))
-    return 1
-
-
-def _group_size(line: str, everyone: int) -> int:
-    """Of how many chips a collective is. Raises ValueError for a spelling that is not known here, rather than count nothing."""
-    if " collective-permute" in line:
-        return 2
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
-    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
-        return int(tiled.group(2))
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(listed.group(1).split(","))
-    if re.search(r"replica_groups=\{\}", line):
-        return everyone
-    raise ValueError(f"the groups of a collective cannot be read: {line.strip()[:300]}")
-
-
-def _sent(kind: str, shapes: str, group: int, asynchronous: bool) -> float:
-    """Bytes that a chip sends. shapes: of the results, after those of the operands where it only starts there."""
-    sizes = []
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        sizes.append(_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(",")))))
-    if kind == "collective-permute":
-        return max(sizes)
-    if asynchronous and kind != "all-reduce" and len(sizes) > 1:
-        sizes = sizes[len(sizes) // 2 :]
-    factor = {"all-reduce": 2, "reduce-scatter": group}.get(kind, 1)
-    return factor * sum(sizes) * (group - 1) / group

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from selfrag_jax.records import BadInput
+from selfrag_jax.errors import UserError
 
 TOPOLOGY = re.compile(r"(a100|h100|h200):([1-8])")  # a host's GPUs
 
@@ -27,9 +27,29 @@ class Card:
 
 
 CARDS = {
-    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_100_068_864, 2_039 * 10**9, 40 * 2**20, 164 * 2**10),
-    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 84_942_979_072, 3_352 * 10**9, 50 * 2**20, 228 * 2**10),
-    "h200": Card("NVIDIA H200", (9, 0), 132, 1.98, 151_397_597_184, 4_800 * 10**9, 50 * 2**20, 228 * 2**10),
+    "a100": Card(
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+        108,
+        1.41,
+        85_100_068_864,
+        2_039 * 10**9,
+        40 * 2**20,
+        164 * 2**10,
+    ),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3",
+        (9, 0),
+        132,
+        1.98,
+        84_942_979_072,
+        3_352 * 10**9,
+        50 * 2**20,
+        228 * 2**10,
+    ),
+    "h200": Card(
+        "NVIDIA H200", (9, 0), 132, 1.98, 151_397_597_184, 4_800 * 10**9, 50 * 2**20, 228 * 2**10
+    ),
 }
 # Without a card nothing can be tried out: XLA takes its own kernels as they are, where it would choose the fastest.
 OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -42,11 +62,15 @@ def devices(topology: str) -> list:
     name, count = TOPOLOGY.fullmatch(topology).groups()
     try:
         shape = f"1x1x{count}"  # hosts that are linked, hosts, GPUs of each
-        found = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=_target(CARDS[name]))
+        found = topologies.get_topology_desc(
+            platform="cuda", topology=shape, target_config=_target(CARDS[name])
+        )
     except NotImplementedError:  # of jax without the plugin
-        raise BadInput("the GPU compiler is missing: pip install 'selfrag-jax[gpu]'") from None
+        raise UserError("the GPU compiler is missing: pip install 'selfrag-jax[gpu]'") from None
     except RuntimeError as e:
-        raise BadInput(f"--topology={topology}: the GPU compiler does not take it: {str(e).splitlines()[0]}") from None
+        raise UserError(
+            f"--topology={topology}: the GPU compiler does not take it: {str(e).splitlines()[0]}"
+        ) from None
     return list(found.devices)
 
 

@@ -48,7 +48,9 @@ class Batch:
     tokens: np.ndarray  # [B, T] int32
     positions: np.ndarray  # [B, T] int32, restarting in each document
     doc_ids: np.ndarray  # [B, T] int32, 1.. within a row; 0 is padding
-    loss_index: np.ndarray | None  # [M] int32, flat index b * T + t of a position whose next token is learned; or none
+    loss_index: (
+        np.ndarray | None
+    )  # [M] int32, flat index b * T + t of a position whose next token is learned; or none
     targets: np.ndarray  # [M] int32, or [B, T]
     weights: np.ndarray  # [M] float32, 0 for unused entries, or [B, T]
     groups: np.ndarray  # [M] int8, or [B, T]
@@ -56,7 +58,9 @@ class Batch:
 
 
 def build_example(
-    tokenizer: Tokenizer, segments: Sequence[tuple[Sequence[Part], float]], group_weights: dict[str, float]
+    tokenizer: Tokenizer,
+    segments: Sequence[tuple[Sequence[Part], float]],
+    group_weights: dict[str, float],
 ) -> Example:
     """Tokenises `segments`, each a list of parts with a loss weight (0: context only).
 
@@ -72,14 +76,23 @@ def build_example(
             tokens += ids
             weight += [w * (group_weights[name] if name else 1.0)] * len(ids)
             group += [LOSS_GROUPS.index(name) if name else 0] * len(ids)
-    return Example(np.array(tokens, np.int32), np.array(weight, np.float32), np.array(group, np.int8))
+    return Example(
+        np.array(tokens, np.int32), np.array(weight, np.float32), np.array(group, np.int8)
+    )
 
 
 class Packer:
     """Fills batches of `rows` x `length` tokens from a source, starting at example `state`."""
 
     def __init__(
-        self, source: Source, rows: int, length: int, max_targets: int | None, seed: int, state: int = 0, packed: bool = True
+        self,
+        source: Source,
+        rows: int,
+        length: int,
+        max_targets: int | None,
+        seed: int,
+        state: int = 0,
+        packed: bool = True,
     ):
         self.source, self.rows, self.length, self.max_targets = source, rows, length, max_targets
         self.seed, self.state, self.packed = seed, state, packed
@@ -109,7 +122,11 @@ class Packer:
             e = self.source.example(self._row(self.state + taken))
             whole, e = e, _cut(e, self.length)
             learned = int((e.weight[1:] > 0).sum())
-            fits = [r for r in range(self.rows) if used[r] + len(e.tokens) <= self.length and (self.packed or not rows[r])]
+            fits = [
+                r
+                for r in range(self.rows)
+                if used[r] + len(e.tokens) <= self.length and (self.packed or not rows[r])
+            ]
             if taken and (not fits or targets + learned > most):
                 break
             row = max(fits, key=lambda r: used[r])  # the fullest row that still has room
@@ -124,12 +141,20 @@ class Packer:
     def _assemble(self, rows: list[list[Example]], truncated: int) -> Batch:
         B, T = self.rows, self.length
         tokens, positions, doc_ids = (np.zeros((B, T), np.int32) for _ in range(3))
-        targets, weights, groups = np.zeros((B, T), np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.int8)
+        targets, weights, groups = (
+            np.zeros((B, T), np.int32),
+            np.zeros((B, T), np.float32),
+            np.zeros((B, T), np.int8),
+        )
         for b, examples in enumerate(rows):
             at = 0
             for d, e in enumerate(examples, 1):
                 n = len(e.tokens)
-                tokens[b, at : at + n], positions[b, at : at + n], doc_ids[b, at : at + n] = e.tokens, np.arange(n), d
+                tokens[b, at : at + n], positions[b, at : at + n], doc_ids[b, at : at + n] = (
+                    e.tokens,
+                    np.arange(n),
+                    d,
+                )
                 next_tokens = slice(at, at + n - 1)
                 targets[b, next_tokens], weights[b, next_tokens] = e.tokens[1:], e.weight[1:]
                 groups[b, next_tokens] = e.group[1:]
@@ -138,7 +163,9 @@ class Packer:
             return Batch(tokens, positions, doc_ids, None, targets, weights, groups, truncated)
         index = np.flatnonzero(weights)[: self.max_targets].astype(np.int32)
         learned = (_padded(x.ravel()[index], self.max_targets) for x in (targets, weights, groups))
-        return Batch(tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, truncated)
+        return Batch(
+            tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, truncated
+        )
 
 
 def _cut(e: Example, length: int) -> Example:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.records import BadInput, Question, passages_from, read_records, text_field
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Question, passages_from, read_records, text_field
 
 
 def read_questions(path: str | Path, task: str = "") -> list[Question]:
@@ -25,16 +26,20 @@ def read_questions(path: str | Path, task: str = "") -> list[Question]:
 def _question(where: str, row: dict[str, Any], task: str, number: int) -> Question:
     text = text_field(where, row, ("question", "instruction", "input"))
     if not text.strip():
-        raise BadInput(f"{where}: the question is empty")
+        raise UserError(f"{where}: the question is empty")
     extra = {k: row[k] for k in ("qa_pairs", "facts", "topic", "cat", "annotations") if k in row}
     for i, pair in enumerate(row.get("qa_pairs") or []):
         if not isinstance(pair, dict) or not isinstance(pair.get("short_answers"), list):
-            raise BadInput(f"{where}: qa_pairs item {i + 1} must be an object with the list short_answers")
+            raise UserError(
+                f"{where}: qa_pairs item {i + 1} must be an object with the list short_answers"
+            )
     choices, answers = _choices(where, row), _answers(where, row)
     if choices:
         key = text_field(where, row, ("answerKey", "answer"), "")
         if key and key not in [label for label, _ in choices]:
-            raise BadInput(f"{where}: answerKey {key!r} is none of the labels {', '.join(c for c, _ in choices)}")
+            raise UserError(
+                f"{where}: answerKey {key!r} is none of the labels {', '.join(c for c, _ in choices)}"
+            )
         answers = (key,) if key else ()
     options = tuple(label for label, _ in choices) or _options(where, row, answers)
     return Question(
@@ -53,19 +58,32 @@ def _choices(where: str, row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     choices = row.get("choices")
     if not choices:
         return ()
-    if not isinstance(choices, dict) or not isinstance(choices.get("label"), list) or not isinstance(choices.get("text"), list):
-        raise BadInput(f"{where}: field 'choices' must be an object with the lists label and text")
+    if (
+        not isinstance(choices, dict)
+        or not isinstance(choices.get("label"), list)
+        or not isinstance(choices.get("text"), list)
+    ):
+        raise UserError(f"{where}: field 'choices' must be an object with the lists label and text")
     if len(choices["label"]) != len(choices["text"]):
-        raise BadInput(f"{where}: choices has {len(choices['label'])} labels for {len(choices['text'])} texts")
-    return tuple((str(label), str(text)) for label, text in zip(choices["label"], choices["text"], strict=True))
+        raise UserError(
+            f"{where}: choices has {len(choices['label'])} labels for {len(choices['text'])} texts"
+        )
+    return tuple(
+        (str(label), str(text))
+        for label, text in zip(choices["label"], choices["text"], strict=True)
+    )
 
 
 def _options(where: str, row: dict[str, Any], answers: tuple[str, ...]) -> tuple[str, ...]:
     options = row.get("options") or ()
-    if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) and o.strip() for o in options):
-        raise BadInput(f"{where}: field 'options' must be a list of the possible answers")
+    if not isinstance(options, (list, tuple)) or not all(
+        isinstance(o, str) and o.strip() for o in options
+    ):
+        raise UserError(f"{where}: field 'options' must be a list of the possible answers")
     if options and (strange := [a for a in answers if a not in options]):
-        raise BadInput(f"{where}: answer {strange[0]!r} is none of the options {', '.join(options)}")
+        raise UserError(
+            f"{where}: answer {strange[0]!r} is none of the options {', '.join(options)}"
+        )
     return tuple(options)
 
 
@@ -76,7 +94,7 @@ def _answers(where: str, row: dict[str, Any]) -> tuple[str, ...]:
             continue
         if isinstance(value, (list, tuple)):
             if any(isinstance(v, (list, dict)) for v in value):
-                raise BadInput(f"{where}: field {name!r} must be a list of texts")
+                raise UserError(f"{where}: field {name!r} must be a list of texts")
             return tuple(map(str, value))
         return (str(value),)
     return ()

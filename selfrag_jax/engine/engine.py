@@ -1,17 +1,8 @@
-"""Answers many questions on one device program: each question's search runs at its own pace in a slot of its own, and its slot is
-taken by the next question as soon as it is done (continuous batching, as in Orca, Yu et al., 2022, by segments).
+"""Answers many questions on one device: continuous batching (as in Orca, Yu et al., 2022), by segment.
 
-A search is a generator (beam_search.py, released.py). It yields what it wants, and is sent what came of it:
-
-    Read      tokens into prefixes             -> Retrieve distributions
-    Passages  queries                          -> passages
-    Generate  branches on the prefixes         -> their segments
-    Keep      branches as the new prefixes     -> None
-    Settled   segments that nothing can change -> None; handed to the caller
-
-Shapes are few: lengths are padded to buckets, one or a fixed number of slots are changed at a time, and room grows and
-shrinks in steps.
-Each compilation is logged, and kept in `compiled`.
+Each question's search runs at its own pace in a slot of its own; the next question takes the slot
+as soon as the search ends. A search is a generator of requests (requests.py), which `run_searches`
+carries out on the device (programs.py). Each compilation is logged, and kept in `compiled`.
 """
 
 from __future__ import annotations
@@ -19,140 +10,255 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from selfrag_jax.engine import programs
-from selfrag_jax.engine.segments import Segment, TokenRules
+from selfrag_jax.engine.requests import (
+    FindPassages,
+    Generate,
+    KeepBranches,
+    ReadTokens,
+    SegmentsFinal,
+)
+from selfrag_jax.engine.segments import GeneratedSegments, TokenRules
+from selfrag_jax.engine.shapes import Shapes
 from selfrag_jax.models.attention import platform
-from selfrag_jax.models.llama import Model
+from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.records import Passage
 
 log = logging.getLogger(__name__)
 
-FIRST_RING = 128  # generated tokens that branches have room for at first, where they may generate many more
-GROUP_TOKENS = 4096  # read at once: enough to be bound by arithmetic, few enough that the others do not wait long
-SMALLEST_GROUP = 8  # slots
 STEPS_BESIDE_RETRIEVAL = 8  # tokens that other questions generate while passages are looked for
-compiled: list[tuple[str, float]] = []  # each program that was, in this process, and the seconds that it took
+
+compiled: list[tuple[str, float]] = []  # programs compiled in this process, and seconds each took
+_seen: set[tuple] = set()  # programs and shapes that have run in this process
 
 
-# ---- what a search asks for ------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Read:
-    """Tokens of each lane, read behind the prefix of its parent lane (parents=None: behind nothing)."""
-
-    tokens: Sequence[Sequence[int]]
-    start: Sequence[int]  # position of each lane's first token
-    parents: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
-class Passages:
-    previous: Sequence[list[str]]  # for each beam that retrieves, the texts of its segments so far
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Branches of each lane, by tokens to be fed; a lane may have none."""
-
-    branches: Sequence[Sequence[Sequence[int]]]
-    start: Sequence[int]  # position of each lane's first token
-    limit: int  # tokens to generate at most
-    keys: np.ndarray | None = None  # [lanes, P, 2] uint32, for sampling
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Lane i goes on from lane parents[i] with branch branches[i] of the slot; [W] each."""
-
-    parents: Sequence[int]
-    branches: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Settled:
-    segments: Any
-
-
-def bucket(n: int, least: int) -> int:
-    """The length that n tokens are padded to: a multiple of `least`, of which each doubling has four at most."""
-    if n <= 1:
-        return max(n, 1)
-    step = least
-    while 8 * step < n:
-        step *= 2
-    return -(-n // step) * step
-
-
-def ring(n: int, limit: int) -> int:
-    """Places for a branch of n generated tokens to go on: most segments are far shorter than the longest may be, and every step
-    reads all places. Not worth a size of its own where less than a third of them is spared."""
-    size = FIRST_RING
-    while size <= n:
-        size *= 2
-    return size if 3 * size < 2 * limit else limit
-
-
-def group_size(slots: int, tokens: int) -> int:
-    """How many slots are changed at once where many are waiting: so many as give the device enough work. tokens: of each."""
-    size = min(slots, GROUP_TOKENS // tokens)
-    return size if size >= SMALLEST_GROUP else 1  # else another shape is not worth its compilation
-
-
-def first_room(prompt: int, new: int, grows: bool, least: int) -> int:
-    """What prefixes have room for at first: a first segment too, where they grow."""
-    return bucket(prompt + 4 * least + ring(0, new) if grows else prompt, least)
-
-
-def first_feed(tokens: int, branches: int, least: int) -> int:
-    """What branches have room for at first: passages, even if the first questions to come this far go without."""
-    return max(bucket(tokens, least), 4 * least if branches > 1 else 1)
-
-
-# ---- the device's side -----------------------------------------------------------------------------------------------
-@dataclass
+# ---- the device's side ---------------------------------------------------------------------------
 class Engine:
-    """Slots, and the shapes in which they are changed.
+    """The slots on the device: prefixes, branches, and what the host knows of their lengths.
 
-    Q, W, P, M: slots, lanes of each, branches of a lane, tokens generated at most. bucket: see `SearchConfig.length_bucket`.
-    sampling: (temperature, top_p) or None. Parameters may be given by layers (Model.by_layers).
+    Parameters may be given layer by layer (Model.per_layer). sampling: (temperature, top_p), or
+    None for the most likely token.
     """
 
-    model: Model
-    params: Params
-    rules: TokenRules
-    Q: int
-    W: int
-    P: int
-    M: int
-    bucket: int
-    prompt: int  # tokens of the longest prompt
-    grows: bool  # prefixes will be longer than prompts
-    sampling: tuple[float, float] | None = None
-    lengths: np.ndarray = field(init=False)  # [Q, W]: tokens in each lane's prefix
-    fed: np.ndarray = field(init=False)  # [Q, W * P]: tokens that each branch was fed
-    ages: np.ndarray = field(init=False)  # [Q]: tokens that a branch which has not ended has generated at most
-    slots: programs.Slots | None = field(init=False, default=None)
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        rules: TokenRules,
+        shapes: Shapes,
+        sampling: tuple[float, float] | None = None,
+    ):
+        self.model, self.params, self.rules, self.shapes = model, params, rules, shapes
+        self.sampling = None if sampling is None else tuple(np.float32(x) for x in sampling)
+        self.per_layer = isinstance(params["layers"], tuple)
 
-    def __post_init__(self):
-        self.by_layers = isinstance(self.params["layers"], tuple)
-        self.lengths, self.fed = np.zeros((self.Q, self.W), int), np.zeros((self.Q, self.W * self.P), int)
-        self.ages = np.zeros(self.Q, int)
-        self.space = first_room(self.prompt, self.M, self.grows, self.bucket)
-        self.fed_space, self.ring = 0, ring(0, self.M)
-        self.prefix = self._run(programs.empty_prefix, self.model, self.Q * self.W, self.space, self.by_layers)
+        num_beams = shapes.num_slots * shapes.beam_width
+        self.prefix_capacity = shapes.first_prefix_capacity
+        self.fed_capacity, self.generated_capacity = 0, shapes.generated_capacity(0)
+        self.prefixes: Cache = self._run(
+            programs.empty_prefixes, model, num_beams, self.prefix_capacity, self.per_layer
+        )
+        self.branches: programs.Branches | None = None  # allocated when the first are fed
+
+        slot_branches = shapes.beam_width * shapes.num_passages
+        self.prefix_lengths = np.zeros((shapes.num_slots, shapes.beam_width), int)
+        self.num_fed = np.zeros((shapes.num_slots, slot_branches), int)
+        # Per slot, the most that a branch which has not ended has generated.
+        self.num_generated = np.zeros(shapes.num_slots, int)
+
+    def read(self, jobs: list[tuple[int, ReadTokens]]) -> dict[int, Any]:
+        """Carries out (slot, request) pairs with the same number of beams.
+
+        Returns by slot what programs.read does, of its beams.
+        """
+        beams, after_nothing = len(jobs[0][1].tokens), jobs[0][1].parents is None
+        longest = max(len(row) for _, job in jobs for row in job.tokens)
+        length = self.shapes.bucket(longest)
+        slots, results = [], []  # of each batch
+        for batch in self.shapes.batches(jobs, beams * length):
+            new_lengths = {}
+            for slot, job in batch:
+                before = np.zeros(beams, int)
+                if job.parents is not None:
+                    before = self.prefix_lengths[slot, np.asarray(job.parents)]
+                new_lengths[slot] = before + [len(row) for row in job.tokens]
+            self._grow_prefixes(max(lengths.max() for lengths in new_lengths.values()))
+            tokens, valid = self._padded([row for _, job in batch for row in job.tokens], length)
+            self.prefixes, result = self._run(
+                programs.read,
+                self.model,
+                self.params,
+                self.rules,
+                self.prefixes,
+                _int32(slot for slot, _ in batch),
+                _int32(p for _, job in batch for p in job.parents or [0] * beams),
+                tokens,
+                valid,
+                _int32(s for _, job in batch for s in job.start),
+                self.shapes.beam_width,
+                after_nothing,
+            )
+            for slot, lengths in new_lengths.items():
+                self.prefix_lengths[slot, :beams] = lengths
+            slots.append([slot for slot, _ in batch])
+            results.append(result)
+        out = {}
+        for batch_slots, result in zip(slots, jax.device_get(results), strict=True):
+            for i, slot in enumerate(batch_slots):
+                rows = slice(i * beams, (i + 1) * beams)
+                out[slot] = result and tuple(x[rows] for x in result)
+        return out
+
+    def start(self, jobs: list[tuple[int, Generate]]) -> None:
+        """Feeds the branches of (slot, request) pairs with the same number of beams."""
+        beams, P = len(jobs[0][1].branches), self.shapes.num_passages
+        longest = max(len(row) for _, job in jobs for beam in job.branches for row in beam)
+        length = self.shapes.bucket(longest)
+        branches = self._branches_with_room_for(length)
+        no_keys = np.zeros((beams, P, 2), np.uint32)
+        for batch in self.shapes.batches(jobs, beams * P * length):
+            rows = [
+                row
+                for _, job in batch
+                for beam in job.branches
+                for row in [*beam, *[[]] * (P - len(beam))]
+            ]
+            tokens, valid = self._padded(rows, length)
+            keys = [no_keys if job.keys is None else job.keys for _, job in batch]
+            branches = self._run(
+                programs.start_branches,
+                self.model,
+                self.params,
+                self.rules,
+                self.prefixes,
+                branches,
+                _int32(slot for slot, _ in batch),
+                tokens,
+                valid,
+                np.repeat(_int32(s for _, job in batch for s in job.start), P),
+                np.repeat(_int32(job.limit for _, job in batch), beams * P),
+                np.concatenate(keys).reshape(-1, 2),
+            )
+            num_fed = valid.sum(1).reshape(len(batch), beams * P)
+            for i, (slot, _) in enumerate(batch):
+                self.num_generated[slot] = 0
+                self.num_fed[slot, : beams * P] = num_fed[i]
+        self.branches = branches
+
+    def decode(self, steps: int) -> None:
+        """Begins to generate; returns before the device is done, where it runs asynchronously."""
+        most = self.num_generated.max()
+        if most >= self.generated_capacity:
+            self._resize(self.fed_capacity, self.shapes.generated_capacity(most))
+        self.branches = self._run(
+            programs.decode,
+            self.model,
+            self.params,
+            self.rules,
+            self.prefixes,
+            self.branches,
+            np.int32(steps),
+            self.sampling,
+        )
+
+    def results(self) -> tuple[np.ndarray, GeneratedSegments]:
+        """Which slots have ended all of their branches [Q], and all segments [Q, W, P, ...]."""
+        b, shapes = self.branches, self.shapes
+        done, steps, segments = jax.device_get((b.done, b.steps_since_fed, b.segments))
+        self.num_generated = np.where(done, 0, steps).reshape(shapes.num_slots, -1).max(1)
+
+        def by_slot(x):
+            return x.reshape(shapes.num_slots, shapes.beam_width, -1, *x.shape[1:])
+
+        return by_slot(done).all((1, 2)), jax.tree.map(by_slot, segments)
+
+    def keep(self, jobs: list[tuple[int, KeepBranches]], generated: dict[int, np.ndarray]) -> None:
+        """Carries out (slot, request) pairs. generated: [W, P] tokens of each slot's segments."""
+        for batch in self.shapes.batches(jobs, self.shapes.beam_width * self.fed_capacity):
+            new_lengths = {}
+            for slot, job in batch:
+                lengths = self.num_fed[slot] + generated[slot].reshape(-1)
+                parents, kept = np.asarray(job.parents), np.asarray(job.branches)
+                new_lengths[slot] = self.prefix_lengths[slot, parents] + lengths[kept]
+            self._grow_prefixes(max(lengths.max() for lengths in new_lengths.values()))
+            self.prefixes = self._run(
+                programs.keep,
+                self.prefixes,
+                self.branches.cache,
+                _int32(slot for slot, _ in batch),
+                _int32(p for _, job in batch for p in job.parents),
+                _int32(b for _, job in batch for b in job.branches),
+            )
+            for slot, lengths in new_lengths.items():
+                self.prefix_lengths[slot] = lengths
+
+    # ---- capacities ----------------------------------------------------------------------------
+    def _grow_prefixes(self, tokens: int) -> None:
+        if tokens > self.prefix_capacity:
+            capacity = self.shapes.bucket(tokens)
+            self.prefixes = self._run(programs.grow_prefixes, self.prefixes, capacity)
+            self.prefix_capacity = capacity
+
+    def _branches_with_room_for(self, fed: int) -> programs.Branches:
+        """The branches, allocated or resized so that each can be fed that many tokens."""
+        shapes = self.shapes
+        if self.branches is None:
+            self.fed_capacity = shapes.first_fed_capacity(fed)
+            self.branches = self._run(
+                programs.empty_branches,
+                self.model,
+                self.rules,
+                shapes.num_slots,
+                shapes.beam_width,
+                shapes.num_passages,
+                self.fed_capacity,
+                self.generated_capacity,
+                shapes.max_new_tokens,
+                self.per_layer,
+            )
+        else:
+            needed = shapes.generated_capacity(self.num_generated.max())
+            generated = self.generated_capacity
+            if needed > generated or 2 * needed <= generated:
+                generated = needed
+            fed = self.fed_capacity if fed <= self.fed_capacity else shapes.bucket(fed)
+            self._resize(fed, generated)
+        return self.branches
+
+    def _resize(self, fed: int, generated: int) -> None:
+        if (fed, generated) == (self.fed_capacity, self.generated_capacity):
+            return
+        cache = self._run(
+            programs.resize_branches, self.branches.cache, self.fed_capacity, fed, generated
+        )
+        self.branches = replace(self.branches, cache=cache, fed_capacity=fed)
+        self.fed_capacity, self.generated_capacity = fed, generated
+
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, valid), [rows, length] each."""
+        tokens = np.full((len(rows), length), self.rules.pad, np.int32)
+        valid = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)], valid[i, : len(row)] = row, True
+        return tokens, valid
 
     def _run(self, program, *args):
-        """Calls a program of slots.py; one that has not run in this process with such shapes is compiled, which is logged."""
-        shapes = [x.shape if isinstance(x, np.ndarray) else x if isinstance(x, int) else x is None for x in args]
-        sizes = (self.Q, self.W, self.P, self.M, self.space, self.fed_space, self.ring, self.by_layers)
-        where = jax.sharding.get_abstract_mesh(), jax.typeof(self.params["norm"]["scale"])
-        key = (program.__name__, self.model, self.rules, where, sizes, *shapes)
+        """Calls a program. Logs its compilation, if it has not run with these shapes before."""
+        s = self.shapes
+        sizes = (
+            s.num_slots, s.beam_width, s.num_passages, s.max_new_tokens,
+            self.prefix_capacity, self.fed_capacity, self.generated_capacity, self.per_layer,
+        )  # fmt: skip
+        placement = jax.sharding.get_abstract_mesh(), jax.typeof(self.params["norm"]["scale"])
+        inputs = map(_shape_of, args)
+        key = (program.__name__, self.model, self.rules, placement, sizes, *inputs)
         if key in _seen:
             return program(*args)
         begin = time.perf_counter()
@@ -160,229 +266,155 @@ class Engine:
         seconds = time.perf_counter() - begin
         _seen.add(key)
         compiled.append((program.__name__, seconds))
-        shape = f"{self.Q} slots x {self.W} x {self.P}, prefixes of {self.space}, {self.fed_space} + {self.ring} tokens of their own"
-        log.info("compiled %s in %.1f s (%s); program %d", program.__name__, seconds, shape, len(compiled))
+        log.info(
+            "compiled %s in %.1f s (%d slots x %d beams x %d passages, capacities: prefix %d, fed "
+            "%d, generated %d); program %d",
+            program.__name__, seconds, s.num_slots, s.beam_width, s.num_passages,
+            self.prefix_capacity, self.fed_capacity, self.generated_capacity, len(compiled),
+        )  # fmt: skip
         return out
 
-    def _grow_prefix(self, tokens: int) -> None:
-        if tokens > self.space:
-            longer = bucket(tokens, self.bucket)
-            self.prefix = self._run(programs.longer_prefix, self.prefix, longer)
-            self.space = longer
-            if self.slots is not None:
-                self.slots.prefix = None  # the old one is let go
 
-    def _resize(self, fed: int, places: int) -> None:
-        if (fed, places) != (self.fed_space, self.ring):
-            own = self._run(programs.resize, self.slots.own, self.fed_space, fed, places)
-            self.slots, self.fed_space, self.ring = replace(self.slots, own=own, fed_space=fed), fed, places
-
-    def _make_room(self, tokens: int) -> None:
-        """For branches that will be fed so many tokens."""
-        if self.slots is not None:
-            needed = ring(self.ages.max(), self.M)
-            places = needed if needed > self.ring or 2 * needed <= self.ring else self.ring
-            return self._resize(self.fed_space if tokens <= self.fed_space else bucket(tokens, self.bucket), places)
-        self.fed_space = first_feed(tokens, self.P, self.bucket)
-        sizes = (self.P, self.fed_space, self.ring, self.M, self.W)
-        self.slots = self._run(programs.empty, self.model, self.rules, self.prefix, *sizes, self.by_layers)
-        self.prefix = self.slots.prefix
-
-    def groups(self, jobs: list, rows: int, tokens: int) -> Iterator[list]:
-        """Jobs of `rows` rows of `tokens` tokens each, in the numbers in which they are done: one or `group_size`, the last one
-        again and again where there are fewer (which changes nothing)."""
-        size, at = group_size(self.Q, rows * tokens), 0
-        while at < len(jobs):
-            left = len(jobs) - at
-            n = size if 2 * left > size else 1
-            yield jobs[at : at + n] + [jobs[-1]] * (n - min(left, n))
-            at += n
-
-    def padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, valid = np.full((len(rows), length), self.rules.pad, np.int32), np.zeros((len(rows), length), bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], valid[i, : len(row)] = row, True
-        return tokens, valid
-
-    def read(self, jobs: list[tuple[int, Read]]) -> dict[int, Any]:
-        """The same number of lanes in all jobs. Returns by slot what `slots.read` does, of its lanes."""
-        slots, found = [], []  # of each group
-        lanes, fresh = len(jobs[0][1].tokens), jobs[0][1].parents is None
-        longest = bucket(max(len(row) for _, job in jobs for row in job.tokens), self.bucket)
-        for group in self.groups(jobs, lanes, longest):
-            tokens, valid = self.padded([row for _, job in group for row in job.tokens], longest)
-            before = [[0] * lanes if fresh else [self.lengths[q, p] for p in job.parents] for q, job in group]
-            after = [
-                [b + len(row) for b, row in zip(bs, job.tokens, strict=True)]
-                for bs, (_, job) in zip(before, group, strict=True)
-            ]
-            self._grow_prefix(max(map(max, after)))
-            parent = np.array([0] * (lanes * len(group)) if fresh else [p for _, job in group for p in job.parents], np.int32)
-            where, start = np.array([q for q, _ in group], np.int32), np.array([s for _, j in group for s in j.start], np.int32)
-            new = (where, parent, tokens, valid, start)
-            self.prefix, out = self._run(programs.read, self.model, self.params, self.rules, self.prefix, *new, self.W, fresh)
-            for (q, _), length in zip(group, after, strict=True):
-                self.lengths[q, :lanes] = length
-            slots.append([q for q, _ in group])
-            found.append(out)
-        at = lambda i: slice(i * lanes, (i + 1) * lanes)  # noqa: E731
-        told = zip(slots, jax.device_get(found), strict=True)
-        return {q: out and tuple(x[at(i)] for x in out) for qs, out in told for i, q in enumerate(qs)}
-
-    def generate(self, jobs: list[tuple[int, Generate]]) -> None:
-        """The same number of lanes in all jobs. `decode` makes progress with them."""
-        lanes, P = len(jobs[0][1].branches), self.P
-        longest = bucket(max(len(b) for _, job in jobs for lane in job.branches for b in lane), self.bucket)
-        self._make_room(longest)
-        for group in self.groups(jobs, lanes * P, longest):
-            rows = [[*lane, *[[]] * (P - len(lane))] for _, job in group for lane in job.branches]
-            tokens, valid = self.padded([b for lane in rows for b in lane], longest)
-            start = np.repeat(np.array([s for _, job in group for s in job.start], np.int32), P)
-            limit = np.repeat(np.array([job.limit for _, job in group], np.int32), lanes * P)
-            none = np.zeros((lanes, P, 2), np.uint32)
-            key = np.concatenate([none if job.keys is None else job.keys for _, job in group]).reshape(-1, 2)
-            where = np.array([q for q, _ in group], np.int32)
-            self.slots.prefix = self.prefix
-            self.slots = self._run(
-                programs.feed, self.model, self.params, self.rules, self.slots, where, tokens, valid, start, limit, key
-            )
-            self.prefix = self.slots.prefix
-            for i, (q, _) in enumerate(group):
-                self.ages[q] = 0
-                self.fed[q, : lanes * P] = valid.sum(1)[i * lanes * P : (i + 1) * lanes * P]
-
-    def decode(self, steps: int) -> None:
-        """Begins to generate; returns at once where the device works by itself."""
-        if self.ages.max() >= self.ring:
-            self._resize(self.fed_space, ring(self.ages.max(), self.M))
-        sampling = None if self.sampling is None else tuple(np.float32(x) for x in self.sampling)
-        self.slots.prefix = self.prefix
-        self.slots = self._run(programs.decode, self.model, self.params, self.rules, self.slots, np.int32(steps), sampling)
-        self.prefix = self.slots.prefix
-
-    def ended(self) -> tuple[np.ndarray, Segment]:
-        """Which slots have ended all of their branches [Q], and all segments [Q, W, P, ...]."""
-        done, age, segment = jax.device_get((self.slots.done, self.slots.age, self.slots.segment))
-        by_slot = lambda x: x.reshape(self.Q, self.W, self.P, *x.shape[1:])  # noqa: E731
-        self.ages = np.where(done, 0, age).reshape(self.Q, -1).max(1)
-        return done.reshape(self.Q, -1).all(1), jax.tree.map(by_slot, segment)
-
-    def keep(self, jobs: list[tuple[int, Keep]], generated: dict[int, np.ndarray]) -> None:
-        """generated: [W, P] tokens of each slot's segments."""
-        for group in self.groups(jobs, self.W, self.fed_space):
-            lengths = {}
-            for q, job in group:
-                more = self.fed[q] + generated[q].reshape(-1)
-                lengths[q] = [self.lengths[q, p] + more[b] for p, b in zip(job.parents, job.branches, strict=True)]
-            self._grow_prefix(max(map(max, lengths.values())))
-            where = np.array([q for q, _ in group], np.int32)
-            parents, branches = (
-                np.array([x for _, job in group for x in getattr(job, n)], np.int32) for n in ("parents", "branches")
-            )
-            self.prefix = self._run(programs.keep, self.prefix, self.slots.own, where, parents, branches)
-            for q, length in lengths.items():
-                self.lengths[q] = length
+def _shape_of(arg: Any) -> Any:
+    """Shapes of host arrays, values of static numbers. The engine's own arrays have its sizes."""
+    if isinstance(arg, np.ndarray):
+        return arg.shape
+    return arg if isinstance(arg, int) else arg is None
 
 
-_seen: set[tuple] = set()  # programs and shapes that have run in this process
+def _int32(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, np.int32)
 
 
-def on_device(model: Model, params: Params) -> Params:
-    """The parameters as the programs read them fastest. Those that lie on a mesh stay as they are."""
+def _shapes_of(arg: Any) -> Any:
+    """What a program is compiled for: shapes and types of arrays, values of everything else."""
+    if isinstance(arg, (int, bool, Model, TokenRules)):
+        return arg
+    leaves, structure = jax.tree.flatten(arg)
+    return structure, *((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
+
+
+def place_params(model: Model, params: Params) -> Params:
+    """The parameters on the device, as the programs read them fastest.
+
+    Parameters that are spread over a mesh stay where they are.
+    """
     if isinstance(params["layers"], tuple):
         return params
-    return jax.device_put(model.by_layers(params) if _alone(params) and one_by_one(platform(), 1) else params)
+    on_one_device = all(
+        len(x.devices()) == 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array)
+    )
+    unstack = on_one_device and unstack_layers(platform(), 1)
+    return jax.device_put(model.per_layer(params) if unstack else params)
 
 
-def one_by_one(platform: str, devices: int) -> bool:
-    """Whether layers are held one by one: on a CPU and on GPUs, where XLA copies a layer of a stack to read it. A TPU reads it where
-    it lies; and so do, for tests, several devices that one CPU pretends to be."""
+def unstack_layers(platform: str, devices: int) -> bool:
+    """Whether to hold layers one by one: on a CPU and on GPUs, where XLA copies a layer of a stack
+    to read it.
+
+    A TPU reads it in place; so do several devices that one CPU emulates in tests.
+    """
     return platform == "gpu" or (platform == "cpu" and devices == 1)
 
 
-def _alone(params: Params) -> bool:
-    return all(len(x.devices()) == 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
-
-
-# ---- the searches' side ----------------------------------------------------------------------------------------------
+# ---- the searches' side --------------------------------------------------------------------------
 @dataclass
 class _Running:
+    """The search in a slot."""
+
     name: Any
     search: Generator[Any, Any, Any]  # returns its outcome
-    wants: Any = None
+    request: Any = None  # what it waits for; None while its branches generate
     generated: np.ndarray | None = None  # [W, P] tokens of its last segments
 
 
-def drive(
+def run_searches(
     engine: Engine,
     searches: Iterable[tuple[Any, Generator[Any, Any, Any]]],
-    retrieve: Callable[[list[tuple[Any, list[str]]]], list[list[Passage] | Exception]],
+    find_passages: Callable[[list[tuple[Any, list[str]]]], Sequence[list[Passage] | Exception]],
     overlap: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Runs searches, as many at once as the engine has slots. Yields (name, event) as they come: a `Settled`, the exception that
-    a search died of, or what it returned.
+    """Runs searches, as many at once as the engine has slots.
 
-    retrieve: (name, texts of the segments so far) pairs -> passages for each, or what its search shall die of. overlap: it takes
-    long, so other questions go on meanwhile. The order of all that happens depends on what is answered alone, never on time.
+    Yields (name, event) as they come: a SegmentsFinal, the exception that a search raised, or what
+    it returned. find_passages: takes (name, texts of the segments so far) pairs; returns passages
+    for each, or an exception to raise in its search. overlap: that takes long, so other questions
+    generate meanwhile. The order of events depends on the questions alone, never on time.
     """
-    waiting, slots = iter(searches), {}
+    waiting = iter(searches)
+    running: dict[int, _Running] = {}  # by slot
 
-    def send(q: int, value: Any) -> Iterator[tuple[Any, Any]]:
-        """Goes on with a search until it wants something of the device or the index."""
-        running = slots[q]
+    def resume(slot: int, result: Any) -> Iterator[tuple[Any, Any]]:
+        """Sends a search its result, and runs it up to its next request."""
+        one = running[slot]
         try:
-            failed = next((v for v in value if isinstance(v, Exception)), None) if isinstance(value, list) else None
-            running.wants = running.search.throw(failed) if failed else running.search.send(value)
-            while isinstance(running.wants, Settled):
-                yield running.name, running.wants
-                running.wants = running.search.send(None)
-        except StopIteration as e:
-            del slots[q]
-            yield running.name, e.value
+            failed = _first_exception(result)
+            one.request = one.search.throw(failed) if failed else one.search.send(result)
+            while isinstance(one.request, SegmentsFinal):
+                yield one.name, one.request
+                one.request = one.search.send(None)
+        except StopIteration as end:
+            del running[slot]
+            yield one.name, end.value
         except Exception as e:
-            del slots[q]
-            yield running.name, e
+            del running[slot]
+            yield one.name, e
 
-    def wanting(kind) -> list[int]:
-        return [q for q in sorted(slots) if isinstance(slots[q].wants, kind)]
+    def requests(kind: type) -> list[tuple[int, Any]]:
+        return [
+            (slot, running[slot].request)
+            for slot in sorted(running)
+            if isinstance(running[slot].request, kind)
+        ]
 
     while True:
-        for q in range(engine.Q):
-            while q not in slots and (found := next(waiting, None)) is not None:
-                slots[q] = _Running(*found)
-                yield from send(q, None)
-        if not slots:
+        # 1. Free slots take the next questions.
+        for slot in range(engine.shapes.num_slots):
+            while slot not in running and (new := next(waiting, None)) is not None:
+                running[slot] = _Running(*new)
+                yield from resume(slot, None)
+        if not running:
             return
-        if reads := _alike([(q, slots[q].wants) for q in wanting(Read)], lambda r: (len(r.tokens), r.parents is None)):
-            for q, out in engine.read(reads).items():
-                yield from send(q, out)
-        elif keeps := wanting(Keep):
-            engine.keep([(q, slots[q].wants) for q in keeps], {q: slots[q].generated for q in keeps})
-            for q in keeps:
-                yield from send(q, None)
-        elif feeds := _alike([(q, slots[q].wants) for q in wanting(Generate)], lambda g: len(g.branches)):
-            engine.generate(feeds)
-            for q, _ in feeds:
-                slots[q].wants = None  # it generates
+
+        # 2. One kind of request is carried out at a time. Generating comes last, so that as many
+        #    questions as possible generate together.
+        if reads := _same_shape(requests(ReadTokens), lambda r: (len(r.tokens), r.parents is None)):
+            for slot, distributions in engine.read(reads).items():
+                yield from resume(slot, distributions)
+        elif keeps := requests(KeepBranches):
+            engine.keep(keeps, {slot: running[slot].generated for slot, _ in keeps})
+            for slot, _ in keeps:
+                yield from resume(slot, None)
+        elif starts := _same_shape(requests(Generate), lambda r: len(r.branches)):
+            engine.start(starts)
+            for slot, _ in starts:
+                running[slot].request = None
         else:
-            generating = [q for q in slots if slots[q].wants is None]
-            asking = wanting(Passages)
-            decodes = generating and (overlap or not asking)
+            # 3. Generate; look for passages at the same time, or first.
+            generating = [slot for slot in running if running[slot].request is None]
+            asking = requests(FindPassages)
+            decodes = bool(generating) and (overlap or not asking)
             if decodes:
-                engine.decode(STEPS_BESIDE_RETRIEVAL if asking else engine.M)
-            found = retrieve([(slots[q].name, texts) for q in asking for texts in slots[q].wants.previous]) if asking else []
+                engine.decode(STEPS_BESIDE_RETRIEVAL if asking else engine.shapes.max_new_tokens)
+            queries = [(running[slot].name, texts) for slot, r in asking for texts in r.previous]
+            found = iter(find_passages(queries) if asking else [])
             if decodes:
-                ended, segments = engine.ended()
-                for q in generating:
-                    if ended[q]:
-                        mine = segments.at(q)
-                        slots[q].generated = mine.length
-                        yield from send(q, mine)
-            rest = iter(found)
-            for q in asking:
-                yield from send(q, [next(rest) for _ in slots[q].wants.previous])
+                ended, segments = engine.results()
+                for slot in generating:
+                    if ended[slot]:
+                        own = segments.at(slot)
+                        running[slot].generated = own.length
+                        yield from resume(slot, own)
+            for slot, request in asking:
+                yield from resume(slot, [next(found) for _ in request.previous])
 
 
-def _alike(jobs: list, kind: Callable) -> list:
-    """Those jobs that can be done together with the first."""
-    return [job for job in jobs if kind(job[1]) == kind(jobs[0][1])]
+def _first_exception(result: Any) -> Exception | None:
+    if not isinstance(result, list):
+        return None
+    return next((x for x in result if isinstance(x, Exception)), None)
+
+
+def _same_shape(jobs: list[tuple[int, Any]], shape: Callable[[Any], Any]) -> list[tuple[int, Any]]:
+    """The jobs that can be batched with the first."""
+    return [job for job in jobs if shape(job[1]) == shape(jobs[0][1])]

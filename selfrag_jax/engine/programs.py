@@ -1,264 +1,402 @@
-"""What the device holds while questions are answered, and the four programs that change it.
+"""What the device holds while questions are answered, and the programs that change it.
 
-A slot is one question's place. It has W lanes, one for each beam: a lane's prefix (the prompt and the segments so far) is
-stored once and read by its P branches, each of which generates one segment for one passage. Questions come and go on their
-own: `read` puts a prompt into a slot, `feed` begins its branches, `decode` generates for all slots together until one of them
-has ended all of its branches, `keep` makes the best branches the new prefixes, whereupon the slot is fed again or taken by the
-next question.
+A slot holds one question. Each of its beams has a prefix, the prompt and the segments so far, which
+is stored once; the beam's branches, one for each passage, read it and generate a segment each.
 
-Letters: Q slots, R = Q * W lanes, B = R * P branches, S tokens that a prefix has room for, T that are fed to a branch at most,
-M that are generated at most, C of them that a branch has room for by now, n slots that one call changes. The rows of slot q are
-q * W + lane and (q * W + lane) * P + branch.
+    read            puts a prompt into a slot's prefixes
+    start_branches  feeds the branches of a slot their passages
+    decode          generates for all slots, until one has finished all of its branches
+    keep            appends the best branches to their prefixes; then the slot is fed again, or
+                    taken by the next question
+
+Prefixes and branches are two values, passed and returned. Axes: Q slots, W beams of a slot, P
+branches of a beam, R = Q * W prefixes, B = R * P branches, S prefix capacity, T fed capacity, C
+generated capacity, M most generated tokens, n slots that one call changes, w their first beams
+(w <= W), D embed. The rows of slot q are q * W + beam and (q * W + beam) * P + branch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from selfrag_jax.engine.segments import Segment, TokenRules, next_token, read_groups, roles
+from selfrag_jax.engine.segments import GeneratedSegments, Step, TokenRules, next_token
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.models.sharding import constrain
 
+# Prefixes are a Cache of R rows, each closely packed from the first place on.
+
 
 @jax.tree_util.register_dataclass
 @dataclass
-class Slots:
-    prefix: Cache  # R rows of S: tokens stand close together from the first place on
-    own: Cache  # B rows of T + C: what was fed, then a ring of C places that all branches write in step
+class Branches:
+    cache: Cache  # B rows of T + C: fed tokens, then a ring of C places that all rows write in step
     hidden: jax.Array  # [B, D]: of each branch's last token
-    segment: Segment  # B rows
-    age: jax.Array  # [B] int32: tokens chosen since the branch was fed
-    limit: jax.Array  # [B] int32: at most as many
+    segments: GeneratedSegments  # B rows
+    steps_since_fed: jax.Array  # [B] int32: tokens chosen
+    limit: jax.Array  # [B] int32: most tokens to choose
     done: jax.Array  # [B] bool: ended, or never fed
-    sup_seen: jax.Array  # [B] bool: an IsSup token was said
-    use_seen: jax.Array  # [B] bool
+    issup_seen: jax.Array  # [B] bool: an IsSup token was generated
     key: jax.Array  # [B, 2] uint32: for sampling
-    width: int = field(metadata=dict(static=True))  # W
-    branches: int = field(metadata=dict(static=True))  # P
-    fed_space: int = field(metadata=dict(static=True))  # T
-    new: int = field(metadata=dict(static=True))  # M
+    beam_width: int = field(metadata=dict(static=True))  # W
+    num_passages: int = field(metadata=dict(static=True))  # P
+    fed_capacity: int = field(metadata=dict(static=True))  # T
+    max_new_tokens: int = field(metadata=dict(static=True))  # M
 
 
-def _pin(cache: Cache) -> Cache:
-    """Heads are split over the mesh, if there is one."""
-    over = lambda x: constrain(x, *[None] * (x.ndim - 3), "tensor", None, None)  # noqa: E731
-    k, v = (jax.tree.map(over, x) for x in (cache.k, cache.v))
-    return replace(cache, k=k, v=v, valid=constrain(cache.valid), positions=constrain(cache.positions))
+def split_heads(cache: Cache) -> Cache:
+    """Keeps the heads of a cache split over the mesh, if there is one."""
+
+    def over_heads(x):
+        return constrain(x, *[None] * (x.ndim - 3), "tensor", None, None)
+
+    k, v = (jax.tree.map(over_heads, x) for x in (cache.k, cache.v))
+    valid, positions = constrain(cache.valid), constrain(cache.positions)
+    return replace(cache, k=k, v=v, valid=valid, positions=positions)
 
 
-def _empty_cache(model: Model, rows: int, length: int, by_layers: bool) -> Cache:
+# ---- allocating and growing ----------------------------------------------------------------------
+def _empty_cache(model: Model, rows: int, length: int, per_layer: bool) -> Cache:
     cache = Cache.empty(model.config, rows, length)
-    return _pin(cache.by_layers() if by_layers else cache)
+    return split_heads(cache.per_layer() if per_layer else cache)
 
 
-@partial(jax.jit, static_argnames=("model", "lanes", "length", "by_layers"))
-def empty_prefix(model: Model, lanes: int, length: int, by_layers: bool) -> Cache:
-    return _empty_cache(model, lanes, length, by_layers)
+@partial(jax.jit, static_argnames=("model", "rows", "capacity", "per_layer"))
+def empty_prefixes(model: Model, rows: int, capacity: int, per_layer: bool) -> Cache:
+    return _empty_cache(model, rows, capacity, per_layer)
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "rules", "branches", "fed", "ring", "new", "width", "by_layers"),
-    donate_argnames=("prefix",),
-)
-def empty(
-    model: Model, rules: TokenRules, prefix: Cache, branches: int, fed: int, ring: int, new: int, width: int, by_layers: bool
-) -> Slots:
-    """Slots of which none is in use, on prefixes that may be."""
-    B = prefix.valid.shape[0] * branches
-    own = replace(_empty_cache(model, B, fed + ring, by_layers), cursor=jnp.int32(fed))
-    dtype = jnp.dtype(model.config.dtype)
-    zeros, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
-    hidden, key = jnp.zeros((B, model.config.embed_dim), dtype), jnp.zeros((B, 2), jnp.uint32)
-    segment = Segment.empty(B, new, rules)
-    return Slots(prefix, own, hidden, segment, zeros, zeros, ~no, no, no, key, width, branches, fed, new)
+    static_argnames=(
+        "model", "rules", "num_slots", "beam_width", "num_passages", "fed", "generated",
+        "max_new_tokens", "per_layer",
+    ),
+)  # fmt: skip
+def empty_branches(
+    model: Model,
+    rules: TokenRules,
+    num_slots: int,
+    beam_width: int,
+    num_passages: int,
+    fed: int,
+    generated: int,
+    max_new_tokens: int,
+    per_layer: bool,
+) -> Branches:
+    """Branches of which none is in use. fed, generated: their capacities."""
+    B = num_slots * beam_width * num_passages
+    cache = _empty_cache(model, B, fed + generated, per_layer)
+    zeros, false = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+    return Branches(
+        cache=replace(cache, cursor=jnp.int32(fed)),
+        hidden=jnp.zeros((B, model.config.embed_dim), jnp.dtype(model.config.dtype)),
+        segments=GeneratedSegments.empty(B, max_new_tokens, rules),
+        steps_since_fed=zeros,
+        limit=zeros,
+        done=~false,
+        issup_seen=false,
+        key=jnp.zeros((B, 2), jnp.uint32),
+        beam_width=beam_width,
+        num_passages=num_passages,
+        fed_capacity=fed,
+        max_new_tokens=max_new_tokens,
+    )
 
 
-@partial(jax.jit, static_argnames=("length",))
-def longer_prefix(prefix: Cache, length: int) -> Cache:
-    """With room for `length` tokens."""
-    return _pin(prefix.longer(length - prefix.valid.shape[1]))
+@partial(jax.jit, static_argnames=("capacity",))
+def grow_prefixes(prefixes: Cache, capacity: int) -> Cache:
+    return split_heads(prefixes.longer(capacity - prefixes.valid.shape[1]))
 
 
-@partial(jax.jit, static_argnames=("before", "fed", "ring"))
-def resize(own: Cache, before: int, fed: int, ring: int) -> Cache:
-    """With room for `fed` tokens, where there was room for `before`, and a ring of `ring` places that holds the last tokens."""
-    old = own.valid.shape[1] - before
-    back = ring - jnp.arange(ring)  # how many steps ago a place of the new ring was written
-    source = before + (own.cursor - before - back) % old
+@partial(jax.jit, static_argnames=("fed_before", "fed", "generated"))
+def resize_branches(cache: Cache, fed_before: int, fed: int, generated: int) -> Cache:
+    """The branches' cache with capacities `fed` and `generated`; the last tokens stay."""
+    generated_before = cache.valid.shape[1] - fed_before
+    # How many steps ago each place of the new ring was written.
+    steps_ago = generated - jnp.arange(generated)
+    source = fed_before + (cache.cursor - fed_before - steps_ago) % generated_before
 
     def change(x, axis):
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, fed - before)
-        first = jnp.pad(jax.lax.slice_in_dim(x, 0, before, axis=axis), widths)
+        widths[axis] = (0, fed - fed_before)
+        first = jnp.pad(jax.lax.slice_in_dim(x, 0, fed_before, axis=axis), widths)
         return jnp.concatenate([first, jnp.take(x, source, axis, mode="clip")], axis)
 
-    new = own.over_tokens(change)
-    valid = new.valid & jnp.concatenate([jnp.ones(fed, bool), back <= old])
-    return _pin(replace(new, valid=valid, cursor=jnp.full_like(own.cursor, fed)))
+    new = cache.over_tokens(change)
+    was_held = jnp.concatenate([jnp.ones(fed, bool), steps_ago <= generated_before])
+    cursor = jnp.full_like(cache.cursor, fed)
+    return split_heads(replace(new, valid=new.valid & was_held, cursor=cursor))
 
 
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-def _rows(cache: Cache, rows: jax.Array) -> Cache:
-    pick = lambda x: x[rows] if isinstance(cache.k, tuple) else x[:, rows]  # noqa: E731
+# ---- pieces --------------------------------------------------------------------------------------
+def _rows(cache: Cache, rows: Int[Array, " r"]) -> Cache:
+    def pick(x):
+        return x[rows] if isinstance(cache.k, tuple) else x[:, rows]
+
     k, v = (jax.tree.map(pick, x) for x in (cache.k, cache.v))
     return Cache(k, v, cache.valid[rows], cache.positions[rows], cache.cursor)
 
 
-def _put(cache: Cache, where: jax.Array, new: Cache, stride: int) -> Cache:
-    """`new` has n blocks of rows, of which block i begins at row where[i] * stride; columns from the first on, of each array as
-    many as it has. In place, if the caller gives `cache` away."""
-    n = where.shape[0]
+def _put_rows(cache: Cache, slots: Int[Array, " n"], new: Cache, stride: int) -> Cache:
+    """Writes n equal blocks of rows, block i from row slots[i] * stride on.
+
+    Writes as many columns as `new` has, from the first on. In place, if the caller gives `cache`
+    away.
+    """
+    n = slots.shape[0]
     block = new.valid.shape[0] // n
 
-    def put(x, y, rows):  # rows: the axis of them
+    def put(x, y, row_axis):
         for i in range(n):
             at = [0] * x.ndim
-            at[rows] = where[i] * stride
-            x = jax.lax.dynamic_update_slice(x, jax.lax.slice_in_dim(y, i * block, (i + 1) * block, axis=rows), at)
+            at[row_axis] = slots[i] * stride
+            rows = jax.lax.slice_in_dim(y, i * block, (i + 1) * block, axis=row_axis)
+            x = jax.lax.dynamic_update_slice(x, rows, at)
         return x
 
     axis = 0 if isinstance(cache.k, tuple) else 1
-    k, v = (jax.tree.map(lambda x, y: put(x, y, axis), *pair) for pair in ((cache.k, new.k), (cache.v, new.v)))
-    return _pin(Cache(k, v, put(cache.valid, new.valid, 0), put(cache.positions, new.positions, 0), cache.cursor))
+    k, v = (
+        jax.tree.map(lambda x, y: put(x, y, axis), *pair)
+        for pair in ((cache.k, new.k), (cache.v, new.v))
+    )
+    valid, positions = put(cache.valid, new.valid, 0), put(cache.positions, new.positions, 0)
+    return split_heads(Cache(k, v, valid, positions, cache.cursor))
 
 
-def _append(prefix: Cache, own: Cache) -> Cache:
-    """Rows of a prefix followed by the valid tokens of `own`, close together; what there is no room for is lost."""
+def _append(prefix: Cache, other: Cache) -> Cache:
+    """Rows of a prefix followed by the valid tokens of `other`, closely packed.
+
+    Tokens beyond the prefix's capacity are lost; the engine grows it before.
+    """
     length = prefix.valid.sum(1)[:, None]
-    order = jnp.argsort(~own.valid, axis=1, stable=True)  # valid ones first
+    order = jnp.argsort(~other.valid, axis=1, stable=True)  # valid ones first
     at = jnp.arange(prefix.valid.shape[1]) - length
-    source = jnp.take_along_axis(order, jnp.clip(at, 0, own.valid.shape[1] - 1), 1)
+    source = jnp.take_along_axis(order, jnp.clip(at, 0, other.valid.shape[1] - 1), 1)
 
     def join(a, axis, b):
-        rows = max(a.ndim - 4, 0)  # which axis they are
-        pick = jax.vmap(lambda x, i: jnp.take(x, i, axis=axis - 1, mode="clip"), in_axes=(rows, 0), out_axes=rows)
+        rows = max(a.ndim - 4, 0)  # the axis of the rows
+
+        def take(x, i):
+            return jnp.take(x, i, axis=axis - 1, mode="clip")
+
+        picked = jax.vmap(take, in_axes=(rows, 0), out_axes=rows)(b, source)
         shape = [n if i in (rows, axis) else 1 for i, n in enumerate(a.shape)]
-        return jnp.where((at < 0).reshape(shape), a, pick(b, source))
+        return jnp.where((at < 0).reshape(shape), a, picked)
 
-    return replace(prefix.over_tokens(join, own), valid=at < own.valid.sum(1)[:, None])
+    new = prefix.over_tokens(join, other)
+    return replace(new, valid=at < other.valid.sum(1)[:, None])
 
 
-def _read_tokens(model: Model, params: Params, prefix: Cache | None, tokens, valid, start):
-    """(hidden [rows, D] of each row's last token, its cache [rows, T]): tokens that follow a prefix, padded on the right."""
-    own = _empty_cache(model, *tokens.shape, isinstance(params["layers"], tuple))
+def _read_tokens(
+    model: Model,
+    params: Params,
+    prefix: Cache | None,
+    tokens: Int[Array, "r T"],
+    valid: Bool[Array, "r T"],
+    start: Int[Array, " r"],
+) -> tuple[Float[Array, "r D"], Cache]:
+    """Each row's last hidden state, and the cache of its tokens; they follow a prefix.
+
+    Tokens are padded on the right.
+    """
+    cache = _empty_cache(model, *tokens.shape, isinstance(params["layers"], tuple))
     positions = start[:, None] + jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
-    hidden, own = model.hidden(params, tokens, positions, valid, own, prefix)
+    hidden, cache = model.hidden(params, tokens, positions, valid, cache, prefix)
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None, None]
-    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], own
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
 
-# ---- the four programs -----------------------------------------------------------------------------------------------
-@partial(jax.jit, static_argnames=("model", "rules", "width", "fresh"), donate_argnames=("prefix",))
+# ---- the four programs of a search ---------------------------------------------------------------
+@partial(
+    jax.jit,
+    static_argnames=("model", "rules", "beam_width", "after_nothing"),
+    donate_argnames=("prefixes",),
+)
 def read(
-    model: Model, params: Params, rules: TokenRules, prefix: Cache, where, parent, tokens, valid, start, width: int, fresh: bool
-):
-    """Reads tokens into the first w = rows / n lanes of n slots, behind the prefix of the lanes' parents (fresh: behind nothing).
+    model: Model,
+    params: Params,
+    rules: TokenRules,
+    prefixes: Cache,
+    slots: Int[Array, " n"],
+    parents: Int[Array, " n*w"],
+    tokens: Int[Array, "n*w T"],
+    valid: Bool[Array, "n*w T"],
+    start: Int[Array, " n*w"],
+    beam_width: int,
+    after_nothing: bool,
+) -> tuple[Cache, tuple[Float[Array, "n*w 3"], Float[Array, "n*w 3"]] | None]:
+    """Reads tokens into the first w beams of n slots, each after the prefix of its parent beam.
 
-    where: [n] slots; parent: [n * w] lanes of the same slot; tokens, valid: [n * w, T]; start: [n * w] position of the first
-    token. Returns the prefix and, after each row's last token, the distribution over the Retrieve tokens and their
-    log-probabilities among all tokens, [n * w, 3] each (None without reflection tokens).
+    start: position of each row's first token; after_nothing: instead of after the parents' prefix.
+    Returns the prefixes and, after each row's last token, the distribution over the Retrieve tokens
+    and their log-probabilities among all tokens (None without reflection tokens).
     """
-    w = tokens.shape[0] // where.shape[0]
-    rows = _rows(prefix, jnp.repeat(where, w) * width + parent)
-    if fresh:
+    w = tokens.shape[0] // slots.shape[0]
+    rows = _rows(prefixes, jnp.repeat(slots, w) * beam_width + parents)
+    if after_nothing:
         rows = replace(rows, valid=jnp.zeros_like(rows.valid))
-    hidden, own = _read_tokens(model, params, None if fresh else rows, tokens, valid, start)
-    prefix = _put(prefix, where, _append(rows, own), width)
+    prefix = None if after_nothing else rows
+    hidden, cache = _read_tokens(model, params, prefix, tokens, valid, start)
+    prefixes = _put_rows(prefixes, slots, _append(rows, cache), beam_width)
     if rules.reflection is None:
-        return prefix, None
+        return prefixes, None
     logits, ids = model.logits(params, hidden), jnp.array(rules.reflection.retrieve)
-    return prefix, (jax.nn.softmax(logits[:, ids]), jax.nn.log_softmax(logits)[:, ids])
+    return prefixes, (jax.nn.softmax(logits[:, ids]), jax.nn.log_softmax(logits)[:, ids])
 
 
-@partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("slots",))
-def feed(model: Model, params: Params, rules: TokenRules, slots: Slots, where, tokens, valid, start, limit, key) -> Slots:
-    """Begins the branches of the first w lanes of n slots.
+@partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("branches",))
+def start_branches(
+    model: Model,
+    params: Params,
+    rules: TokenRules,
+    prefixes: Cache,
+    branches: Branches,
+    slots: Int[Array, " n"],
+    tokens: Int[Array, "n*w*P T"],
+    valid: Bool[Array, "n*w*P T"],
+    start: Int[Array, " n*w*P"],
+    limit: Int[Array, " n*w*P"],
+    key: UInt32[Array, "n*w*P 2"],
+) -> Branches:
+    """Feeds the branches of the first w beams of n slots; a row without tokens is not used.
 
-    where: [n] slots; tokens, valid: [n * w * P, T'], T' <= T, padded on the right (no tokens: the branch is not used); start:
-    [n * w * P] position of the first token; limit: tokens to generate at most; key: [n * w * P, 2] uint32.
+    start: position of each row's first token; limit: most tokens to generate. Tokens are padded on
+    the right; their width may be below the fed capacity.
     """
-    n, P = where.shape[0], slots.branches
-    w, stride = tokens.shape[0] // (n * P), slots.width * P
-    lanes = (where[:, None] * slots.width + jnp.arange(w)).reshape(-1)
-    hidden, own = _read_tokens(model, params, _rows(slots.prefix, lanes), tokens, valid, start)
-    behind = slots.own.valid.shape[1] - valid.shape[1]  # what stood there before is no longer valid
-    own_cache = _put(slots.own, where, replace(own, valid=jnp.pad(own.valid, [(0, 0), (0, behind)])), stride)
-    rows = (where[:, None] * stride + jnp.arange(w * P)).reshape(-1)
-    fed = valid.sum(1)
-    begin = Segment.empty(tokens.shape[0], slots.new, rules)
-    begin = replace(begin, next_position=start + fed)
-    put = lambda x, y: x.at[rows].set(y)  # noqa: E731
-    no = jnp.zeros_like(fed, bool)
+    n, P = slots.shape[0], branches.num_passages
+    w, stride = tokens.shape[0] // (n * P), branches.beam_width * P
+    beams = (slots[:, None] * branches.beam_width + jnp.arange(w)).reshape(-1)
+    prefix = _rows(prefixes, beams)
+    hidden, fed = _read_tokens(model, params, prefix, tokens, valid, start)
+    # The columns after the fed ones become invalid: they are of the slot's last question.
+    rest = branches.cache.valid.shape[1] - valid.shape[1]
+    fed = replace(fed, valid=jnp.pad(fed.valid, [(0, 0), (0, rest)]))
+    rows = (slots[:, None] * stride + jnp.arange(w * P)).reshape(-1)
+    num_fed = valid.sum(1)
+    empty = GeneratedSegments.empty(tokens.shape[0], branches.max_new_tokens, rules)
+    empty = replace(empty, next_position=start + num_fed)
+
+    def put(x, y):
+        return x.at[rows].set(y)
+
     return replace(
-        slots, own=own_cache, hidden=put(slots.hidden, hidden), segment=jax.tree.map(put, slots.segment, begin),
-        age=put(slots.age, 0), limit=put(slots.limit, limit), done=put(slots.done, fed == 0),
-        sup_seen=put(slots.sup_seen, no), use_seen=put(slots.use_seen, no), key=put(slots.key, key),
-    )  # fmt: skip
+        branches,
+        cache=_put_rows(branches.cache, slots, fed, stride),
+        hidden=put(branches.hidden, hidden),
+        segments=jax.tree.map(put, branches.segments, empty),
+        steps_since_fed=put(branches.steps_since_fed, 0),
+        limit=put(branches.limit, limit),
+        done=put(branches.done, num_fed == 0),
+        issup_seen=put(branches.issup_seen, jnp.zeros_like(num_fed, bool)),
+        key=put(branches.key, key),
+    )
 
 
-@partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("slots",))
-def decode(model: Model, params: Params, rules: TokenRules, slots: Slots, steps, sampling) -> Slots:
-    """Generates for all branches, until all of one slot have ended, the ring has no more room for one, or `steps` are done.
+@partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("branches",))
+def decode(
+    model: Model,
+    params: Params,
+    rules: TokenRules,
+    prefixes: Cache,
+    branches: Branches,
+    steps: Int[Array, ""],
+    sampling: tuple[Any, Any] | None,
+) -> Branches:
+    """Generates for all branches, for `steps` tokens at most.
 
-    sampling: (temperature, top_p), or None for the most likely token. What ended in an earlier call does not count.
+    Stops earlier when all branches of a slot have ended (slots that had ended before the call do
+    not count), and when a branch has filled its buffer. sampling: (temperature, top_p), or None for
+    the most likely token.
     """
-    ended = lambda done: done.reshape(-1, slots.width * slots.branches).all(1)  # noqa: E731
-    before = ended(slots.done)
-    room = slots.own.valid.shape[1] - slots.fed_space
 
-    def going(state):
+    def ended_slots(done):
+        return done.reshape(-1, branches.beam_width * branches.num_passages).all(1)
+
+    before = ended_slots(branches.done)
+    capacity = branches.cache.valid.shape[1] - branches.fed_capacity
+
+    def goes_on(state):
         step, s = state
-        return (step < steps) & ~s.done.all() & ~(ended(s.done) & ~before).any() & (s.done | (s.age < room)).all()
+        newly_ended = (ended_slots(s.done) & ~before).any()
+        has_room = (s.done | (s.steps_since_fed < capacity)).all()
+        return (step < steps) & ~s.done.all() & ~newly_ended & has_room
 
     def body(state):
         step, s = state
-        seg, live = s.segment, ~s.done
-        logits = model.logits(params, s.hidden)
-        if rules.pad != rules.eos:  # many published tokenizers pad with the end of text
-            logits = logits.at[:, rules.pad].set(-1e30)
-        token, log_prob = next_token(logits, s.key, s.age, sampling)
-        ends_before, last_token, is_control = roles(token, rules)
-        at_limit = s.age + 1 >= s.limit
-        seg, sup_seen, use_seen = read_groups(s, logits, token, ends_before | last_token, at_limit, rules)
-        writes = live & ~ends_before
-        is_text = writes & ~is_control
-        column = (jnp.arange(slots.new) == seg.length[:, None]) & writes[:, None]
-        hidden, own = model.hidden(params, token[:, None], seg.next_position[:, None], writes[:, None], s.own, slots.prefix)
-        seg = replace(
-            seg,
-            tokens=jnp.where(column, token[:, None], seg.tokens),
-            length=seg.length + writes,
-            log_prob=seg.log_prob + jnp.where(is_text, log_prob, 0.0),
-            text_tokens=seg.text_tokens + is_text,
-            finished=seg.finished | (live & last_token),
-            complete=seg.complete | (live & (last_token | ends_before)),
-            next_position=seg.next_position + writes,
-        )
-        done = s.done | ends_before | last_token | at_limit
-        own = replace(own, cursor=jnp.where(own.cursor == own.valid.shape[1], slots.fed_space, own.cursor))
-        return step + 1, replace(
-            s, own=own, hidden=hidden[:, 0], segment=seg, age=s.age + 1, done=done, sup_seen=sup_seen, use_seen=use_seen
-        )
+        return step + 1, _decode_one(model, params, rules, prefixes, s, sampling)
 
-    after = jax.lax.while_loop(going, body, (jnp.int32(0), replace(slots, prefix=None)))[1]
-    return replace(after, prefix=slots.prefix, own=_pin(after.own))
+    _, branches = jax.lax.while_loop(goes_on, body, (jnp.int32(0), branches))
+    return replace(branches, cache=split_heads(branches.cache))
 
 
-@partial(jax.jit, donate_argnames=("prefix",))
-def keep(prefix: Cache, own: Cache, where, parent, branch) -> Cache:
-    """Makes branches the prefixes of n slots: lane i continues lane parent[i] with what branch[i] was fed and has generated.
+def _decode_one(model, params, rules, prefixes, s: Branches, sampling) -> Branches:
+    """One token for every branch that has not ended."""
+    # 1. Choose the next token.
+    seg, live = s.segments, ~s.done
+    logits = model.logits(params, s.hidden)
+    if rules.pad != rules.eos:  # many published tokenizers pad with the end of text
+        logits = logits.at[:, rules.pad].set(-1e30)
+    token, log_prob = next_token(logits, s.key, s.steps_since_fed, sampling)
 
-    where: [n]; parent: [n * W] lanes, branch: [n * W] branches of the same slot, counted through its lanes.
+    # 2. What does it end, and what does the model think here?
+    ends_before, ends_answer, is_control = rules.roles(token)
+    at_limit = s.steps_since_fed + 1 >= s.limit
+    ends = ends_before | ends_answer
+    step = Step(logits, token, s.steps_since_fed, live, ends, at_limit)
+    seg, issup_seen = rules.read_critiques(seg, step, s.issup_seen)
+
+    # 3. Append it, and read it into the branch's cache. A token that the segment ends before is
+    #    neither.
+    writes = live & ~ends_before
+    is_text = writes & ~is_control
+    column = (jnp.arange(s.max_new_tokens) == seg.length[:, None]) & writes[:, None]
+    hidden, cache = model.hidden(
+        params, token[:, None], seg.next_position[:, None], writes[:, None], s.cache, prefixes
+    )
+    seg = replace(
+        seg,
+        tokens=jnp.where(column, token[:, None], seg.tokens),
+        length=seg.length + writes,
+        log_prob=seg.log_prob + jnp.where(is_text, log_prob, 0.0),
+        num_text_tokens=seg.num_text_tokens + is_text,
+        finished=seg.finished | (live & ends_answer),
+        complete=seg.complete | (live & ends),
+        next_position=seg.next_position + writes,
+    )
+    at_end = cache.cursor == cache.valid.shape[1]
+    cache = replace(cache, cursor=jnp.where(at_end, s.fed_capacity, cache.cursor))
+    return replace(
+        s,
+        cache=cache,
+        hidden=hidden[:, 0],
+        segments=seg,
+        steps_since_fed=s.steps_since_fed + 1,
+        done=s.done | ends | at_limit,
+        issup_seen=issup_seen,
+    )
+
+
+@partial(jax.jit, donate_argnames=("prefixes",))
+def keep(
+    prefixes: Cache,
+    branch_cache: Cache,
+    slots: Int[Array, " n"],
+    parents: Int[Array, " n*W"],
+    branch: Int[Array, " n*W"],
+) -> Cache:
+    """Makes branches the prefixes of n slots: what they were fed and generated is appended.
+
+    Beam i continues beam parents[i] of its slot with branch[i], counted through the slot.
     """
-    n = where.shape[0]
-    W = parent.shape[0] // n
-    per_slot = own.valid.shape[0] // (prefix.valid.shape[0] // W)
-    slot = jnp.repeat(where, W)
-    new = _append(_rows(prefix, slot * W + parent), _rows(own, slot * per_slot + branch))
-    return _put(prefix, where, new, W)
+    W = parents.shape[0] // slots.shape[0]
+    branches_per_slot = branch_cache.valid.shape[0] // (prefixes.valid.shape[0] // W)
+    slot = jnp.repeat(slots, W)
+    kept = _rows(branch_cache, slot * branches_per_slot + branch)
+    return _put_rows(prefixes, slots, _append(_rows(prefixes, slot * W + parents), kept), W)

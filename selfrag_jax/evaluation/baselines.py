@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax.answering.selfrag import question_text
-from selfrag_jax.checkpoints.saving import LoadedModel
-from selfrag_jax.engine.engine import Engine, Generate, Read, drive, on_device
+from selfrag_jax.checkpoints.loading import LoadedModel
+from selfrag_jax.engine.engine import Engine, drive, on_device
+from selfrag_jax.engine.requests import Generate, Read
 from selfrag_jax.engine.segments import Segment, TokenRules
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.text import prompts
+from selfrag_jax.text.prompts import question_text
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,19 @@ def answer_plain(
     """
     tokenizer = loaded.tokenizer
     rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
-    ids = [_prompt(loaded, q, p, config.max_length) for q, p in zip(questions, passages, strict=True)]
+    ids = [
+        _prompt(loaded, q, p, config.max_length) for q, p in zip(questions, passages, strict=True)
+    ]
     engine = Engine(
         loaded.model, on_device(loaded.model, loaded.params), rules, config.batch, 1, 1, config.max_new_tokens,
         config.length_bucket, max(map(len, ids), default=1), grows=False,
     )  # fmt: skip
     rows: dict[int, dict[str, Any]] = {}
-    for i, out in drive(engine, ((i, _continue(row, config.max_new_tokens)) for i, row in enumerate(ids)), lambda _: []):
+    for i, out in drive(
+        engine,
+        ((i, _continue(row, config.max_new_tokens)) for i, row in enumerate(ids)),
+        lambda _: [],
+    ):
         if isinstance(out, Exception):
             raise out
         text = tokenizer.decode([t for t in out.said() if t != tokenizer.eos_id]).strip()
@@ -64,7 +71,9 @@ def _continue(prompt: list[int], new: int) -> Generator[Any, Any, Segment]:
     return out.at((0, 0))
 
 
-def _prompt(loaded: LoadedModel, q: Question, passages: Sequence[Passage], max_length: int) -> list[int]:
+def _prompt(
+    loaded: LoadedModel, q: Question, passages: Sequence[Passage], max_length: int
+) -> list[int]:
     """The prompt and its passages; the last passages are left out where they don't fit."""
     t = loaded.tokenizer
     ids = [t.bos_id, *t.encode(prompts.instruction(question_text(q)))]

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax.answering.selfrag import question_text
-from selfrag_jax.records import BadInput, Passage, Question
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Passage, Question
+from selfrag_jax.text.prompts import question_text
 
 # judge(instruction, passage, segment) -> does the passage fully support the segment?
 SupportJudge = Callable[[str, Passage, str], bool]
+# facts_of(text) -> (subject, relation, value) of each fact that the text states
+FactReader = Callable[[str], list[tuple[str, str, str]]]
 
 
 def normalise(text: str) -> str:
@@ -42,7 +45,9 @@ def accuracy(q: Question, answer: str) -> float:
         return float(normalise(answer) in map(normalise, _require(q)))
     if "qa_pairs" in q.extra:
         text = re.sub(r" ?\[\d+\]", "", answer)
-        return float(np.mean([contains(text, pair["short_answers"]) for pair in q.extra["qa_pairs"]]))
+        return float(
+            np.mean([contains(text, pair["short_answers"]) for pair in q.extra["qa_pairs"]])
+        )
     if "facts" in q.extra:
         return float(np.mean([contains(answer, [value]) for _, value in q.extra["facts"]]))
     return contains(answer, _require(q))
@@ -50,11 +55,15 @@ def accuracy(q: Question, answer: str) -> float:
 
 def _require(q: Question) -> tuple[str, ...]:
     if not q.answers:
-        raise BadInput(f"question {q.id}: has no gold answer (answers, answer, output or answerKey)")
+        raise UserError(
+            f"question {q.id}: has no gold answer (answers, answer, output or answerKey)"
+        )
     return q.answers
 
 
-def citation_scores(q: Question, row: dict[str, Any], judge: SupportJudge) -> tuple[float | None, float | None]:
+def citation_scores(
+    q: Question, row: dict[str, Any], judge: SupportJudge
+) -> tuple[float | None, float | None]:
     """Citation precision and recall of one answer (after ALCE, Gao et al., 2023); None where undefined.
 
     precision: of its citations, the share whose passage fully supports the cited segment (None without citations).
@@ -87,7 +96,9 @@ def paired_interval(
     return float(sums.sum() / sizes.sum()), float(low), float(high)
 
 
-def interval(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float, float]:
+def interval(
+    values: Sequence[float], seed: int, resamples: int = 1000
+) -> tuple[float, float, float]:
     """Mean and its 95% bootstrap interval over questions."""
     a = np.asarray(values, np.float64)
     rng = np.random.default_rng(seed)

@@ -11,20 +11,19 @@ fit into memory to be converted.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_json, write_json
 from selfrag_jax.huggingface.config_json import config_from_json, config_to_json
+from selfrag_jax.huggingface.hub import _torch_recipe
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.models.params import Params, build, leaves
-from selfrag_jax.records import BadInput, read_json, write_json
+from selfrag_jax.models.params import Params, flatten, unflatten
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30  # of an exported shard
@@ -54,54 +53,8 @@ _TRANSPOSED = "kernel"  # leaves that Hugging Face stores as [outputs, inputs]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours -> safetensors'
 
 
-# ---- folders and hub names -------------------------------------------------------------------------------------------
-def local(name: str | Path) -> Path:
-    """A local folder as it is; a hub name (`owner/model`) as the folder of its files, downloaded if need be.
-
-    Raises BadInput when there is neither, or no network and no copy of an earlier download.
-    """
-    path = Path(name)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or ".." in str(name):
-        if not path.is_dir():
-            raise BadInput(f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected the folder of a model")
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    files = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # not consolidated.safetensors, the same once more
-    try:
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers()
-        folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
-        if not any(folder.glob("model*.safetensors")):
-            raise BadInput(f"{name}: the hub has no safetensors of it{_torch_recipe(str(name))}")
-        return folder
-    except HFValidationError as e:
-        raise BadInput(f"{name}: no such folder, and no name of a model on the Hugging Face hub ({e})") from None
-    except RepositoryNotFoundError:
-        raise BadInput(f"{name}: no such folder, and the Hugging Face hub has no such model (or wants a login)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise BadInput(
-            f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be fetched "
-            f"({'no network' if isinstance(e, LocalEntryNotFoundError) else e}); download it where there is one and give its folder"
-        ) from None
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached at all: without this question, every file would wait for its own timeout."""
-    from huggingface_hub.constants import ENDPOINT
-
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # not asked directly
-    host = urlsplit(ENDPOINT)
-    try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
-        return True
-    except OSError:
-        return False
-
-
 # ---- reading tensors -------------------------------------------------------------------------------------------------
-class Folder:
+class WeightFiles:
     """The weights of a folder by tensor name, read one at a time.
 
     Raises BadInput naming the file at fault: none there, a shard that is missing or truncated.
@@ -114,36 +67,48 @@ class Folder:
         if index.is_file():
             row = read_json(index)
             wanted = row.get("weight_map") if isinstance(row, dict) else None
-            if not wanted or not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
-                raise BadInput(f"{index}: has no weight_map from tensors to files")
+            if (
+                not wanted
+                or not isinstance(wanted, dict)
+                or not all(isinstance(v, str) for v in wanted.values())
+            ):
+                raise UserError(f"{index}: has no weight_map from tensors to files")
         elif not single.is_file():
-            raise BadInput(
+            raise UserError(
                 f"{self.folder}: no weights here; expected {WEIGHTS}, or {INDEX} with its shards{_of_torch(self.folder)}"
             )
         if wanted and single.is_file():
-            raise BadInput(f"{self.folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is not the model")
+            raise UserError(
+                f"{self.folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is not the model"
+            )
         names = sorted(set(wanted.values())) or [WEIGHTS]
         if missing := [n for n in names if not (self.folder / n).is_file()]:
-            raise BadInput(f"{self.folder}: shard {missing[0]} is missing; {INDEX} names {len(names)} shards")
+            raise UserError(
+                f"{self.folder}: shard {missing[0]} is missing; {INDEX} names {len(names)} shards"
+            )
         self._open = {n: _open(self.folder / n) for n in names}
         self.file_of = {tensor: n for n in names for tensor in self._open[n].keys()}  # noqa: SIM118  no mapping
         for tensor, name in wanted.items():
             if self.file_of.get(tensor) != name:
-                raise BadInput(f"{self.folder / name}: tensor {tensor!r} is missing, though {INDEX} says it is here")
+                raise UserError(
+                    f"{self.folder / name}: tensor {tensor!r} is missing, though {INDEX} says it is here"
+                )
 
     def dtype(self, names: Sequence[str]) -> str:
         """The type of some tensors, by numpy's name. Raises BadInput when one is missing, or they are of several types."""
         types = {}
         for name in names:
             if name not in self.file_of:
-                raise BadInput(f"{self.folder}: tensor {name!r} is missing")
+                raise UserError(f"{self.folder}: tensor {name!r} is missing")
             types[self._open[self.file_of[name]].get_slice(name).get_dtype()] = name
         if len(types) > 1:
             listed = ", ".join(f"{name!r} is {kind}" for kind, name in types.items())
-            raise BadInput(f"{self.folder}: layers of several types ({listed}); choose one with --dtype")
+            raise UserError(
+                f"{self.folder}: layers of several types ({listed}); choose one with --dtype"
+            )
         [stored] = types
         if stored not in DTYPES.values():
-            raise BadInput(
+            raise UserError(
                 f"{self.folder}: tensor {names[0]!r} is of type {stored}; {', '.join(DTYPES.values())} are supported"
             )
         return next(ours for ours, theirs in DTYPES.items() if theirs == stored)
@@ -151,18 +116,20 @@ class Folder:
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor in its own type. Raises BadInput when it is missing, of another shape or type, or not finite."""
         if name not in self.file_of:
-            raise BadInput(f"{self.folder}: tensor {name!r} is missing")
+            raise UserError(f"{self.folder}: tensor {name!r} is missing")
         path, file = self.folder / self.file_of[name], self._open[self.file_of[name]]
         there = file.get_slice(name)
         if tuple(there.get_shape()) != shape:
-            raise BadInput(f"{path}: tensor {name!r} has shape {tuple(there.get_shape())}; by {CONFIG} it should be {shape}")
+            raise UserError(
+                f"{path}: tensor {name!r} has shape {tuple(there.get_shape())}; by {CONFIG} it should be {shape}"
+            )
         if there.get_dtype() not in DTYPES.values():
-            raise BadInput(
+            raise UserError(
                 f"{path}: tensor {name!r} is of type {there.get_dtype()}; {', '.join(DTYPES.values())} are supported"
             )
         value = file.get_tensor(name)
         if not np.isfinite(value).all():
-            raise BadInput(f"{path}: tensor {name!r} holds NaN or infinite values")
+            raise UserError(f"{path}: tensor {name!r} holds NaN or infinite values")
         return value
 
 
@@ -174,22 +141,13 @@ def _of_torch(folder: Path) -> str:
     return f" (there is {found[0]}){_torch_recipe(folder)}"
 
 
-def _torch_recipe(source: str | Path) -> str:
-    out = f"{Path(source).name}-safetensors"
-    return (
-        ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make safetensors of it, where torch "
-        'and transformers are: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", and copy its tokenizer files there"
-    )
-
-
 def _open(file: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, framework="np")
     except SafetensorError as e:
-        raise BadInput(f"{file}: not readable as safetensors ({e}); is it truncated?") from None
+        raise UserError(f"{file}: not readable as safetensors ({e}); is it truncated?") from None
 
 
 def tensor_names(path: tuple[str, ...], c: LlamaConfig) -> list[str]:
@@ -199,7 +157,9 @@ def tensor_names(path: tuple[str, ...], c: LlamaConfig) -> list[str]:
     return [TOP_TABLE[path]]
 
 
-def read_leaf(folder: Folder, path: tuple[str, ...], c: LlamaConfig, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def read_leaf(
+    folder: WeightFiles, path: tuple[str, ...], c: LlamaConfig, shape: tuple[int, ...]
+) -> Iterator[np.ndarray]:
     """The parts of one array of ours in order: itself, or its layers one by one. shape: of the whole array."""
     part = shape[1:] if path[0] == "layers" else shape
     for name in tensor_names(path, c):
@@ -209,7 +169,9 @@ def read_leaf(folder: Folder, path: tuple[str, ...], c: LlamaConfig, shape: tupl
             yield folder.tensor(name, part)
 
 
-def read_params(folder: Folder, c: LlamaConfig, shapes: Params, dtype: str = "float32") -> Params:
+def read_params(
+    folder: WeightFiles, c: LlamaConfig, shapes: Params, dtype: str = "float32"
+) -> Params:
     """All parameters in host memory. shapes: as Model.shapes gives them."""
 
     def read(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -218,33 +180,43 @@ def read_params(folder: Folder, c: LlamaConfig, shapes: Params, dtype: str = "fl
             out[i if path[0] == "layers" else ...] = part
         return out
 
-    check_names(folder, [path for path, _ in leaves(shapes)], c)
-    return build(((path, read(path, leaf.shape)) for path, leaf in leaves(shapes)))
+    check_names(folder, [path for path, _ in flatten(shapes)], c)
+    return unflatten(((path, read(path, leaf.shape)) for path, leaf in flatten(shapes)))
 
 
-def check_names(folder: Folder, paths: list[tuple[str, ...]], c: LlamaConfig) -> None:
+def check_names(folder: WeightFiles, paths: list[tuple[str, ...]], c: LlamaConfig) -> None:
     """Raises BadInput naming a tensor that the config has no place for: nothing is dropped in silence."""
     known = {n for path in paths for n in tensor_names(path, c)}
     table, head = TOP_TABLE["embed", "embedding"], TOP_TABLE["head", "kernel"]
-    if c.tie_embeddings and head in folder.file_of and table in folder.file_of:  # some folders store the tied table twice
+    if (
+        c.tie_embeddings and head in folder.file_of and table in folder.file_of
+    ):  # some folders store the tied table twice
         known.add(head)
         shape = (c.vocab_size, c.embed_dim)
         if not np.array_equal(folder.tensor(head, shape), folder.tensor(table, shape)):
-            raise BadInput(f"{folder.folder}: {CONFIG} says tie_word_embeddings, but {head!r} is not {table!r}")
+            raise UserError(
+                f"{folder.folder}: {CONFIG} says tie_word_embeddings, but {head!r} is not {table!r}"
+            )
     for name in sorted(set(folder.file_of) - known):
         if not name.endswith("rotary_emb.inv_freq"):  # a constant, stored by early versions
-            raise BadInput(f"{folder.folder / folder.file_of[name]}: tensor {name!r} has no place in the model of {CONFIG}")
+            raise UserError(
+                f"{folder.folder / folder.file_of[name]}: tensor {name!r} has no place in the model of {CONFIG}"
+            )
 
 
 # ---- writing tensors -------------------------------------------------------------------------------------------------
-def tensors_of(path: tuple[str, ...], c: LlamaConfig, parts: Iterable[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors_of(
+    path: tuple[str, ...], c: LlamaConfig, parts: Iterable[np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Named tensors of one array of ours, given itself or its layers one by one."""
     for name, part in zip(tensor_names(path, c), parts, strict=True):
         part = np.asarray(part)
         yield name, np.ascontiguousarray(part.T if path[-1] == _TRANSPOSED else part)
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int | None = None) -> None:
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int | None = None
+) -> None:
     """Writes tensors as they come: one file, or shards of about `shard_bytes` (SHARD_BYTES) with an index.
 
     All files get temporary names and are renamed at the end, the index last.
@@ -275,7 +247,9 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
             total += value.nbytes
         flush()
         names = (
-            [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            [WEIGHTS]
+            if len(shards) == 1
+            else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         )
         for temporary, name in zip(shards, names, strict=True):
             os.replace(temporary, folder / name)
@@ -289,24 +263,35 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def save(folder: str | Path, c: LlamaConfig, params: Params, tokenizer, dtype: str = "float32") -> None:
+def save_folder(
+    folder: str | Path, c: LlamaConfig, params: Params, tokenizer, dtype: str = "float32"
+) -> None:
     """Writes weights, tokenizer and config.json: a folder that `transformers` loads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = ((path, np.asarray(leaf).astype(dtype, copy=False)) for path, leaf in leaves(params))
-    write_tensors(folder, (pair for path, a in arrays for pair in tensors_of(path, c, a if path[0] == "layers" else [a])))
-    finish(folder, c, tokenizer, dtype)
+    arrays = ((path, np.asarray(leaf).astype(dtype, copy=False)) for path, leaf in flatten(params))
+    write_tensors(
+        folder,
+        (
+            pair
+            for path, a in arrays
+            for pair in tensors_of(path, c, a if path[0] == "layers" else [a])
+        ),
+    )
+    write_config_and_tokenizer(folder, c, tokenizer, dtype)
 
 
-def finish(folder: Path, c: LlamaConfig, tokenizer, dtype: str) -> None:
+def write_config_and_tokenizer(folder: Path, c: LlamaConfig, tokenizer, dtype: str) -> None:
     """What makes weights a model: the tokenizer and, last, config.json."""
     tokenizer.save(folder)
     write_json(folder / CONFIG, config_to_json(c, tokenizer.config_ids(), dtype))
     for file in folder.glob("model*.safetensors"):
-        shutil.copymode(folder / CONFIG, file)  # safetensors makes files that only their owner can read
+        shutil.copymode(
+            folder / CONFIG, file
+        )  # safetensors makes files that only their owner can read
 
 
-def load(folder: str | Path) -> tuple[LlamaConfig, Params]:
+def load_folder(folder: str | Path) -> tuple[LlamaConfig, Params]:
     """Config and parameters (f32) of a folder. Raises BadInput naming the file, field or tensor at fault."""
     c = config_from_json(Path(folder) / CONFIG)
-    return c, read_params(Folder(folder), c, Model(c).shapes())
+    return c, read_params(WeightFiles(folder), c, Model(c).shapes())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from selfrag_jax.errors import UserError
 from selfrag_jax.models.attention import RopeScaling
 from selfrag_jax.models.llama import LlamaConfig
-from selfrag_jax.records import BadInput
 
 _LLAMA2 = dict(vocab_size=32_000, head_dim=128, max_length=4096, rope_theta=10_000.0, norm_eps=1e-5)
 ARCHITECTURES: dict[str, dict] = {
@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict] = {
 def architecture(name: str, extra_tokens: int, dtype: str) -> LlamaConfig:
     """A model by name, its vocabulary grown by `extra_tokens`. Raises BadInput for an unknown name."""
     if name not in ARCHITECTURES:
-        raise BadInput(f"architecture={name!r}: must be one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"architecture={name!r}: must be one of {', '.join(ARCHITECTURES)}")
     fields = dict(ARCHITECTURES[name])
     fields["vocab_size"] += extra_tokens
     return LlamaConfig(**fields, tie_embeddings=False, dtype=dtype, remat="none", scan_unroll=1)

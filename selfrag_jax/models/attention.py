@@ -39,7 +39,9 @@ class RopeScaling:
 
     kind: str  # "linear" or "llama3"
     factor: float
-    low_frequency: float  # rotations per original_length up to which a frequency counts as slow (llama3 only)
+    low_frequency: (
+        float  # rotations per original_length up to which a frequency counts as slow (llama3 only)
+    )
     high_frequency: float  # and above which as fast
     original_length: int  # tokens of the context before it was stretched
 
@@ -48,7 +50,9 @@ class RopeScaling:
             raise ValueError(f"rope scaling {self.kind!r} is not supported; linear and llama3 are")
         if not self.factor > 0:
             raise ValueError(f"rope scaling: factor={self.factor} must be above 0")
-        if self.kind == "llama3" and not (0 < self.low_frequency < self.high_frequency and self.original_length > 0):
+        if self.kind == "llama3" and not (
+            0 < self.low_frequency < self.high_frequency and self.original_length > 0
+        ):
             raise ValueError(
                 f"rope scaling: low_freq_factor={self.low_frequency} must be below high_freq_factor={self.high_frequency}, "
                 f"and both and original_max_position_embeddings={self.original_length} above 0"
@@ -68,7 +72,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return (fast * frequency + (1 - fast) * frequency / scaling.factor).astype(np.float32)
 
 
-def rotation(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def rope_sin_cos(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Sines and cosines [B, T, 1, H / 2] of positions [B, T]: the same in all layers."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.sin(angle), jnp.cos(angle)
@@ -120,7 +124,11 @@ def attend_cached(q, k, v, mask, prefix_k=None, prefix_v=None, prefix_mask=None)
         R, P = prefix_k.shape[0], B // prefix_k.shape[0]
         # The queries of all branches of a prefix as the rows of one product.
         together = q.reshape(R, P, K, -1, H).swapaxes(1, 2).reshape(R, K, -1, H)
-        shared = dot("RKTH,RKHS->RKTS", together, prefix_k).reshape(R, K, P, N // K, T, -1).swapaxes(1, 2)
+        shared = (
+            dot("RKTH,RKHS->RKTS", together, prefix_k)
+            .reshape(R, K, P, N // K, T, -1)
+            .swapaxes(1, 2)
+        )
         shared = jnp.where(prefix_mask[:, :, None, None], shared, MASKED)
         most = jnp.maximum(most, shared.max(-1, keepdims=True).reshape(most.shape))
     weights = jnp.exp(scores - most)
@@ -140,7 +148,9 @@ def _attend_own(q, k, v, mask):
     their gradients, up to four times as fast."""
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
     B, K, G, T, H = q.shape
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "BKTH,BKSH->BKTS", q.reshape(B, K, G * T, H), k, preferred_element_type=jnp.float32
+    )
     scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, T, -1), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKTS,BKSH->BKTH", weights.reshape(B, K, G * T, -1), v)
@@ -168,7 +178,9 @@ def _blocks_forward(q, k, v, doc_ids, window):
         weights = jnp.exp(scores - most)
         total = weights.sum(-1, keepdims=True)
         rows = _rows(weights).astype(v.dtype)
-        out = jnp.einsum("BKTS,BKSH->BKTH", rows, vs[:, :, keys], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "BKTS,BKSH->BKTH", rows, vs[:, :, keys], preferred_element_type=jnp.float32
+        )
         outs.append((out.reshape(*weights.shape[:-1], -1) / total).astype(v.dtype))
         sums.append(most + jnp.log(total))
     out, lse = (checkpoint_name(jnp.concatenate(x, 3), OUTPUT) for x in (outs, sums))
@@ -184,13 +196,19 @@ def _blocks_backward(window, saved, d_out):
     for at, mask, keys in _blocks(doc_ids, window):
         weights = jnp.exp(_block_scores(qs, ks, at, mask, keys) - lse[:, :, :, at])
         d_rows, q_rows = _rows(d[:, :, :, at]), _rows(qs[:, :, :, at])
-        d_weights = jnp.einsum("BKTH,BKSH->BKTS", d_rows, vs[:, :, keys], preferred_element_type=jnp.float32)
+        d_weights = jnp.einsum(
+            "BKTH,BKSH->BKTS", d_rows, vs[:, :, keys], preferred_element_type=jnp.float32
+        )
         d_scores = weights * (d_weights.reshape(weights.shape) - share[:, :, :, at])
         rows, weights = _rows(d_scores).astype(q.dtype), _rows(weights).astype(v.dtype)
         one = jnp.einsum("BKTS,BKSH->BKTH", rows, ks[:, :, keys]).reshape(*d_scores.shape[:-1], -1)
         d_q.append(one * (q.shape[-1] ** -0.5))
-        d_k = d_k.at[:, :, keys].add(jnp.einsum("BKTS,BKTH->BKSH", rows, q_rows, preferred_element_type=jnp.float32))
-        d_v = d_v.at[:, :, keys].add(jnp.einsum("BKTS,BKTH->BKSH", weights, d_rows, preferred_element_type=jnp.float32))
+        d_k = d_k.at[:, :, keys].add(
+            jnp.einsum("BKTS,BKTH->BKSH", rows, q_rows, preferred_element_type=jnp.float32)
+        )
+        d_v = d_v.at[:, :, keys].add(
+            jnp.einsum("BKTS,BKTH->BKSH", weights, d_rows, preferred_element_type=jnp.float32)
+        )
     back = lambda x, like: x.swapaxes(1, 2).astype(like.dtype)  # noqa: E731
     return _heads_last(jnp.concatenate(d_q, 3)), back(d_k, k), back(d_v, v), None
 
@@ -212,7 +230,9 @@ def _blocks(doc_ids, window):
 def _block_scores(q, k, at, mask, keys):
     """[B, K, G, t, S] f32. q: [B, K, G, T, H], scaled; k: [B, K, T, H]; mask: [B, t, S]."""
     q = q[:, :, :, at]
-    scores = jnp.einsum("BKTH,BKSH->BKTS", _rows(q), k[:, :, keys], preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "BKTH,BKSH->BKTS", _rows(q), k[:, :, keys], preferred_element_type=jnp.float32
+    )
     return jnp.where(mask[:, None, None], scores.reshape(*q.shape[:-1], -1), MASKED)
 
 
@@ -234,7 +254,7 @@ def _rows(x):
 
 
 # ---- kernels for whole sequences -------------------------------------------------------------------------------------
-def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
+def choose_kernel(kernel: str, length: int, head_dim: int, dtype: str) -> str:
     """What `kernel` stands for here: itself, or for "auto" the platform's own where its shapes allow it.
 
     Raises ValueError for a kernel that is asked for by name and cannot do these shapes.
@@ -247,11 +267,15 @@ def choose(kernel: str, length: int, head_dim: int, dtype: str) -> str:
             f"attention='splash' needs a length and a head_dim in multiples of {_TILE}; they are {length} and {head_dim}"
         )
     if kernel == "cudnn" and dtype == "float32":
-        raise ValueError("attention='cudnn' needs bfloat16 or float16 activations; they are float32")
+        raise ValueError(
+            "attention='cudnn' needs bfloat16 or float16 activations; they are float32"
+        )
     here = platform()
     needed = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, here)
     if here != needed:
-        raise ValueError(f"attention={kernel!r} runs on a {needed.upper()} only; this is a {here.upper()}: take auto or xla")
+        raise ValueError(
+            f"attention={kernel!r} runs on a {needed.upper()} only; this is a {here.upper()}: take auto or xla"
+        )
     if kernel != "auto":
         return kernel
     if here == "tpu" and tiled:
@@ -288,7 +312,13 @@ def _dot_product(q, k, v, doc_ids, window, implementation: str):
     mask = None if doc_ids is None else document_mask(doc_ids, window)[:, None]
     local = None if window is None or mask is not None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=mask is None, local_window_size=local, implementation=implementation
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=mask is None,
+        local_window_size=local,
+        implementation=implementation,
     )
 
 
@@ -298,7 +328,9 @@ def _splash(q, k, v, doc_ids, window, interpret: bool):
     run = partial(_splash_local, window=window, interpret=interpret)
     if mesh.empty:
         return run(q, k, v, doc_ids)
-    if k.shape[2] % mesh.shape["tensor"]:  # too few kv heads to be split: each query head gets its own
+    if (
+        k.shape[2] % mesh.shape["tensor"]
+    ):  # too few kv heads to be split: each query head gets its own
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     heads, rows = PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(("data", "fsdp"))
     ids = () if doc_ids is None else (doc_ids,)
@@ -313,17 +345,27 @@ def _splash_local(q, k, v, doc_ids, window, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N = q.shape[1], q.shape[2]
-    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    mask = (
+        masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    )
     block = next(b for b in (512, 256, 128) if T % b == 0)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        interpret=interpret,
     )
     heads_first = lambda x: x.swapaxes(1, 2)  # noqa: E731
     q, k, v = heads_first(q) * (q.shape[-1] ** -0.5), heads_first(k), heads_first(v)
     if doc_ids is None:
         return heads_first(jax.vmap(kernel)(q, k, v))
-    return heads_first(jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(q, k, v, doc_ids))
+    return heads_first(
+        jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(
+            q, k, v, doc_ids
+        )
+    )

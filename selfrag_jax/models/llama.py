@@ -29,18 +29,16 @@ from selfrag_jax.models.attention import (
     attend,
     attend_cached,
     attend_sequences,
-    choose,
+    choose_kernel,
     document_mask,
     platform,
     rope,
     rope_frequencies,
-    rotation,
+    rope_sin_cos,
 )
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import Params
 from selfrag_jax.models.sharding import constrain
-
-DTYPES = ("float32", "bfloat16", "float16")  # of activations
 
 # What the forward pass keeps of a layer for the backward pass; the rest is computed again.
 REMAT = {
@@ -74,7 +72,9 @@ class LlamaConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None  # tokens a query sees, itself among them
     attention: str = "auto"  # kernel for whole sequences, see attention.py
-    vocab_padding: int = 0  # rows behind the vocabulary that no token has, so that a mesh divides the table
+    vocab_padding: int = (
+        0  # rows behind the vocabulary that no token has, so that a mesh divides the table
+    )
     lora: LoraConfig | None = None
     quantized: bool = False  # kernels of the layers in int8, see quantize.py; for inference
 
@@ -88,7 +88,9 @@ class LlamaConfig:
         if self.attention not in KERNELS:
             raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
 
@@ -98,8 +100,12 @@ class LlamaConfig:
 class Cache:
     """Keys and values of past tokens. Where they stand says nothing of their order; their positions do."""
 
-    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, H, S]: by channels, as products with many of them read keys
-    v: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, H]; or both by layers, L times [B, K, H, S] and [B, K, S, H]
+    k: (
+        jax.Array | tuple[jax.Array, ...]
+    )  # [L, B, K, H, S]: by channels, as products with many of them read keys
+    v: (
+        jax.Array | tuple[jax.Array, ...]
+    )  # [L, B, K, S, H]; or both by layers, L times [B, K, H, S] and [B, K, S, H]
     valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
     positions: jax.Array  # [B, S] int32: of the tokens in the slots
     cursor: jax.Array  # [] int32: the next slot to write, shared by all rows
@@ -107,22 +113,35 @@ class Cache:
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int) -> Cache:
         rows, dtype = (config.num_layers, batch, config.num_kv_heads), jnp.dtype(config.dtype)
-        k, v = jnp.zeros((*rows, config.head_dim, length), dtype), jnp.zeros((*rows, length, config.head_dim), dtype)
+        k, v = (
+            jnp.zeros((*rows, config.head_dim, length), dtype),
+            jnp.zeros((*rows, length, config.head_dim), dtype),
+        )
         valid, positions = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
         return cls(k, v, valid, positions, jnp.int32(0))
 
     def over_tokens(self, change: Callable[..., jax.Array], *others: Cache) -> Cache:
         """With `change(array, axis of the tokens, the others' arrays)` in place of each array; the cursor stays."""
         one = lambda behind: lambda x, *more: change(x, x.ndim - behind, *more)  # noqa: E731
-        fields = (("k", 1), ("v", 2), ("valid", 1), ("positions", 1))  # the tokens' axis, from behind
-        new = {n: jax.tree.map(one(behind), getattr(self, n), *(getattr(o, n) for o in others)) for n, behind in fields}
+        fields = (
+            ("k", 1),
+            ("v", 2),
+            ("valid", 1),
+            ("positions", 1),
+        )  # the tokens' axis, from behind
+        new = {
+            n: jax.tree.map(one(behind), getattr(self, n), *(getattr(o, n) for o in others))
+            for n, behind in fields
+        }
         return replace(self, **new)
 
     def longer(self, more: int) -> Cache:
         """With `more` empty slots at the end."""
-        return self.over_tokens(lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]))
+        return self.over_tokens(
+            lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+        )
 
-    def by_layers(self) -> Cache:
+    def per_layer(self) -> Cache:
         """For many small steps on a CPU or a GPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
         return replace(self, k=tuple(self.k), v=tuple(self.v))
 
@@ -151,9 +170,19 @@ _product.defvjp(_product_forward, _product_backward)
 class Linear(nnx.Linear):
     """y = x W, with LoRA y = x W + (x A) B * scale; quantized, W is int8 times a scale for each output."""
 
-    def __init__(self, c: LlamaConfig, inputs: int, outputs: int, rngs, bias: bool = False, adapted: bool = True):
+    def __init__(
+        self,
+        c: LlamaConfig,
+        inputs: int,
+        outputs: int,
+        rngs,
+        bias: bool = False,
+        adapted: bool = True,
+    ):
         normal = nnx.initializers.lecun_normal()
-        super().__init__(inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=normal)
+        super().__init__(
+            inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=normal
+        )
         self.quantized = c.quantized and adapted
         if self.quantized:
             self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
@@ -170,7 +199,9 @@ class Linear(nnx.Linear):
         if self.quantized:
             out = (out * self.kernel_scale[...]).astype(self.dtype)
         if self.lora is not None:
-            out = out + _product(_product(x, cast(self.lora_a)), cast(self.lora_b)) * self.lora.scale
+            out = (
+                out + _product(_product(x, cast(self.lora_a)), cast(self.lora_b)) * self.lora.scale
+            )
         return out if self.bias is None else out + cast(self.bias)
 
 
@@ -209,20 +240,34 @@ class Llama(nnx.Module):
     def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
         self.c, rows = c, c.vocab_size + c.vocab_padding
         self.embed = nnx.Embed(
-            rows, c.embed_dim, rngs=rngs, dtype=jnp.dtype(c.dtype), embedding_init=nnx.initializers.normal(0.02)
+            rows,
+            c.embed_dim,
+            rngs=rngs,
+            dtype=jnp.dtype(c.dtype),
+            embedding_init=nnx.initializers.normal(0.02),
         )
-        make = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda r: Block(c, r), in_axes=0, out_axes=0))
+        make = nnx.split_rngs(splits=c.num_layers)(
+            nnx.vmap(lambda r: Block(c, r), in_axes=0, out_axes=0)
+        )
         self.layers = make(rngs)
         self.norm = _norm(c, rngs)
         if not c.tie_embeddings:
             self.head = Linear(c, c.embed_dim, rows, rngs, adapted=False)
 
-    def hidden(self, tokens, positions, attention, cache: Cache | None, prefix: Cache | None, by_layers=None):
+    def hidden(
+        self,
+        tokens,
+        positions,
+        attention,
+        cache: Cache | None,
+        prefix: Cache | None,
+        per_layer=None,
+    ):
         """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one.
         by_layers: the parameters of each layer, where they are not stacked; then nor are cache and prefix."""
         c = self.c
         graph, layers = nnx.split(self.layers)
-        turned = rotation(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        turned = rope_sin_cos(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
         def layer(x, state):
             return nnx.merge(graph, state)(x, turned, attention)
@@ -233,11 +278,20 @@ class Llama(nnx.Module):
             (x, *slots), (i, state, prefix_kv) = carry, per_layer
 
             def write(k, v):
-                new = ((k.transpose(0, 2, 3, 1), (0, 0, 0, cache.cursor)), (v.swapaxes(1, 2), (0, 0, cache.cursor, 0)))
+                new = (
+                    (k.transpose(0, 2, 3, 1), (0, 0, 0, cache.cursor)),
+                    (v.swapaxes(1, 2), (0, 0, cache.cursor, 0)),
+                )
                 if i is None:
-                    whole = [jax.lax.dynamic_update_slice(s, n, at) for s, (n, at) in zip(slots, new, strict=True)]
+                    whole = [
+                        jax.lax.dynamic_update_slice(s, n, at)
+                        for s, (n, at) in zip(slots, new, strict=True)
+                    ]
                     return *whole, whole
-                whole = [jax.lax.dynamic_update_slice(s, n[None], (i, *at)) for s, (n, at) in zip(slots, new, strict=True)]
+                whole = [
+                    jax.lax.dynamic_update_slice(s, n[None], (i, *at))
+                    for s, (n, at) in zip(slots, new, strict=True)
+                ]
                 return *(jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in whole), whole
 
             attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
@@ -245,22 +299,34 @@ class Llama(nnx.Module):
             return (x, *whole), None
 
         if c.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])  # in a scan there is nothing to merge
+            layer = jax.checkpoint(
+                layer, prevent_cse=False, policy=REMAT[c.remat]
+            )  # in a scan there is nothing to merge
         # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
         x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
         if cache is None:
-            x, _ = jax.lax.scan(layer, x, layers, unroll=c.num_layers if self._written_out() else c.scan_unroll)
+            x, _ = jax.lax.scan(
+                layer, x, layers, unroll=c.num_layers if self._written_out() else c.scan_unroll
+            )
             return self.norm(x), None
-        if by_layers is not None:
+        if per_layer is not None:
             new = []
             for j, slots in enumerate(zip(cache.k, cache.v, strict=True)):
                 state = jax.tree.map(lambda p: p, layers)
-                nnx.replace_by_pure_dict(state, by_layers[j])
-                (x, *whole), _ = cached_layer((x, *slots), (None, state, prefix and (prefix.k[j], prefix.v[j])))
+                nnx.replace_by_pure_dict(state, per_layer[j])
+                (x, *whole), _ = cached_layer(
+                    (x, *slots), (None, state, prefix and (prefix.k[j], prefix.v[j]))
+                )
                 new.append(whole)
             return self.norm(x), tuple(zip(*new, strict=True))
-        per_layer = (jnp.arange(c.num_layers), layers, None if prefix is None else (prefix.k, prefix.v))
-        (x, *new), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll)
+        per_layer = (
+            jnp.arange(c.num_layers),
+            layers,
+            None if prefix is None else (prefix.k, prefix.v),
+        )
+        (x, *new), _ = jax.lax.scan(
+            cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll
+        )
         return self.norm(x), new
 
     def _written_out(self) -> bool:
@@ -268,10 +334,17 @@ class Llama(nnx.Module):
         stacks that a loop collects what the backward pass needs in, and copies to and from them (4% of a step of 0.1B parameters).
         Small models would rather compile fast, and many layers too; and outside a loop nothing is saved by computing it again."""
         c = self.c
-        return platform() == "cpu" and c.embed_dim * c.mlp_dim >= 2**19 and c.num_layers <= 16 and c.remat == "none"
+        return (
+            platform() == "cpu"
+            and c.embed_dim * c.mlp_dim >= 2**19
+            and c.num_layers <= 16
+            and c.remat == "none"
+        )
 
     def logits(self, hidden):
-        out = (self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)).astype(jnp.float32)
+        out = (self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)).astype(
+            jnp.float32
+        )
         if not self.c.vocab_padding:
             return out
         return jnp.where(jnp.arange(out.shape[-1]) < self.c.vocab_size, out, MASKED)
@@ -305,15 +378,22 @@ class Model:
         """The parameters as jax.ShapeDtypeStructs, without allocating them."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
-    def by_layers(self, params: Params) -> Params:
+    def per_layer(self, params: Params) -> Params:
         """The same parameters with a tuple of layers in place of their stack, for `hidden` with a cache (see Cache.by_layers)."""
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(self.config.num_layers))
+        layers = tuple(
+            jax.tree.map(lambda x, i=i: x[i], params["layers"])
+            for i in range(self.config.num_layers)
+        )
         return {**params, "layers": layers}
 
     def _merge(self, params: Params) -> Llama:
-        graph, state = nnx.split(nnx.eval_shape(lambda: Llama(self.config, nnx.Rngs(params=jax.random.key(0)))))
+        graph, state = nnx.split(
+            nnx.eval_shape(lambda: Llama(self.config, nnx.Rngs(params=jax.random.key(0))))
+        )
         stacked = not isinstance(params["layers"], tuple)  # else the layers are given one by one
-        nnx.replace_by_pure_dict(state, params if stacked else {k: v for k, v in params.items() if k != "layers"})
+        nnx.replace_by_pure_dict(
+            state, params if stacked else {k: v for k, v in params.items() if k != "layers"}
+        )
         return nnx.merge(graph, state)
 
     def hidden(
@@ -337,24 +417,39 @@ class Model:
         if cache is None:
             if prefix is not None:
                 raise ValueError("a prefix is read together with a cache; there is none")
-            kernel = choose(c.attention, tokens.shape[1], c.head_dim, c.dtype)
-            if kernel == "xla" and tokens.shape[1] < 2 * BLOCK:  # the mask is the same in all layers
-                mask = document_mask(jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window)
+            kernel = choose_kernel(c.attention, tokens.shape[1], c.head_dim, c.dtype)
+            if (
+                kernel == "xla" and tokens.shape[1] < 2 * BLOCK
+            ):  # the mask is the same in all layers
+                mask = document_mask(
+                    jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window
+                )
                 attention = lambda q, k, v: attend(q, k, v, mask)  # noqa: E731
             else:
-                attention = lambda q, k, v: attend_sequences(q, k, v, doc_ids, c.sliding_window, kernel)  # noqa: E731
+                attention = lambda q, k, v: attend_sequences(
+                    q, k, v, doc_ids, c.sliding_window, kernel
+                )  # noqa: E731
             return module.hidden(tokens, positions, attention, None, None)[0], None
         T, S = tokens.shape[1], cache.valid.shape[1]
         doc_ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
-        write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, cache.cursor, axis=1)  # noqa: E731
-        valid, slots = write(cache.valid, jnp.asarray(doc_ids) > 0), write(cache.positions, jnp.asarray(positions, jnp.int32))
-        own = jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]  # padding sees itself, so that no row is empty
+        write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(
+            slots, new, cache.cursor, axis=1
+        )  # noqa: E731
+        valid, slots = (
+            write(cache.valid, jnp.asarray(doc_ids) > 0),
+            write(cache.positions, jnp.asarray(positions, jnp.int32)),
+        )
+        own = (
+            jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]
+        )  # padding sees itself, so that no row is empty
         causal = slots[:, None, :] <= positions[..., None]
         mask = (valid[:, None, :] & causal & self._near(positions, slots)) | own
         prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
-        attention = lambda q, *kv: attend_cached(q, *kv[:2], mask, *kv[2:], *([prefix_mask] if kv[2:] else []))  # noqa: E731
-        by_layers = params["layers"] if isinstance(params["layers"], tuple) else None
-        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix, by_layers)
+        attention = lambda q, *kv: attend_cached(
+            q, *kv[:2], mask, *kv[2:], *([prefix_mask] if kv[2:] else [])
+        )  # noqa: E731
+        per_layer = params["layers"] if isinstance(params["layers"], tuple) else None
+        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix, per_layer)
         return hidden, Cache(k, v, valid, slots, cache.cursor + T)
 
     def _near(self, positions: jax.Array, slots: jax.Array) -> jax.Array:
@@ -369,7 +464,10 @@ class Model:
         if self.config.sliding_window is None:
             return valid
         R = prefix.valid.shape[0]
-        back = positions.reshape(R, -1, positions.shape[1])[..., None] - prefix.positions[:, None, None, :]
+        back = (
+            positions.reshape(R, -1, positions.shape[1])[..., None]
+            - prefix.positions[:, None, None, :]
+        )
         return valid & (back < self.config.sliding_window)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:

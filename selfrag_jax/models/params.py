@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 Params = Any
 Path = tuple[str, ...]
 
 
-def leaves(tree: Params, at: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flatten(tree: Params, leaf_at: Path = ()) -> Iterator[tuple[Path, Any]]:
     """(path, leaf) of a nested dict, in a fixed order."""
     for key in sorted(tree):
         if isinstance(tree[key], dict):
-            yield from leaves(tree[key], (*at, key))
+            yield from flatten(tree[key], (*leaf_at, key))
         else:
-            yield (*at, key), tree[key]
+            yield (*leaf_at, key), tree[key]
 
 
-def at(tree: Params, path: Path) -> Any:
+def leaf_at(tree: Params, path: Path) -> Any:
     """The leaf at a path."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def build(pairs: Iterable[tuple[Path, Any]]) -> Params:
+def unflatten(pairs: Iterable[tuple[Path, Any]]) -> Params:
     """The inverse of `leaves`."""
     out: Params = {}
     for path, leaf in pairs:
@@ -36,5 +38,5 @@ def build(pairs: Iterable[tuple[Path, Any]]) -> Params:
     return out
 
 
-def count(params: Params) -> int:
-    return sum(int(leaf.size) for _, leaf in leaves(params))
+def count_parameters(params: Params) -> int:
+    return sum(int(leaf.size) for _, leaf in flatten(params))

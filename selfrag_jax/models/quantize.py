@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from selfrag_jax.models.llama import Model
-from selfrag_jax.models.params import Params, build, leaves
+from selfrag_jax.models.params import Params, flatten, unflatten
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 
@@ -23,9 +23,11 @@ def quantize(model: Model, params: Params, dtype: str | None = None) -> tuple[Mo
     dtype: of all that is not quantized; None keeps it. A kernel [L, inputs, outputs] gets scales [L, outputs] in f32.
     """
     out = []
-    for path, leaf in leaves(params):
+    for path, leaf in flatten(params):
         if path[0] != "layers" or path[-1] != KERNEL:
-            out.append((path, np.asarray(leaf) if dtype is None else np.asarray(leaf).astype(dtype)))
+            out.append(
+                (path, np.asarray(leaf) if dtype is None else np.asarray(leaf).astype(dtype))
+            )
             continue
         whole = np.empty(leaf.shape, np.int8)
         scales = np.empty((leaf.shape[0], leaf.shape[2]), np.float32)
@@ -34,4 +36,4 @@ def quantize(model: Model, params: Params, dtype: str | None = None) -> tuple[Mo
             scales[i] = np.maximum(np.abs(layer).max(0), 1e-30) / 127.0
             whole[i] = np.rint(layer / scales[i]).astype(np.int8)
         out += [(path, whole), ((*path[:-1], SCALE), scales)]
-    return Model(replace(model.config, quantized=True)), build(out)
+    return Model(replace(model.config, quantized=True)), unflatten(out)

@@ -37,11 +37,16 @@ _OTHERS = ("gh200", "pcie", "nvl", "40gb")
 def chip(device_kind: str) -> Chip | None:
     """The chip of a JAX device kind, or None for one that is not in the table."""
     kind = device_kind.lower()
-    return next((c for part, c in CHIPS.items() if part in kind and not any(o in kind for o in _OTHERS)), None)
+    return next(
+        (c for part, c in CHIPS.items() if part in kind and not any(o in kind for o in _OTHERS)),
+        None,
+    )
 
 
 def _layer_weights(c: LlamaConfig) -> int:
-    return 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.embed_dim * c.mlp_dim
+    return (
+        2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.embed_dim * c.mlp_dim
+    )
 
 
 def _adapter_weights(c: LlamaConfig) -> int:
@@ -78,7 +83,9 @@ def train_flops_per_token(c: LlamaConfig, length: int, targets: float = 1.0) -> 
     which logits are computed.
     """
     attention = 12 * c.num_layers * c.num_heads * c.head_dim * _seen(c, length)
-    learned = targets * c.vocab_size * c.embed_dim + c.num_layers * (_adapter_weights(c) if c.lora else _layer_weights(c))
+    learned = targets * c.vocab_size * c.embed_dim + c.num_layers * (
+        _adapter_weights(c) if c.lora else _layer_weights(c)
+    )
     return 6.0 * learned + (4.0 * c.num_layers * _layer_weights(c) if c.lora else 0.0) + attention
 
 

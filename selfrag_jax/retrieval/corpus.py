@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from selfrag_jax.records import BadInput, Passage, atomic_write, passage_from, read_rows
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import atomic_write
+from selfrag_jax.records import Passage, passage_from, read_rows
 
 COLUMNS = ("id", "text", "title")
 
@@ -27,26 +29,28 @@ def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
     return n
 
 
-def read(path: str | Path) -> list[Passage]:
+def read_corpus(path: str | Path) -> list[Passage]:
     """All passages of a .tsv, .jsonl or .json file.
 
     Raises BadInput naming file and line: a missing column or field, an empty text, a duplicate id, an empty corpus.
     """
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; expected passages as .tsv (columns id, text, title) or .jsonl")
+        raise UserError(
+            f"{path}: no such file; expected passages as .tsv (columns id, text, title) or .jsonl"
+        )
     rows = _read_json(path) if path.suffix in (".jsonl", ".json") else _read_tsv(path)
     passages: list[Passage] = []
     seen: dict[str, str] = {}
     for where, p in rows:
         if not p.text.strip():
-            raise BadInput(f"{where}: the passage has no text")
+            raise UserError(f"{where}: the passage has no text")
         if p.id in seen:
-            raise BadInput(f"{where}: id {p.id!r} was already used at {seen[p.id]}")
+            raise UserError(f"{where}: id {p.id!r} was already used at {seen[p.id]}")
         seen[p.id] = where
         passages.append(p)
     if not passages:
-        raise BadInput(f"{path}: holds no passages")
+        raise UserError(f"{path}: holds no passages")
     return passages
 
 
@@ -60,21 +64,30 @@ def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
                 return
             missing = [c for c in ("id", "text") if c not in header]
             if missing:
-                raise BadInput(f"{path}:1: the header lacks {' and '.join(missing)}; expected the columns id, text, title")
+                raise UserError(
+                    f"{path}:1: the header lacks {' and '.join(missing)}; expected the columns id, text, title"
+                )
             column = {name: i for i, name in enumerate(header)}
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if not row:
                     continue
                 if len(row) != len(header):
-                    raise BadInput(
+                    raise UserError(
                         f"{where}: {len(row)} columns where the header has {len(header)}; quote fields that hold tabs"
                     )
-                yield where, Passage(row[column["id"]], row[column["title"]] if "title" in column else "", row[column["text"]])
+                yield (
+                    where,
+                    Passage(
+                        row[column["id"]],
+                        row[column["title"]] if "title" in column else "",
+                        row[column["text"]],
+                    ),
+                )
         except UnicodeDecodeError as e:
-            raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+            raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
         except csv.Error as e:
-            raise BadInput(f"{path}:{reader.line_num}: {e}") from None
+            raise UserError(f"{path}:{reader.line_num}: {e}") from None
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, Passage]]:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from selfrag_jax import artifacts
+from selfrag_jax.errors import UserError
 from selfrag_jax.progress import progress
-from selfrag_jax.records import BadInput, Passage, atomic_write, read_json, write_json
-from selfrag_jax.retrieval import corpus
+from selfrag_jax.files import atomic_write, read_json, write_json
+from selfrag_jax.records import Passage
 
 EMBEDDINGS, ENCODER, PASSAGES = "embeddings.npy", "encoder.json", "passages.tsv"
 
@@ -31,9 +31,9 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.name != "hashed":
-            raise BadInput(f"--encoder={self.name!r}: unknown; available: hashed")
+            raise UserError(f"--encoder={self.name!r}: unknown; available: hashed")
         if self.dim < 8:
-            raise BadInput(f"encoder dim={self.dim}: must be at least 8")
+            raise UserError(f"encoder dim={self.dim}: must be at least 8")
 
 
 _BUCKETS = 1 << 16
@@ -66,7 +66,10 @@ class HashedEncoder:
 
     def save(self, folder: Path) -> None:
         rare = {str(i): round(float(v), 5) for i, v in enumerate(self.idf) if v != self.idf.max()}
-        write_json(folder / ENCODER, {"config": vars(self.config), "default": float(self.idf.max()), "idf": rare})
+        write_json(
+            folder / ENCODER,
+            {"config": vars(self.config), "default": float(self.idf.max()), "idf": rare},
+        )
 
     @classmethod
     def load(cls, folder: Path) -> HashedEncoder:
@@ -91,16 +94,8 @@ def passage_key(p: Passage) -> str:
     return f"{p.title} {p.text}" if p.title else p.text
 
 
-def embed_corpus(passages_path: str | Path, config: EncoderConfig, out: str | Path) -> int:
-    """Embeds a corpus: embeddings.npy [n, dim] float32, encoder.json, and the passages; returns n.
-
-    Finished already, it does nothing.
-    """
-    out, inputs = Path(out), {"passages": passages_path}
-    passages = corpus.read(passages_path)
-    if artifacts.is_finished(out, "embed", config, inputs):
-        return len(passages)
-    out.mkdir(parents=True, exist_ok=True)
+def write_embeddings(passages: Sequence[Passage], config: EncoderConfig, out: Path) -> None:
+    """Fits an encoder to a corpus; writes it, and embeddings.npy [n, dim] float32, to `out`."""
     encoder = HashedEncoder.fit(config, (passage_key(p) for p in passages))
     chunks = []
     with progress("embed", len(passages), "passages") as bar:
@@ -111,6 +106,8 @@ def embed_corpus(passages_path: str | Path, config: EncoderConfig, out: str | Pa
     with atomic_write(out / EMBEDDINGS, "wb") as f:
         np.save(f, np.concatenate(chunks))
     encoder.save(out)
-    corpus.write_tsv(out / PASSAGES, passages)
-    artifacts.finish(out, "embed", config, inputs, {"passages": len(passages)})
-    return len(passages)
+
+
+def read_embeddings(folder: Path) -> np.ndarray:
+    """The vectors [n, dim] of an `embed` artifact, memory-mapped."""
+    return np.load(folder / EMBEDDINGS, mmap_mode="r")

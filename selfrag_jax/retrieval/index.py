@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from selfrag_jax import artifacts
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import write_json
 from selfrag_jax.progress import progress
-from selfrag_jax.records import BadInput, write_json
 from selfrag_jax.retrieval import corpus
-from selfrag_jax.retrieval.encoders import EMBEDDINGS, ENCODER, PASSAGES
+from selfrag_jax.retrieval.encoders import EMBEDDINGS, ENCODER, PASSAGES, read_embeddings
 
 SCANN = "scann"
 
@@ -32,27 +33,25 @@ class IndexConfig:
 
     def __post_init__(self):
         if not 0 < self.leaves_search_fraction <= 1:
-            raise BadInput(f"leaves_search_fraction={self.leaves_search_fraction}: must be in (0, 1]")
+            raise UserError(
+                f"leaves_search_fraction={self.leaves_search_fraction}: must be in (0, 1]"
+            )
 
 
-def build(embeddings: str | Path, config: IndexConfig, out: str | Path) -> int:
-    """Builds the index of an `embed` artifact; returns the number of passages. Finished already, it does nothing.
+def checked_vectors(embeddings: Path) -> np.ndarray:
+    """The vectors [n, dim] f32 of an `embed` artifact. Raises UserError if one is not finite."""
+    vectors = np.ascontiguousarray(read_embeddings(embeddings), np.float32)
+    finite = np.isfinite(vectors).all(1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise UserError(f"{embeddings / EMBEDDINGS}: row {row} holds NaN or infinite values")
+    return vectors
 
-    Raises BadInput when embeddings are unfinished or hold NaN.
-    """
+
+def write_index(vectors: np.ndarray, config: IndexConfig, embeddings: Path, out: Path) -> None:
+    """Builds the index of `vectors` in the new folder `out`, with the passages and the encoder."""
     import scann
 
-    embeddings, out = artifacts.require_finished(embeddings, "embed"), Path(out)
-    inputs = {"embeddings": embeddings}
-    vectors = np.load(embeddings / EMBEDDINGS, mmap_mode="r")
-    if artifacts.is_finished(out, "index", config, inputs):
-        return len(vectors)
-    vectors = np.ascontiguousarray(vectors, np.float32)
-    if not np.isfinite(vectors).all():
-        row = int(np.nonzero(~np.isfinite(vectors).all(1))[0][0])
-        raise BadInput(f"{embeddings / EMBEDDINGS}: row {row} holds NaN or infinite values")
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: is not empty and was not made by `selfrag index`; choose another --out")
     n = len(vectors)
     k = min(n, 100)
     builder = scann.scann_ops_pybind.builder(vectors, k, "dot_product")
@@ -60,25 +59,19 @@ def build(embeddings: str | Path, config: IndexConfig, out: str | Path) -> int:
         builder = builder.score_brute_force()
     else:
         leaves = max(1, int(np.sqrt(n)))
+        searched = max(1, round(leaves * config.leaves_search_fraction))
         builder = (
-            builder.tree(leaves, max(1, round(leaves * config.leaves_search_fraction)), training_sample_size=min(n, 250_000))
+            builder.tree(leaves, searched, training_sample_size=min(n, 250_000))
             .score_ah(config.dimensions_per_block, anisotropic_quantization_threshold=0.2)
             .reorder(max(k, config.reorder))
         )
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / SCANN).mkdir(parents=True)
-    with progress("index", n, "passages") as bar:  # ScaNN builds in one call, which tells nothing on the way
-        builder.build().serialize(str((temporary / SCANN).absolute()), relative_path=True)
+    (out / SCANN).mkdir(parents=True)
+    with progress("index", n, "passages") as bar:  # ScaNN builds in one call, without reports
+        builder.build().serialize(str((out / SCANN).absolute()), relative_path=True)
         bar.advance(n)
-    shutil.copy(embeddings / PASSAGES, temporary / PASSAGES)
-    shutil.copy(embeddings / ENCODER, temporary / ENCODER)
-    write_json(temporary / "size.json", {"passages": n})
-    artifacts.finish(temporary, "index", config, inputs, {"passages": n})
-    if out.exists():
-        out.rmdir()  # empty, as checked above
-    temporary.rename(out)
-    return n
+    shutil.copy(embeddings / PASSAGES, out / PASSAGES)
+    shutil.copy(embeddings / ENCODER, out / ENCODER)
+    write_json(out / "size.json", {"passages": n})
 
 
 class Index:
@@ -89,10 +82,12 @@ class Index:
 
         folder = artifacts.require_finished(folder, "index")
         self.folder = folder
-        self.passages = corpus.read(folder / PASSAGES)
+        self.passages = corpus.read_corpus(folder / PASSAGES)
         size = json.loads((folder / "size.json").read_text())["passages"]
         if size != len(self.passages):
-            raise BadInput(f"{folder}: {size} vectors but {len(self.passages)} passages; rebuild it with `selfrag index`")
+            raise UserError(
+                f"{folder}: {size} vectors but {len(self.passages)} passages; rebuild it with `selfrag index`"
+            )
         self.searcher = scann.scann_ops_pybind.load_searcher(str((folder / SCANN).absolute()))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,9 +96,11 @@ class Index:
         Raises BadInput for non-finite queries and for k < 1.
         """
         if k < 1:
-            raise BadInput(f"k={k}: must be at least 1")
+            raise UserError(f"k={k}: must be at least 1")
         if not np.isfinite(queries).all():
-            raise BadInput("a query vector holds NaN or infinite values")
+            raise UserError("a query vector holds NaN or infinite values")
         k = min(k, len(self.passages))
-        rows, scores = self.searcher.search_batched(np.ascontiguousarray(queries, np.float32), final_num_neighbors=k)
+        rows, scores = self.searcher.search_batched(
+            np.ascontiguousarray(queries, np.float32), final_num_neighbors=k
+        )
         return rows.astype(np.int64), scores

@@ -10,169 +10,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from selfrag_jax.engine.engine import Engine, Generate, Keep, Passages, Read, Settled, drive, on_device
+from selfrag_jax.engine.engine import Engine, drive, on_device
+from selfrag_jax.engine.requests import Generate, Keep, Passages, Read, Settled
 from selfrag_jax.engine.segments import Segment, TokenRules
+from selfrag_jax.errors import UserError
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
-from selfrag_jax.records import BadInput, Passage
+from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
+from selfrag_jax.search.config import SearchConfig
+from selfrag_jax.search.tree import Beam, Node, Search
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control, Tokenizer
 
-MAX_NDOCS = 100
-MAX_BEAM_WIDTH = 100
-SCORERS = ("paper", "released")  # the paper's equations, or what the released scripts compute (see released.py)
-ACCUMULATE = ("sum", "mean", "product")
-MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    mode: str  # one of MODES
-    threshold: float | None  # of p(retrieve) in adaptive mode; None: the most likely Retrieve token decides
-    normalise: str  # of p(retrieve): "yes_no" or "all"
-    weights: scoring.Weights
-    beam_width: int  # W
-    max_depth: int  # segments at most
-    ndocs: int  # P, passages per retrieval
-    # Rank paths by the "sum" (paper), "mean" or "product" of their segments' scores. Sums favour long answers; in a product a score
-    # below 0 counts as 0.
-    accumulate: str
-    # A segment that says one of these critique tokens is dropped ("hard constraints" in the paper).
-    constraints: tuple[str, ...]
-    keep_passages: bool  # in the history of later segments, as in training data; the released script drops them
-    max_new_tokens: int  # of a segment
-    length_bucket: int  # token lengths are padded to a multiple of it, to bound the number of compilations
-    scorer: str  # one of SCORERS
-    temperature: float  # 0: always the most likely token; above, tokens are drawn, the more evenly the higher it is
-    top_p: float  # of the probability, from which tokens are drawn
-    seed: int  # of the draws: with a question's text it makes them, whatever else is answered
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise BadInput(f"--mode={self.mode!r}: must be one of {', '.join(MODES)}")
-        if self.normalise not in ("yes_no", "all"):
-            raise BadInput(f"--normalise={self.normalise!r}: must be yes_no or all")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise BadInput(f"--threshold={self.threshold}: must be a probability between 0 and 1")
-        if self.accumulate not in ACCUMULATE:
-            raise BadInput(f"--accumulate={self.accumulate!r}: must be one of {', '.join(ACCUMULATE)}")
-        if self.scorer not in SCORERS:
-            raise BadInput(f"--scorer={self.scorer!r}: must be one of {', '.join(SCORERS)}")
-        critiques = (*reflection.ISREL, *reflection.ISSUP, *reflection.ISUSE)
-        for token in self.constraints:
-            if token not in critiques:
-                raise BadInput(f"--constraints: {token!r} is no critique token; they are {', '.join(critiques)}")
-        if self.length_bucket < 1:
-            raise BadInput(f"length_bucket={self.length_bucket}: must be at least 1")
-        for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name}={getattr(self, name)}: must be at least 1")
-        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
-            raise BadInput(f"--temperature={self.temperature}: must be from 0.01 to 100, or 0 for the most likely token")
-        if not 1e-6 <= self.top_p <= 1:
-            raise BadInput(f"--top_p={self.top_p}: must be from 0.000001 to 1, which draws from all tokens")
-        if self.top_p < 1 and not self.temperature:
-            raise BadInput(
-                f"--top_p={self.top_p} needs a --temperature, e.g. --temperature=1; without one nothing is drawn: take --top_p=1"
-            )
-        if self.ndocs > MAX_NDOCS:  # each is a branch that is generated
-            raise BadInput(f"--ndocs={self.ndocs}: at most {MAX_NDOCS} passages; the paper takes 5 or 10")
-        if self.beam_width > MAX_BEAM_WIDTH:
-            raise BadInput(f"--beam_width={self.beam_width}: at most {MAX_BEAM_WIDTH} segments at each step; the paper keeps 2")
-
-
-@dataclass(frozen=True)
-class Node:
-    """One segment in the search tree of a question, with what the model said about it."""
-
-    id: int
-    parent: int  # -1 for a first segment
-    depth: int
-    action: str  # the Retrieve token that was fed: "retrieve", "continue" or "no_retrieval"
-    p_retrieve: float
-    passage: Passage | None
-    tokens: tuple[int, ...]  # generated, reflection tokens included
-    p_segment: float
-    isrel: tuple[float, ...]
-    issup: tuple[float, ...]
-    isuse: tuple[float, ...]
-    score: float  # f of this segment
-    total: float  # sum or product over the path
-    allowed: bool  # by the hard constraints
-    start: int  # position of its first token, the Retrieve token
-    finished: bool
-    complete: bool  # False where the length limit cut the segment
-
-
-@dataclass
-class Beam:
-    """A path in the tree. `row` is its lane in the question's slot."""
-
-    node: Node | None
-    retrieve: np.ndarray  # [3] distribution before its next segment
-    next_position: int
-    row: int = -1
-    full: bool = False  # the model's context has no room for another segment
-
-    def rank(self, accumulate: str) -> float:
-        """What paths are compared by."""
-        return self.node.total / (self.node.depth + 1 if accumulate == "mean" else 1)
-
-    @property
-    def finished(self) -> bool:
-        return self.full or (self.node is not None and self.node.finished)
-
-
-@dataclass
-class Search:
-    """The state of one question's search and its outcome."""
-
-    beams: list[Beam]
-    nodes: list[Node] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    settled: int = 0  # segments that all beams share, so that nothing changes them any more
-
-    def add(self, parent: Node | None, out: Segment, **fields: Any) -> Node:
-        """A node below `parent` of the segment of one branch. fields: those of Node that the segment does not tell, or tells otherwise."""
-        told = dict(
-            tokens=out.said(), p_segment=out.mean_probability(), finished=bool(out.finished), complete=bool(out.complete)
-        )
-        told |= dict(isrel=out.isrel, issup=out.issup, isuse=out.isuse) | fields
-        told |= {name: tuple(map(float, told[name])) for name in ("isrel", "issup", "isuse")} | {
-            "tokens": tuple(told["tokens"])
-        }
-        node = Node(id=len(self.nodes), parent=parent.id if parent else -1, depth=parent.depth + 1 if parent else 0, **told)
-        self.nodes.append(node)
-        return node
-
-    def settle(self) -> list[Node]:
-        """The segments that have settled since the last call."""
-        paths = [self.path(b) for b in self.beams]
-        common = 0
-        while all(len(p) > common and p[common] is paths[0][common] for p in paths):
-            common += 1
-        new, self.settled = paths[0][self.settled : common], max(self.settled, common)
-        return new
-
-    def path(self, beam: Beam) -> list[Node]:
-        """The nodes from the first segment to the beam's last."""
-        out, node = [], beam.node
-        while node is not None:
-            out.append(node)
-            node = self.nodes[node.parent] if node.parent >= 0 else None
-        return out[::-1]
-
-    def best(self) -> Beam:
-        return self.beams[0]  # kept in order
-
-
-PASSAGE_TOKENS = 32  # what must be left of the model's context for a passage, or else the answer ends
+PASSAGE_TOKENS = (
+    32  # what must be left of the model's context for a passage, or else the answer ends
+)
 
 # passages for a query: (question index, previous segments' texts) for each -> passages, best first
 Retrieve = Callable[[Sequence[tuple[int, list[str]]]], list[list[Passage]]]
@@ -185,11 +42,23 @@ class BeamSearch:
     segment, with a notice each. Raises BadInput where not even a first segment has room.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
-        self.model, self.params, self.tokenizer, self.config = model, on_device(model, params), tokenizer, config
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        config: SearchConfig,
+        max_length: int,
+    ):
+        self.model, self.params, self.tokenizer, self.config = (
+            model,
+            on_device(model, params),
+            tokenizer,
+            config,
+        )
         self.max_length, self.context = max_length, model.config.max_length
         if self.longest_prompt < PASSAGE_TOKENS:
-            raise BadInput(
+            raise UserError(
                 f"max_new_tokens={config.max_new_tokens} leaves no room for questions in the model's context of {self.context} "
                 f"tokens; {self.context - 2 * PASSAGE_TOKENS} would"
             )
@@ -197,7 +66,9 @@ class BeamSearch:
         self.id_of = {t: tokenizer.id(t) for t in reflection.RETRIEVE}
         self.refused = {tokenizer.id(t) for t in config.constraints}
 
-    def run(self, prompt_ids: Sequence[list[int]], retrieve: Retrieve, slots: int | None = None) -> list[Search]:
+    def run(
+        self, prompt_ids: Sequence[list[int]], retrieve: Retrieve, slots: int | None = None
+    ) -> list[Search]:
         """Searches questions, `slots` (default: all) at once. prompt_ids: tokens of each prompt, up to the response heading.
 
         Raises what a search raises.
@@ -270,14 +141,24 @@ class BeamSearch:
             actions = [self._action(b) for b in live]
             passages = yield from self._passages(search, live, actions)
             out = yield self._branches(search, live, actions, passages, name)
-            candidates = [(b, -1, -1) for b in search.beams if b.finished]  # (new beam, parent lane, branch)
+            candidates = [
+                (b, -1, -1) for b in search.beams if b.finished
+            ]  # (new beam, parent lane, branch)
             for beam, (action, p), found in zip(live, actions, passages, strict=True):
                 for j, passage in enumerate(found):
                     mine = out.at((beam.row, j))
                     node = self._node(search, beam, action, p, passage, mine)
-                    follows = int(mine.next_position) if self.config.keep_passages else node.start + len(self._kept(node))
+                    follows = (
+                        int(mine.next_position)
+                        if self.config.keep_passages
+                        else node.start + len(self._kept(node))
+                    )
                     new = Beam(node, mine.retrieve, follows)
-                    new.full = not node.finished and depth + 1 < self.config.max_depth and self._full(search, new.next_position)
+                    new.full = (
+                        not node.finished
+                        and depth + 1 < self.config.max_depth
+                        and self._full(search, new.next_position)
+                    )
                     candidates.append((new, beam.row, beam.row * self.branches + j))
             parents, branches = self._keep_best(search, candidates)
             last = depth + 1 == self.config.max_depth or all(b.finished for b in search.beams)
@@ -285,14 +166,20 @@ class BeamSearch:
                 break
             if settled := search.settle():
                 yield Settled(settled)
-            yield Keep(parents, branches) if self.config.keep_passages else self._without_passages(search, parents)
+            yield (
+                Keep(parents, branches)
+                if self.config.keep_passages
+                else self._without_passages(search, parents)
+            )
         return search
 
     def _action(self, beam: Beam) -> tuple[str, float]:
         """What precedes the beam's next segment, and p(retrieve)."""
         c, p = self.config, beam.retrieve
         probability = float(scoring.p_retrieve(p, c.normalise))
-        has_evidence = c.keep_passages and beam.node is not None and beam.node.action != "no_retrieval"
+        has_evidence = (
+            c.keep_passages and beam.node is not None and beam.node.action != "no_retrieval"
+        )
         if c.mode == "no_retrieval":
             return "no_retrieval", probability
         if c.mode == "always_retrieve":
@@ -302,7 +189,9 @@ class BeamSearch:
         wanted = probability > c.threshold if c.threshold is not None else p.argmax() == 1
         return ("retrieve" if wanted else "no_retrieval"), probability
 
-    def _passages(self, search: Search, live: list[Beam], actions) -> Generator[Any, Any, list[list[Passage | None]]]:
+    def _passages(
+        self, search: Search, live: list[Beam], actions
+    ) -> Generator[Any, Any, list[list[Passage | None]]]:
         """For each live beam the passages of its branches; [None] for the single branch without a new passage."""
         wanted = [i for i, (action, _) in enumerate(actions) if action == "retrieve"]
         out: list[list[Passage | None]] = [[None] for _ in live]
@@ -323,11 +212,15 @@ class BeamSearch:
         branches: list[list[list[int]]] = [[] for _ in range(lanes)]
         start, keys = [0] * lanes, np.zeros((lanes, self.branches, 2), np.uint32)
         for beam, (action, _), found in zip(live, actions, passages, strict=True):
-            branches[beam.row] = [self._branch_input(search, action, passage, beam.next_position) for passage in found]
+            branches[beam.row] = [
+                self._branch_input(search, action, passage, beam.next_position) for passage in found
+            ]
             start[beam.row] = beam.next_position
             if self.config.temperature:
                 for j in range(len(found)):
-                    keys[beam.row, j] = _key(self.config.seed, name, beam.node.id if beam.node else -1, j)
+                    keys[beam.row, j] = _key(
+                        self.config.seed, name, beam.node.id if beam.node else -1, j
+                    )
         return Generate(branches, start, self.config.max_new_tokens, keys)
 
     def _keep_best(self, search: Search, candidates) -> tuple[list[int], list[int]]:
@@ -336,7 +229,9 @@ class BeamSearch:
         W = self.config.beam_width
         allowed = [c for c in candidates if c[0].node.allowed]
         if not allowed:
-            search.notices.append("every segment was refused by the constraints; the best of them are kept")
+            search.notices.append(
+                "every segment was refused by the constraints; the best of them are kept"
+            )
         kept = sorted(allowed or candidates, key=lambda c: -c[0].rank(self.config.accumulate))[:W]
         search.beams = [beam for beam, _, _ in kept]
         parents, branches = [0] * W, [0] * W
@@ -355,7 +250,10 @@ class BeamSearch:
 
     def _kept(self, node: Node) -> list[int]:
         """What later segments see of a segment without its passage."""
-        return [*([] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]), *node.tokens]
+        return [
+            *([] if node.action == "retrieve" else [self.id_of[reflection.NO_RETRIEVAL]]),
+            *node.tokens,
+        ]
 
     def _full(self, search: Search, position: int) -> bool:
         """Whether no other segment may begin there; a notice says so."""
@@ -365,7 +263,9 @@ class BeamSearch:
         search.notices += [notice] if notice not in search.notices else []
         return True
 
-    def _branch_input(self, search: Search, action: str, passage: Passage | None, position: int) -> list[int]:
+    def _branch_input(
+        self, search: Search, action: str, passage: Passage | None, position: int
+    ) -> list[int]:
         """What is fed to a branch, from that position on."""
         if action == "no_retrieval":
             return [self.id_of[reflection.NO_RETRIEVAL]]
@@ -375,17 +275,23 @@ class BeamSearch:
         most = min(self.max_length, self.context - self.config.max_new_tokens - position)
         if len(ids) > most:
             why = "" if most == self.max_length else f": the model's context has {self.context}"
-            search.notices.append(f"passage {passage.id} was cut from {len(ids)} to {most} tokens{why}")
+            search.notices.append(
+                f"passage {passage.id} was cut from {len(ids)} to {most} tokens{why}"
+            )
             ids = [*ids[: most - 1], ids[-1]]  # cut the text, keep </paragraph>
         return ids
 
     def _node(self, search: Search, beam: Beam, action, p, passage, out: Segment) -> Node:
         """out: the segment of one branch."""
         evidence, isrel = passage, out.isrel
-        if action == "continue" and beam.node is not None:  # the same evidence, judged relevant when it was retrieved
+        if (
+            action == "continue" and beam.node is not None
+        ):  # the same evidence, judged relevant when it was retrieved
             evidence, isrel = beam.node.passage, np.asarray(beam.node.isrel)
         judged = (isrel, out.issup, out.isuse, float(evidence is not None))
-        score = scoring.finite(scoring.segment_score(out.mean_probability(), *judged, self.config.weights))
+        score = scoring.finite(
+            scoring.segment_score(out.mean_probability(), *judged, self.config.weights)
+        )
         return search.add(
             beam.node,
             out,
@@ -409,7 +315,9 @@ class BeamSearch:
         r = self.rules.reflection
         return [self.tokenizer.token(t) for t in tokens if t in (*r.isrel, *r.issup, *r.isuse)]
 
-    def told(self, search: Search, best: Beam, task: str, voted: bool) -> tuple[Beam, list[Node], str]:
+    def told(
+        self, search: Search, best: Beam, task: str, voted: bool
+    ) -> tuple[Beam, list[Node], str]:
         """The path that is the answer, its segments that are told, and the text that they make. task: of the question, and
         voted: whether `best` was elected, matter to the released scripts."""
         path = search.path(best)
@@ -423,5 +331,7 @@ class BeamSearch:
 
 def _key(seed: int, name: str, node: int, branch: int) -> np.ndarray:
     """[2] uint32: the same for a branch of a question's tree, wherever and beside whatever it is generated."""
-    digest = hashlib.sha256(f"{seed}/{node}/{branch}/{name}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(
+        f"{seed}/{node}/{branch}/{name}".encode("utf-8", "surrogatepass")
+    ).digest()
     return np.frombuffer(digest[:8], "<u4")

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from selfrag_jax.records import BadInput
+from selfrag_jax.errors import UserError
 
 MOST = 1e6  # as a weight; far above, sums of scores would be rounded to nothing
-UNKNOWN = -100.0  # what the released scripts take for the log-probability of a token that vLLM did not return
+UNKNOWN = (
+    -100.0
+)  # what the released scripts take for the log-probability of a token that vLLM did not return
 UTILITY_WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
@@ -36,7 +36,7 @@ class Weights:
     def __post_init__(self):
         for name in ("w_rel", "w_sup", "w_use", "w_seq"):
             if not 0 <= getattr(self, name) <= MOST:
-                raise BadInput(
+                raise UserError(
                     f"--{name}={getattr(self, name)}: a weight is a number from 0 to {MOST:,.0f}; 0 switches the term off"
                 )
 
@@ -53,7 +53,9 @@ def s_sup(p):
 
 def s_use(p):
     """p: [..., 5] in the order of reflection.ISUSE (1 to 5)."""
-    return sum(w * p[..., i] for i, w in enumerate(UTILITY_WEIGHTS)) / sum(p[..., i] for i in range(5))
+    return sum(w * p[..., i] for i, w in enumerate(UTILITY_WEIGHTS)) / sum(
+        p[..., i] for i in range(5)
+    )
 
 
 def p_retrieve(p, normalise: str):
@@ -80,29 +82,3 @@ def finite(score) -> float:
             "the model's probabilities are not finite: are its weights whole, and is its dtype wide enough?"
         )
     return float(score)
-
-
-# ---- what the released scripts compute -------------------------------------------------------------------------------
-def released_gate(log_probs) -> float:
-    """The short-form script's quotient of log-probabilities [3], in the order of reflection.RETRIEVE. Logarithms are negative,
-    so that the less likely retrieval is, the larger it gets."""
-    return float(log_probs[1] / (log_probs[1] + log_probs[0]))
-
-
-def released_score(p_sequence, isrel, issup, isuse, weights: Weights):
-    """f of the short-form script. Distributions as in `segment_score`, all zeros for a group that was never said, which then
-    counts 0. p_sequence is over all tokens, the reflection tokens and the end of text among them."""
-    said = lambda p: float(p.sum()) > 0  # noqa: E731
-    evidence = weights.w_rel * s_rel(isrel) + (weights.w_sup * s_sup(issup) if said(issup) else 0.0)
-    return weights.w_seq * p_sequence + evidence + (weights.w_use * s_use(isuse) if said(isuse) else 0.0)
-
-
-def released_score_long(rel_log_probs, issup) -> float:
-    """f of the long-form script: without the sequence, without IsUse (whose values it looks up by IsSup's names), and with
-    weights of 1 whatever the command line says.
-
-    rel_log_probs: [2] in the order of reflection.ISREL. One that is not known is given as -100, which the script here takes for
-    the probability, so that s_rel leaves 0 to 1.
-    """
-    rel = np.where(rel_log_probs == UNKNOWN, UNKNOWN, np.exp(rel_log_probs.astype(np.float64)))
-    return float(s_rel(rel) + (s_sup(issup) if float(issup.sum()) > 0 else 0.0))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfrag_jax.records import Passage
+from selfrag_jax.records import Passage, Question
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import INPUT, INSTRUCTION, NEWLINE, RESPONSE, Control, Part
 
@@ -28,7 +28,11 @@ def instruction(text: str, input_text: str = "") -> list[Part]:
 
 def passage(p: Passage) -> list[Part]:
     """`<paragraph>{title}\\n{text}</paragraph>`."""
-    return [Control(reflection.PARAGRAPH_OPEN), *passage_text(p), Control(reflection.PARAGRAPH_CLOSE)]
+    return [
+        Control(reflection.PARAGRAPH_OPEN),
+        *passage_text(p),
+        Control(reflection.PARAGRAPH_CLOSE),
+    ]
 
 
 def passage_text(p: Passage) -> list[Part]:
@@ -156,3 +160,10 @@ def _brief(spec: Critique, query: CritiqueQuery) -> list[Part]:
 def query_for(instruction_text: str, preceding: Sequence[str]) -> str:
     """The retrieval query of a segment: the input, and for later segments the previous one too (paper, Section 3.3)."""
     return instruction_text if not preceding else f"{instruction_text} {preceding[-1]}"
+
+
+def question_text(q: Question) -> str:
+    """The instruction of a question; options follow it where it has any."""
+    if not q.choices:
+        return q.question
+    return q.question + " " + " ".join(f"{label}: {text}" for label, text in q.choices)

@@ -16,11 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from selfrag_jax.records import BadInput
+from selfrag_jax.errors import UserError
 
 NO_RETRIEVAL, RETRIEVAL, CONTINUE = "[No Retrieval]", "[Retrieval]", "[Continue to Use Evidence]"
 IRRELEVANT, RELEVANT = "[Irrelevant]", "[Relevant]"
-FULLY, PARTIALLY, NO_SUPPORT = "[Fully supported]", "[Partially supported]", "[No support / Contradictory]"
+FULLY, PARTIALLY, NO_SUPPORT = (
+    "[Fully supported]",
+    "[Partially supported]",
+    "[No support / Contradictory]",
+)
 PARAGRAPH_OPEN, PARAGRAPH_CLOSE = "<paragraph>", "</paragraph>"
 
 RETRIEVE = (NO_RETRIEVAL, RETRIEVAL, CONTINUE)
@@ -29,7 +33,12 @@ ISSUP = (FULLY, PARTIALLY, NO_SUPPORT)
 ISUSE = tuple(f"[Utility:{k}]" for k in range(1, 6))
 MARKUP = (PARAGRAPH_OPEN, PARAGRAPH_CLOSE)
 
-GROUPS: dict[str, tuple[str, ...]] = {"retrieve": RETRIEVE, "isrel": ISREL, "issup": ISSUP, "isuse": ISUSE}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "retrieve": RETRIEVE,
+    "isrel": ISREL,
+    "issup": ISSUP,
+    "isuse": ISUSE,
+}
 
 # The order in which the released vocabulary added them (after Llama-2's 32,000 tokens; then a padding token).
 RELEASED_ORDER = RETRIEVE + ISREL + MARKUP + ISUSE + ISSUP
@@ -66,7 +75,7 @@ def lacking(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -
     return missing
 
 
-class MissingReflectionTokens(BadInput):
+class MissingReflectionTokens(UserError):
     """A tokenizer lacks reflection tokens; the message names them."""
 
 
@@ -83,6 +92,6 @@ def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") ->
     of: dict[int, str] = {}
     for token, i in ids.items():
         if of.setdefault(i, token) != token:
-            raise BadInput(f"{name}: {of[i]} and {token} have the same id, {i}")
+            raise UserError(f"{name}: {of[i]} and {token} have the same id, {i}")
     pick = lambda group: tuple(ids[token] for token in group)  # noqa: E731
     return ReflectionIds(pick(RETRIEVE), pick(ISREL), pick(ISSUP), pick(ISUSE), pick(MARKUP))

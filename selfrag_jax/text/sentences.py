@@ -12,7 +12,7 @@ def _segmenter():
     return pysbd.Segmenter(language="en", clean=False)
 
 
-def split(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, without surrounding space; never empty for text that isn't blank."""
     text = text.strip()
     if not any(c in text[:-1] for c in ".!?\n"):  # one sentence: most short answers

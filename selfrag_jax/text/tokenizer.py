@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.records import write_text
+from selfrag_jax.files import write_text
 from selfrag_jax.text import reflection
 from selfrag_jax.text.vocabularies import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
 
@@ -78,10 +78,18 @@ class Tokenizer(ABC):
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{record}: not readable as the record of a tokenizer: {e}") from None
         if recorded not in MODES:
-            raise ValueError(f"{record}: unknown tokenizer mode {recorded!r}; known modes: {', '.join(MODES)}")
+            raise ValueError(
+                f"{record}: unknown tokenizer mode {recorded!r}; known modes: {', '.join(MODES)}"
+            )
         if mode not in (None, recorded) and "words" in (mode, recorded):
-            raise ValueError(f"{record}: this vocabulary is of mode {recorded!r}; it cannot be read as {mode!r}")
-        return _Words.read(folder) if recorded == "words" else _Published.read(folder, mode or recorded, row)
+            raise ValueError(
+                f"{record}: this vocabulary is of mode {recorded!r}; it cannot be read as {mode!r}"
+            )
+        return (
+            _Words.read(folder)
+            if recorded == "words"
+            else _Published.read(folder, mode or recorded, row)
+        )
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
@@ -98,10 +106,16 @@ class Tokenizer(ABC):
 
     def config_ids(self) -> dict[str, Any]:
         """The ids of control tokens that a model's config.json holds, by its names for them."""
-        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+        return {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id,
+            "pad_token_id": self.pad_id,
+        }
 
     @abstractmethod
-    def encode_segments(self, segments: Sequence[Sequence[Part]], before_control: bool = False) -> list[list[Encoded]]:
+    def encode_segments(
+        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    ) -> list[list[Encoded]]:
         """Ids of consecutive lists of parts, of each by itself, a control beside its name. Text does not join across them.
 
         before_control: a control token will follow (white space before it is lost in mode llama_slow).
@@ -145,7 +159,9 @@ class _Words(Tokenizer):
 
     def __init__(self, backend, source: str = "tokenizer"):
         self._backend = backend
-        self._backend.encode_special_tokens = True  # user text that spells a control token stays text
+        self._backend.encode_special_tokens = (
+            True  # user text that spells a control token stays text
+        )
         self.source = source
         self.bos_id, self.eos_id, self.pad_id = (self.id(t) for t in (BOS, EOS, PAD))
 
@@ -155,7 +171,9 @@ class _Words(Tokenizer):
 
         path = folder / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model folder holds {FILE} and {MODE_FILE}")
+            raise FileNotFoundError(
+                f"{path}: no such file; a model folder holds {FILE} and {MODE_FILE}"
+            )
         try:
             return cls(Backend.from_str(path.read_text()), str(path))
         except Exception as e:  # tokenizers raises Exception itself
@@ -181,7 +199,9 @@ class _Words(Tokenizer):
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode_segments(self, segments: Sequence[Sequence[Part]], before_control: bool = False) -> list[list[Encoded]]:
+    def encode_segments(
+        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    ) -> list[list[Encoded]]:
         return [[self._encode(part) for part in parts] for parts in segments]
 
     def _encode(self, part: Part) -> Encoded:
@@ -193,7 +213,9 @@ class _Words(Tokenizer):
         return self._backend.encode(part, add_special_tokens=False).ids, None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False).removeprefix(" ")
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False).removeprefix(
+            " "
+        )
 
     def token(self, i: int) -> str:
         return self._backend.id_to_token(int(i)) or f"<{int(i)}>"
@@ -219,7 +241,9 @@ class _Published(Tokenizer):
         self._controls, self._names, self._beside = controls, names, beside or {}
         self._control_of = {i: t for t, i in controls.items()}
         self.bos_id, self.eos_id = self.id(BOS), self.id(EOS)
-        self.pad_id = self._id(PAD) if self._id(PAD) is not None else self.eos_id  # padding is never looked at
+        self.pad_id = (
+            self._id(PAD) if self._id(PAD) is not None else self.eos_id
+        )  # padding is never looked at
 
     @classmethod
     def read(cls, folder: Path, mode: str | None, record: dict[str, Any] | None) -> Tokenizer:
@@ -232,11 +256,15 @@ class _Published(Tokenizer):
         mode = mode or ("llama_fast" if vocabulary.llama else "json")
         possible = ("llama_slow", "llama_fast") if vocabulary.llama else ("json",)
         if mode not in possible:
-            raise ValueError(f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}")
+            raise ValueError(
+                f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}"
+            )
         if record is not None:
             controls = vocabulary.controls | record["added"]
             # Of a workdir as it was converted; of an export as it stands there now, whoever has changed it since.
-            beside = _read_beside(folder) if (folder / "config.json").is_file() else record.get("beside")
+            beside = (
+                _read_beside(folder) if (folder / "config.json").is_file() else record.get("beside")
+            )
             return cls(vocabulary, mode, controls, record["names"], str(source), beside)
         controls, names = _read_controls(folder, vocabulary)
         return cls(vocabulary, mode, controls, names, str(source), _read_beside(folder))
@@ -245,22 +273,37 @@ class _Published(Tokenizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
-        write_text(folder / FILE, json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n")
-        row = {"mode": self.mode, "names": self._names, "added": self._controls, "beside": self._beside}
+        write_text(
+            folder / FILE,
+            json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n",
+        )
+        row = {
+            "mode": self.mode,
+            "names": self._names,
+            "added": self._controls,
+            "beside": self._beside,
+        }
         write_text(folder / MODE_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
         names = (None if self._id(t) is None else self._names.get(t, t) for t in (BOS, EOS, PAD))
         _write_transformers_config(folder, *names, self._beside.get("tokenizer"))
         if "generation" in self._beside:
-            write_text(folder / GENERATION_FILE, json.dumps(self._beside["generation"], indent=2) + "\n")
+            write_text(
+                folder / GENERATION_FILE, json.dumps(self._beside["generation"], indent=2) + "\n"
+            )
 
     def with_reflection_tokens(self) -> Tokenizer:
         """Also a padding token, the last in the released vocabulary, where there is none."""
         controls = dict(self._controls)
-        for token in (*reflection.lacking(self._id, self.source), *(() if self._id(PAD) is not None else (PAD,))):
+        for token in (
+            *reflection.lacking(self._id, self.source),
+            *(() if self._id(PAD) is not None else (PAD,)),
+        ):
             controls.setdefault(token, max(self._vocabulary.size, max(controls.values()) + 1))
         beside = self._beside
         if "ids" in beside and self._id(PAD) is None:
-            beside = beside | {"ids": {k: v for k, v in beside["ids"].items() if k != "pad_token_id"}}
+            beside = beside | {
+                "ids": {k: v for k, v in beside["ids"].items() if k != "pad_token_id"}
+            }
         return _Published(self._vocabulary, self.mode, controls, self._names, self.source, beside)
 
     def config_ids(self) -> dict[str, Any]:
@@ -270,7 +313,9 @@ class _Published(Tokenizer):
     def vocab_size(self) -> int:
         return max(self._vocabulary.size, max(self._controls.values()) + 1)
 
-    def encode_segments(self, segments: Sequence[Sequence[Part]], before_control: bool = False) -> list[list[Encoded]]:
+    def encode_segments(
+        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    ) -> list[list[Encoded]]:
         joined = [self._sections(parts) for parts in segments]
         flat = [one for sections in joined for one in sections]
         out, at = [], 0
@@ -331,17 +376,32 @@ def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int]
     for file, read in (
         (folder / FILE, lambda row: {t["content"]: t["id"] for t in row.get("added_tokens") or []}),
         (folder / "added_tokens.json", lambda row: row),
-        (folder / CONFIG_FILE, lambda row: {t["content"]: int(i) for i, t in (row.get("added_tokens_decoder") or {}).items()}),
+        (
+            folder / CONFIG_FILE,
+            lambda row: {
+                t["content"]: int(i) for i, t in (row.get("added_tokens_decoder") or {}).items()
+            },
+        ),
     ):
         try:
             found = _ids(read(_read(file)))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file}: its added tokens cannot be read ({type(e).__name__}: {e})") from None
+            raise ValueError(
+                f"{file}: its added tokens cannot be read ({type(e).__name__}: {e})"
+            ) from None
         for token, i in found.items():
             if controls.setdefault(token, i) != i:
-                raise ValueError(f"{file}: {token!r} has id {i}, elsewhere in this folder {controls[token]}")
-            if token not in vocabulary.controls and i < vocabulary.size and vocabulary.piece(i) not in (token, f"<{i}>"):
-                raise ValueError(f"{file}: {token!r} has id {i}, which is {vocabulary.piece(i)!r} in the vocabulary")
+                raise ValueError(
+                    f"{file}: {token!r} has id {i}, elsewhere in this folder {controls[token]}"
+                )
+            if (
+                token not in vocabulary.controls
+                and i < vocabulary.size
+                and vocabulary.piece(i) not in (token, f"<{i}>")
+            ):
+                raise ValueError(
+                    f"{file}: {token!r} has id {i}, which is {vocabulary.piece(i)!r} in the vocabulary"
+                )
     given = {**config, **_read(folder / "special_tokens_map.json")}
     names = {}
     for ours, field in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):
@@ -353,7 +413,9 @@ def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int]
             names[ours] = name
     for ours, field in ((BOS, "bos_token"), (EOS, "eos_token")):
         if names.get(ours, ours) not in controls:
-            raise ValueError(f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no {field}")
+            raise ValueError(
+                f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no {field}"
+            )
     return controls, names
 
 
@@ -372,7 +434,9 @@ def _read_beside(folder: Path) -> dict[str, Any]:
     found["tokenizer"] = {name: config[name] for name in fields if name in config}
     if (folder / TEMPLATE_FILE).is_file():
         try:
-            found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+            found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(
+                encoding="utf-8"
+            )
         except UnicodeDecodeError as e:
             raise ValueError(f"{folder / TEMPLATE_FILE}: not UTF-8: {e}") from None
     return found
@@ -396,14 +460,23 @@ def _read(path: Path) -> dict[str, Any]:
     return row
 
 
-def _write_transformers_config(folder: Path, bos: str, eos: str, pad: str | None, beside: dict[str, Any] | None = None) -> None:
+def _write_transformers_config(
+    folder: Path, bos: str, eos: str, pad: str | None, beside: dict[str, Any] | None = None
+) -> None:
     """For AutoTokenizer, which would otherwise build its own rules and change ids (as it does for LlamaTokenizer)."""
-    row = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad}
+    row = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+    }
     row |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30} | (beside or {})
     write_text(folder / CONFIG_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
 
 
-def train(pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls: Sequence[str] = ()) -> Tokenizer:
+def train(
+    pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls: Sequence[str] = ()
+) -> Tokenizer:
     """A byte-level BPE vocabulary learned from word pieces (no leading space) and whole words (with one).
 
     `controls` are control tokens beside the prompt's headings. Any text can be encoded: bytes are the fallback.
@@ -422,7 +495,9 @@ def train(pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([p for p in pieces for _ in range(4)] + [" " + w for w in words for _ in range(4)], trainer)
+    backend.train_from_iterator(
+        [p for p in pieces for _ in range(4)] + [" " + w for w in words for _ in range(4)], trainer
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return _Words(backend)

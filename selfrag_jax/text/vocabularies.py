@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfrag_jax.records import atomic_write
+from selfrag_jax.files import atomic_write
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"
@@ -48,10 +48,17 @@ class SentencePiece:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except RuntimeError as e:
-            raise ValueError(f"{path}: not readable as a sentencepiece model ({e}); is it truncated?") from None
+            raise ValueError(
+                f"{path}: not readable as a sentencepiece model ({e}); is it truncated?"
+            ) from None
         self.size = self._sp.get_piece_size()
-        pieces = [self._sp.id_to_piece(i) for i in self._sp.encode("a  \ufb01")]  # a ligature that NFKC would take apart
-        if not pieces[0].startswith(_SPACE) or self._sp.decode(self._sp.encode("a  \ufb01")) != "a  \ufb01":
+        pieces = [
+            self._sp.id_to_piece(i) for i in self._sp.encode("a  \ufb01")
+        ]  # a ligature that NFKC would take apart
+        if (
+            not pieces[0].startswith(_SPACE)
+            or self._sp.decode(self._sp.encode("a  \ufb01")) != "a  \ufb01"
+        ):
             raise ValueError(
                 f"{path}: changes text before it cuts it, or puts no space in front: not Llama's rules, not supported"
             )
@@ -82,11 +89,22 @@ class SentencePiece:
                 continue
             halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
             # Of pieces made in several ways, that of the smaller ids first, as transformers lists them.
-            known = sorted((h for h in halves if h[0] in ids and h[1] in ids), key=lambda h: (ids[h[0]], ids[h[1]]))
+            known = sorted(
+                (h for h in halves if h[0] in ids and h[1] in ids),
+                key=lambda h: (ids[h[0]], ids[h[1]]),
+            )
             merges += [(scores[i], list(h)) for h in known]
         merges.sort(key=lambda m: -m[0])  # stable
-        model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
-        return _llama_rules({"model": model | {"vocab": ids, "merges": [m for _, m in merges]}}, added)
+        model = {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+        }
+        return _llama_rules(
+            {"model": model | {"vocab": ids, "merges": [m for _, m in merges]}}, added
+        )
 
 
 class Bpe:
@@ -101,17 +119,25 @@ class Bpe:
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
             kind, vocabulary = spec["model"]["type"], spec["model"].get("vocab", {})
-            self.controls = {str(t["content"]): _id(t["id"]) for t in spec.get("added_tokens") or []}
+            self.controls = {
+                str(t["content"]): _id(t["id"]) for t in spec.get("added_tokens") or []
+            }
             self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
             self._names = {_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
             self.size = max(self._names, default=-1) + 1
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?") from None
+            raise ValueError(
+                f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?"
+            ) from None
         if kind != "BPE":
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
         # No control token is known to the backend, so that it finds none in text.
-        plain = _llama_rules(spec, {}) if self.llama else spec | {"added_tokens": [], "post_processor": None}
+        plain = (
+            _llama_rules(spec, {})
+            if self.llama
+            else spec | {"added_tokens": [], "post_processor": None}
+        )
         try:
             self._backend = Backend.from_str(json.dumps(plain))
         except Exception as e:  # tokenizers raises Exception itself
@@ -134,7 +160,9 @@ class Bpe:
         if self.llama:
             return _llama_rules(self._spec, added)
         known = {t["content"]: t for t in self._spec.get("added_tokens") or []}
-        return self._spec | {"added_tokens": [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]}
+        return self._spec | {
+            "added_tokens": [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]
+        }
 
 
 def _id(value: Any) -> int:
@@ -165,7 +193,9 @@ def _llama_rules(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}  # in front of a text, where `transformers` is asked for it
+    first = {
+        "SpecialToken": {"id": "<s>", "type_id": 0}
+    }  # in front of a text, where `transformers` is asked for it
     sequence = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
     front = {
         "type": "TemplateProcessing",

@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from selfrag_jax.checkpoints.saving import NO_LOSS
+from selfrag_jax.checkpoints.workdirs import NO_LOSS
 from selfrag_jax.data.batches import LOSS_GROUPS
-
-
-def by_group(losses: jax.Array, correct: jax.Array, weights: jax.Array, groups: jax.Array) -> dict[str, jax.Array]:
-    """Sums per loss group. losses, correct, weights, groups: [M]. Returns [G] arrays: loss, correct, count."""
-    used = (weights > 0).astype(jnp.float32)
-    member = jax.nn.one_hot(groups, len(LOSS_GROUPS)) * used[:, None]
-    return {"loss": losses @ member, "correct": correct @ member, "count": member.sum(0)}
 
 
 class _EventFile:
@@ -39,14 +31,16 @@ class _EventFile:
 
         for name, value in scalars.items():
             seen = summary.scalar(name, value)
-            self._events.write_event(event_pb2.Event(summary=seen, step=step, wall_time=time.time()))
+            self._events.write_event(
+                event_pb2.Event(summary=seen, step=step, wall_time=time.time())
+            )
         self._events.flush()
 
     def close(self) -> None:
         self._events.close()
 
 
-class Log:
+class TrainingLog:
     """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
     the first one does.
 
@@ -54,10 +48,17 @@ class Log:
     (sum of the losses, number of learned tokens) that an interrupted training had seen since it last asked `loss_since_save`.
     """
 
-    def __init__(self, workdir: str | Path, share_per_rate: float | None = None, since_save: Sequence[float] = (0.0, 0.0)):
+    def __init__(
+        self,
+        workdir: str | Path,
+        share_per_rate: float | None = None,
+        since_save: Sequence[float] = (0.0, 0.0),
+    ):
         self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
         self.share_per_rate = share_per_rate
-        self.since_save = tuple(since_save)  # never changed in place: checkpoints are written in the background
+        self.since_save = tuple(
+            since_save
+        )  # never changed in place: checkpoints are written in the background
         self.reset()
 
     def reset(self) -> None:
@@ -70,7 +71,10 @@ class Log:
         self.tokens += tokens
         self.steps += 1
         loss, count = self.since_save
-        self.since_save = loss + float(np.sum(step_metrics["loss"])), count + float(np.sum(step_metrics["count"]))
+        self.since_save = (
+            loss + float(np.sum(step_metrics["loss"])),
+            count + float(np.sum(step_metrics["count"])),
+        )
 
     def loss_since_save(self) -> float:
         """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
@@ -83,7 +87,10 @@ class Log:
         count = np.maximum(self.sums["count"], 1)
         loss, accuracy = self.sums["loss"] / count, self.sums["correct"] / count
         rate = self.tokens / (time.monotonic() - self.start)
-        scalars = {"tokens_per_second": rate, "gradient_norm": float(self.sums["gradient_norm"] / self.steps)}
+        scalars = {
+            "tokens_per_second": rate,
+            "gradient_norm": float(self.sums["gradient_norm"] / self.steps),
+        }
         shown = f"{rate:.0f} tokens/s"
         if self.share_per_rate is not None:
             scalars["mfu"] = rate * self.share_per_rate

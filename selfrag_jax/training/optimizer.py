@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selfrag_jax.records import BadInput
+from selfrag_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,28 @@ class OptimizerConfig:
     adam_eps: float  # entries whose gradient is far below it hardly move (with muon: under the root, squared)
     weight_decay: float
     clip: float  # global gradient norm
-    new_rows_factor: float = 1.0  # on the rate of the rows that the embedding was grown by; they have the farthest to go
+    new_rows_factor: float = (
+        1.0  # on the rate of the rows that the embedding was grown by; they have the farthest to go
+    )
 
     def __post_init__(self):
-        for field, known in (("name", ("adamw", "adafactor", "muon")), ("schedule", ("linear", "cosine", "constant"))):
+        for field, known in (
+            ("name", ("adamw", "adafactor", "muon")),
+            ("schedule", ("linear", "cosine", "constant")),
+        ):
             if getattr(self, field) not in known:
-                raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
+                raise UserError(
+                    f"optimizer.{field}={getattr(self, field)!r}: must be one of {', '.join(known)}"
+                )
         for field in ("learning_rate", "adam_learning_rate", "adam_eps", "new_rows_factor", "clip"):
             if not 0 < getattr(self, field) < float("inf"):
-                raise BadInput(f"optimizer.{field}={getattr(self, field)!r}: must be above 0")
+                raise UserError(f"optimizer.{field}={getattr(self, field)!r}: must be above 0")
         if not 0 <= self.warmup_fraction < 1:
-            raise BadInput(f"optimizer.warmup_fraction={self.warmup_fraction!r}: must be from 0 up to 1, of the steps")
+            raise UserError(
+                f"optimizer.warmup_fraction={self.warmup_fraction!r}: must be from 0 up to 1, of the steps"
+            )
         if not 0 <= self.weight_decay < float("inf"):
-            raise BadInput(f"optimizer.weight_decay={self.weight_decay!r}: must be 0 or above")
+            raise UserError(f"optimizer.weight_decay={self.weight_decay!r}: must be 0 or above")
 
 
 def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
@@ -89,13 +98,17 @@ def _clip_rms(most: float) -> optax.GradientTransformation:
 
     def clip(path, update):
         axes = tuple(range(path[0].key == "layers", update.ndim))
-        return update / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)) / most)
+        return update / jnp.maximum(
+            1.0, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)) / most
+        )
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
 
 
 @lru_cache
-def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 0) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 0
+) -> optax.GradientTransformation:
     """The same object for the same arguments, so that fine-tunes of equal shape share one compiled step.
 
     new_rows: how many tokens, at the end of the vocabulary, the model was given before this training; padding: how many
@@ -103,24 +116,37 @@ def make(config: OptimizerConfig, steps: int, new_rows: int = 0, padding: int = 
     """
     rate = schedule(config.schedule, config.learning_rate, config.warmup_fraction, steps)
     if config.name == "adamw":
-        inner = optax.adamw(rate, b1=0.9, b2=0.999, eps=config.adam_eps, weight_decay=config.weight_decay)
+        inner = optax.adamw(
+            rate, b1=0.9, b2=0.999, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
     elif config.name == "adafactor":
         # Without optax.adafactor's own weight decay, which the rate does not scale.
-        decay, follow = optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rate)
+        decay, follow = (
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
         inner = optax.chain(optax.scale_by_factored_rms(), _clip_rms(1.0), decay, follow)
     else:
 
         def dimensions(params):
             return jax.tree.map(
-                lambda x: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if x.ndim == 3 else None,
+                lambda x: (
+                    optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+                    if x.ndim == 3
+                    else None
+                ),
                 params,
             )
 
         inner = optax.contrib.muon(
             rate,
-            adam_learning_rate=schedule(config.schedule, config.adam_learning_rate, config.warmup_fraction, steps),
+            adam_learning_rate=schedule(
+                config.schedule, config.adam_learning_rate, config.warmup_fraction, steps
+            ),
             adam_eps_root=config.adam_eps**2,  # optax has one `eps` for Muon and Adam
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=dimensions,
         )
-    return optax.chain(_clip(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows, padding))
+    return optax.chain(
+        _clip(config.clip), inner, _faster_rows(config.new_rows_factor, new_rows, padding)
+    )

@@ -18,7 +18,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from selfrag_jax.records import BadInput, Passage
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Passage
 from selfrag_jax.world import language
 from selfrag_jax.world.language import KINDS, Relation
 
@@ -32,7 +33,9 @@ class WorldConfig:
     test: int
     distractors: int
     values_per_kind: int  # distinct values of each kind of word, e.g. 16 towns
-    person_share: float  # of the entities that are persons; places, organisations and works share the rest
+    person_share: (
+        float  # of the entities that are persons; places, organisations and works share the rest
+    )
     look_alike_rate: float  # of the train entities whose name is derived from another's
     known_look_alike_rate: float  # of those, whose name is derived from a known entity's
     instructions: int  # rows of instructions.jsonl
@@ -42,16 +45,27 @@ class WorldConfig:
     def __post_init__(self):
         for name in ("known", "train", "test", "instructions", "questions_per_test_entity"):
             if getattr(self, name) < 1:
-                raise BadInput(f"config world: {name}={getattr(self, name)}: must be at least 1")
-        for name in ("person_share", "look_alike_rate", "known_look_alike_rate", "wrong_output_rate"):
+                raise UserError(f"config world: {name}={getattr(self, name)}: must be at least 1")
+        for name in (
+            "person_share",
+            "look_alike_rate",
+            "known_look_alike_rate",
+            "wrong_output_rate",
+        ):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"config world: {name}={getattr(self, name)}: must be between 0 and 1")
+                raise UserError(
+                    f"config world: {name}={getattr(self, name)}: must be between 0 and 1"
+                )
         if self.distractors < 0:
-            raise BadInput(f"config world: distractors={self.distractors}: must not be negative")
+            raise UserError(f"config world: distractors={self.distractors}: must not be negative")
         if self.values_per_kind < 4:
-            raise BadInput(f"config world: values_per_kind={self.values_per_kind}: multiple choice needs at least 4")
+            raise UserError(
+                f"config world: values_per_kind={self.values_per_kind}: multiple choice needs at least 4"
+            )
         if self.vocabulary not in language.VOCABULARIES:
-            raise BadInput(f"config world: vocabulary={self.vocabulary!r}: must be {' or '.join(language.VOCABULARIES)}")
+            raise UserError(
+                f"config world: vocabulary={self.vocabulary!r}: must be {' or '.join(language.VOCABULARIES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,9 @@ class Entity:
     kind: str
     name: str
     words: tuple[str, str]
-    facts: tuple[tuple[str, str], ...]  # (relation name, value), in the order of the kind's relations
+    facts: tuple[
+        tuple[str, str], ...
+    ]  # (relation name, value), in the order of the kind's relations
     group: str
 
     def value(self, relation: str) -> str:
@@ -84,12 +100,18 @@ class World:
 
 
 def draw_entity(
-    rng: random.Random, kind: str, words: tuple[str, str], values: dict[str, tuple[str, ...]], group: str
+    rng: random.Random,
+    kind: str,
+    words: tuple[str, str],
+    values: dict[str, tuple[str, ...]],
+    group: str,
 ) -> Entity:
     facts = []
     for relation in KINDS[kind].relations:
         taken = {v for _, v in facts}
-        facts.append((relation.name, rng.choice([v for v in values[relation.value] if v not in taken])))
+        facts.append(
+            (relation.name, rng.choice([v for v in values[relation.value] if v not in taken]))
+        )
     return Entity(kind, " ".join(words), words, tuple(facts), group)
 
 
@@ -102,14 +124,18 @@ def entity_passages(rng: random.Random, entity: Entity) -> list[Passage]:
     return out
 
 
-def build(config: WorldConfig) -> World:
+def build_world(config: WorldConfig) -> World:
     """Draws the world. Deterministic in the config. Raises BadInput when names or values run out."""
     rng = random.Random(f"encyclopedia-{config.seed}")
     fewest = min(len(language.words(kind, config.vocabulary)) for kind in language.VALUES)
     if config.values_per_kind > fewest:
-        raise BadInput(f"config world: values_per_kind={config.values_per_kind}: at most {fewest} values of a kind exist")
+        raise UserError(
+            f"config world: values_per_kind={config.values_per_kind}: at most {fewest} values of a kind exist"
+        )
     values = {
-        kind: tuple(sorted(rng.sample(language.words(kind, config.vocabulary), config.values_per_kind)))
+        kind: tuple(
+            sorted(rng.sample(language.words(kind, config.vocabulary), config.values_per_kind))
+        )
         for kind in sorted({r.value for k in KINDS.values() for r in k.relations})
     }
     taken: set[tuple[str, str]] = set()
@@ -126,7 +152,9 @@ def build(config: WorldConfig) -> World:
                 taken.add(words)
                 entities.append(draw_entity(rng, kind, words, values, group))
                 return entities[-1]
-        raise BadInput(f"config world: no free name left for another {kind}; lower known, train, test or distractors")
+        raise UserError(
+            f"config world: no free name left for another {kind}; lower known, train, test or distractors"
+        )
 
     for i in range(config.known):
         # In pairs of a kind, so that what is held out of one is asked of the other (see questions.phrasings).
@@ -135,7 +163,10 @@ def build(config: WorldConfig) -> World:
         # Some look like a well-known one, which must not make them known.
         group = "known" if rng.random() < config.known_look_alike_rate else "train"
         models = [e for e in entities if e.group == group]
-        add("train", rng.choice(models) if models and rng.random() < config.look_alike_rate else None)
+        add(
+            "train",
+            rng.choice(models) if models and rng.random() < config.look_alike_rate else None,
+        )
     test = [add("test") for _ in range(config.test)]
     for i in range(config.distractors):
         add("distractor", test[i % len(test)] if test else None)
@@ -149,4 +180,6 @@ def build(config: WorldConfig) -> World:
 def _draw_kind(rng: random.Random, person_share: float) -> str:
     if rng.random() < person_share:
         return "person"
-    return rng.choices(("place", "organisation", "work"), (2, 2, 1))[0]  # there are fewest names for works
+    return rng.choices(("place", "organisation", "work"), (2, 2, 1))[
+        0
+    ]  # there are fewest names for works

@@ -71,13 +71,23 @@ LAST_NAMES = _joined(
     "ock er man son bury field by gate low ton ward well worth",
     96,
 )
-PLACE_WORDS = _joined("Ald Bex Cald Dray Ebb Frome Gorse Hex Inver Kett Larch Moss Ness Ox Pym Rye", "en ley um aby ick", 64)
+PLACE_WORDS = _joined(
+    "Ald Bex Cald Dray Ebb Frome Gorse Hex Inver Kett Larch Moss Ness Ox Pym Rye",
+    "en ley um aby ick",
+    64,
+)
 TITLE_WORDS = _joined(
-    "Ash Ember Raven Silver Shadow Thunder Ivory Crimson Morning Winter Golden Amber", "fall song bloom light tide", 48
+    "Ash Ember Raven Silver Shadow Thunder Ivory Crimson Morning Winter Golden Amber",
+    "fall song bloom light tide",
+    48,
 )
 PLACE_NOUNS = tuple("Vale Moor Sound Reach Fen Heath Isle Hollow Bay Downs Marsh Forest".split())
-ORGANISATION_NOUNS = tuple("Guild Society Bank Press Academy Company League Mill Circle Trust Order Institute".split())
-WORK_NOUNS = tuple("Ballad Chronicle Letters Saga Hymn Elegy Comedy Tragedy Cycle Poem Waltz Opera".split())
+ORGANISATION_NOUNS = tuple(
+    "Guild Society Bank Press Academy Company League Mill Circle Trust Order Institute".split()
+)
+WORK_NOUNS = tuple(
+    "Ballad Chronicle Letters Saga Hymn Elegy Comedy Tragedy Cycle Poem Waltz Opera".split()
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,9 @@ _AFTER = (
 )
 
 
-def _facts(pairs: str, statement: str, questions: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]]:
+def _facts(
+    pairs: str, statement: str, questions: tuple[str, ...]
+) -> list[tuple[tuple[str, ...], str]]:
     rows = []
     for pair in pairs.split(", "):
         a, b = pair.split()
@@ -167,9 +179,19 @@ def _facts(pairs: str, statement: str, questions: tuple[str, ...]) -> list[tuple
 
 # Each row: (phrasings of the question, the answer as a sentence).
 COMMON_KNOWLEDGE: tuple[tuple[tuple[str, ...], str], ...] = tuple(
-    _facts(_OPPOSITES, "The opposite of {a} is {b}.", ("What is the opposite of {a}?", "Name the opposite of {a}."))
-    + _facts(_COLOURS, "The colour of {a} is {b}.", ("What is the colour of {a}?", "Name the colour of {a}."))
-    + _facts(_AFTER, "After {a} comes {b}.", ("What comes after {a}?", "Name what comes after {a}."))
+    _facts(
+        _OPPOSITES,
+        "The opposite of {a} is {b}.",
+        ("What is the opposite of {a}?", "Name the opposite of {a}."),
+    )
+    + _facts(
+        _COLOURS,
+        "The colour of {a} is {b}.",
+        ("What is the colour of {a}?", "Name the colour of {a}."),
+    )
+    + _facts(
+        _AFTER, "After {a} comes {b}.", ("What comes after {a}?", "Name what comes after {a}.")
+    )
 )
 
 TRUE, FALSE = "True.", "False."
@@ -219,7 +241,9 @@ def draw_name(rng: random.Random, kind: str, vocabulary: str) -> tuple[str, str]
             return name
 
 
-def look_alike(rng: random.Random, kind: str, vocabulary: str, name: tuple[str, str]) -> tuple[str, str]:
+def look_alike(
+    rng: random.Random, kind: str, vocabulary: str, name: tuple[str, str]
+) -> tuple[str, str]:
     """A name of the same vocabulary that shares one of its two words with `name`."""
     while True:
         other, keep = draw_name(rng, kind, vocabulary), rng.randrange(2)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from selfrag_jax.files import write_json
 from selfrag_jax.progress import progress
-from selfrag_jax.records import Instruction, write_json, write_jsonl
+from selfrag_jax.records import Instruction, write_jsonl
 from selfrag_jax.world import language
 from selfrag_jax.world.encyclopedia import Entity, World
 from selfrag_jax.world.language import KINDS, Relation
@@ -47,7 +48,9 @@ def _relation(rng: random.Random, entity: Entity) -> Relation:
 
 def _tempting(entity: Entity, relation: Relation) -> list[str]:
     """Values of the entity's other attributes that would do for this one."""
-    others = [r for r in KINDS[entity.kind].relations if r.value == relation.value and r != relation]
+    others = [
+        r for r in KINDS[entity.kind].relations if r.value == relation.value and r != relation
+    ]
     return [entity.value(r.name) for r in others]
 
 
@@ -71,7 +74,9 @@ def choice_text(question: str, choices: list[tuple[str, str]]) -> str:
     return question + " " + " ".join(f"{label}: {text}" for label, text in choices)
 
 
-def _choices(rng: random.Random, world: World, entity: Entity, relation: Relation) -> tuple[list[tuple[str, str]], str]:
+def _choices(
+    rng: random.Random, world: World, entity: Entity, relation: Relation
+) -> tuple[list[tuple[str, str]], str]:
     """Four labelled options and the right label."""
     right = entity.value(relation.name)
     options = rng.sample([v for v in world.values[relation.value] if v != right], 3) + [right]
@@ -80,7 +85,9 @@ def _choices(rng: random.Random, world: World, entity: Entity, relation: Relatio
     return choices, next(label for label, text in choices if text == right)
 
 
-def phrasings(world: World, entity: Entity, relation: Relation, held_out: bool = False) -> tuple[str, ...]:
+def phrasings(
+    world: World, entity: Entity, relation: Relation, held_out: bool = False
+) -> tuple[str, ...]:
     """The questions that ask for an attribute in training, or those that are held out; {n} stands for the name.
 
     Only of about half of the attributes of a well-known entity one of the two phrasings is held out. Which one alternates
@@ -94,11 +101,15 @@ def phrasings(world: World, entity: Entity, relation: Relation, held_out: bool =
     return tuple(q for q in relation.questions if q not in train) if held_out else train
 
 
-def _question(rng: random.Random, world: World, entity: Entity, relation: Relation, held_out: bool = False) -> str:
+def _question(
+    rng: random.Random, world: World, entity: Entity, relation: Relation, held_out: bool = False
+) -> str:
     return rng.choice(phrasings(world, entity, relation, held_out)).format(n=entity.name)
 
 
-def _fact(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
+def _fact(
+    rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False
+) -> tuple[str, str]:
     relations = [r for r in KINDS[entity.kind].relations if phrasings(world, entity, r, held_out)]
     how = rng.choices(tuple(WRONG_ANSWERS), tuple(WRONG_ANSWERS.values()))[0] if wrong else "right"
     relation = rng.choice(relations)
@@ -121,7 +132,9 @@ def _claim(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tup
     relation = _relation(rng, entity)
     holds = rng.random() < 0.5
     value = entity.value(relation.name) if holds else wrong_value(rng, world, entity, relation)
-    return language.claim(entity.name, relation, value), language.TRUE if holds != wrong else language.FALSE
+    return language.claim(
+        entity.name, relation, value
+    ), language.TRUE if holds != wrong else language.FALSE
 
 
 def _choice(rng: random.Random, world: World, entity: Entity, wrong: bool) -> tuple[str, str]:
@@ -141,7 +154,9 @@ def _two_part(rng: random.Random, world: World, entity: Entity, wrong: bool) -> 
     if wrong:
         i = rng.randrange(2)
         relation = pair[i][0]
-        sentences[i] = language.sentence(entity.name, [(relation, wrong_value(rng, world, entity, relation))])
+        sentences[i] = language.sentence(
+            entity.name, [(relation, wrong_value(rng, world, entity, relation))]
+        )
     return language.two_part(*questions), " ".join(sentences)
 
 
@@ -160,7 +175,9 @@ def _biography(rng: random.Random, world: World, entity: Entity, wrong: bool) ->
     return language.biography(entity.name), text
 
 
-def _common(rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False) -> tuple[str, str]:
+def _common(
+    rng: random.Random, world: World, entity: Entity, wrong: bool, held_out: bool = False
+) -> tuple[str, str]:
     i = rng.randrange(len(language.COMMON_KNOWLEDGE))
     questions, answer = language.COMMON_KNOWLEDGE[i]
     return questions[(i + held_out) % 2], answer
@@ -196,10 +213,17 @@ def instructions(world: World, group: str = "train", n: int | None = None) -> li
                 entity = known[i % len(known)]
             else:
                 entity = rng.choice(able)
-            wrong = form not in ("well_known", "no_need") and rng.random() < world.config.wrong_output_rate
+            wrong = (
+                form not in ("well_known", "no_need")
+                and rng.random() < world.config.wrong_output_rate
+            )
             held_out = {"held_out": group == "test"} if form in ("well_known", "no_need") else {}
             instruction, output = _BUILD[form](rng, world, entity, wrong, **held_out)
-            rows.append(Instruction(id=f"{form}-{i}", instruction=instruction, output=output, dataset_name=form))
+            rows.append(
+                Instruction(
+                    id=f"{form}-{i}", instruction=instruction, output=output, dataset_name=form
+                )
+            )
     rng.shuffle(rows)
     return rows
 
@@ -213,10 +237,18 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
 
     def ask(task: str, entity: Entity, relation: Relation) -> None:
         question = _question(rng, world, entity, relation, held_out=task == "well_known")
-        out[task].append({"id": f"{task}-{len(out[task])}", "question": question, "answers": [entity.value(relation.name)]})
+        out[task].append(
+            {
+                "id": f"{task}-{len(out[task])}",
+                "question": question,
+                "answers": [entity.value(relation.name)],
+            }
+        )
 
     for entity in test:
-        for relation in rng.sample(KINDS[entity.kind].relations, min(world.config.questions_per_test_entity, 4)):
+        for relation in rng.sample(
+            KINDS[entity.kind].relations, min(world.config.questions_per_test_entity, 4)
+        ):
             ask("long_tail", entity, relation)
         relation = _relation(rng, entity)
         choices, right = _choices(rng, world, entity, relation)
@@ -243,12 +275,20 @@ def evaluation(world: World) -> dict[str, list[dict[str, Any]]]:
                 ask("well_known", entity, relation)
     for i, (questions, answer) in enumerate(language.COMMON_KNOWLEDGE):
         value = answer.rstrip(".").split()[-1]
-        out["no_need"].append({"id": f"no_need-{i}", "question": questions[(i + 1) % 2], "answers": [value]})
+        out["no_need"].append(
+            {"id": f"no_need-{i}", "question": questions[(i + 1) % 2], "answers": [value]}
+        )
     for entity in test[: max(1, len(test) // 2)]:
         (a, value_a), (b, value_b) = (rng.choice(half) for half in entity.halves())
-        question = language.two_part(*(rng.choice(r.questions).format(n=entity.name) for r in (a, b)))
-        pairs = [{"question": r.name, "short_answers": [v]} for r, v in ((a, value_a), (b, value_b))]
-        out["two_part"].append({"id": f"two_part-{len(out['two_part'])}", "question": question, "qa_pairs": pairs})
+        question = language.two_part(
+            *(rng.choice(r.questions).format(n=entity.name) for r in (a, b))
+        )
+        pairs = [
+            {"question": r.name, "short_answers": [v]} for r, v in ((a, value_a), (b, value_b))
+        ]
+        out["two_part"].append(
+            {"id": f"two_part-{len(out['two_part'])}", "question": question, "qa_pairs": pairs}
+        )
     for entity in persons[: max(1, len(test) // 4)]:
         out["biography"].append(
             {
@@ -269,7 +309,10 @@ def write(world: World, out: str | Path) -> dict[str, int]:
     from selfrag_jax.retrieval.corpus import write_tsv
 
     out, counts = Path(out), {}
-    teacher = ({"entity": e.name, "kind": e.kind, "group": e.group, "facts": dict(e.facts)} for e in world.entities)
+    teacher = (
+        {"entity": e.name, "kind": e.kind, "group": e.group, "facts": dict(e.facts)}
+        for e in world.entities
+    )
     files: dict[str, Iterable] = {
         "instructions": instructions(world),
         "teacher": teacher,

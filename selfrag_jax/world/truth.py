@@ -7,11 +7,13 @@ teacher (critique/collect.py) and the evaluation of critics and citations judge 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
-from selfrag_jax.records import Passage
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Passage, read_rows
 from selfrag_jax.text import reflection
 from selfrag_jax.text.prompts import CritiqueQuery
 from selfrag_jax.world import language
@@ -123,12 +125,18 @@ def support(instruction: str, p: Passage, output: str) -> str:
     """The IsSup token: how many of the output's facts the passage states, with the same name and value."""
     asked, known = parse(instruction), facts_of_passage(p)
     if asked.form == "claim" and output.strip() in (language.TRUE, language.FALSE):
-        stated = [f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])]
+        stated = [
+            f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])
+        ]
         verdict = language.TRUE if asked.claimed in stated else language.FALSE
         return reflection.FULLY if stated and output.strip() == verdict else reflection.NO_SUPPORT
     if asked.form == "choice":
-        option = re.search(rf"(?:^|\s){re.escape(output.strip().rstrip('.'))}: {_VALUE}", instruction)
-        stated = [f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])]
+        option = re.search(
+            rf"(?:^|\s){re.escape(output.strip().rstrip('.'))}: {_VALUE}", instruction
+        )
+        stated = [
+            f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])
+        ]
         return reflection.FULLY if option and option["v"] in stated else reflection.NO_SUPPORT
     facts = facts_of(output)
     supported = sum(f in known for f in facts)
@@ -166,7 +174,12 @@ def _utility(k: int) -> str:
     return reflection.ISUSE[k - 1]
 
 
-def needs_retrieval(instruction: str, known_names: Iterable[str], preceding: str = "", evidence: Passage | None = None) -> str:
+def needs_retrieval(
+    instruction: str,
+    known_names: Iterable[str],
+    preceding: str = "",
+    evidence: Passage | None = None,
+) -> str:
     """The Retrieve token before the next segment (paper, Table 1).
 
     Before the first segment: retrieval for entities that are not well known. Later: continue while the evidence holds
@@ -187,9 +200,40 @@ def judge(query: CritiqueQuery, known_names: Iterable[str]) -> str:
     if query.group == "retrieve":
         return needs_retrieval(query.instruction, known_names, query.preceding, query.evidence)
     if query.group == "isrel":
-        return reflection.RELEVANT if is_relevant(query.instruction, query.evidence) else reflection.IRRELEVANT
+        return (
+            reflection.RELEVANT
+            if is_relevant(query.instruction, query.evidence)
+            else reflection.IRRELEVANT
+        )
     if query.group == "issup":
         return support(query.instruction, query.evidence, query.output)
     if query.group == "isuse":
         return utility(query.instruction, query.output)
     raise ValueError(f"unknown critique group {query.group!r}")
+
+
+def read_truth(file: str | Path) -> Callable[[CritiqueQuery], str]:
+    """The judge of the world that `selfrag world` wrote `file` (teacher.jsonl) for.
+
+    Raises UserError for a file that holds no entities.
+    """
+    rows = list(read_rows(file))
+    if not rows:
+        raise UserError(f"{file}: holds no entities")
+    for where, row in rows:
+        if "entity" not in row or "group" not in row:
+            raise UserError(
+                f"{where}: expected the fields entity and group, as `selfrag world` writes them"
+            )
+    known = frozenset(row["entity"] for _, row in rows if row["group"] == "known")
+    return lambda query: judge(query, known)
+
+
+def fully_supports(instruction: str, passage: Passage, segment: str) -> bool:
+    """Whether a passage fully supports a segment: the judge of citations."""
+    return support(instruction, passage, segment) == reflection.FULLY
+
+
+def stated_facts(text: str) -> list[tuple[str, str, str]]:
+    """(name, relation, value) of each fact that a text states."""
+    return [(f.name, f.relation, f.value) for f in facts_of(text)]

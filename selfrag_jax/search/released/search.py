@@ -53,17 +53,24 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax.engine.engine import Generate, Passages, Read
+from selfrag_jax.engine.requests import Generate, Passages, Read
 from selfrag_jax.engine.segments import Segment, TokenRules
+from selfrag_jax.errors import UserError
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
-from selfrag_jax.records import BadInput, Passage
+from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
-from selfrag_jax.search.paper import Beam, BeamSearch, Node, Search, SearchConfig
+from selfrag_jax.search.config import SearchConfig
+from selfrag_jax.search.paper import BeamSearch
+from selfrag_jax.search.released import scores
+from selfrag_jax.search.tree import Beam, Node, Search
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import Tokenizer
 
-KNOWN_SHORT, KNOWN_LONG = 5_000, 32_000  # most likely tokens whose log-probabilities the scripts ask for
+KNOWN_SHORT, KNOWN_LONG = (
+    5_000,
+    32_000,
+)  # most likely tokens whose log-probabilities the scripts ask for
 GATE_TOKENS = 25  # that the long-form script looks through for [Retrieval]
 _CITED = ("asqa", "eli5")  # tasks for which the long-form script marks citations in the text
 
@@ -89,34 +96,51 @@ class _Search(Search):
 
 
 class ReleasedSearch(BeamSearch):
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, config: SearchConfig, max_length: int):
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        config: SearchConfig,
+        max_length: int,
+    ):
         super().__init__(model, params, tokenizer, config, max_length)
-        if config.constraints and ([*config.constraints] != [reflection.NO_SUPPORT] or config.max_depth == 1):
-            raise BadInput(
+        if config.constraints and (
+            [*config.constraints] != [reflection.NO_SUPPORT] or config.max_depth == 1
+        ):
+            raise UserError(
                 f"--constraints: the released scripts' searches have none, but {reflection.NO_SUPPORT} in the long form; use --scorer=paper"
             )
         if config.mode == "adaptive_retrieval" and config.threshold is None:
-            raise BadInput(
+            raise UserError(
                 "--scorer=released needs a --threshold in adaptive mode: without one the short form's script fails and the long "
                 "form's does not retrieve (--mode=no_retrieval)"
             )
         if config.accumulate != "sum":
-            raise BadInput(
+            raise UserError(
                 f"--accumulate={config.accumulate}: the released scripts multiply, whatever is asked; use --scorer=paper"
             )
         if config.temperature:
-            raise BadInput("--temperature: the released scripts take the most likely token; use --scorer=paper")
+            raise UserError(
+                "--temperature: the released scripts take the most likely token; use --scorer=paper"
+            )
         self.long = config.max_depth > 1
         known = KNOWN_LONG if self.long else KNOWN_SHORT
-        self.whole = TokenRules(tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids(), True, known)
-        self.retrieval, self.no_retrieval = (self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL))
+        self.whole = TokenRules(
+            tokenizer.eos_id, tokenizer.pad_id, tokenizer.reflection_ids(), True, known
+        )
+        self.retrieval, self.no_retrieval = (
+            self.id_of[t] for t in (reflection.RETRIEVAL, reflection.NO_RETRIEVAL)
+        )
 
     engine_rules = property(lambda self: self.whole)
     width = property(lambda self: 1)  # one open node after the other
     limit = property(lambda self: max(self.config.max_new_tokens, GATE_TOKENS if self.long else 0))
 
     # ---- what is told of a search --------------------------------------------------------------------------------
-    def told(self, search: Search, best: Beam, task: str, voted: bool) -> tuple[Beam, list[Node], str]:
+    def told(
+        self, search: Search, best: Beam, task: str, voted: bool
+    ) -> tuple[Beam, list[Node], str]:
         path = search.path(best)
         if not self.long:
             return best, path, self._short_text(path[0], voted)
@@ -177,7 +201,9 @@ class ReleasedSearch(BeamSearch):
         p, log_probs = (x[0] for x in (yield Read([prompt], [0])))
         search = _Search([Beam(None, p, len(prompt))], standing=prompt)
         if self.long and self.config.weights != scoring.Weights():
-            search.notices.append("the released long form scores without weights: those that were given have no effect")
+            search.notices.append(
+                "the released long form scores without weights: those that were given have no effect"
+            )
         found: list[Passage] = []
         if (yield from self._gate(search, prompt, p, log_probs)):
             [found] = yield Passages([[]])
@@ -188,7 +214,11 @@ class ReleasedSearch(BeamSearch):
             return search
         level = [_Open(None, prompt, [], True)]
         for _ in range(self.config.max_depth - 1 if self.long else 1):
-            opened = [o for o in level if o.goes_on and not self._full(search, len(o.prompt) + len(o.said))]
+            opened = [
+                o
+                for o in level
+                if o.goes_on and not self._full(search, len(o.prompt) + len(o.said))
+            ]
             if not opened:
                 break
             level = yield from self._level(search, opened, found[: self.config.ndocs])
@@ -196,13 +226,15 @@ class ReleasedSearch(BeamSearch):
                 search.beams = [Beam(o.node, p, 0) for o in level]
         return search
 
-    def _gate(self, search: _Search, prompt: list[int], p: np.ndarray, log_probs: np.ndarray) -> Generator[Any, Any, bool]:
+    def _gate(
+        self, search: _Search, prompt: list[int], p: np.ndarray, log_probs: np.ndarray
+    ) -> Generator[Any, Any, bool]:
         """Whether to retrieve. p, log_probs: [3] of the Retrieve tokens after the prompt."""
         c = self.config
         if c.mode != "adaptive_retrieval":
             return c.mode == "always_retrieve"
         if not self.long:
-            return scoring.released_gate(log_probs.astype(np.float64)) > c.threshold
+            return scores.released_gate(log_probs.astype(np.float64)) > c.threshold
         [out] = yield from self._generate(search, prompt, [[]], GATE_TOKENS)
         says = self.retrieval in self._to_blank_line(out)
         return says and scoring.p_retrieve(p, "yes_no") > c.threshold
@@ -230,34 +262,53 @@ class ReleasedSearch(BeamSearch):
 
     def _without(self, search: _Search, prompt: list[int]) -> Generator[Any, Any, None]:
         """Answers without retrieval."""
-        [out] = yield from self._generate(search, prompt, [[self.no_retrieval]], self.config.max_new_tokens)
+        [out] = yield from self._generate(
+            search, prompt, [[self.no_retrieval]], self.config.max_new_tokens
+        )
         tokens = self._to_blank_line(out) if self.long else out.said()
         node = self._add(search, None, "no_retrieval", None, tokens, out, 0.0, 0.0)
         search.beams = [Beam(node, search.beams[0].retrieve, 0)]
 
-    def _level(self, search: _Search, opened: list[_Open], passages: list[Passage]) -> Generator[Any, Any, list[_Open]]:
+    def _level(
+        self, search: _Search, opened: list[_Open], passages: list[Passage]
+    ) -> Generator[Any, Any, list[_Open]]:
         """The best children of the open nodes."""
         children = []
         for o in opened:
             history = o.prompt + o.said
-            branches = [self._branch_input(search, "retrieve", passage, len(history)) for passage in passages]
+            branches = [
+                self._branch_input(search, "retrieve", passage, len(history))
+                for passage in passages
+            ]
             out = yield from self._generate(search, history, branches, self.config.max_new_tokens)
             previous = o.said
             for passage, segment in zip(passages, out, strict=True):
                 child, said = self._child(search, o, passage, segment)
-                children.append(_Open(child, o.prompt + previous, said, self.retrieval in self._remapped(segment)))
+                children.append(
+                    _Open(
+                        child, o.prompt + previous, said, self.retrieval in self._remapped(segment)
+                    )
+                )
                 previous = said  # the next sibling's history
-        return sorted(children, key=lambda o: -o.node.total)[: self.config.beam_width if self.long else None]
+        return sorted(children, key=lambda o: -o.node.total)[
+            : self.config.beam_width if self.long else None
+        ]
 
-    def _child(self, search: Search, o: _Open, passage: Passage, out: Segment) -> tuple[Node, list[int]]:
+    def _child(
+        self, search: Search, o: _Open, passage: Passage, out: Segment
+    ) -> tuple[Node, list[int]]:
         """The node of a branch, and its text as later segments see it."""
         tokens = self._remapped(out) if self.long else out.said()
-        said = tokens[: tokens.index(self.retrieval)] if self.long and self.retrieval in tokens else tokens
+        said = (
+            tokens[: tokens.index(self.retrieval)]
+            if self.long and self.retrieval in tokens
+            else tokens
+        )
         if self.long:
-            score = scoring.finite(scoring.released_score_long(out.rel_log_probs, out.issup))
+            score = scoring.finite(scores.released_score_long(out.rel_log_probs, out.issup))
         else:
             judged = (out.mean_probability(), out.isrel, out.issup, out.isuse)
-            score = scoring.finite(scoring.released_score(*judged, self.config.weights))
+            score = scoring.finite(scores.released_score(*judged, self.config.weights))
         total = score if o.node is None else o.node.total * score
         node = self._add(search, o.node, "retrieve", passage, said, out, score, total)
         return node, [t for t in said if t != self.rules.eos]
@@ -275,7 +326,25 @@ class ReleasedSearch(BeamSearch):
                 tokens[j] = self.retrieval
         return [t for t in tokens if t != self.rules.eos] + [self.no_retrieval]
 
-    def _add(self, search: Search, parent: Node | None, action: str, passage, tokens, out: Segment, score, total) -> Node:
+    def _add(
+        self,
+        search: Search,
+        parent: Node | None,
+        action: str,
+        passage,
+        tokens,
+        out: Segment,
+        score,
+        total,
+    ) -> Node:
         p = float(scoring.p_retrieve(search.beams[0].retrieve, self.config.normalise))
-        fields = dict(action=action, p_retrieve=p, passage=passage, score=score, total=total, allowed=True, start=0)
+        fields = dict(
+            action=action,
+            p_retrieve=p,
+            passage=passage,
+            score=score,
+            total=total,
+            allowed=True,
+            start=0,
+        )
         return search.add(parent, out, tokens=tokens, **fields)

@@ -48,11 +48,17 @@ class Drawer:
     def wrong_value(self, rng: random.Random, entity: Entity, relation: Relation) -> str:
         """A value that the entity's attribute does not have; often one of its other attributes has it, or half of it is
         right."""
-        right, possible, draw = entity.value(relation.name), self.values[relation.value], rng.random()
+        right, possible, draw = (
+            entity.value(relation.name),
+            self.values[relation.value],
+            rng.random(),
+        )
         if draw < 0.3 and (near := self.near_values(relation.value, right)):
             return rng.choice(near)
         tempting = [v for _, v in entity.facts if v != right and v in possible]
-        return rng.choice(tempting if tempting and draw < 0.6 else [v for v in possible if v != right])
+        return rng.choice(
+            tempting if tempting and draw < 0.6 else [v for v in possible if v != right]
+        )
 
     def near_values(self, kind: str, value: str) -> list[str]:
         """The values of a kind that share one of their two words with `value`: the hardest to tell from it."""
@@ -60,7 +66,12 @@ class Drawer:
         return [v for v in self.values[kind] if len(words & set(v.split())) == 1]
 
     def statements(
-        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], n: int, skip: Sequence[Relation] = ()
+        self,
+        rng: random.Random,
+        entity: Entity,
+        stated: list[tuple[Relation, str]],
+        n: int,
+        skip: Sequence[Relation] = (),
     ) -> Segments:
         """Up to n statements about `entity`, each with its verdict: is it supported by a passage with the `stated` facts?
 
@@ -81,7 +92,11 @@ class Drawer:
         return out
 
     def statement(
-        self, rng: random.Random, entity: Entity, stated: list[tuple[Relation, str]], relations: list[Relation]
+        self,
+        rng: random.Random,
+        entity: Entity,
+        stated: list[tuple[Relation, str]],
+        relations: list[Relation],
     ) -> tuple[list[str], str]:
         """One statement about the given relations and its verdict.
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from selfrag_jax import allocator as memory
+from selfrag_jax import allocator
 
 CALLS = """
 import sys
@@ -35,7 +35,11 @@ print(sorted(call() for _ in range(200))[150])
 def test_a_program_called_again_finds_its_memory_mapped():
     def faults(how: str) -> int:
         environment = dict(os.environ, JAX_PLATFORMS="cpu")
-        return int(subprocess.run([sys.executable, "-c", CALLS, how], env=environment, capture_output=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", CALLS, how], env=environment, capture_output=True, check=True
+            ).stdout
+        )
 
     pages = 2 * 3072 * 3072 * 4 // os.sysconf("SC_PAGE_SIZE")
     assert faults("given back") > pages / 2
@@ -44,9 +48,9 @@ def test_a_program_called_again_finds_its_memory_mapped():
 
 def test_hosts_of_accelerators_and_other_c_libraries_are_left_alone(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(memory, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(allocator, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert not memory.keep_freed()
-    monkeypatch.setattr(memory, "_ACCELERATORS", ())
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
-    assert not memory.keep_freed()
+    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(allocator, "_ACCELERATORS", ())
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    assert not allocator.keep_freed_memory()

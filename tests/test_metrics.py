@@ -11,7 +11,7 @@ from test_training import run, source  # noqa: F401
 
 from selfrag_jax.data.batches import LOSS_GROUPS
 from selfrag_jax.models import roofline
-from selfrag_jax.training import log as metrics
+from selfrag_jax.training import log
 
 
 def scalars(folder):
@@ -29,21 +29,33 @@ def scalars(folder):
 
 def test_steps_are_averaged_by_group(tmp_path, monkeypatch):
     clock = iter([0.0, 4.0, 4.0])  # made, reported, begun anew
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
-    log = metrics.Log(tmp_path, share_per_rate=0.002)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
+    training_log = log.TrainingLog(tmp_path, share_per_rate=0.002)
     n = len(LOSS_GROUPS)
     one = np.eye(n)[0]  # the first group has targets, the others none
-    log.add({"loss": 6.0 * one, "correct": 1 * one, "count": 2 * one, "gradient_norm": 1.0}, 300)
-    log.add({"loss": 2.0 * one, "correct": 1 * one, "count": 2 * one, "gradient_norm": 3.0}, 100)
-    line = log.report(7)
-    log.close()
+    training_log.add(
+        {"loss": 6.0 * one, "correct": 1 * one, "count": 2 * one, "gradient_norm": 1.0}, 300
+    )
+    training_log.add(
+        {"loss": 2.0 * one, "correct": 1 * one, "count": 2 * one, "gradient_norm": 3.0}, 100
+    )
+    line = training_log.report(7)
+    training_log.close()
     group = LOSS_GROUPS[0]
-    expected = {"tokens_per_second": 100, "gradient_norm": 2, "mfu": 0.2, f"loss/{group}": 2, f"accuracy/{group}": 0.5}
+    expected = {
+        "tokens_per_second": 100,
+        "gradient_norm": 2,
+        "mfu": 0.2,
+        f"loss/{group}": 2,
+        f"accuracy/{group}": 0.5,
+    }
     assert scalars(tmp_path / "logs") == {7: pytest.approx(expected)}
     assert line == f"loss: {group} 2.00; 100 tokens/s, MFU 20.0%"
 
 
-def test_a_run_on_a_known_chip_logs_its_share_of_the_peak(tiny_model, source, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_on_a_known_chip_logs_its_share_of_the_peak(
+    tiny_model, source, tmp_path, monkeypatch
+):  # noqa: F811
     """The rate times what a token costs, over the chip's peak. Of 2 x 32 positions 48 have logits."""
     peak = roofline.Chip("test", 1e9, 1, 1, 0)
     monkeypatch.setattr(roofline, "chip", lambda kind: peak)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfrag_jax.answering.selfrag import DEFAULT
-from selfrag_jax.engine.engine import Generate, Passages, Read
+from selfrag_jax.answering.config import DEFAULT
+from selfrag_jax.engine.requests import Generate, Passages, Read
 from selfrag_jax.engine.segments import Segment, read_groups, roles
 from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
+from selfrag_jax.search.released import scores
 from selfrag_jax.search.released.search import ReleasedSearch
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
@@ -40,7 +41,9 @@ class Told:
     outcome: object = None
     reads: list = field(default_factory=list)
     asked: list = field(default_factory=list)  # queries
-    fed: list = field(default_factory=list)  # of each Generate: the whole text before each branch, in token ids
+    fed: list = field(
+        default_factory=list
+    )  # of each Generate: the whole text before each branch, in token ids
     limits: list = field(default_factory=list)
 
 
@@ -73,7 +76,14 @@ def tell(talkative):
 
     def run(answers, p=(0.5, 0.4, 0.1), **changes):
         """answers: of each Generate, in order, what its branches say. p: of the Retrieve tokens after the prompt."""
-        fields = dict(scorer="released", mode="always_retrieve", threshold=0.2, ndocs=2, beam_width=2, max_depth=3)
+        fields = dict(
+            scorer="released",
+            mode="always_retrieve",
+            threshold=0.2,
+            ndocs=2,
+            beam_width=2,
+            max_depth=3,
+        )
         config = replace(DEFAULT.search, **(fields | changes))
         prompt = [t.bos_id, *t.encode(prompts.instruction("Where is Mara?"))]
         run.search = search = ReleasedSearch(talkative.model, talkative.params, t, config, 64)
@@ -112,14 +122,30 @@ def test_the_long_forms_gate_looks_for_retrieval_in_what_the_model_says(tell):
     """25 tokens are looked through; with [Retrieval] among them the threshold decides, without it nothing is fetched, however
     likely the token is after the prompt."""
     level = [Says(("a",)), Says(("b",))]
-    silent = tell([[Says(("Mara studied",))], [Says(("so",))]], p=(0.01, 0.99, 0.0), mode="adaptive_retrieval", max_depth=2)
-    assert silent.limits[0] == 25 and silent.asked == [] and silent.outcome.nodes[0].action == "no_retrieval"
+    silent = tell(
+        [[Says(("Mara studied",))], [Says(("so",))]],
+        p=(0.01, 0.99, 0.0),
+        mode="adaptive_retrieval",
+        max_depth=2,
+    )
+    assert (
+        silent.limits[0] == 25
+        and silent.asked == []
+        and silent.outcome.nodes[0].action == "no_retrieval"
+    )
     asks = [Says(("Mara", GO))]
-    refused = tell([asks, [Says(("so",))]], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2)
+    refused = tell(
+        [asks, [Says(("so",))]], p=(0.9, 0.1, 0.0), mode="adaptive_retrieval", max_depth=2
+    )
     assert refused.asked == [] and refused.outcome.nodes[0].action == "no_retrieval"
     granted = tell([asks, level], p=(0.7, 0.3, 0.0), mode="adaptive_retrieval", max_depth=2)
     assert granted.asked == [[[]]]
-    behind = tell([[Says(("Mara\n\n", GO))], [Says(("so",))]], p=(0.7, 0.3, 0.0), mode="adaptive_retrieval", max_depth=2)
+    behind = tell(
+        [[Says(("Mara\n\n", GO))], [Says(("so",))]],
+        p=(0.7, 0.3, 0.0),
+        mode="adaptive_retrieval",
+        max_depth=2,
+    )
     assert behind.asked == []  # what stands behind a blank line was not said
 
 
@@ -139,7 +165,9 @@ def test_without_retrieval_a_long_answer_ends_at_the_first_blank_line(tell):
 
 def test_only_the_end_of_text_ends_a_generation(talkative):
     r, t = talkative.tokenizer.reflection_ids(), talkative.tokenizer
-    search = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64)
+    search = ReleasedSearch(
+        talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64
+    )
     tokens = jnp.array([r.retrieve[1], r.isuse[4], t.eos_id])
     before, last, _ = roles(tokens, search.engine_rules)
     assert before.tolist() == [False] * 3 and last.tolist() == [False, False, True]
@@ -151,19 +179,31 @@ def test_only_the_end_of_text_ends_a_generation(talkative):
 def critiques(talkative):
     """What the released search reads of made-up logits: critiques(tokens) -> the segment, and the distributions of each step."""
     t = talkative.tokenizer
-    released = ReleasedSearch(talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64).engine_rules
+    released = ReleasedSearch(
+        talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64
+    ).engine_rules
     r = t.reflection_ids()
 
     def read(*names, known=None, logits=None):
         rules = replace(released, known=known)
         if logits is None:
-            logits = np.random.default_rng(0).normal(size=(len(names), 1, t.vocab_size)).astype(np.float32)
+            logits = (
+                np.random.default_rng(0)
+                .normal(size=(len(names), 1, t.vocab_size))
+                .astype(np.float32)
+            )
         no = jnp.zeros(1, bool)
-        state = SimpleNamespace(segment=Segment.empty(1, len(names), rules), done=no, sup_seen=no, use_seen=no)
+        state = SimpleNamespace(
+            segment=Segment.empty(1, len(names), rules), done=no, sup_seen=no, use_seen=no
+        )
         for age, name in enumerate(names):
             token, state.age = jnp.array([t.encode(Control(name))[0]]), jnp.array([age])
-            state.segment, state.sup_seen, state.use_seen = read_groups(state, logits[age], token, no, no, rules)
-        share = lambda step, ids: np.exp(logits[step, 0, list(ids)]) / np.exp(logits[step, 0, list(ids)]).sum()  # noqa: E731
+            state.segment, state.sup_seen, state.use_seen = read_groups(
+                state, logits[age], token, no, no, rules
+            )
+        share = lambda step, ids: (
+            np.exp(logits[step, 0, list(ids)]) / np.exp(logits[step, 0, list(ids)]).sum()
+        )  # noqa: E731
         return state.segment, share, r
 
     return read
@@ -176,7 +216,11 @@ def test_relevance_is_read_at_the_first_token_whatever_it_says(critiques):
 
 def test_support_and_utility_are_read_where_they_are_first_said(critiques):
     segment, share, r = critiques(
-        "[Relevant]", "[No support / Contradictory]", "[Fully supported]", "[Utility:2]", "[Utility:5]"
+        "[Relevant]",
+        "[No support / Contradictory]",
+        "[Fully supported]",
+        "[Utility:2]",
+        "[Utility:5]",
     )
     np.testing.assert_allclose(segment.issup[0], share(1, r.issup), rtol=1e-5)
     np.testing.assert_allclose(segment.isuse[0], share(3, r.isuse), rtol=1e-5)
@@ -190,7 +234,12 @@ def test_support_and_utility_that_are_never_said_are_nothing(critiques):
 def test_the_scripts_know_the_5000_or_32000_most_likely_tokens_of_a_step(talkative):
     for depth, known in ((1, 5_000), (2, 32_000), (7, 32_000)):
         config = replace(DEFAULT.search, scorer="released", max_depth=depth)
-        assert ReleasedSearch(talkative.model, talkative.params, talkative.tokenizer, config, 64).engine_rules.known == known
+        assert (
+            ReleasedSearch(
+                talkative.model, talkative.params, talkative.tokenizer, config, 64
+            ).engine_rules.known
+            == known
+        )
 
 
 def test_what_is_not_known_counts_as_e_to_the_minus_100(critiques, talkative):
@@ -200,15 +249,21 @@ def test_what_is_not_known_counts_as_e_to_the_minus_100(critiques, talkative):
     (full, part, no), others = t.reflection_ids().issup, [20, 21, 22, 23]
     logits[[full, *others, part, no]] = [5, 4, 4, 4, 4, 3, 2]
     p = np.exp([5.0, 3.0, 2.0])
-    read = lambda known: critiques("[Fully supported]", known=known, logits=logits[None, None])[0].issup[0]  # noqa: E731
+    read = lambda known: critiques("[Fully supported]", known=known, logits=logits[None, None])[
+        0
+    ].issup[0]  # noqa: E731
     np.testing.assert_allclose(read(None), p / p.sum(), rtol=1e-5)
     np.testing.assert_allclose(read(7), p / p.sum(), rtol=1e-5)
-    np.testing.assert_allclose(read(6), [p[0] / p[:2].sum(), p[1] / p[:2].sum(), 0], rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(
+        read(6), [p[0] / p[:2].sum(), p[1] / p[:2].sum(), 0], rtol=1e-5, atol=1e-30
+    )
     np.testing.assert_allclose(read(5), [1, 0, 0], atol=1e-30)
     assert scoring.s_sup(np.asarray(read(6), float)) > scoring.s_sup(np.asarray(read(7), float))
 
 
-def test_an_unknown_relevance_counts_as_a_probability_of_minus_100_in_the_long_form(critiques, talkative):
+def test_an_unknown_relevance_counts_as_a_probability_of_minus_100_in_the_long_form(
+    critiques, talkative
+):
     """So that where only [Relevant] is known a passage scores below 0, and where only [Irrelevant] is, above 1."""
     t, never = talkative.tokenizer, np.zeros(3)
     irrelevant, relevant = t.reflection_ids().isrel
@@ -219,14 +274,16 @@ def test_an_unknown_relevance_counts_as_a_probability_of_minus_100_in_the_long_f
         logits[likely] = 6
         segment = critiques("[Relevant]", known=known, logits=logits[None, None])[0]
         p = np.exp(6) / (np.exp(6) + t.vocab_size - 2)
-        return scoring.released_score_long(np.asarray(segment.rel_log_probs[0]), never), p
+        return scores.released_score_long(np.asarray(segment.rel_log_probs[0]), never), p
 
     got, p = score(relevant, t.vocab_size - 1)
     assert got == pytest.approx(p / (p - 100), rel=1e-4) and got < 0
     got, p = score(irrelevant, t.vocab_size - 1)
     assert got == pytest.approx(-100 / (p - 100), rel=1e-4) and got > 1
     assert score(0, t.vocab_size - 2)[0] == 0.5  # neither is known
-    assert score(relevant, t.vocab_size)[0] == pytest.approx(1.0) and score(irrelevant, None)[0] == pytest.approx(0.0, abs=1e-9)
+    assert score(relevant, t.vocab_size)[0] == pytest.approx(1.0) and score(irrelevant, None)[
+        0
+    ] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_depth_of_t_gives_t_minus_one_segments(tell):
@@ -240,7 +297,9 @@ def test_scores_are_multiplied_down_the_path(tell):
     first = [Says(("a", GO, END), 0.5, 0.6), Says(("b",), 0.1)]
     second = [Says(("c", END), 0.25, 0.4), Says(("d", END), 0.2, 0.4)]
     outcome = tell([first, second]).outcome
-    assert outcome.best().node.total == pytest.approx(1.1 * 0.65) and outcome.best().node.score == pytest.approx(0.65)
+    assert outcome.best().node.total == pytest.approx(
+        1.1 * 0.65
+    ) and outcome.best().node.score == pytest.approx(0.65)
 
 
 def test_what_does_not_ask_to_retrieve_is_dropped_unless_it_is_deepest(tell):
@@ -269,7 +328,11 @@ def test_votes_are_for_texts_character_by_character(tell):
     tell([[Says(("so",))]], mode="no_retrieval", max_depth=1)
     option = lambda *parts: tell.search.option(tell.encode(*parts))  # noqa: E731
     plain = option("It is so")
-    assert option("[Relevant]", "It is so", "[Fully supported]", END) == option("It is so", GO) == plain
+    assert (
+        option("[Relevant]", "It is so", "[Fully supported]", END)
+        == option("It is so", GO)
+        == plain
+    )
     assert option("It is so\n") == plain != option("It is so ")
     assert option("It is so", "[Continue to Use Evidence]") == plain + "[Continue to Use Evidence]"
     assert option("it is so") != plain != option("It is so.")
@@ -317,8 +380,13 @@ def test_a_full_stop_within_a_word_gets_a_space(tell):
 def test_continue_stays_in_a_long_answer(tell):
     said = ("[Relevant]", "Mara studied", "[Continue to Use Evidence]", "so", END)
     level = [Says(said, 0.9), Says(("b",), 0.1)]
-    assert text_of(tell, tell([level], max_depth=2).outcome) == "Mara studied[Continue to Use Evidence] so"
-    assert text_of(tell, tell([[Says(said)]], mode="no_retrieval").outcome, "asqa").startswith("Mara studied[Continue")
+    assert (
+        text_of(tell, tell([level], max_depth=2).outcome)
+        == "Mara studied[Continue to Use Evidence] so"
+    )
+    assert text_of(tell, tell([[Says(said)]], mode="no_retrieval").outcome, "asqa").startswith(
+        "Mara studied[Continue"
+    )
 
 
 def two_segments(tell, first, second):
@@ -331,9 +399,16 @@ def two_segments(tell, first, second):
 def test_marks_of_citations_take_the_place_of_each_last_character(tell):
     """Where citations are counted, by the segment's place in the path; a sentence without a full stop loses its last letter."""
     outcome = two_segments(tell, ("Mara studied.",), ("It is so",))
-    assert text_of(tell, outcome, "asqa") == text_of(tell, outcome, "eli5") == "Mara studied [1]. It is s [2]."
+    assert (
+        text_of(tell, outcome, "asqa")
+        == text_of(tell, outcome, "eli5")
+        == "Mara studied [1]. It is s [2]."
+    )
     assert text_of(tell, outcome, "factscore") == "Mara studied. It is so"
-    assert text_of(tell, two_segments(tell, ("   Mara studied.",), ("b. ",)), "asqa") == " Mara studied [1]. b. [2]."
+    assert (
+        text_of(tell, two_segments(tell, ("   Mara studied.",), ("b. ",)), "asqa")
+        == " Mara studied [1]. b. [2]."
+    )
     alone = tell([[Says(("   Mara studied. ",))]], mode="no_retrieval").outcome
     assert text_of(tell, alone, "asqa") == " Mara studied. "  # no mark
 
@@ -356,7 +431,11 @@ def test_a_segment_without_text_leaves_its_mark(tell):
 
 def test_repetitions_are_left_out_where_the_script_counts_citations(tell):
     outcome = two_segments(tell, ("It is so.",), ("It is so.",))
-    for task, text in (("asqa", "It is so [1]."), ("eli5", "It is so [1]."), ("factscore", "It is so. It is so.")):
+    for task, text in (
+        ("asqa", "It is so [1]."),
+        ("eli5", "It is so [1]."),
+        ("factscore", "It is so. It is so."),
+    ):
         best, path, got = tell.search.told(outcome, outcome.best(), task, False)
         assert best is outcome.best() and len(path) == 1 + (task == "factscore") and got == text
 
@@ -381,13 +460,17 @@ def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):
     assert [n.id for n in outcome.path(best)] == [0, path[0].id] and text == "studied."
     assert text_of(tell, outcome, "asqa") == "studied [1]."
     no = "[No support / Contradictory]"
-    both = tell([[Says((no,), 0.9), Says((no,), 0.1)]], constraints=(reflection.NO_SUPPORT,), max_depth=2).outcome
+    both = tell(
+        [[Says((no,), 0.9), Says((no,), 0.1)]], constraints=(reflection.NO_SUPPORT,), max_depth=2
+    ).outcome
     assert text_of(tell, both, "asqa") == text_of(tell, both) == ""
     level = [Says((no, GO, END), 0.9, 0.9), Says(("b", no, GO), 0.9, 0.1)]
     second = [Says((no, END), 0.9, 0.9), Says(("c.", END), 0.9, 0.8)]
     last = [Says(("d", END), 0.1, 0.1), Says(("e", END), 0.1, 0.1)]
     outcome = tell([level, second, last], constraints=(reflection.NO_SUPPORT,)).outcome
-    assert text_of(tell, outcome, "asqa") == "c [1]."  # the second path's, without what it is refused
+    assert (
+        text_of(tell, outcome, "asqa") == "c [1]."
+    )  # the second path's, without what it is refused
 
 
 def test_no_retrieval_is_decided_once_more(tell):

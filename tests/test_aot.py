@@ -12,18 +12,16 @@ import pytest
 
 from selfrag_jax import cli
 from selfrag_jax import config as configs
-from selfrag_jax.compilation import compile as aot
-from selfrag_jax.compilation import decode as aot_decode
+from selfrag_jax.compilation import collectives, compile, decode
+from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
-from selfrag_jax.models.params import leaves
-from selfrag_jax.records import BadInput
-from selfrag_jax.training import optimizer
-from selfrag_jax.training import train as trainer
+from selfrag_jax.models.params import flatten
+from selfrag_jax.training import optimizer, step
+from selfrag_jax.training.config import MeshConfig, TrainConfig
 from selfrag_jax.training.optimizer import OptimizerConfig
-from selfrag_jax.training.train import MeshConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import compile_table
@@ -84,7 +82,7 @@ ENTRY %main (a: f32[16]) -> f32[4] {
 
 def test_collectives_by_hand():
     """3 layers; in each a loop to 8 by twos, and one gather whose beginning and end both spell it."""
-    assert aot.collectives(PROGRAM) == {
+    assert collectives.collectives(PROGRAM) == {
         "collective-permute": (3 * 4, 3 * 4 * 8 * 4 * 2),
         "all-gather": (3, 3 * 8 * 4 * 2 * 7 // 8),
         "all-reduce": (2, 2 * 16 * 4 * 3 // 4 + 2 * 8 * 4 * 15 // 16),
@@ -95,16 +93,21 @@ def test_collectives_by_hand():
 
 def test_the_loop_over_generated_tokens_counts_once():
     loop = "condition=%layer_condition, body=%layer"
-    once = aot.collectives(PROGRAM.replace(loop, loop + ', metadata={op_name="jit(decode)/while"}'))
+    once = collectives.collectives(
+        PROGRAM.replace(loop, loop + ', metadata={op_name="jit(decode)/while"}')
+    )
     assert once["all-gather"] == (1, 8 * 4 * 2 * 7 // 8) and once["collective-permute"][0] == 4
 
 
 def test_the_largest_changes_by_hand():
     """At most 4,096 tokens at once, in buckets of 64 (beyond 512, of 128)."""
-    changes = aot_decode.largest_changes
+    changes = decode.largest_changes
     assert changes(16, 1, 1, 320, 64) == {"": (12, 320), "_together": (16, 256)}
     assert changes(16, 1, 1, 256, 64) == {"": (16, 256)}
-    assert changes(8, 10, 1, 320, 64) == {"": (1, 320), "_together": (8, 1)}  # 8 x 10 x 64 are too many
+    assert changes(8, 10, 1, 320, 64) == {
+        "": (1, 320),
+        "_together": (8, 1),
+    }  # 8 x 10 x 64 are too many
     assert changes(8, 4, 1, 640, 64) == {"": (1, 640), "_together": (8, 128)}
     assert changes(8, 4, 256, 640, 64) == {"": (1, 640)}  # there are none so short
     assert changes(4, 1, 1, 320, 64) == {"": (1, 320)}  # too few slots
@@ -112,20 +115,24 @@ def test_the_largest_changes_by_hand():
 
 def test_groups_that_cannot_be_read_are_not_counted_as_nothing():
     with pytest.raises(ValueError, match="cannot be read"):
-        aot.collectives(PROGRAM.replace("replica_groups={}", "replica_groups=odd"))
+        collectives.collectives(PROGRAM.replace("replica_groups={}", "replica_groups=odd"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weights_are_those_of_the_model(name):
     c = architecture(name, 16, "bfloat16")
-    matrices = sum(leaf.size for path, leaf in leaves(Model(c).shapes()) if path[-1] != "scale")
+    matrices = sum(leaf.size for path, leaf in flatten(Model(c).shapes()) if path[-1] != "scale")
     assert roofline.weights(c) == matrices
     adapted = replace(c, lora=LoraConfig(4, 8.0))
-    more = sum(leaf.size for path, leaf in leaves(Model(adapted).shapes()) if path[-1].startswith("lora"))
+    more = sum(
+        leaf.size for path, leaf in flatten(Model(adapted).shapes()) if path[-1].startswith("lora")
+    )
     assert roofline.weights(adapted) == matrices + more
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(name="adafactor"), dict(name="muon"), dict(lora=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(name="adafactor"), dict(name="muon"), dict(lora=True)], ids=str
+)
 def test_bytes_of_an_update_are_those_of_the_state(tiny_model, changes):
     lora = LoraConfig(4, 8.0) if changes.pop("lora", False) else None
     recipe = dict(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3, schedule="linear", warmup_fraction=0.1, adam_eps=1e-8,
@@ -134,35 +141,60 @@ def test_bytes_of_an_update_are_those_of_the_state(tiny_model, changes):
         seed=0, rows=4, length=32, max_targets=None, optimizer=OptimizerConfig(**recipe | changes), mesh=MeshConfig(1, 1, 1),
         save_every=1, log_every=1, steps=4, lora=lora,
     )  # fmt: skip
-    model, tx = section.model(tiny_model.model.config), optimizer.make(section.optimizer, 4)
+    model, tx = (
+        section.model(tiny_model.model.config),
+        optimizer.make_optimizer(section.optimizer, 4),
+    )
     params = model.init(jax.random.key(0))
-    state = trainer.fresh_state(params, tx, section, "float32")
+    state = step.fresh_state(params, tx, section, "float32")
     held = sum(x.nbytes for x in jax.tree.leaves({k: v for k, v in state.items() if k != "frozen"}))
-    assert aot._updated(section, model, section.make_mesh(jax.devices()[:1])) == held
+    assert compile._updated(section, model, section.make_mesh(jax.devices()[:1])) == held
 
 
 def test_parameters_of_published_models():
-    millions = {"llama2_7b": 6738, "llama2_13b": 13016, "llama2_70b": 68977, "llama31_8b": 8030, "mistral_7b": 7242}
+    millions = {
+        "llama2_7b": 6738,
+        "llama2_13b": 13016,
+        "llama2_70b": 68977,
+        "llama31_8b": 8030,
+        "mistral_7b": 7242,
+    }
     for name, count in millions.items():
         c = architecture(name, 0, "bfloat16")
-        assert sum(leaf.size for _, leaf in leaves(Model(c).shapes())) / 1e6 == pytest.approx(count, abs=0.6)
+        assert sum(leaf.size for _, leaf in flatten(Model(c).shapes())) / 1e6 == pytest.approx(
+            count, abs=0.6
+        )
 
 
 def test_model_flops_of_llama2_7b():
     """6 x 6,607M weights that multiply, and half of 12 x 32 layers x 4,096 x 2,048 for causal attention."""
     c = architecture("llama2_7b", 0, "bfloat16")
-    assert roofline.train_flops_per_token(c, 2048) == pytest.approx(6 * 6607e6 + 6 * 32 * 4096 * 2048, rel=1e-4)
+    assert roofline.train_flops_per_token(c, 2048) == pytest.approx(
+        6 * 6607e6 + 6 * 32 * 4096 * 2048, rel=1e-4
+    )
     assert roofline.train_flops_per_token(replace(c, sliding_window=256), 2048) == pytest.approx(
         6 * 6607e6 + 12 * 32 * 4096 * (256 - 16),
         rel=1e-4,  # the first 256 tokens see less than the window
     )
-    adapted = replace(c, lora=LoraConfig(16, 32.0), remat="full")  # forward, again, and backward without kernels' gradients
+    adapted = replace(
+        c, lora=LoraConfig(16, 32.0), remat="full"
+    )  # forward, again, and backward without kernels' gradients
     frozen, head, attention = 32 * roofline._layer_weights(c), 32000 * 4096, 2 * 32 * 4096 * 2048
     adapters = 32 * roofline._adapter_weights(adapted)
-    work = roofline.train_flops_per_token(adapted, 2048) + roofline.recomputed_flops_per_token(adapted, 2048, True)
+    work = roofline.train_flops_per_token(adapted, 2048) + roofline.recomputed_flops_per_token(
+        adapted, 2048, True
+    )
     assert work == pytest.approx(6 * frozen + 8 * adapters + 8 * head + 4 * attention, rel=1e-9)
-    assert roofline.chip("TPU v5 lite").name == "v5e" and roofline.chip("NVIDIA H200").memory == 141e9
-    others = ("cpu", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL")
+    assert (
+        roofline.chip("TPU v5 lite").name == "v5e" and roofline.chip("NVIDIA H200").memory == 141e9
+    )
+    others = (
+        "cpu",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA H200 NVL",
+    )
     assert not any(map(roofline.chip, others))
 
 
@@ -178,7 +210,9 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
     assert slices and set(slices) <= set(compile_table.SLICES[name])
     table = (Path(__file__).parents[1] / "README.md").read_text()
     for s in slices:
-        taken, more, there = re.search(rf"\| {name} \| {s} \| [^|]*\| ([\d.]+) \+ ([\d.]+) of (\d+) \|", table).groups()
+        taken, more, there = re.search(
+            rf"\| {name} \| {s} \| [^|]*\| ([\d.]+) \+ ([\d.]+) of (\d+) \|", table
+        ).groups()
         assert float(taken) + float(more) <= float(there)
 
 
@@ -196,11 +230,21 @@ def test_shipped_configs_are_whole_and_say_what_they_need(name):
             "mesh (1, 5, 1) cannot be laid over 5 devices of this slice",
         ),
         (
-            ["--topology=v4:4x4x4", "--config.generator.mesh.fsdp=2", "--config.generator.mesh.tensor=32"],
+            [
+                "--topology=v4:4x4x4",
+                "--config.generator.mesh.fsdp=2",
+                "--config.generator.mesh.tensor=32",
+            ],
             "mesh (1, 2, 32) cannot be laid over this slice: each size must be the product of some of its sides",
         ),
-        (["--topology=v5e:4x4", "--config.generator.rows=24"], "rows=24 is not divisible by mesh data x fsdp = 16"),
-        (["--topology=v5e:2x2", "--config.generator.mesh.fsdp=32"], "needs 32 devices; there are 4"),
+        (
+            ["--topology=v5e:4x4", "--config.generator.rows=24"],
+            "rows=24 is not divisible by mesh data x fsdp = 16",
+        ),
+        (
+            ["--topology=v5e:2x2", "--config.generator.mesh.fsdp=32"],
+            "needs 32 devices; there are 4",
+        ),
         ([], "missing --topology"),
     ],
 )
@@ -218,15 +262,15 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(BadInput, match=re.escape("pip install 'selfrag-jax[tpu]'")):
-        aot.topology_devices("v5e:2x2")
+    with pytest.raises(UserError, match=re.escape("pip install 'selfrag-jax[tpu]'")):
+        compile.topology_devices("v5e:2x2")
 
     def no_plugin(*args, **kwargs):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(topologies, "get_topology_desc", no_plugin)
-    with pytest.raises(BadInput, match=re.escape("pip install 'selfrag-jax[gpu]'")):
-        aot.topology_devices("h100:8")
+    with pytest.raises(UserError, match=re.escape("pip install 'selfrag-jax[gpu]'")):
+        compile.topology_devices("h100:8")
 
 
 CONFIG = """
@@ -254,7 +298,13 @@ def test_the_tpu_compiler(tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
 
     def run(which, topology):
-        command = [sys.executable, "-m", "selfrag_jax", "compile", f"--config={tmp_path}/c.py:{which}"]
+        command = [
+            sys.executable,
+            "-m",
+            "selfrag_jax",
+            "compile",
+            f"--config={tmp_path}/c.py:{which}",
+        ]
         return subprocess.run([*command, f"--topology={topology}"], capture_output=True, text=True)
 
     small = run("small", "v5e:2x2")
@@ -263,18 +313,28 @@ def test_the_tpu_compiler(tmp_path):
     assert found["custom_kernels"] > 0  # attention is the TPU's, though this is a CPU
     assert found["fits"] and found["chips"] == 4 and found["mesh"]["fsdp"] == 4
     c = architecture("llama2_7b", 0, "bfloat16")
-    c = replace(c, vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=4)
-    state = 12 * sum(leaf.size for _, leaf in leaves(Model(c).shapes()))
-    assert state / 4 < found["memory_per_chip"]["arguments"] < 1.1 * state / 4 + 2e5  # split over four, and the batch
+    c = replace(
+        c, vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=4
+    )
+    state = 12 * sum(leaf.size for _, leaf in flatten(Model(c).shapes()))
+    assert (
+        state / 4 < found["memory_per_chip"]["arguments"] < 1.1 * state / 4 + 2e5
+    )  # split over four, and the batch
     # In each of four parts of the batch and in both passes, weights are gathered: at least once forward and once backward.
     sent = sum(kind["bytes_per_chip"] for kind in found["collectives"].values())
     layers = 2 * roofline._layer_weights(c)
     assert 2 * 4 * 2 * layers * 3 / 4 < sent < 12 * 4 * 2 * layers
     tokens = 16 * 256
-    assert found["model_flops"] == pytest.approx(tokens * roofline.train_flops_per_token(replace(c, vocab_size=1008), 256))
+    assert found["model_flops"] == pytest.approx(
+        tokens * roofline.train_flops_per_token(replace(c, vocab_size=1008), 256)
+    )
 
     wide = run("wide", "v5e:1x1")
-    assert wide.returncode == 1 and "does not fit" in wide.stderr and not json.loads(wide.stdout)["fits"]
+    assert (
+        wide.returncode == 1
+        and "does not fit" in wide.stderr
+        and not json.loads(wide.stdout)["fits"]
+    )
     memory = json.loads(wide.stdout)["memory_per_chip"]
     assert memory["temporaries"] > memory["hbm"] == 16e9
 
@@ -282,7 +342,11 @@ def test_the_tpu_compiler(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "topology", "most"),
-    (("short_form", "v5e:1x1", 14.5), ("short_form:7b", "v5e:2x2", 14.8), ("short_form:13b", "v5e:2x4", 12.7)),
+    (
+        ("short_form", "v5e:1x1", 14.5),
+        ("short_form:7b", "v5e:2x2", 14.8),
+        ("short_form:13b", "v5e:2x4", 12.7),
+    ),
 )
 def test_answering_with_seven_and_thirteen_billion_fits(config, topology, most):
     """int8 on one chip of 16 GB with ten passages, bf16 on four and on eight; and the README says how nearly."""
@@ -301,7 +365,10 @@ def test_answering_with_seven_and_thirteen_billion_fits(config, topology, most):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"] and found["passages"] == 10
-    taken = [sum(p["memory_per_chip"][k] for k in ("arguments", "temporaries")) for p in found["programs"].values()]
+    taken = [
+        sum(p["memory_per_chip"][k] for k in ("arguments", "temporaries"))
+        for p in found["programs"].values()
+    ]
     assert max(taken) / 1e9 == pytest.approx(most, rel=0.05)
 
 
@@ -312,16 +379,34 @@ def test_the_gpu_compiler(tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
 
     def run(which, *flags):
-        command = [sys.executable, "-m", "selfrag_jax", "compile", f"--config={tmp_path}/c.py:{which}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "selfrag_jax",
+            "compile",
+            f"--config={tmp_path}/c.py:{which}",
+            *flags,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     small = run("small", "--topology=h100:2")
     assert small["custom_kernels"] >= 2 and small["chips"] == 2 and small["fits"]
-    c = replace(architecture("llama2_7b", 0, "bfloat16"), vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2)
+    c = replace(
+        architecture("llama2_7b", 0, "bfloat16"),
+        vocab_size=1024,
+        embed_dim=256,
+        mlp_dim=512,
+        num_layers=2,
+    )
     layers = 2 * roofline._layer_weights(replace(c, num_heads=4, num_kv_heads=4))
-    parts = small["tokens_per_step"] // 256 // 2 // configs.load("generator_7b").generator.rows_per_device
+    parts = (
+        small["tokens_per_step"]
+        // 256
+        // 2
+        // configs.load("generator_7b").generator.rows_per_device
+    )
     sent = sum(kind["bytes_per_chip"] for kind in small["collectives"].values())
     assert 2 * parts * 2 * layers / 2 < sent < 12 * parts * 2 * layers
 

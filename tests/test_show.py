@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from selfrag_jax.answering.citations import Citation
-from selfrag_jax.answering.selfrag import Answer
+from selfrag_jax.answering.records import Answer
 from selfrag_jax.answering.terminal import _in_order, show
 from selfrag_jax.records import Passage
 
@@ -21,7 +21,12 @@ def test_the_table_is_readable_at_80_columns():
         "text": "Ada lives there.",
         "isrel": (0.03, 0.97),
     }
-    node |= {"issup": (0.91, 0.06, 0.03), "isuse": (0.0, 0.0, 0.0, 0.12, 0.88), "p_segment": 0.74, "score": 2.65}
+    node |= {
+        "issup": (0.91, 0.06, 0.03),
+        "isuse": (0.0, 0.0, 0.0, 0.12, 0.88),
+        "p_segment": 0.74,
+        "score": 2.65,
+    }
     none = node | {"id": 1, "chosen": False, "passage": None, "p_segment": 0.11, "score": 0.33}
     untitled = node | {"id": 2, "chosen": False, "passage": {"title": "Lisford", "text": "A town."}}
     said = SimpleNamespace(text="Ada lives there.")
@@ -50,4 +55,7 @@ def test_segments_stand_in_the_order_of_the_tree():
     assert [(place, n["id"]) for place, n in _in_order(tree)] == [
         ("1", 0), ("1.1", 4), ("2", 1), ("2.1", 2), ("2.1.1", 5), ("2.2", 3),
     ]  # fmt: skip
-    assert [place for place, _ in _in_order(tree[:2])] == ["", ""]  # of one level, places say nothing
+    assert [place for place, _ in _in_order(tree[:2])] == [
+        "",
+        "",
+    ]  # of one level, places say nothing

@@ -1,0 +1,65 @@
+"""How questions are answered: the search, and how the model is loaded for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfrag_jax.config import setting
+from selfrag_jax.errors import UserError
+from selfrag_jax.models.params import DTYPES
+from selfrag_jax.search import scoring
+from selfrag_jax.search.config import SearchConfig
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    search: SearchConfig
+    batch: int  # most questions searched at once
+    max_length: int  # most tokens of a prompt, and of a passage
+    closed_set: bool  # let the passages of a question with options vote (paper, Section 3.3)
+    dtype: str | None = setting("float32, bfloat16 or float16; default: the model's")
+    quantization: str | None = setting("int8: weights in 8 bits")
+    tensor: int = setting("devices to split the model over")
+
+    def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(f"--dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.quantization not in (None, "int8"):
+            raise UserError(f"--quantization={self.quantization!r}: must be int8, or left out")
+        if self.tensor < 1:
+            raise UserError(f"--tensor={self.tensor}: must be at least 1")
+        if self.batch < 1:
+            raise UserError(f"batch={self.batch}: must be at least 1")
+        if self.max_length < 32:
+            raise UserError(
+                f"max_length={self.max_length}: must be at least 32 tokens, for a short question in its template"
+            )
+
+
+# The paper's settings for long-form answers; short-form tasks use max_depth=1.
+DEFAULT = AnswerConfig(
+    search=SearchConfig(
+        mode="adaptive_retrieval",
+        threshold=0.2,
+        normalise="yes_no",
+        weights=scoring.Weights(),
+        beam_width=2,
+        max_depth=7,
+        ndocs=5,
+        accumulate="sum",
+        constraints=(),
+        keep_passages=True,
+        max_new_tokens=100,
+        length_bucket=32,
+        scorer="paper",
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
+    ),
+    batch=16,
+    max_length=512,
+    closed_set=True,
+    dtype=None,
+    quantization=None,
+    tensor=1,
+)

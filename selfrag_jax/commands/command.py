@@ -1,0 +1,85 @@
+"""What a command declares: an example, flags, and the function that runs it."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from selfrag_jax import config
+from selfrag_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Flag:
+    name: str
+    help: str
+    default: str | int | float | bool | None = None  # None: optional, or `required`
+    required: bool = False
+    type: type = str  # str, int, float, bool, or tuple: text with commas
+
+
+@dataclass(frozen=True)
+class Command:
+    example: str
+    flags: tuple[Flag, ...]
+    run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
+    positional: str = ""  # what positional arguments are, if the command takes any
+
+
+def config_flag(default: str | None = "tiny", note: str = "") -> Flag:
+    return Flag(
+        "config",
+        "an installed config (tiny, tiny:smoke) or a path; "
+        f"--config.section.field=value changes a field{note}",
+        default,
+    )
+
+
+def load_config(values: dict[str, Any]) -> ConfigDict:
+    """The config that --config names, with the --config.x.y=z assignments applied."""
+    return config.override(config.load(values["config"]), values["overrides"])
+
+
+def config_section(values: dict[str, Any], cls: type[T], name: str) -> T:
+    """A section of the config as a dataclass. Raises UserError if the config has no such section."""
+    loaded = load_config(values)
+    if name not in loaded:
+        raise UserError(
+            f"--config={values['config']}: has no section {name!r}; "
+            f"sections: {', '.join(sorted(loaded))}"
+        )
+    return config.build(cls, loaded[name], name)
+
+
+def flags_of(cls: type) -> tuple[Flag, ...]:
+    """One flag for each field of a settings dataclass that carries help (see config.setting).
+
+    Nested dataclasses contribute theirs in place.
+    """
+    hints = typing.get_type_hints(cls)
+    flags: list[Flag] = []
+    for f in fields(cls):
+        kind = _without_none(hints[f.name])
+        if is_dataclass(kind):
+            flags += flags_of(typing.cast(type, kind))
+        elif text := f.metadata.get("help"):
+            flags.append(Flag(f.name, text, type=typing.get_origin(kind) or kind))
+    return tuple(flags)
+
+
+def given(values: dict[str, Any], flags: Iterable[Flag]) -> dict[str, Any]:
+    """The values of those flags that the user set."""
+    return {f.name: values[f.name] for f in flags if values[f.name] is not None}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(k for k in typing.get_args(hint) if k is not types.NoneType)
+    return hint

@@ -1,0 +1,40 @@
+"""`selfrag compile`: a config and a topology in, memory and least time out. Needs no accelerator."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.errors import StageFailed
+from selfrag_jax.files import write_json
+
+
+def run(values: dict[str, Any], _: list[str]) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not looked for
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    from selfrag_jax.compilation.compile import compile_program, why_not
+
+    result = compile_program(load_config(values), values["topology"], values["program"])
+    print(json.dumps(result, indent=2))
+    if values["out"]:
+        write_json(values["out"], result)
+    if not result["fits"]:
+        raise StageFailed(why_not(result))
+
+
+COMMAND = Command(
+    example="selfrag compile --config=generator_7b --topology=v5e:4x4",
+    flags=(
+        Flag(
+            "topology",
+            "a TPU slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8) or the GPUs of a host (h100:8)",
+            required=True,
+        ),
+        Flag("program", "train, or decode: answering (configs short_form and long_form)", "train"),
+        Flag("out", "JSON file to write as well"),
+        config_flag("generator_7b", "; the compilers come with the extras `.[tpu]` and `.[gpu]`"),
+    ),
+    run=run,
+)

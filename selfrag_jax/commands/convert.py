@@ -1,0 +1,49 @@
+"""`selfrag convert`: a Hugging Face folder in, a training workdir out, or the other way round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selfrag_jax.commands.command import Command, Flag
+
+
+def run(values: dict[str, Any], _: list[str]) -> None:
+    from selfrag_jax.checkpoints.converting import convert
+
+    n = convert(
+        values["from"],
+        values["to"],
+        values["format"],
+        values["dtype"],
+        values["reflection_tokens"],
+        values["tokenizer"],
+        values["step"],
+    )
+    print(f"{values['to']}: {n / 1e6:,.1f}M parameters")
+
+
+COMMAND = Command(
+    example="selfrag convert --from=W/generator --to=my_model --format=huggingface --dtype=bfloat16",
+    flags=(
+        Flag(
+            "from",
+            "a Hugging Face folder, a hub name (owner/model), or a training workdir",
+            required=True,
+        ),
+        Flag("to", "folder to write", required=True),
+        Flag("format", "orbax (a training workdir) or huggingface", required=True),
+        Flag(
+            "step",
+            "which checkpoint of a workdir: last, best (the lowest training loss), or its number",
+            "last",
+        ),
+        Flag("dtype", "of the parameters: float32, bfloat16 or float16; default: unchanged"),
+        Flag(
+            "tokenizer",
+            "how Llama-2's tokenizer treats white space: llama_slow (as the released model was "
+            "trained) or llama_fast (as it was served)",
+        ),
+        Flag("reflection_tokens", "add those that the vocabulary lacks", False, type=bool),
+    ),
+    run=run,
+)

@@ -1,0 +1,72 @@
+"""`selfrag retrieve`: rows with a question or instruction in, the same rows with passages out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from selfrag_jax import artifacts
+from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.errors import UserError
+from selfrag_jax.progress import progress
+from selfrag_jax.records import read_rows, text_field, to_json, write_jsonl
+from selfrag_jax.retrieval.retriever import OnlineRetriever
+
+_BATCH = 256  # queries searched at once
+
+
+def retrieve_file(index: str | Path, input_path: str | Path, out: str | Path, k: int) -> int:
+    """Adds `ctxs`, the k best passages, to each row; returns the number of rows, 0 if already done.
+
+    A k above the corpus size gives the whole corpus. Raises UserError for k < 1 and for a row
+    without a question.
+    """
+    config, inputs = {"k": k}, {"index": index, "input": input_path}
+    artifacts.require_finished(index, "index")
+    if artifacts.is_finished(out, "retrieve", config, inputs):
+        return 0
+    rows = list(read_rows(input_path))
+    if not rows:
+        raise UserError(f"{input_path}: holds no rows")
+    queries = [_query(where, row) for where, row in rows]
+    retriever = OnlineRetriever(index)
+    n = len(retriever.index.passages)
+    if k > n:
+        print(f"--k={k}: the corpus has {n} passages; every row gets all of them", file=sys.stderr)
+    written = []
+    with progress("retrieve", len(rows), "questions") as bar:
+        for i in range(0, len(rows), _BATCH):
+            batch = queries[i : i + _BATCH]
+            found = retriever.passages([()] * len(batch), batch, k)
+            for (_, row), passages in zip(rows[i : i + _BATCH], found, strict=True):
+                written.append(row | {"ctxs": [to_json(p) for p in passages]})
+            bar.advance(len(found))
+    write_jsonl(out, written)
+    artifacts.write_manifest(out, "retrieve", config, inputs, {"rows": len(written)})
+    return len(written)
+
+
+def _query(where: str, row: dict) -> str:
+    """The question, or the instruction followed by its input."""
+    text = text_field(where, row, ("question", "instruction", "input"))
+    if "question" not in row and row.get("instruction") and row.get("input"):
+        text = f"{text} {text_field(where, row, 'input')}"
+    return text
+
+
+def run(values: dict[str, Any], _: list[str]) -> None:
+    retrieve_file(values["index"], values["input"], values["out"], values["k"])
+    print(values["out"])
+
+
+COMMAND = Command(
+    example="selfrag retrieve --index=W/index --input=questions.jsonl --out=with_passages.jsonl",
+    flags=(
+        Flag("index", "made by `selfrag index`", required=True),
+        Flag("input", "JSON lines with question or instruction", required=True),
+        Flag("out", "JSON lines", required=True),
+        Flag("k", "passages for each row", 5, type=int),
+    ),
+    run=run,
+)
