@@ -1,10 +1,14 @@
-"""The small base model of the quickstart: 1M parameters, trained to compare, check, look up, copy, match, judge.
+"""Makes the quickstart's small base model.
 
-    selfrag base --workdir=W/base --out=my_base                       # about an hour on one CPU core
-    selfrag base --workdir=W/base --out=my_base --config=base:smoke   # a few steps, for tests; no gate
+It has 1M parameters and is trained to compare, check, look up, copy, match and judge.
 
-Hardware: one CPU core, 2 GB. Score to expect: that of the model in selfrag_jax/base_model/weights, made with these stages
-(its made.json holds scores and time).
+    selfrag base --workdir=W/base --out=my_base
+    # A few steps, for tests; no gate:
+    selfrag base --workdir=W/base --out=my_base --config=base:smoke
+
+Time: about an hour. Hardware: one CPU core, 2 GB. Scores to expect: those of the model in
+selfrag_jax/base_model/weights, which was made with these stages (its made.json has scores and
+time).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +20,7 @@ def _train() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,
-            steps=0,  # of each stage, below
+            steps=0,  # each stage has its own, see _stages
             rows=6,
             length=192,
             max_targets=480,
@@ -38,33 +42,36 @@ def _train() -> ConfigDict:
 
 
 def _stages() -> tuple:
-    """Name, steps, rows of a batch, Muon's peak rate, weight of copied text, share of tempting questions, and families of
-    documents with their relative weights."""
+    """Returns the stages of training, in order.
+
+    Each has a name, steps, rows per batch, Muon's peak learning rate, the loss weight of copied
+    text, the share of tempting questions, and its document families with their relative weights.
+    """
     compare = (("compare", 1.0),)
     check = (("compare", 0.4), ("statements", 0.25), ("quiz", 0.35))
     read = (
-        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.06), ("titles", 0.04),
-        ("claim", 0.06), ("choice", 0.02), ("answers", 0.04),
+        ("kinds", 0.35), ("quiz", 0.25), ("copy", 0.2), ("statements", 0.08), ("compare", 0.06),
+        ("titles", 0.04), ("claim", 0.06), ("choice", 0.02), ("answers", 0.04),
     )  # fmt: skip
     match = (
-        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09), ("compare", 0.06),
-        ("claim", 0.08), ("choice", 0.04), ("common", 0.04), ("answers", 0.06),
+        ("quiz", 0.42), ("copy", 0.18), ("kinds", 0.1), ("titles", 0.06), ("statements", 0.09),
+        ("compare", 0.06), ("claim", 0.08), ("choice", 0.04), ("common", 0.04), ("answers", 0.06),
     )  # fmt: skip
     all_skills = (
-        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08), ("kinds", 0.03),
-        ("claim", 0.1), ("choice", 0.07), ("common", 0.05), ("answers", 0.08),
+        ("quiz", 0.38), ("statements", 0.14), ("copy", 0.1), ("titles", 0.05), ("compare", 0.08),
+        ("kinds", 0.03), ("claim", 0.1), ("choice", 0.07), ("common", 0.05), ("answers", 0.08),
     )  # fmt: skip
     settle = (
-        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08), ("titles", 0.05),
-        ("claim", 0.08), ("choice", 0.03), ("common", 0.03), ("answers", 0.06),
+        ("quiz", 0.46), ("statements", 0.15), ("copy", 0.1), ("kinds", 0.05), ("compare", 0.08),
+        ("titles", 0.05), ("claim", 0.08), ("choice", 0.03), ("common", 0.03), ("answers", 0.06),
     )  # fmt: skip
     finish = (
-        ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06), ("claim", 0.08),
-        ("choice", 0.02), ("kinds", 0.02), ("common", 0.02), ("answers", 0.12),
+        ("quiz", 0.48), ("titles", 0.12), ("statements", 0.13), ("compare", 0.1), ("copy", 0.06),
+        ("claim", 0.08), ("choice", 0.02), ("kinds", 0.02), ("common", 0.02), ("answers", 0.12),
     )  # fmt: skip
     judge = (
-        ("quiz", 0.42), ("answers", 0.3), ("copy", 0.1), ("statements", 0.08), ("compare", 0.08), ("titles", 0.06),
-        ("claim", 0.03), ("kinds", 0.02), ("common", 0.02),
+        ("quiz", 0.42), ("answers", 0.3), ("copy", 0.1), ("statements", 0.08), ("compare", 0.08),
+        ("titles", 0.06), ("claim", 0.03), ("kinds", 0.02), ("common", 0.02),
     )  # fmt: skip
     return (
         ("compare", 600, 6, 0.02, 1.0, 0.0, compare),
@@ -88,7 +95,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.kind = "base"
     c.command = COMMAND
     c.seed = 0
-    c.vocab_size = 4000  # at most: the language needs fewer
+    c.vocab_size = 4000  # an upper limit; the language needs fewer
     c.model = dict(
         embed_dim=128,
         mlp_dim=320,

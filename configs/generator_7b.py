@@ -1,14 +1,18 @@
-"""The generator: Llama-2-7B, fine-tuned on what the critic has labelled (paper, Section 3.2.2 and Appendix B).
+r"""Trains the generator: Llama-2-7B on the critic's labels (paper, Section 3.2.2 and Appendix B).
 
-    selfrag train --config=generator_7b --role=generator --data=generator_data.jsonl --workdir=generator
-    selfrag compile --config=generator_7b --topology=v5e:4x4      # does it fit, before you rent it
+    selfrag train --config=generator_7b --role=generator --data=generator_data.jsonl \
+        --workdir=generator
+    # Does it fit? Check before you rent the slice:
+    selfrag compile --config=generator_7b --topology=v5e:4x4
 
-The published data (150k rows) are 3,500 updates. It fits the slices below, as the TPU compiler says
-(launch/compile_table.py); the hours are the least that the chips' peak rates allow, none was measured.
+The published data (150k rows) make 3,500 updates. According to the TPU compiler
+(launch/compile_table.py) training fits the slices below. The hours are lower bounds from the chips'
+peak rates; none was measured.
 
     v5e:4x4  4.5 h    v5e:8x8  1.1 h    v4:2x2x4  3.2 h    v5p:2x2x4  1.9 h    v6e:4x4  1.0 h
 
-Scores to expect (paper, Table 2): PopQA 54.9, TriviaQA 66.4, PubHealth 72.4, ARC-C 67.3, ASQA em 30.0.
+Scores to expect (paper, Table 2): PopQA 54.9, TriviaQA 66.4, PubHealth 72.4, ARC-C 67.3,
+ASQA em 30.0.
 """
 
 from ml_collections import ConfigDict
@@ -18,15 +22,16 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name, c.kind, c.seed = "generator_7b", "train", 0
     c.base = "meta-llama/Llama-2-7b-hf"  # a folder works too
-    c.architecture = "llama2_7b"  # what `selfrag compile` compiles; training takes that of the base
-    c.tokenizer = "llama_fast"  # as the released model was served; it was trained with llama_slow (see tokenizer.py)
+    c.architecture = "llama2_7b"  # for `selfrag compile`; training takes that of the base
+    # As the released model was served; it was trained with llama_slow (see text/tokenizer.py).
+    c.tokenizer = "llama_fast"
     c.new_rows = ()  # all reflection tokens start at the mean of the old rows (paper, Section 3.2)
     c.generator_weights = dict(retrieve=1.0, isrel=1.0, issup=1.0, isuse=1.0)
     c.generator = dict(
         seed=0,
         epochs=3.0,
         steps=None,  # or a number of updates, with epochs=None
-        rows=128,  # one example each, whatever the number of chips
+        rows=128,  # one example in each, whatever the number of chips
         rows_per_device=1,
         length=2048,
         packed=False,
@@ -34,7 +39,7 @@ def get_config() -> ConfigDict:
         optimizer=dict(
             name="adamw",
             learning_rate=2e-5,
-            adam_learning_rate=2e-5,  # of muon only
+            adam_learning_rate=2e-5,  # read by muon only
             schedule="linear",
             warmup_fraction=0.03,
             adam_eps=1e-8,
@@ -52,5 +57,5 @@ def get_config() -> ConfigDict:
         keep_last=2,  # checkpoints
         keep_best=1,
     )
-    c.label = dict(critic=dict(brief=False))  # the critic's questions in full
+    c.label = dict(critic=dict(brief=False))  # full prompts
     return c

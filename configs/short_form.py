@@ -1,11 +1,16 @@
-"""Answering short-form questions as in the paper (Section 4.2): one segment, ten passages, the best by its critiques.
+r"""Answers short-form questions as in the paper (Section 4.2).
 
-    selfrag answer --config=short_form --model=selfrag_llama2_7b-safetensors --input=popqa.jsonl --out=answers.jsonl
-    selfrag compile --config=short_form --program=decode --topology=v5e:1x1      # does it fit, before you rent it
+One segment for each of ten passages; the critique scores choose the best.
 
-Variants: 7b_int8 (the default; weights in 8 bits, one chip of 16 GB), 7b (bf16, four v5e chips), 13b (bf16, eight v5e chips).
-Each was compiled with the TPU compiler; none was timed. The paper's scores (Table 2, 7B: PopQA 54.9, TriviaQA 66.4) come from the
-authors' scripts, that is from --scorer=released.
+    selfrag answer --config=short_form --model=selfrag_llama2_7b-safetensors \
+        --input=popqa.jsonl --out=answers.jsonl
+    # Does it fit? Check before you rent the slice:
+    selfrag compile --config=short_form --program=decode --topology=v5e:1x1
+
+Variants: 7b_int8 (the default; 8-bit weights, one chip of 16 GB), 7b (bf16, four v5e chips) and 13b
+(bf16, eight v5e chips). Each was compiled with the TPU compiler; none was timed. The paper's scores
+(Table 2, 7B: PopQA 54.9, TriviaQA 66.4) come from the authors' scripts, that is, from
+--scorer=released.
 """
 
 from ml_collections import ConfigDict
@@ -18,14 +23,13 @@ VARIANTS = {
 
 
 def get_config(variant: str = "7b_int8") -> ConfigDict:
+    """variant: one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; short_form has {', '.join(VARIANTS)}")
     v = VARIANTS[variant]
     c = ConfigDict()
     c.name, c.kind = f"short_form:{variant}", "answer"
-    c.architecture = v[
-        "architecture"
-    ]  # what `selfrag compile` compiles; answering takes that of the model
+    c.architecture = v["architecture"]  # for `selfrag compile`; answering takes the model's
     c.answer = dict(
         search=dict(
             mode="adaptive_retrieval",
@@ -46,7 +50,7 @@ def get_config(variant: str = "7b_int8") -> ConfigDict:
             seed=0,
         ),
         batch=v["batch"],
-        max_length=320,  # tokens of a prompt, and of a passage of about 100 words
+        max_length=320,  # tokens of a prompt, and of a passage (about 100 words)
         closed_set=True,
         dtype="bfloat16",
         quantization=v["quantization"],

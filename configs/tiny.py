@@ -1,14 +1,18 @@
-"""The quickstart: the whole of Self-RAG in the embedded synthetic world, on a laptop.
+"""Runs the quickstart: all of Self-RAG in the embedded synthetic world, on a laptop.
 
-    selfrag quickstart --workdir=W                        # 7 minutes measured on two cores, 12 on one
-    selfrag quickstart --workdir=W --config=tiny:smoke    # everything in small, for tests; scores mean nothing
+    selfrag quickstart --workdir=W
+    selfrag quickstart --workdir=W --config=tiny:smoke  # a small run for tests; scores mean nothing
 
-Hardware: two CPU cores, 2 GB. Scores to expect: see the results table in README.md.
+Time: 7 minutes on two cores, 12 on one (measured). Hardware: two CPU cores, 2 GB. Scores to expect:
+see the results table in README.md.
 """
+
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-# The base model reads and writes verdicts as words; tokens that start as those words do not have to be learned anew.
+# The base model reads and writes verdicts as words. Tokens that start as those words need not be
+# learned from nothing.
 NEW_ROWS = (
     ("[Relevant]", "yes"),
     ("[Irrelevant]", "no"),
@@ -42,8 +46,8 @@ def _optimizer(rate: float) -> ConfigDict:
         dict(
             name="muon",
             learning_rate=rate,
-            # The base model's own rows and norms must hardly move, or what it can do is lost within a few steps; the rows
-            # of new tokens have far to go.
+            # The base model's own rows and norms must barely move, or its skills are lost within a
+            # few steps. The rows of new tokens have far to go.
             adam_learning_rate=0.002,
             new_rows_factor=10.0,
             schedule="cosine",
@@ -71,7 +75,7 @@ def _train(steps: int, rows: int, max_targets: int, seed: int, save_every: int) 
     )
 
 
-def _world(pick) -> dict:
+def _world(pick: Callable) -> dict:
     return dict(
         seed=0,
         vocabulary="world",
@@ -84,17 +88,18 @@ def _world(pick) -> dict:
         look_alike_rate=0.5,
         known_look_alike_rate=0.3,
         instructions=pick(2400, 120),
-        wrong_output_rate=0.3,  # 21% of all rows: those about well-known entities and common knowledge are right
+        # 21% of all rows: those on well-known entities and common knowledge are never wrong.
+        wrong_output_rate=0.3,
         questions_per_test_entity=2,
     )
 
 
-def _answer(pick) -> dict:
-    """Search and batch of `answer`; pick(a, b) is a in the full run and b in the smoke run."""
+def _answer(pick: Callable) -> dict:
+    """Returns the section `answer`. pick(a, b) is a in the full run and b in the smoke run."""
     return dict(
         search=dict(
             mode="adaptive_retrieval",
-            threshold=0.1,  # low: without a passage nearly all answers about rare names are wrong
+            threshold=0.1,  # low, as nearly all answers on rare names are wrong without a passage
             normalise="yes_no",
             weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
             beam_width=2,
@@ -110,7 +115,8 @@ def _answer(pick) -> dict:
             top_p=1.0,
             seed=0,
         ),
-        batch=pick(50, 6),  # fewer than 8 are changed one by one: one program of each kind, not two
+        # Fewer than 8 are updated one at a time: one compiled size of each program, not two.
+        batch=pick(50, 6),
         max_length=160,
         closed_set=True,
         dtype=None,
@@ -120,11 +126,13 @@ def _answer(pick) -> dict:
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """variant: "full", or "smoke" for a run of a minute."""
+    """variant: "full", or "smoke" for a one-minute run."""
     if variant not in ("full", "smoke"):
         raise ValueError(f"unknown variant {variant!r}; tiny has full and smoke")
     full = variant == "full"
-    pick = lambda a, b: a if full else b  # noqa: E731
+
+    def pick(a, b):
+        return a if full else b
 
     c = ConfigDict()
     c.kind = "quickstart"
@@ -142,17 +150,18 @@ def get_config(variant: str = "full") -> ConfigDict:
         share=(("retrieve", 1.0), ("isrel", 0.25), ("issup", 0.4), ("isuse", 0.6)),
         passages=5,
     )
-    c.base = "embedded"  # the small Llama shipped with the package; "scratch", or the path of another model
+    # The small Llama that ships with the package; or "scratch", or the path of another model.
+    c.base = "embedded"
     c.tokenizer = None  # as the base records it
     c.new_rows, c.scratch = NEW_ROWS, SCRATCH
     c.critic_weights = dict(retrieve=4.0, isrel=1.0, issup=1.0, isuse=2.0)
-    # Against a text token's 1; much of the text cannot be learned (guesses without evidence, wrong outputs).
+    # Relative to a text token's 1. Much of the text cannot be learned: guesses without evidence,
+    # and wrong outputs.
     c.generator_weights = dict(retrieve=3.0, isrel=3.0, issup=3.0, isuse=2.0)
-    # A critic learns one token of each example, a generator whole answers: what fills a batch differs.
+    # A critic learns one token per example, a generator whole answers: their batches differ.
     c.critic = _train(pick(280, 6), rows=12, max_targets=128, seed=1, save_every=pick(100, 2))
-    c.generator = _train(
-        pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2)
-    )  # the baselines too
+    # The baselines are trained with the generator's section.
+    c.generator = _train(pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2))
     c.label = dict(
         seed=0,
         critic=dict(batch=64, length_bucket=32, brief=True),

@@ -1,8 +1,10 @@
-"""Compiles the shipped configs for TPU slices and GPUs and prints the README's table of memory, traffic and best step times.
+"""Compiles the shipped configs for TPU slices and GPUs; prints the README's table.
 
-    pip install '.[tpu,gpu]' && python launch/compile_table.py --out=compiled    # an hour on one core; started again, it continues
+    pip install '.[tpu,gpu]' && python launch/compile_table.py --out=compiled
 
-Each compilation is `selfrag compile` in a process of its own, and leaves one JSON file in --out.
+The table holds memory, traffic and the best possible step time. It takes an hour on one core.
+Each compilation is `selfrag compile` in a process of its own and leaves one JSON file in --out, so
+a second run continues where the first one stopped.
 """
 
 import argparse
@@ -18,42 +20,41 @@ SLICES = {
     "generator_13b": ("v5e:8x8", "v4:2x4x4", "v5p:2x4x4", "v6e:4x8", "h100:8"),
     "lora_7b": ("v5e:2x4", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "h100:1"),
 }
+HEADER = (
+    "| config | slice | mesh | GB a chip: arguments + temporaries | collectives (sent by a chip) "
+    "| least step | tokens/s |"
+)
 
 
-def compile_one(config: str, topology: str, out: Path) -> dict:
+def compile_config(config: str, topology: str, out: Path) -> dict:
     file = out / f"{config}-{topology.replace(':', '-')}.json"
     if not file.is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "selfrag_jax",
-            "compile",
-            f"--config={config}",
-            f"--topology={topology}",
-            f"--out={file}",
-        ]
+        command = [sys.executable, "-m", "selfrag_jax", "compile"]
+        command += [f"--config={config}", f"--topology={topology}", f"--out={file}"]
         done = subprocess.run(command, capture_output=True, text=True)
-        if not file.is_file():  # not one that does not fit: that is a result too
+        if not file.is_file():  # a program that does not fit leaves its file too
             sys.exit(done.stderr)
     return json.loads(file.read_text())
 
 
-def row(r: dict) -> str:
-    mesh = " x ".join(f"{n} {axis}" for axis, n in r["mesh"].items() if n > 1)
-    head = f"| {r['config']} | {r['topology']} | {mesh}"
-    if "compiler" in r:  # it gave up
+def table_row(result: dict) -> str:
+    mesh = " x ".join(f"{n} {axis}" for axis, n in result["mesh"].items() if n > 1)
+    head = f"| {result['config']} | {result['topology']} | {mesh}"
+    if "compiler" in result:  # it ran out of memory
         return f"{head} | does not fit | | | |"
-    m, s = r["memory_per_chip"], r["roofline_seconds"]
-    memory = (
-        f"{m['arguments'] / 1e9:.1f} + {m['temporaries'] / 1e9:.1f} of {m['hbm'] / 1e9:.0f}"
-        + ("" if r["fits"] else ": no")
-    )
-    count = sum(c["count"] for c in r["collectives"].values())
-    sent = sum(c["bytes_per_chip"] for c in r["collectives"].values())
-    limit = max(("arithmetic", "memory", "links"), key=s.get)
+    gb = {name: size / 1e9 for name, size in result["memory_per_chip"].items()}
+    memory = f"{gb['arguments']:.1f} + {gb['temporaries']:.1f} of {gb['hbm']:.0f}"
+    if not result["fits"]:
+        memory += ": no"
+    kinds = result["collectives"].values()
+    count = sum(kind["count"] for kind in kinds)
+    sent = sum(kind["bytes_per_chip"] for kind in kinds)
+    seconds = result["roofline_seconds"]
+    bound = max(("arithmetic", "memory", "links"), key=seconds.get)
+    tokens_per_second = result["tokens_per_step"] / seconds["step"]
     return (
-        f"{head} | {memory} | {count:,} ({sent / 1e9:.0f} GB) | {s['step']:.2f} s ({limit}) | "
-        f"{r['tokens_per_step'] / s['step']:,.0f} |"
+        f"{head} | {memory} | {count:,} ({sent / 1e9:.0f} GB) | {seconds['step']:.2f} s ({bound}) "
+        f"| {tokens_per_second:,.0f} |"
     )
 
 
@@ -63,15 +64,13 @@ def main() -> None:
     )
     p.add_argument("--out", type=Path, default=Path("compiled"), help="folder for the JSON files")
     p.add_argument("--only", help="one config")
-    a = p.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "| config | slice | mesh | GB a chip: arguments + temporaries | collectives (sent by a chip) | least step | tokens/s |"
-    )
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(HEADER)
     print("|---|---|---|---|---|---|---|")
     for config, slices in SLICES.items():
-        for topology in slices if a.only in (None, config) else ():
-            print(row(compile_one(config, topology, a.out)), flush=True)
+        for topology in slices if args.only in (None, config) else ():
+            print(table_row(compile_config(config, topology, args.out)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Runs the command line: `python -m selfrag_jax COMMAND` is the same as `selfrag COMMAND`."""
+
 import sys
 
 from selfrag_jax.cli import main

@@ -1,4 +1,4 @@
-"""The command line, `selfrag COMMAND --flags`: finds the command, parses its flags, prints errors."""
+"""The command line, `selfrag COMMAND --flags`: finds the command, parses flags, prints errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import StageFailed, UserError
 
 _DEVICE_IS_FULL = (
-    "the device's memory is full; finished work is kept. To continue answering, lower "
-    "--config.answer.batch; to continue training, lower rows_per_device, take remat=full, or a mesh "
+    "the device's memory is full; finished work is kept. To continue answering, give a lower "
+    "--config.answer.batch=; to continue training, a lower rows_per_device, remat=full, or a mesh "
     "of more devices. A lower --ndocs or --beam_width, or --quantization=int8, takes less memory "
-    "too, but starts answering anew, for it changes the answers. `selfrag compile` tells beforehand"
+    "too, but starts answering again, since it changes the answers. `selfrag compile` tells "
+    "beforehand what fits"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
+    """Runs a command; returns its exit status: 0, 1 (failed), 2 (wrong input), 130 (Ctrl-C)."""
     is_whole_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
@@ -115,7 +116,7 @@ def parse(
 def _absl_flags(command: Command) -> flags.FlagValues:
     """The flags of a command, in a FlagValues of their own."""
     values = flags.FlagValues()
-    define_as = {
+    define_as: dict[type, Callable[..., Any]] = {
         str: flags.DEFINE_string,
         tuple: flags.DEFINE_string,
         int: flags.DEFINE_integer,

@@ -1,7 +1,7 @@
-"""Configs: Python files that return an ml_collections.ConfigDict, turned once into frozen dataclasses.
+"""Configs: Python files that return an ml_collections.ConfigDict, converted to frozen dataclasses.
 
-A config names every number; unknown fields are errors with the field that was probably meant. Nothing here, and no
-leaf function, supplies a number that a config left out.
+A config names every number. An unknown field is an error that suggests the field that was probably
+meant. Neither this module nor any leaf function supplies a number that a config omits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import importlib.util
 import typing
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -21,33 +23,21 @@ T = TypeVar("T")
 
 
 def setting(help: str, **default: Any) -> Any:
-    """A dataclass field that is also a command-line flag, with this help (see commands/command.py)."""
+    """A dataclass field that is also a command-line flag with this help (commands/command.py)."""
     return dataclasses.field(metadata={"help": help}, **default)
 
 
+# ---- loading ------------------------------------------------------------------------------------
 def load(spec: str) -> ConfigDict:
-    """A config from `tiny`, `tiny:smoke` (an installed config and its variant) or a path such as `my/config.py:variant`.
+    """Returns the config that `spec` names, locked against new fields.
 
-    Raises BadInput when there is no such file or variant, listing those that there are.
+    spec: an installed config (`tiny`), one of its variants (`tiny:smoke`), or a path with or
+    without a variant (`my/config.py:variant`).
+    Raises UserError if there is no such file or variant, and lists those that exist.
     """
     name, _, variant = spec.partition(":")
-    path = Path(name)
-    bare = path.parent == Path(".") or path.parent == Path("configs")
-    if not path.is_file() and bare:
-        path = _folder() / f"{path.stem}.py"
-    if not path.is_file():
-        known = sorted(p.stem for p in _folder().glob("*.py") if p.stem != "__init__")
-        close = difflib.get_close_matches(Path(name).stem, known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(
-            f"--config={spec}: no such config{hint} (installed: {', '.join(known)}; or a path to a .py file)"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"--config={spec}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    path = _find(name, spec)
+    module = _import_file(path, spec)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no function get_config(variant)")
     try:
@@ -64,26 +54,55 @@ def load(spec: str) -> ConfigDict:
     return config
 
 
-def _folder() -> Path:
+def _find(name: str, spec: str) -> Path:
+    """The file of a config, given by its path or by the name of an installed one."""
+    path = Path(name)
+    may_be_installed = path.parent in (Path("."), Path("configs"))
+    if not path.is_file() and may_be_installed:
+        path = _installed_folder() / f"{path.stem}.py"
+    if not path.is_file():
+        known = sorted(p.stem for p in _installed_folder().glob("*.py") if p.stem != "__init__")
+        close = difflib.get_close_matches(Path(name).stem, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"--config={spec}: no such config{hint} "
+            f"(installed: {', '.join(known)}; or a path to a .py file)"
+        )
+    return path
+
+
+def _import_file(path: Path, spec: str) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={spec}: {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"--config={spec}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    return module
+
+
+def _installed_folder() -> Path:
     try:
         import selfrag_jax.configs as installed
-
-        return Path(installed.__file__).parent
     except ImportError:  # run from a checkout without installation
         return Path(__file__).parent.parent / "configs"
+    return Path(installed.__file__).parent
 
 
+# ---- checking and changing ----------------------------------------------------------------------
 def require_kind(config: ConfigDict, kind: str, example: str) -> None:
-    """Raises BadInput when a config was made for something else."""
+    """Raises UserError if a config was made for another purpose."""
     found = config.kind if "kind" in config else "unknown"
     if found != kind:
         raise UserError(
-            f"this config is of kind {found!r}; here one of kind {kind!r} is needed, like {example}"
+            f"this config is of kind {found!r}; expected one of kind {kind!r}, such as {example}"
         )
 
 
 def require(config: ConfigDict, *fields: str) -> None:
-    """Raises BadInput naming a field (`section.field`) that a config lacks."""
+    """Raises UserError naming the first of `fields` (`section.field`) that a config lacks."""
     for name in fields:
         node = config
         for part in name.split("."):
@@ -92,8 +111,11 @@ def require(config: ConfigDict, *fields: str) -> None:
             node = node[part]
 
 
-def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDict:
-    """Applies `section.field=value` assignments. Raises BadInput on an unknown field or a value of another type."""
+def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
+    """Applies `section.field=value` assignments to `config` and returns it.
+
+    Raises UserError for an unknown field or a value of another type.
+    """
     for assignment in assignments:
         key, eq, value = assignment.partition("=")
         if not eq:
@@ -101,9 +123,9 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDic
         node, parts = config, key.split(".")
         for i, part in enumerate(parts):
             if not isinstance(node, ConfigDict) or part not in node:
-                raise UserError(
-                    f"--config.{key}: no field {'.'.join(parts[: i + 1])!r}{_meant(part, node)}"
-                )
+                unknown = ".".join(parts[: i + 1])
+                known = list(node) if isinstance(node, ConfigDict) else []
+                raise UserError(f"--config.{key}: no field {unknown!r}{_suggestion(part, known)}")
             if i < len(parts) - 1:
                 node = node[part]
         node[parts[-1]] = _parse(f"--config.{key}", value, node[parts[-1]])
@@ -111,7 +133,7 @@ def override(config: ConfigDict, assignments: typing.Iterable[str]) -> ConfigDic
 
 
 def reseed(config: ConfigDict, seed: int) -> ConfigDict:
-    """Adds `seed` to every field of that name: another run of the same experiment."""
+    """Adds `seed` to every field named seed, for another run of the same experiment."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             reseed(value, seed)
@@ -120,94 +142,106 @@ def reseed(config: ConfigDict, seed: int) -> ConfigDict:
     return config
 
 
-def _parse(flag: str, value: str, old: Any) -> Any:
-    if value.lower() == "none" and not isinstance(old, ConfigDict):
-        return None  # `build` refuses it where there must be a value
+def _parse(flag: str, text: str, old: Any) -> Any:
+    """The value that `text` stands for, in the type of the field's old value."""
+    if text.lower() == "none" and not isinstance(old, ConfigDict):
+        return None  # `build` refuses it for a field that must have a value
     try:
         if isinstance(old, bool):
-            return {"true": True, "false": False}[value.lower()]
+            return {"true": True, "false": False}[text.lower()]
         if old is None:
-            return _guess(value)
+            return _guess(text)
         if isinstance(old, (int, float)):
-            return type(old)(value)
+            return type(old)(text)
     except (KeyError, ValueError):
-        raise UserError(f"{flag}={value}: expected a value like {old!r}") from None
+        raise UserError(f"{flag}={text}: expected a value like {old!r}") from None
     if isinstance(old, str):
-        return value
-    raise UserError(f"{flag}: set the fields inside this section one by one")
+        return text
+    raise UserError(f"{flag}: is a section; set its fields one by one")
 
 
-def _guess(value: str) -> Any:
-    """What a value means where the config has None: null, a truth value, a number, or else text."""
-    word = {"none": None, "true": True, "false": False}
-    if value.lower() in word:
-        return word[value.lower()]
-    for kind in (int, float):
+def _guess(text: str) -> Any:
+    """The value of a field whose old value is None: none, a boolean, a number, or else text."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
         try:
-            return kind(value)
+            return number(text)
         except ValueError:
             continue
-    return value
+    return text
 
 
-def _meant(name: str, known: Any) -> str:
-    known = list(known) if known is not None else []
+def _suggestion(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown field: the closest known one, or all of them."""
+    if not known:
+        return ""
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]!r}?" if close else f" (fields: {', '.join(sorted(known))})"
 
 
+# ---- dataclasses --------------------------------------------------------------------------------
 def build(cls: type[T], section: Any, name: str) -> T:
-    """A frozen dataclass from a config section, nested dataclasses included.
+    """Builds a frozen dataclass, with its nested dataclasses, from a config section.
 
-    Raises BadInput naming an unknown or a missing field, or one of the wrong type.
+    Raises UserError naming a field that is unknown, missing or of the wrong type.
     """
-    values = dict(section.items()) if isinstance(section, ConfigDict) else dict(section)
-    types = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"config {name}: unknown field {key!r}{_meant(key, fields)}")
-    required = {
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(values)):
-        raise UserError(f"config {name}: lacks {', '.join(missing)}")
-    out = {}
-    for key, value in values.items():
-        nested = next(
-            (k for k in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(k)),
-            None,
-        )
-        if nested and value is not None:
-            out[key] = build(nested, value, f"{name}.{key}")
-        else:
-            check_type(f"config {name}: {key}", value, types[key])
-            out[key] = tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
+    values = _field_values(cls, section, name)
     try:
-        return cls(**out)
+        return cls(**values)
     except UserError:
         raise
     except ValueError as e:
         raise UserError(f"config {name}: {e}") from None
 
 
+def _field_values(cls: type[Any], section: Any, name: str) -> dict[str, Any]:
+    section = dict(section.items()) if isinstance(section, ConfigDict) else dict(section)
+    types = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in section:
+        if key not in fields:
+            raise UserError(f"config {name}: unknown field {key!r}{_suggestion(key, fields)}")
+    if missing := sorted(n for n, f in fields.items() if n not in section and _is_required(f)):
+        raise UserError(f"config {name}: lacks {', '.join(missing)}")
+    values = {}
+    for key, value in section.items():
+        nested = _nested_dataclass(types[key])
+        if nested is not None and value is not None:
+            values[key] = build(nested, value, f"{name}.{key}")
+        else:
+            check_type(f"config {name}: {key}", value, types[key])
+            values[key] = _freeze(value)
+    return values
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _nested_dataclass(annotation: Any) -> type[Any] | None:
+    """The dataclass that a field holds, also if it is optional; None for other fields."""
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+    return None
+
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def check_type(what: str, value: Any, annotated: Any) -> None:
-    """Raises BadInput where a value, which the message calls `what`, is not of the annotated type."""
-    kinds = set(typing.get_args(annotated) or (annotated,)) - {type(None)}
-    if value is None and type(None) not in typing.get_args(annotated):
+def check_type(what: str, value: Any, annotation: Any) -> None:
+    """Raises UserError if a value is not of the annotated type. The message calls it `what`."""
+    kinds = set(typing.get_args(annotation) or (annotation,)) - {type(None)}
+    if value is None and type(None) not in typing.get_args(annotation):
         raise UserError(f"{what} must not be none")
     if value is None or not kinds <= set(_KINDS):
         return
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if not fits:
-        raise UserError(
-            f"{what}={value!r} must be {' or '.join(text for kind, text in _KINDS.items() if kind in kinds)}"
-        )
+        expected = " or ".join(text for kind, text in _KINDS.items() if kind in kinds)
+        raise UserError(f"{what}={value!r} must be {expected}")
 
 
 def _freeze(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The two errors that the command line prints as one line, without a traceback."""
+"""Errors that the command line prints as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """The user can fix this: a wrong flag, file or value. Exit status 2."""
+    """An error the user can fix: a wrong flag, file or value. Exit status 2."""
 
 
 class StageFailed(RuntimeError):
-    """The command ran correctly, and its answer is no. Exit status 1."""
+    """A correct command had a negative outcome, such as a program too large. Exit status 1."""

@@ -1,4 +1,4 @@
-"""Reading and writing files whole: written under a temporary name, then renamed."""
+"""Reads and writes whole files. A file is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selfrag_jax.errors import UserError
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a temporary neighbour of `path` for writing and renames it onto `path` when the block succeeds."""
+    """Opens a temporary file next to `path`; renames it to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,6 +40,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
+    """Returns the content of a JSON file. Raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

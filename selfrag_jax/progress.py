@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with the time left on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,48 +7,55 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_TERMINAL_INTERVAL, _LOG_INTERVAL = 0.2, 15.0  # seconds between two updates
+_BAR_WIDTH, _LINE_WIDTH = 24, 110
+
 
 class Progress:
-    """Counts units of work; `advance` redraws at most a few times a second."""
+    """Counts units of work. `advance` redraws at most a few times a second.
+
+    done: units that an earlier run finished; they do not count towards the rate.
+    """
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0, shown: bool = True):
         self.name, self.total, self.unit = name, total, unit
-        self.done, self.first, self.note, self.shown = done, done, "", shown
-        self.start = self.last = time.monotonic()
-        self.tty = sys.stderr.isatty()
+        self.done, self.skipped, self.note, self.shown = done, done, "", shown
+        self.start = self.last_drawn = time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts n more units. A note replaces the previous one."""
         self.done += n
         self.note = note or self.note
         now = time.monotonic()
-        if self.shown and now - self.last >= (0.2 if self.tty else 15.0):
-            self.last = now
+        interval = _TERMINAL_INTERVAL if self.is_terminal else _LOG_INTERVAL
+        if self.shown and now - self.last_drawn >= interval:
+            self.last_drawn = now
             self._draw(now)
 
     def skip(self, n: int) -> None:
-        """Counts work that an earlier run did; it does not count for the time left."""
-        self.first += n
+        """Counts n units that an earlier run finished; they do not count towards the rate."""
+        self.skipped += n
         self.advance(n)
 
     def _draw(self, now: float) -> None:
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        rate = (self.done - self.skipped) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        share = self.done / self.total if self.total else 1.0
-        bar = "█" * round(24 * share) + "·" * (24 - round(24 * share))
-        text = f"{self.name:<22} {bar} {self.done}/{self.total} {self.unit}  {_clock(left)} left  {self.note}"
-        print(
-            f"\r{text:<110}" if self.tty else text,
-            end="" if self.tty else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        filled = round(_BAR_WIDTH * (self.done / self.total if self.total else 1.0))
+        bar = "█" * filled + "·" * (_BAR_WIDTH - filled)
+        count = f"{self.done}/{self.total} {self.unit}"
+        text = f"{self.name:<22} {bar} {count}  {_clock(left)} left  {self.note}"
+        self._print(text, end="" if self.is_terminal else "\n")
 
     def close(self) -> None:
-        if not self.shown:
-            return
-        elapsed = time.monotonic() - self.start
-        text = f"{self.name:<22} {self.done} {self.unit} in {_clock(elapsed)}  {self.note}"
-        print(f"\r{text:<110}" if self.tty else text, file=sys.stderr, flush=True)
+        """Prints the total and the time it took."""
+        if self.shown:
+            elapsed = _clock(time.monotonic() - self.start)
+            self._print(f"{self.name:<22} {self.done} {self.unit} in {elapsed}  {self.note}")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        line = f"\r{text:<{_LINE_WIDTH}}" if self.is_terminal else text
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -63,9 +70,12 @@ def _clock(seconds: float) -> str:
 def progress(
     name: str, total: int, unit: str, done: int = 0, shown: bool = True
 ) -> Iterator[Progress]:
-    """shown: False in all but one of several processes that do the same work together."""
+    """Yields a Progress and closes it at the end.
+
+    shown: False in all but one of several processes that do the same work together.
+    """
     bar = Progress(name, total, unit, done, shown)
     try:
         yield bar
-    finally:  # an error starts on a line of its own
+    finally:  # on an error too, so that its message starts on a new line
         bar.close()

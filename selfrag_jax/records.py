@@ -1,14 +1,15 @@
-"""The typed records that pass between stages, and their JSON-lines files.
+"""The typed records that pass between stages, and the JSON-lines files that hold them.
 
-Errors name the file, the line and the field. Files are written to a temporary name and renamed, so a half-written
-file is never taken for a whole one.
+Errors name the file, the line and the field. Files are written to a temporary name and renamed, so
+a partly written file is never mistaken for a complete one.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,15 @@ from selfrag_jax.files import atomic_write
 T = TypeVar("T")
 
 
+def __getattr__(name: str) -> Any:
+    if name == "BadInput":
+        message = "BadInput is now selfrag_jax.errors.UserError"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ---- the records --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Passage:
     id: str
@@ -28,7 +38,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction with its output, as sources supply them; `ctxs` once a retriever has run."""
+    """An instruction and its output, as a source supplies them; `ctxs` are set after retrieval."""
 
     id: str
     instruction: str
@@ -38,14 +48,18 @@ class Instruction:
     ctxs: tuple[Passage, ...] = ()
 
     @property
-    def asked(self) -> str:
-        """Instruction and input as one text: what is retrieved for and judged."""
+    def full_instruction(self) -> str:
+        """Instruction and input as one text, for retrieval and for the critic."""
         return f"{self.instruction} {self.input}".strip()
 
 
 @dataclass(frozen=True)
 class CriticExample:
-    """One labelled critique (published format: `instruction`, `input`, `output`, `task`), with the query's fields kept apart."""
+    """A labelled critique.
+
+    It has the published fields (`instruction`, `input`, `output`, `task`) and keeps those of the
+    query apart.
+    """
 
     task: str  # retrieve, isrel, issup or isuse
     instruction: str
@@ -57,7 +71,7 @@ class CriticExample:
 
 @dataclass(frozen=True)
 class GeneratorExample:
-    """A row of the published training format: `output` spells passages and reflection tokens."""
+    """A row of the published training format. `output` spells out passages and control tokens."""
 
     id: str
     instruction: str
@@ -68,33 +82,30 @@ class GeneratorExample:
 
 @dataclass(frozen=True)
 class Question:
-    """A row to answer or evaluate, whatever published spelling it came in (see evaluation/tasks.py)."""
+    """A question to answer or evaluate, read from any published format (see data/questions.py)."""
 
     id: str
     question: str
     answers: tuple[str, ...] = ()
     ctxs: tuple[Passage, ...] = ()
     choices: tuple[tuple[str, str], ...] = ()  # (label, text)
-    options: tuple[
-        str, ...
-    ] = ()  # the only possible answers: the labels of choices, or what the file lists
+    # The only possible answers: the labels of the choices, or a list in the file.
+    options: tuple[str, ...] = ()
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+# ---- files --------------------------------------------------------------------------------------
 def to_json(record: Any) -> dict[str, Any]:
-    """A dataclass as JSON data without its empty optional fields; a dict as it is."""
-    if not is_dataclass(record):
+    """Returns a dataclass as JSON data without its empty optional fields; a dict as it is."""
+    if isinstance(record, dict):
         return dict(record)
-    return {
-        k: v
-        for k, v in asdict(record).items()
-        if v not in (None, (), {}) or k in ("output", "text", "title")
-    }
+    always = ("output", "text", "title")
+    return {k: v for k, v in asdict(record).items() if v not in (None, (), {}) or k in always}
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
-    """Writes dataclasses or dicts, one a line; returns how many."""
+    """Writes dataclasses or dicts, one per line; returns their number."""
     n = 0
     with atomic_write(path) as f:
         for row in rows:
@@ -104,17 +115,15 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) from a JSON-lines file, or from a JSON file that holds one list of objects.
+    """Yields ("file:line", row) from a JSON-lines file, or from a JSON file with a list of objects.
 
-    Raises BadInput naming file and line when a row is not a JSON object.
+    Raises UserError naming file and line if a row is not a JSON object.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a file of JSON lines")
     if not path.is_file():
-        raise UserError(
-            f"{path}: is a folder; expected a file of JSON lines"
-            if path.is_dir()
-            else f"{path}: no such file"
-        )
+        raise UserError(f"{path}: no such file")
     number = 0
     with open(path, encoding="utf-8-sig") as f:
         try:
@@ -124,11 +133,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f.seek(0)
             if head == "[":
                 for i, row in enumerate(json.load(f)):
-                    yield _object(f"{path}: item {i + 1}", row)
+                    yield _checked_row(f"{path}: item {i + 1}", row)
                 return
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield _object(f"{path}:{number}", json.loads(line), line)
+                    yield _checked_row(f"{path}:{number}", json.loads(line), line)
         except json.JSONDecodeError as e:
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
             raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
@@ -138,61 +147,63 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
 
 
-def _object(where: str, row: Any, written: str = "\\ud") -> tuple[str, dict[str, Any]]:
-    """written: the row as it stands in the file."""
+def _checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[str, Any]]:
+    """source: the row's JSON text, if known. Only an escape `\\ud...` can hold a lone surrogate."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if "\\ud" in written.lower():  # JSON can spell what no text holds
+    if "\\ud" in source.lower():
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
+            lone = e.object[e.start]
             raise UserError(
-                f"{where}: holds half of a character, {e.object[e.start]!r}, which stands for no text"
+                f"{where}: holds half of a character: {lone!r} is an unpaired surrogate"
             ) from None
     return where, row
 
 
 def read_records(path: str | Path, build: Callable[[str, dict[str, Any]], T]) -> list[T]:
-    """All rows of a file through `build(where, row)`. Raises BadInput when there is no row."""
+    """Returns `build(where, row)` of all rows of a file. Raises UserError if there are none."""
     records = [build(where, row) for where, row in read_rows(path)]
     if not records:
         raise UserError(f"{path}: holds no rows")
     return records
 
 
+# ---- rows to records ----------------------------------------------------------------------------
 def text_field(
     where: str, row: dict[str, Any], names: str | tuple[str, ...], default: str | None = None
 ) -> str:
-    """The first of `names` that the row has, as text. Raises BadInput naming the field when missing or not text."""
+    """Returns the first of the fields `names` that the row has, as text.
+
+    Raises UserError naming the field if it is not text, or if it is missing without a default.
+    """
     names = (names,) if isinstance(names, str) else names
     for name in names:
-        if row.get(name) is not None:
-            if isinstance(row[name], (str, int, float)) and not isinstance(row[name], bool):
-                return str(row[name])
-            raise UserError(
-                f"{where}: field {name!r} must be text, found {type(row[name]).__name__}"
-            )
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise UserError(f"{where}: field {name!r} must be text, found {type(value).__name__}")
     if default is not None:
         return default
     wanted = " or ".join(repr(n) for n in names)
-    raise UserError(
-        f"{where}: missing field {wanted} (the row has: {', '.join(sorted(row)) or 'nothing'})"
-    )
+    present = ", ".join(sorted(row)) or "nothing"
+    raise UserError(f"{where}: missing field {wanted} (the row has: {present})")
 
 
 def passage_from(where: str, row: Any, number: int) -> Passage:
-    """A passage from {"title", "text", "id"?, "score"?}."""
+    """Reads a passage: {"title", "text", "id"?, "score"?}. `number` is its default id."""
+    where = f"{where}: passage {number + 1}"
     if not isinstance(row, dict):
-        raise UserError(f"{where}: passage {number + 1} must be an object with title and text")
+        raise UserError(f"{where} must be an object with title and text")
     score = row.get("score")
     if score is not None:
         try:
             score = float(score)
         except (TypeError, ValueError):
-            raise UserError(
-                f"{where}: passage {number + 1}: field 'score' must be a number, found {score!r}"
-            ) from None
-    where = f"{where}: passage {number + 1}"
+            raise UserError(f"{where}: field 'score' must be a number, found {score!r}") from None
     return Passage(
         id=text_field(where, row, ("id", "passage_id"), str(number)),
         title=text_field(where, row, "title", ""),
@@ -202,6 +213,7 @@ def passage_from(where: str, row: Any, number: int) -> Passage:
 
 
 def passages_from(where: str, row: dict[str, Any]) -> tuple[Passage, ...]:
+    """Reads the passages of a row, under any of their published field names."""
     for name in ("ctxs", "top_contexts", "docs"):
         if row.get(name):
             if not isinstance(row[name], list):
@@ -236,11 +248,10 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
 def generator_example_from(where: str, row: dict[str, Any]) -> GeneratorExample:
     if "task" in row:
         raise UserError(
-            f"{where}: field 'task': this is critic data; the generator learns from what `selfrag label` writes"
+            f"{where}: field 'task': this is critic data; "
+            "the generator is trained on what `selfrag label` writes"
         )
+    optional = ("input", "dataset_name", "id")
     names = [f.name for f in fields(GeneratorExample)]
-    values = {
-        n: text_field(where, row, n, "" if n in ("input", "dataset_name", "id") else None)
-        for n in names
-    }
+    values = {n: text_field(where, row, n, "" if n in optional else None) for n in names}
     return GeneratorExample(**values)

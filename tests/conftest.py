@@ -114,4 +114,4 @@ def quickstart(tmp_path_factory):
     from selfrag_jax.commands import quickstart as flow
 
     workdir = tmp_path_factory.mktemp("quickstart")
-    return workdir, flow.run(config.load("tiny:smoke"), workdir)
+    return workdir, flow.run_quickstart(config.load("tiny:smoke"), workdir)

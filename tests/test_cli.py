@@ -7,7 +7,7 @@ import pytest
 from plain_search import make_rag
 
 from selfrag_jax import cli, config
-from selfrag_jax.commands import stages
+from selfrag_jax.commands import SUMMARIES, ask, load_command
 from selfrag_jax.errors import UserError
 from selfrag_jax.training.config import TrainConfig
 
@@ -20,10 +20,12 @@ def run(capsys, *argv):
 
 def test_overview_and_help_name_every_stage_and_flag(capsys):
     code, out, _ = run(capsys)
-    assert code == 0 and all(name in out for name in cli.STAGES)
-    for name, stage in cli.STAGES.items():
+    assert code == 0 and all(name in out for name in SUMMARIES)
+    for name in SUMMARIES:
+        command = load_command(name)
         code, out, _ = run(capsys, name, "--help")
-        assert code == 0 and stage.example in out and all(f"--{f.name}" in out for f in stage.flags)
+        assert code == 0 and command.example in out
+        assert all(f"--{f.name}" in out for f in command.flags)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         ),
         (
             ["train", "--role=critic", "--data=x", "--workdir=gs://bucket/w"],
-            "--workdir=gs://bucket/w: storage in a cloud",
+            "--workdir=gs://bucket/w: cloud storage",
         ),
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
@@ -89,7 +91,7 @@ def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkativ
 
     rag = make_rag(talkative, ndocs=2)
     rag.retriever = Broken()
-    monkeypatch.setattr(stages, "_rag", lambda v: rag)
+    monkeypatch.setattr(ask, "load_selfrag", lambda values: rag)
     code, out, err = run(
         capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else [])
     )
@@ -103,7 +105,8 @@ def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_pat
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB.\nand much more"
         )
 
-    monkeypatch.setitem(cli.STAGES, "world", replace(cli.STAGES["world"], run=full))
+    world = replace(load_command("world"), run=full)
+    monkeypatch.setattr(cli, "load_command", lambda name: world)
     code, _, err = run(capsys, "world", f"--out={tmp_path}/W")
     assert (
         code == 1
@@ -120,11 +123,10 @@ def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_pat
 def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps):
     """As a command only: a program that calls `main` with arguments decides on its memory by itself."""
     kept = []
-    monkeypatch.setattr(cli.memory, "keep_freed", lambda: kept.append(stage))
+    monkeypatch.setattr(cli.allocator, "keep_freed_memory", lambda: kept.append(stage))
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setitem(
-        cli.STAGES, stage, replace(cli.STAGES[stage], flags=(), run=lambda values, positional: None)
-    )
+    command = replace(load_command(stage), flags=(), run=lambda values, positional: None)
+    monkeypatch.setattr(cli, "load_command", lambda name: command)
     monkeypatch.setattr(cli.sys, "argv", ["selfrag", stage])
     assert cli.main() == 0 and len(kept) == keeps
     assert cli.main([stage]) == 0 and len(kept) == keeps

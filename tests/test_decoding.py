@@ -19,16 +19,15 @@ from selfrag_jax.answering.citations import cite
 from selfrag_jax.answering.config import DEFAULT
 from selfrag_jax.answering.records import _doubts
 from selfrag_jax.answering.selfrag import SelfRAG
-from selfrag_jax.answering.voting import _vote
 from selfrag_jax.commands.answer import answer_file
 from selfrag_jax.engine import engine
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage, Question, write_jsonl
 from selfrag_jax.search import scoring
 from selfrag_jax.search.config import ACCUMULATE, SearchConfig
-from selfrag_jax.search.paper import BeamSearch
+from selfrag_jax.search.paper import PaperSearch
 from selfrag_jax.search.released.search import ReleasedSearch
-from selfrag_jax.search.tree import Beam, Node, Search
+from selfrag_jax.search.tree import Beam, Node, SearchTree
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control, Tokenizer
 
@@ -108,7 +107,7 @@ def test_search_equals_the_plain_one(talkative, seeds):
         passages = [
             make_passages(rng, tokenizer, int(rng.integers(1, config.ndocs + 1))) for _ in asked
         ]
-        search = BeamSearch(talkative.model, talkative.params, tokenizer, config, 64)
+        search = PaperSearch(talkative.model, talkative.params, tokenizer, config, 64)
         outcome = search.run(asked, lambda queries, p=passages: [p[q] for q, _ in queries])
         plain = PlainSearch(talkative, config)
         for ids, found, got in zip(asked, passages, outcome, strict=True):
@@ -159,7 +158,7 @@ def test_a_sliding_window_and_room_that_grows(talkative, monkeypatch, where):
         *loaded.tokenizer.encode(prompts.instruction("where is the ropemaker")),
     ]
     passages = make_passages(rng, loaded.tokenizer, 3)
-    [got] = BeamSearch(model, loaded.params, loaded.tokenizer, config, 64).run(
+    [got] = PaperSearch(model, loaded.params, loaded.tokenizer, config, 64).run(
         [ids], lambda queries: [passages for _ in queries]
     )
     plain = PlainSearch(loaded, config)
@@ -190,7 +189,7 @@ def searched(loaded, seed, **changes):
         " ".join(rng.choice(["where", "what", "who is Mara", "the ropemaker"], rng.integers(1, 4)))
     )
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
-    kind = ReleasedSearch if config.scorer == "released" else BeamSearch
+    kind = ReleasedSearch if config.scorer == "released" else PaperSearch
     return (
         kind(loaded.model, loaded.params, loaded.tokenizer, config, 64),
         ids,
@@ -387,7 +386,7 @@ def test_nothing_stands_beyond_the_models_context(talkative, scorer):
         scorer == "paper"
     )
     search = rag._search(dict(mode="always_retrieve", max_depth=4, threshold=0.2))
-    prompt = rag._prompt(row, [], search.longest_prompt)
+    prompt = rag._prompt(row, search.max_prompt, [])
     [outcome] = search.run([prompt], lambda queries: [long for _ in queries])
     for n in outcome.nodes if scorer == "paper" else ():
         fed = (
@@ -425,12 +424,12 @@ def test_a_segment_says_where_in_the_tree_it_stands(talkative):
 def test_nothing_is_read_twice(talkative, monkeypatch):
     """A prompt once, and of each branch its passage or its control token: what was generated is never fed again."""
     reads, fed = [], []
-    read, generate = engine.Engine.read, engine.Engine.generate
+    read, start = engine.Engine.read, engine.Engine.start
     monkeypatch.setattr(
         engine.Engine, "read", lambda self, jobs: reads.extend(jobs) or read(self, jobs)
     )
     monkeypatch.setattr(
-        engine.Engine, "generate", lambda self, jobs: fed.extend(jobs) or generate(self, jobs)
+        engine.Engine, "start", lambda self, jobs: fed.extend(jobs) or start(self, jobs)
     )
     rng = np.random.default_rng(6)
     rows = [
@@ -445,7 +444,7 @@ def test_nothing_is_read_twice(talkative, monkeypatch):
         t.encode([Control(reflection.RETRIEVAL), *prompts.passage(p)]) for q in rows for p in q.ctxs
     ]
     allowed += [[t.id(reflection.CONTINUE)], [t.id(reflection.NO_RETRIEVAL)]]
-    assert all([*branch] in allowed for _, job in fed for lane in job.branches for branch in lane)
+    assert all([*branch] in allowed for _, job in fed for beam in job.branches for branch in beam)
 
 
 @pytest.mark.slow
@@ -517,8 +516,8 @@ def test_a_segment_without_text_cites_nothing(talkative):
             node,
             tokens=tuple(t.encode([Control("[Relevant]"), text, Control("[Fully supported]")])),
         )
-        outcome = Search([Beam(said, np.zeros(3), 9)], [said])
-        answer = rag._answer(rag._search({}), Question("0", "Who?"), outcome, [])
+        outcome = SearchTree([Beam(said, np.zeros(3), 9)], [said])
+        answer = rag._answer(rag._search({}), outcome, Question("0", "Who?"), [])
         assert answer.segments[0].passage == passage
         cited.append((len(answer.citations), len(answer.passages)))
     assert cited == [(0, 0), (1, 1)]
@@ -553,25 +552,21 @@ def test_closed_set_voting_by_hand():
         SimpleNamespace(tokens=t, depth=depth, score=score, action="retrieve", allowed=True)
         for t, depth, score in said
     ]
-    config = SimpleNamespace(scorer="paper")
-    search, outcome = (
-        SimpleNamespace(text=lambda t: t, option=lambda t: t, config=config),
-        SimpleNamespace(nodes=nodes, beams=[SimpleNamespace(retrieve=None)]),
-    )
+    paper = SimpleNamespace(text=lambda t: t)
+    released = SimpleNamespace(script_text=SimpleNamespace(option=lambda t: t))
+    tree = SearchTree([SimpleNamespace(retrieve=None)], nodes)
     q = Question("1", "Is it true?", options=("True.", "False."))
-    assert (
-        _vote(search, outcome, q).node is nodes[2]
-    )  # 0.5 + 0.6 against 0.9; what is no option has no vote
+    # 0.5 + 0.6 against 0.9; "Perhaps." is no option, and has no vote.
+    assert PaperSearch.elect(paper, tree, q).node is nodes[2]
     nodes[2].allowed = False  # by the constraints
-    assert _vote(search, outcome, q).node is nodes[0]
-    outcome.nodes = nodes[2:3]
-    assert _vote(search, outcome, q).node is nodes[2]  # all are refused: then none is
-    outcome.nodes = nodes[3:4]
-    assert _vote(search, outcome, q) is None
-    outcome.nodes, config.scorer = nodes, "released"
-    assert (
-        _vote(search, outcome, q).node is nodes[3]
-    )  # each text by itself: Perhaps. 3.0, True. 0.9, False. 0.6, false 0.5
+    assert PaperSearch.elect(paper, tree, q).node is nodes[0]
+    tree.nodes = nodes[2:3]
+    assert PaperSearch.elect(paper, tree, q).node is nodes[2]  # all are refused: then none is
+    tree.nodes = nodes[3:4]
+    assert PaperSearch.elect(paper, tree, q) is None
+    # Each text by itself: Perhaps. 3.0, True. 0.9, False. 0.6, false 0.5.
+    tree.nodes = nodes
+    assert ReleasedSearch.elect(released, tree, q).node is nodes[3]
 
 
 def test_an_answer_that_no_passage_supports_says_so():
@@ -615,11 +610,11 @@ def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
     rag, told = make_rag(talkative), []
     answer = rag._answer
 
-    def dies_after_the_fifth(search, q, *rest):
+    def dies_after_the_fifth(search, tree, q, notices):
         if len(told) == 5:
             raise KeyboardInterrupt
         told.append(q.id)
-        return answer(search, q, *rest)
+        return answer(search, tree, q, notices)
 
     rag._answer = dies_after_the_fifth
     with pytest.raises(KeyboardInterrupt):
@@ -635,7 +630,7 @@ def test_an_interrupted_answer_file_goes_on(talkative, tmp_path):
             answer_file(rag, questions, out, None, dict(changes))
     rag = make_rag(talkative)
     rag.config = replace(rag.config, batch=2)  # as one does where the device was too small
-    rag._answer = lambda search, q, *rest: told.append(q.id) or answer(search, q, *rest)
+    rag._answer = lambda search, tree, q, *rest: told.append(q.id) or answer(search, tree, q, *rest)
     assert answer_file(rag, questions, out, None, dict(changes)) == 10
     assert sorted(told) == [str(i) for i in range(10)] and not partial.exists()  # none twice
     same_rows(out, tmp_path / "whole.jsonl")
@@ -685,7 +680,7 @@ def test_a_cut_question_keeps_the_heading_of_a_published_vocabulary():
     notices = []
     asked = Question("1", "Which town lies by the river? " * 30)
     tokens = SelfRAG._prompt(
-        SimpleNamespace(loaded=loaded, config=SimpleNamespace(max_length=64)), asked, notices, 64
+        SimpleNamespace(loaded=loaded, config=SimpleNamespace(max_length=64)), asked, 64, notices
     )
     assert len(tokens) == 64 and "was cut" in notices[0]
     assert tokenizer.decode(tokens).rstrip().endswith(
@@ -706,7 +701,7 @@ def test_text_may_end_where_padding_is_the_end_of_text(talkative):
             tokenizer.bos_id,
             *tokenizer.encode(prompts.instruction(f"where is the ropemaker {seed}")),
         ]
-        [got] = BeamSearch(loaded.model, loaded.params, tokenizer, config, 64).run(
+        [got] = PaperSearch(loaded.model, loaded.params, tokenizer, config, 64).run(
             [ids], lambda qs, p=passages: [p for _ in qs]
         )
         plain = PlainSearch(loaded, config)
@@ -719,12 +714,12 @@ def test_text_may_end_where_padding_is_the_end_of_text(talkative):
 
 
 def test_a_product_of_bad_segments_is_not_good():
-    total = BeamSearch._total
-    search = lambda accumulate: SimpleNamespace(config=SimpleNamespace(accumulate=accumulate))  # noqa: E731
-    root, bad, good = (
-        Beam(None, None, 0),
-        *(Beam(SimpleNamespace(total=t), None, 0) for t in (0.0, 2.0)),
-    )
+    total = PaperSearch._total
+
+    def search(accumulate):
+        return SimpleNamespace(config=SimpleNamespace(accumulate=accumulate))
+
+    root, bad, good = None, SimpleNamespace(total=0.0), SimpleNamespace(total=2.0)
     assert total(search("product"), root, -0.3) == total(search("product"), bad, -0.3) == 0
     assert total(search("product"), root, 2.0) == 2.0 and total(search("product"), good, 1.5) == 3.0
     assert total(search("sum"), good, -0.5) == total(search("mean"), good, -0.5) == 1.5
@@ -804,23 +799,23 @@ def test_what_is_left_of_a_file_is_computed_in_as_many_slots(talkative, monkeypa
     class Enough(Exception):
         pass
 
-    def stream(search, ids, retrieve, slots, *rest):
+    def stream(search, ids, find_passages, slots, **rest):
         sizes.append(slots)
         raise Enough
 
-    monkeypatch.setattr(BeamSearch, "stream", stream)
+    monkeypatch.setattr(PaperSearch, "stream", stream)
     for asked, of in ((1, None), (2, None), (3, None), (9, None), (1, 9), (2, 9), (3, 3)):
         with pytest.raises(Enough):
-            rag.answer(["a"] * asked, of=of)
+            rag.answer(["a"] * asked, total=of)
     assert sizes == [1, 2, 4, 4, 4, 4, 4]
 
 
 def test_more_passages_for_each_question_mean_fewer_questions_at_once(talkative, monkeypatch):
     rag, sizes = make_rag(talkative, ndocs=2), []
     monkeypatch.setattr(
-        BeamSearch,
+        PaperSearch,
         "stream",
-        lambda self, ids, retrieve, slots, *rest: iter(sizes.append(slots) or ()),
+        lambda self, ids, find_passages, slots, **rest: iter(sizes.append(slots) or ()),
     )
     for asked, ndocs in ((3, 2), (3, 4), (2, 50), (1, 2), (9, 2)):
         list(rag.stream(["a"] * asked, ndocs=ndocs))

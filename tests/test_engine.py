@@ -127,17 +127,17 @@ def test_a_slot_is_filled_as_soon_as_it_is_free(talkative):
 @pytest.mark.parametrize("changes", [{}, {"keep_passages": False}, {"scorer": "released"}], ids=str)
 def test_slots_that_are_changed_together_are_changed_as_one_by_one(talkative, monkeypatch, changes):
     """Of eight slots, all that wait are read, fed and kept as one group: whole ones, and some that are filled up."""
-    rows, sizes, groups = asked(talkative, 29), [], engine.Engine.groups
+    rows, sizes, batches = asked(talkative, 29), [], shapes.Shapes.batches
 
     def noted(*args):
-        for group in groups(*args):
-            sizes.append((len(group), len({q for q, _ in group})))
-            yield group
+        for batch in batches(*args):
+            sizes.append((len(batch), len({slot for slot, _ in batch})))
+            yield batch
 
-    monkeypatch.setattr(engine.Engine, "groups", noted)
+    monkeypatch.setattr(shapes.Shapes, "batches", noted)
     found = []
     for smallest in (8, 100):
-        monkeypatch.setattr(engine, "SMALLEST_GROUP", smallest)
+        monkeypatch.setattr(shapes, "MIN_BATCH_SLOTS", smallest)
         rag = make_rag(talkative, ndocs=2)
         rag.config = replace(rag.config, batch=8)
         found.append(rag.answer(rows, mode="always_retrieve", **changes))
@@ -213,16 +213,16 @@ def test_other_questions_go_on_while_passages_are_looked_for(talkative, monkeypa
 
 def test_a_search_that_fails_frees_its_slot(talkative, monkeypatch):
     rag, rows = make_rag(talkative, ndocs=2), asked(talkative, 9)
-    from selfrag_jax.search.paper import BeamSearch
+    from selfrag_jax.search.paper import PaperSearch
 
-    node = BeamSearch._node
+    node = PaperSearch._node
 
-    def breaks(self, search, beam, action, p, passage, out):
+    def breaks(self, tree, extension, passage, segment):
         if passage is rows[3].ctxs[0]:
             raise RuntimeError("broken")
-        return node(self, search, beam, action, p, passage, out)
+        return node(self, tree, extension, passage, segment)
 
-    monkeypatch.setattr(BeamSearch, "_node", breaks)
+    monkeypatch.setattr(PaperSearch, "_node", breaks)
     answers = rag.answer(rows, mode="always_retrieve")
     assert [a.error for a in answers] == [""] * 3 + ["RuntimeError: broken"] + [""] * 5
     assert all(a.segments for a in answers if not a.error)
@@ -239,9 +239,13 @@ def test_buckets_are_few_and_hold_what_they_should(n, least):
     assert len({bucket(m, least) for m in range(2, 4097)}) <= 8 + 4 * np.log2(4096 / least)
 
 
+def with_limit(max_new_tokens):
+    return shapes.Shapes(1, 1, 1, max_new_tokens, 32, 64, True)
+
+
 @pytest.mark.parametrize("limit", [16, 100, 191, 192, 193, 300, 512, 1000])
 def test_rings_hold_what_goes_on(limit):
-    sizes = [shapes.ring(n, limit) for n in range(limit)]
+    sizes = [with_limit(limit).generated_capacity(n) for n in range(limit)]
     assert all(n < size <= limit for n, size in enumerate(sizes)) and sizes == sorted(sizes)
     assert sizes[-1] == limit and len(set(sizes)) <= 1 + max(0, np.ceil(np.log2(limit / 128)))
     assert sizes[0] == (limit if limit <= 192 else 128)
@@ -267,7 +271,7 @@ def test_a_resized_ring_holds_the_last_tokens(per_layer, fed, ring):
             jnp.asarray(both, jnp.int32),
             jnp.int32(before + n % old),
         )
-        new = programs.resize(cache.per_layer() if per_layer else cache, before, fed, ring)
+        new = programs.resize_branches(cache.per_layer() if per_layer else cache, before, fed, ring)
         k, v = (np.asarray(x[0]) for x in (new.k, new.v))
         np.testing.assert_array_equal(k[:, 0, 0], v[:, 0, :, 0])
         np.testing.assert_array_equal(
@@ -294,7 +298,8 @@ def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkey
         rag.answer(rows, mode="always_retrieve")
         before = len(engine.compiled)
         traced = [
-            getattr(programs, name)._cache_size() for name in ("read", "feed", "decode", "keep")
+            getattr(programs, name)._cache_size()
+            for name in ("read", "start_branches", "decode", "keep")
         ]
         shorter = [replace(q, question=q.question[:-1]) for q in rows]
         rag.answer(
@@ -308,16 +313,20 @@ def test_other_lengths_and_weights_compile_nothing_new(talkative, caplog, monkey
         )
     assert len(engine.compiled) == before
     assert traced == [
-        getattr(programs, name)._cache_size() for name in ("read", "feed", "decode", "keep")
+        getattr(programs, name)._cache_size()
+        for name in ("read", "start_branches", "decode", "keep")
     ]
-    assert all(f"compiled {name} in" in caplog.text for name in ("read", "feed", "decode", "keep"))
+    assert all(
+        f"compiled {name} in" in caplog.text
+        for name in ("read", "start_branches", "decode", "keep")
+    )
 
 
 @pytest.mark.slow
 def test_ragged_questions_compile_few_programs(talkative, monkeypatch):
     """Of what runs, few are new, though hardly two questions have the same lengths; and more of the same kind need hardly any."""
     monkeypatch.setattr(engine, "_seen", set())
-    monkeypatch.setattr(engine, "FIRST_RING", 4)
+    monkeypatch.setattr(shapes, "FIRST_GENERATED_CAPACITY", 4)
     rng, rag = np.random.default_rng(3), make_rag(talkative, ndocs=3)
     search = replace(rag.config.search, length_bucket=16, max_depth=3, max_new_tokens=16)
     rag.config = replace(rag.config, search=search, batch=3, max_length=64)
@@ -344,7 +353,7 @@ def test_ragged_questions_compile_few_programs(talkative, monkeypatch):
         counts.append(Counter(name for name, _ in engine.compiled[before:]))
     first, more = counts
     sizes = len({bucket(n, 16) for n in range(2, 64 + 3 * (64 + 16))}) + len(
-        {shapes.ring(n, 16) for n in range(16)}
+        {with_limit(16).generated_capacity(n) for n in range(16)}
     )
     assert first["decode"] <= sizes and first["keep"] <= sizes and first.total() <= ran[0] / 4, (
         first,
@@ -373,7 +382,7 @@ def test_room_grows_in_the_middle_of_a_search(talkative, monkeypatch):
     rows[2] = replace(rows[2], ctxs=tuple(long))
     found = []
     for length in (4, 64):
-        monkeypatch.setattr(engine, "FIRST_RING", length // 2)
+        monkeypatch.setattr(shapes, "FIRST_GENERATED_CAPACITY", length // 2)
         rag = make_rag(talkative, ndocs=2)
         search = replace(rag.config.search, length_bucket=length, max_depth=4, max_new_tokens=16)
         rag.config = replace(rag.config, search=search, batch=3)

@@ -39,7 +39,7 @@ def test_a_finished_run_does_nothing_and_says_the_same(quickstart):
         for p in workdir.rglob("*")
         if p.is_file() and "report" not in p.parts
     }
-    assert flow.run(config.load("tiny:smoke"), workdir) == rows
+    assert flow.run_quickstart(config.load("tiny:smoke"), workdir) == rows
     assert stamps == {
         p: p.stat().st_mtime_ns
         for p in workdir.rglob("*")
@@ -56,7 +56,7 @@ def test_lost_artifacts_are_made_again_alike(quickstart, tmp_path):
     shutil.rmtree(copy / "predictions" / "selfrag_adaptive")
     (copy / "generator" / "manifest.json").unlink()
     (copy / "generator_data.jsonl.manifest.json").unlink()
-    assert flow.run(config.load("tiny:smoke"), copy) == rows
+    assert flow.run_quickstart(config.load("tiny:smoke"), copy) == rows
 
 
 # What is there when the quickstart is killed: before the first step of training, in the midst of labelling, of training, of
@@ -243,7 +243,7 @@ def test_generator_data_is_in_the_published_format(quickstart):
 def test_another_config_in_the_same_workdir_is_refused(quickstart):
     changed = config.override(config.load("tiny:smoke"), ["world.seed=9"])
     with pytest.raises(UserError, match="seed: 0 there, 9 asked for"):
-        flow.run(changed, quickstart[0])
+        flow.run_quickstart(changed, quickstart[0])
 
 
 def test_ask_prints_passages_critiques_and_the_decision(quickstart, capsys):

@@ -1,5 +1,5 @@
-"""Hugging Face folders: logits and greedy text equal transformers' Llama and Mistral, tensors survive the way there and back
-bit by bit, and what cannot be honoured is refused by name."""
+"""Hugging Face folders: logits and greedy text equal those of transformers' Llama and Mistral, a
+round trip changes no tensor, and what is not supported is refused by name."""
 
 import copy
 import json
@@ -26,6 +26,7 @@ from selfrag_jax.models.llama import Cache, Model
 
 TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer"
 TOLERANCE = 1e-4  # of f32 logits
+PROJECTION = "model.layers.1.mlp.up_proj.weight"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILY = {
     "mha": dict(),
@@ -33,7 +34,7 @@ FAMILY = {
     "tied": dict(tie_word_embeddings=True),
     "biases": dict(attention_bias=True, mlp_bias=True),
     "wide heads": dict(head_dim=24, num_key_value_heads=1),
-    # The context was 32 tokens before it was stretched, so that all three kinds of frequencies are met within 80.
+    # An original context of 32 tokens, so that 80 tokens meet all three kinds of frequencies.
     "llama3 rope": dict(
         rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 32}
     ),
@@ -43,21 +44,26 @@ FAMILY = {
 
 
 def torch_model(fields, seed=0):
-    fields = dict(
-        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.1,
-    ) | fields  # fmt: skip
-    mistral = fields.pop("model_type", "llama") == "mistral"
-    config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(
-        **fields, attn_implementation="eager"
+    """A random model of transformers."""
+    defaults = dict(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.1,
     )
+    fields = defaults | fields
+    config_class, model_class = transformers.LlamaConfig, transformers.LlamaForCausalLM
+    if fields.pop("model_type", "llama") == "mistral":
+        config_class, model_class = transformers.MistralConfig, transformers.MistralForCausalLM
+    config = config_class(**fields, attn_implementation="eager")
     torch.manual_seed(seed)
-    model = (transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM)(
-        config
-    ).eval()
-    with (
-        torch.no_grad()
-    ):  # norms and biases start at ones and zeros, where a wrong one would not be noticed
+    model = model_class(config).eval()
+    # Norms and biases start at ones and zeros, which would hide that one is mapped wrongly.
+    with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p += 0.3 * torch.randn(p.shape) * (1 if "norm" in name else 0.3)
@@ -66,12 +72,18 @@ def torch_model(fields, seed=0):
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)
 def pair(request, tmp_path_factory):
-    """A random torch model, the folder it was saved to, and that folder read by us."""
+    """(a random torch model, the folder it was saved to, our model, its parameters)."""
     theirs = torch_model(dict(FAMILY[request.param]))
     folder = tmp_path_factory.mktemp("hf")
     theirs.save_pretrained(folder)
     config, params = weights.load_folder(folder)
     return theirs, folder, Model(config), params
+
+
+def assert_same_bytes(before, after):
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
 
 
 def test_logits_equal_those_of_transformers(pair):
@@ -85,72 +97,60 @@ def test_logits_equal_those_of_transformers(pair):
 
 
 def test_greedy_text_equals_that_of_transformers(pair):
-    """64 tokens, ours through the cache: two prompts of different length in one batch, theirs one by one."""
+    """64 tokens after two prompts of different lengths: ours as one batch, through the cache;
+    theirs one prompt at a time."""
     theirs, _, model, params = pair
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 199, n) for n in (5, 9)]
     tokens, valid = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
-    for i, p in enumerate(prompts):
-        tokens[i, : len(p)], valid[i, : len(p)] = p, 1
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)], valid[i, : len(prompt)] = prompt, 1
 
+    @jax.jit
     def step(params, tokens, positions, valid, cache):
         hidden, cache = model.hidden(params, tokens, positions, valid, cache)
-        last = jnp.take_along_axis(
-            hidden, (jnp.maximum(valid.sum(1), 1) - 1)[:, None, None], axis=1
-        )[:, 0]
+        last_index = (jnp.maximum(valid.sum(1), 1) - 1)[:, None, None]
+        last = jnp.take_along_axis(hidden, last_index, axis=1)[:, 0]
         return model.logits(params, last).argmax(-1).astype(jnp.int32), cache
 
-    step = jax.jit(step)
     cache = Cache.empty(model.config, 2, 9 + 64)
     token, cache = step(params, tokens, np.maximum(valid.cumsum(1) - 1, 0), valid, cache)
-    made, position = [token], valid.sum(1)
+    generated, position, one = [token], valid.sum(1), np.ones((2, 1), np.int32)
     for _ in range(63):
-        token, cache = step(
-            params, token[:, None], position[:, None], np.ones((2, 1), np.int32), cache
-        )
-        made.append(token)
+        token, cache = step(params, token[:, None], position[:, None], one, cache)
+        generated.append(token)
         position = position + 1
-    made = np.stack(made, 1)
-    for i, p in enumerate(prompts):
+    generated = np.stack(generated, 1)
+    limits = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt)[None]
         with torch.no_grad():
-            expected = theirs.generate(
-                torch.tensor(p)[None],
-                max_new_tokens=64,
-                min_new_tokens=64,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )[0, len(p) :].numpy()
-        assert made[i].tolist() == expected.tolist()
+            expected = theirs.generate(ids, **limits, eos_token_id=None, pad_token_id=0)
+        assert generated[i].tolist() == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
-def test_there_and_back_every_tensor_is_the_same(pair, tokenizer, tmp_path, dtype):
+def test_a_round_trip_changes_no_tensor(pair, tokenizer, tmp_path, dtype):
     theirs, _, model, _ = pair
     copy.deepcopy(theirs).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
     config = weights.config_from_json(tmp_path / "in" / "config.json")
-    params = weights.read_params(
-        weights.WeightFiles(tmp_path / "in"), config, model.shapes(), dtype
-    )
+    files = weights.WeightFiles(tmp_path / "in")
+    params = weights.read_params(files, config, model.shapes(), dtype)
     weights.save_folder(tmp_path / "out", config, params, tokenizer, dtype)
-    before, after = (load_file(tmp_path / d / weights.WEIGHTS) for d in ("in", "out"))
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
+    assert_same_bytes(*(load_file(tmp_path / d / weights.WEIGHTS) for d in ("in", "out")))
 
 
 def test_exported_folders_load_in_transformers(pair, tokenizer, tmp_path):
     theirs, _, model, params = pair
     weights.save_folder(tmp_path, model.config, params, tokenizer)
-    again, info = type(theirs).from_pretrained(
+    exported, info = type(theirs).from_pretrained(
         tmp_path, output_loading_info=True, attn_implementation="eager"
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.tensor(np.random.default_rng(0).integers(0, 199, (1, 60)))
     with torch.no_grad():
-        torch.testing.assert_close(
-            again.eval()(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6
-        )
+        actual, expected = exported.eval()(tokens).logits, theirs(tokens).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_shards_with_an_index_are_written_and_read(pair, tmp_path):
@@ -160,32 +160,31 @@ def test_shards_with_an_index_are_written_and_read(pair, tmp_path):
     read = weights.load_folder(tmp_path / "theirs")[1]
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "again").mkdir()
+    ours, overwritten = tmp_path / "ours", tmp_path / "overwritten"
+    ours.mkdir()
+    overwritten.mkdir()
     tensors = load_file(folder / weights.WEIGHTS)
-    weights.write_tensors(tmp_path / "ours", tensors.items(), shard_bytes=100_000)
-    index = json.loads((tmp_path / "ours" / weights.INDEX).read_text())
+    weights.write_tensors(ours, tensors.items(), shard_bytes=100_000)
+    index = json.loads((ours / weights.INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    assert (
-        len(list((tmp_path / "ours").iterdir())) == 1 + len(set(index["weight_map"].values())) > 2
-    )
-    shutil.copy(folder / weights.CONFIG, tmp_path / "ours")
-    weights.write_tensors(
-        tmp_path / "again", ((name, 2 * t) for name, t in tensors.items()), shard_bytes=100_000
-    )
-    weights.write_tensors(
-        tmp_path / "again", tensors.items()
-    )  # a single file in the place of shards
-    shutil.copy(folder / weights.CONFIG, tmp_path / "again")
-    jax.tree.map(np.testing.assert_array_equal, weights.load_folder(tmp_path / "again")[1], params)
-    jax.tree.map(np.testing.assert_array_equal, weights.load_folder(tmp_path / "ours")[1], params)
-    assert type(theirs).from_pretrained(tmp_path / "ours").config.hidden_size == 64
+    num_shards = len(set(index["weight_map"].values()))
+    assert len(list(ours.iterdir())) == 1 + num_shards > 2
+    shutil.copy(folder / weights.CONFIG, ours)
+    doubled = {name: 2 * value for name, value in tensors.items()}
+    weights.write_tensors(overwritten, doubled.items(), shard_bytes=100_000)
+    weights.write_tensors(overwritten, tensors.items())  # a single file replaces the shards
+    shutil.copy(folder / weights.CONFIG, overwritten)
+    for written in (ours, overwritten):
+        read = weights.load_folder(written)[1]
+        jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert type(theirs).from_pretrained(ours).config.hidden_size == 64
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_over_orbax_and_back_nothing_is_lost(kind, tmp_path):
-    """Tensors bit by bit, from shards; and what a folder says to others: several ends of text, no padding, a chat template."""
+def test_a_round_trip_through_orbax_loses_nothing(kind, tmp_path):
+    """No bit of the tensors, read from shards, and nothing that other programs read: several
+    end-of-text tokens, no padding token, generation settings, a chat template."""
     theirs = torch_model(dict(FAMILY[kind], vocab_size=1416)).to(torch.bfloat16)
     theirs.config.eos_token_id, theirs.config.pad_token_id = [2, 5], None
     theirs.generation_config = transformers.GenerationConfig(
@@ -195,38 +194,26 @@ def test_over_orbax_and_back_nothing_is_lost(kind, tmp_path):
     shutil.copytree(TOKENIZER, tmp_path / "in", dirs_exist_ok=True)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "in" / "chat_template.jinja").write_text(template)
-    assert (
-        cli.main(["convert", f"--from={tmp_path}/in", f"--to={tmp_path}/w", "--format=orbax"]) == 0
-    )
-    assert (
-        cli.main(
-            ["convert", f"--from={tmp_path}/w", f"--to={tmp_path}/out", "--format=huggingface"]
-        )
-        == 0
-    )
+    for source, out, form in (("in", "w", "orbax"), ("w", "out", "huggingface")):
+        flags = [f"--from={tmp_path / source}", f"--to={tmp_path / out}", f"--format={form}"]
+        assert cli.main(["convert", *flags]) == 0
     before, after = (
         {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()}
         for d in ("in", "out")
     )
-    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1 and before.keys() == after.keys()
-    for name, value in before.items():
-        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
-    again = type(theirs).from_pretrained(tmp_path / "out")
-    for name in (
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "head_dim",
-        "num_key_value_heads",
-        "rope_parameters",
-    ):
-        assert getattr(again.config, name) == getattr(theirs.config, name), name
-    changes = again.generation_config.to_diff_dict(), theirs.generation_config.to_diff_dict()
-    assert changes[0] == changes[1] and again.generation_config.eos_token_id == [2, 5]
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    assert_same_bytes(before, after)
+    exported = type(theirs).from_pretrained(tmp_path / "out")
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for name in (*token_ids, "head_dim", "num_key_value_heads", "rope_parameters"):
+        assert getattr(exported.config, name) == getattr(theirs.config, name), name
+    settings = exported.generation_config.to_diff_dict()
+    assert settings == theirs.generation_config.to_diff_dict()
+    assert exported.generation_config.eos_token_id == [2, 5]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
+# ---- configs ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("cls", (transformers.LlamaConfig, transformers.MistralConfig))
 def test_every_field_that_transformers_writes_is_known(cls, tmp_path):
     path = tmp_path / "config.json"
@@ -237,41 +224,51 @@ def test_every_field_that_transformers_writes_is_known(cls, tmp_path):
 
 
 def test_a_config_of_2023_is_read(tmp_path):
-    """As Llama-2's folders had it: no rope_theta, no head_dim, torch_dtype."""
+    """Llama-2's folders have torch_dtype, but neither rope_theta nor head_dim."""
     row = dict(
-        architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu", hidden_size=5120,
-        initializer_range=0.02, intermediate_size=13824, max_position_embeddings=4096, model_type="llama",
-        num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=40, pad_token_id=0, pretraining_tp=1,
-        rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, torch_dtype="float16",
-        transformers_version="4.31.0", use_cache=True, vocab_size=32016,
-    )  # fmt: skip
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=1,
+        eos_token_id=2,
+        hidden_act="silu",
+        hidden_size=5120,
+        initializer_range=0.02,
+        intermediate_size=13824,
+        max_position_embeddings=4096,
+        model_type="llama",
+        num_attention_heads=40,
+        num_hidden_layers=40,
+        num_key_value_heads=40,
+        pad_token_id=0,
+        pretraining_tp=1,
+        rms_norm_eps=1e-05,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        torch_dtype="float16",
+        transformers_version="4.31.0",
+        use_cache=True,
+        vocab_size=32016,
+    )
     (tmp_path / "config.json").write_text(json.dumps(row))
     c = weights.config_from_json(tmp_path / "config.json")
     assert (c.head_dim, c.rope_theta, c.num_kv_heads, c.vocab_size) == (128, 10_000.0, 40, 32016)
     shapes = Model(c).shapes()
     assert shapes["layers"]["down"]["kernel"].shape == (40, 13824, 5120)
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == 13_016_028_160  # 13B and 16 rows more
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 13_016_028_160  # 13B and 16 more rows
 
 
 @pytest.mark.parametrize("model_type", ("llama", "mistral"))
-def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_type):
+def test_neutral_fields_are_ignored(tiny_model, tmp_path, model_type):
     c = replace(tiny_model.model.config, sliding_window=7 if model_type == "mistral" else None)
+    file = tmp_path / "config.json"
     row = weights.config_to_json(c, {})
-    more = dict.fromkeys(("quantization_config", "attn_logit_softcapping", "hidden_act"))
-    more |= dict(
-        gradient_checkpointing=False,
-        max_length=20,
-        max_sequence_length=2048,
-        _attn_implementation_autoset=True,
-    )
-    more |= dict(use_sliding_window=model_type == "mistral")
-    (tmp_path / "config.json").write_text(json.dumps(row | more))
-    assert weights.config_from_json(tmp_path / "config.json") == c
-    (tmp_path / "config.json").write_text(
-        json.dumps(row | more | dict(use_sliding_window=model_type == "llama"))
-    )
+    row |= dict.fromkeys(("quantization_config", "attn_logit_softcapping", "hidden_act"))
+    row |= dict(gradient_checkpointing=False, max_length=20, max_sequence_length=2048)
+    row |= dict(_attn_implementation_autoset=True, use_sliding_window=model_type == "mistral")
+    file.write_text(json.dumps(row))
+    assert weights.config_from_json(file) == c
+    file.write_text(json.dumps(row | dict(use_sliding_window=model_type == "llama")))
     with pytest.raises(UserError, match="use_sliding_window=.* contradicts sliding_window"):
-        weights.config_from_json(tmp_path / "config.json")
+        weights.config_from_json(file)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +331,7 @@ def test_fields_that_say_nothing_are_passed_over(tiny_model, tmp_path, model_typ
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_named(tiny_model, tmp_path, change, message):
+def test_unsupported_fields_are_named(tiny_model, tmp_path, change, message):
     row = weights.config_to_json(tiny_model.model.config, {}) | change
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
@@ -342,33 +339,33 @@ def test_what_cannot_be_honoured_is_named(tiny_model, tmp_path, change, message)
         weights.config_from_json(path)
 
 
-# ---- weights that are not what they should be ------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     weights.save_folder(tmp_path, tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
     return tmp_path
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
-        (lambda t: t | {UP: t[UP] * np.float32(np.nan)}, f"{UP}' holds NaN or infinite"),
-        (lambda t: t | {UP: t[UP] + np.float32(np.inf)}, f"{UP}' holds NaN or infinite"),
-        (lambda t: {k: v for k, v in t.items() if k != UP}, f"tensor '{UP}' is missing"),
+        (lambda x: {PROJECTION: x * np.float32(np.nan)}, f"{PROJECTION}' holds NaN or infinite"),
+        (lambda x: {PROJECTION: x + np.float32(np.inf)}, f"{PROJECTION}' holds NaN or infinite"),
+        (lambda x: {PROJECTION: None}, f"tensor '{PROJECTION}' is missing"),
         (
-            lambda t: t | {UP: np.ascontiguousarray(t[UP].T)},
-            f"{UP}' has shape \\(32, 48\\); .* should be \\(48, 32\\)",
+            lambda x: {PROJECTION: np.ascontiguousarray(x.T)},
+            rf"{PROJECTION}' has shape \(32, 48\); .* should be \(48, 32\)",
         ),
-        (lambda t: t | {UP: t[UP].astype(np.int8)}, f"{UP}' is of type I8"),
-        (lambda t: t | {"model.extra": t[UP]}, "'model.extra' has no place"),
+        (lambda x: {PROJECTION: x.astype(np.int8)}, f"{PROJECTION}' is of type I8"),
+        (lambda x: {"model.extra": x}, "'model.extra' has no place"),
     ],
     ids=("nan", "inf", "missing", "shape", "type", "extra"),
 )
-def test_bad_tensors_are_named(folder, spoil, message):
-    save_file(spoil(load_file(folder / weights.WEIGHTS)), folder / weights.WEIGHTS)
+def test_tensors_at_fault_are_named(folder, change, message):
+    tensors = load_file(folder / weights.WEIGHTS)
+    tensors |= change(tensors[PROJECTION])
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    save_file(kept, folder / weights.WEIGHTS)
     with pytest.raises(UserError, match=message):
         loading.load(folder)
 
@@ -376,8 +373,8 @@ def test_bad_tensors_are_named(folder, spoil, message):
 def test_a_truncated_file_and_a_lost_shard_are_named(folder):
     file = folder / weights.WEIGHTS
     tensors = load_file(file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"model\.safetensors: not readable.*truncated"):
         loading.load(folder)
     file.unlink()
@@ -389,31 +386,28 @@ def test_a_truncated_file_and_a_lost_shard_are_named(folder):
     with pytest.raises(UserError, match=f"shard {shards[1].name} is missing"):
         loading.load(folder)
     shutil.copy(shards[0], shards[1])
-    with pytest.raises(
-        UserError,
-        match=r"model-0000\d-of-.*: tensor .* is missing, though model.safetensors.index.json",
-    ):
+    message = r"model-0000\d-of-.*: tensor .* is missing, though model.safetensors.index.json"
+    with pytest.raises(UserError, match=message):
         loading.load(folder)
 
 
-def test_whoever_may_read_the_config_may_read_the_weights(folder):
+def test_weights_have_the_permissions_of_the_config(folder):
     assert (folder / weights.WEIGHTS).stat().st_mode == (folder / weights.CONFIG).stat().st_mode
 
 
-def test_a_write_that_fails_leaves_no_part(folder, monkeypatch):
-    """As on a full disk: the folder keeps what it had."""
+def test_a_failed_write_leaves_the_folder_as_it_was(folder, monkeypatch):
+    """As on a full disk."""
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    tensors = load_file(folder / weights.WEIGHTS)
     calls = []
 
-    def full(tensors, path, metadata):
+    def fail_at_second(tensors, path, metadata):
         calls.append(path)
         path.write_bytes(b"half")
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", fail_at_second)
     with pytest.raises(OSError, match="No space left"):
-        weights.write_tensors(
-            folder, load_file(folder / weights.WEIGHTS).items(), shard_bytes=50_000
-        )
+        weights.write_tensors(folder, tensors.items(), shard_bytes=50_000)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -1,5 +1,5 @@
-"""Killed twenty times at random moments, a training ends with the parameters of one that nothing disturbed. Run as a program,
-this file is that training."""
+"""A training that is killed many times at random moments ends with the parameters of one that was
+never interrupted. Run as a program, this file is that training."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-STEPS, SAVE_EVERY = 600, 4  # more than there is time for while it is killed, on whatever machine
+STEPS, SAVE_EVERY = 600, 4  # more steps than any machine has time for between the kills
 
 
 def program(workdir, form):
-    """Prints "step N" before each step, and at the end a hash of the parameters."""
+    """Prints "step N" before each step, and a hash of the parameters at the end."""
     import jax
 
     from selfrag_jax.base_model.source import make_tokenizer
@@ -24,8 +24,8 @@ def program(workdir, form):
     from selfrag_jax.models.llama import LlamaConfig, Model
     from selfrag_jax.models.lora import LoraConfig
     from selfrag_jax.records import GeneratorExample
-    from selfrag_jax.training import config, step
     from selfrag_jax.training import train as trainer
+    from selfrag_jax.training.config import MeshConfig, TrainConfig
     from selfrag_jax.training.optimizer import OptimizerConfig
 
     tokenizer = make_tokenizer(4000).with_reflection_tokens()
@@ -33,92 +33,81 @@ def program(workdir, form):
         GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
         for i in range(40)
     ]
-    source = GeneratorSource(
-        rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
-    )
-    fields = dict(
-        vocab_size=tokenizer.vocab_size,
-        embed_dim=16,
-        mlp_dim=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-    )
-    fields |= dict(
-        head_dim=8,
-        max_length=64,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        dtype="float32",
-    )
-    model, step = Model(LlamaConfig(**fields, remat="none", scan_unroll=1)), step.train_step
+    group_weights = dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
+    source = GeneratorSource(rows, tokenizer, group_weights)
+    shape = dict(embed_dim=16, mlp_dim=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8)
+    fields = dict(max_length=64, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True)
+    fields |= dict(dtype="float32", remat="none", scan_unroll=1)
+    model = Model(LlamaConfig(vocab_size=tokenizer.vocab_size, **shape, **fields))
+    step = trainer.train_step
 
-    def told(state, *rest):
+    def announced_step(state, *rest):
         print("step", int(state["step"]), flush=True)
-        time.sleep(0.02)  # so that a kill meets computing and saving alike
+        time.sleep(0.02)  # so that kills hit computing and saving alike
         return step(state, *rest)
 
-    step.train_step = told
-    config = config.TrainConfig(
-        seed=0, steps=STEPS, rows=4, length=32, max_targets=None, save_every=SAVE_EVERY, log_every=10,
-        lora=LoraConfig(4, 8.0) if form == "lora" else None, mesh=config.MeshConfig(1, 1, 1), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
-    )  # fmt: skip
-    params = trainer.train(
-        config, model, model.init(jax.random.key(0), 0.3), source, tokenizer, workdir
-    )["params"]
-    digest = hashlib.sha256(
-        b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(params)))
-    ).hexdigest()
+    trainer.train_step = announced_step
+    config = TrainConfig(
+        seed=0,
+        steps=STEPS,
+        rows=4,
+        length=32,
+        max_targets=None,
+        save_every=SAVE_EVERY,
+        log_every=10,
+        lora=LoraConfig(4, 8.0) if form == "lora" else None,
+        mesh=MeshConfig(1, 1, 1),
+        optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
+    )
+    initial = model.init(jax.random.key(0), 0.3)
+    trained = trainer.train(config, model, initial, source, tokenizer, workdir)
+    arrays = jax.tree.leaves(jax.device_get(trained["params"]))
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
     print(json.dumps({"parameters": digest}), flush=True)
 
 
 def start(workdir, cache, form):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen(
-        [sys.executable, __file__, str(workdir), form],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
+    command = [sys.executable, __file__, str(workdir), form]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def finish(process):
+    """(hash of the parameters, the steps that were run)."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     lines = out.splitlines()
-    return json.loads(lines[-1])["parameters"], [
-        int(line.split()[1]) for line in lines if line.startswith("step")
-    ]
+    steps = [int(line.split()[1]) for line in lines if line.startswith("step")]
+    return json.loads(lines[-1])["parameters"], steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "kills"), [("all weights", 20), ("lora", 8)])
 def test_many_kills_change_nothing(tmp_path, form, kills):
     rng, cache = random.Random(0), tmp_path / "cache"
-    whole, steps = finish(start(tmp_path / "whole", cache, form))
+    expected, steps = finish(start(tmp_path / "uninterrupted", cache, form))
     assert steps == list(range(STEPS))
-    reached, lives = -1, []
+    last_step, lives = -1, []
     for _ in range(kills):
         process = start(tmp_path / "killed", cache, form)
-        first = process.stdout.readline() + process.stdout.readline()  # compiled
+        first = process.stdout.readline() + process.stdout.readline()  # compiled by now
         assert first.startswith("step"), process.communicate()[1][-3000:]
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
-        out = process.stdout.read()  # with what was read ahead, which `communicate` does not see
+        out = process.stdout.read()  # with what was read ahead, which `communicate` would miss
         process.wait()
-        seen = [int(line.split()[1]) for line in (first + out).split("\n")[:-1]]  # whole lines
-        # What is lost are the steps since the last save that was complete; the one before it always is.
-        assert reached - 2 * SAVE_EVERY <= seen[0] <= reached + 1
-        reached = max(reached, seen[-1])
-        lives.append(seen)
-    assert (
-        reached < STEPS - 1 and sum(map(len, lives)) > 2 * kills
-    )  # it was under way whenever it was killed
-    ended, rest = finish(start(tmp_path / "killed", cache, form))
-    assert rest[-1] == STEPS - 1 and ended == whole
+        complete_lines = (first + out).split("\n")[:-1]
+        steps = [int(line.split()[1]) for line in complete_lines]
+        # Only steps since the last complete save are lost, and of two saves one is complete.
+        assert last_step - 2 * SAVE_EVERY <= steps[0] <= last_step + 1
+        last_step = max(last_step, steps[-1])
+        lives.append(steps)
+    # Every kill hit a training under way.
+    assert last_step < STEPS - 1 and sum(map(len, lives)) > 2 * kills
+    parameters, steps = finish(start(tmp_path / "killed", cache, form))
+    assert steps[-1] == STEPS - 1 and parameters == expected
     assert not (tmp_path / "killed" / "damaged").exists()
 
 

@@ -1,4 +1,4 @@
-"""Labelling: what the critic says goes into the published format, whoever the critic is."""
+"""Labelling: the critic's judgements end up in the published training format."""
 
 import numpy as np
 
@@ -14,72 +14,68 @@ CONFIG = LabelConfig(
 PASSAGES = tuple(Passage(str(i), f"Title {i}", f"Text {i}.") for i in range(5))
 
 
-class Critic:
-    """Says what it is told to: the likeliest token of each group, by the query."""
+class FakeCritic:
+    """Gives all probability to `label(query)`, and records the queries."""
 
-    def __init__(self, say):
-        self.say, self.asked = say, []
+    def __init__(self, label):
+        self.label, self.queries = label, []
 
     def judge(self, queries):
-        self.asked += queries
+        self.queries += queries
+        groups = [reflection.GROUPS[q.group] for q in queries]
         return [
-            np.eye(len(group))[group.index(self.say(q))]
-            for q in queries
-            for group in [reflection.GROUPS[q.group]]
+            np.eye(len(group))[group.index(self.label(q))]
+            for q, group in zip(queries, groups, strict=True)
         ]
 
 
-def controls(example):
-    return [
-        p.token
-        for p in prompts.parse_output(example.output)
-        if isinstance(p, Control) and p.token != NEWLINE
-    ]
+def control_names(example):
+    """The control tokens in an example's output, without newlines."""
+    controls = [p.token for p in prompts.parse_output(example.output) if isinstance(p, Control)]
+    return [name for name in controls if name != NEWLINE]
 
 
-def test_without_retrieval_an_example_has_all_its_variants():
-    """With fewer of them, what has to be known by heart would count for less."""
-    said = {"retrieve": "[No Retrieval]", "isuse": "[Utility:4]"}
+def test_without_retrieval_an_example_keeps_all_its_variants():
+    """With fewer, knowledge that has to be memorised would carry less weight in training."""
+    labels = {"retrieve": "[No Retrieval]", "isuse": "[Utility:4]"}
     row = Instruction("a", "What is the opposite of hot?", "Cold. It is.", ctxs=PASSAGES)
-    examples = label_rows(Critic(lambda q: said[q.group]), [row], CONFIG)
+    examples = label_rows(FakeCritic(lambda q: labels[q.group]), [row], CONFIG)
     assert [e.output for e in examples] == ["[No Retrieval]Cold. It is.[Utility:4]"] * 2
     assert len({e.id for e in examples}) == 2
 
 
-def test_each_segment_has_its_passage_and_what_the_critic_said():
-    def say(q):
-        if (
-            q.group == "retrieve"
-        ):  # the second sentence goes on with the evidence, the third looks for more
+def test_each_segment_has_its_passage_and_critiques():
+    def label(q):
+        if q.group == "retrieve":  # the second sentence continues, the third retrieves again
             return "[Retrieval]" if q.preceding.count(".") != 1 else "[Continue to Use Evidence]"
         if q.group == "isrel":
             return "[Relevant]" if q.evidence.id == "1" else "[Irrelevant]"
         return {"issup": "[Partially supported]", "isuse": "[Utility:5]"}[q.group]
 
-    critic = Critic(say)
-    examples = label_rows(
-        critic, [Instruction("a", "Tell me.", "One. Two. Three.", ctxs=PASSAGES)], CONFIG
-    )
-    for e in examples:
-        assert controls(e) == [
-            "[Retrieval]", "<paragraph>", "</paragraph>", controls(e)[3], "[Partially supported]",
-            "[Continue to Use Evidence]", "[Partially supported]",
-            "[Retrieval]", "<paragraph>", "</paragraph>", controls(e)[10], "[Partially supported]", "[Utility:5]",
-        ]  # fmt: skip
-        for at, verdict in (
-            (e.output.index("<paragraph>"), controls(e)[3]),
-            (e.output.rindex("<paragraph>"), controls(e)[10]),
-        ):
-            title = e.output[at:].removeprefix("<paragraph>").split("\n")[0]
-            assert (title == "Title 1") == (verdict == "[Relevant]")
-    later = [q.preceding for q in critic.asked if q.group == "retrieve" and q.preceding]
+    critic = FakeCritic(label)
+    row = Instruction("a", "Tell me.", "One. Two. Three.", ctxs=PASSAGES)
+    for e in label_rows(critic, [row], CONFIG):
+        names = control_names(e)
+        retrieval, support = ["[Retrieval]", "<paragraph>", "</paragraph>"], "[Partially supported]"
+        first, second = names[3], names[10]
+        assert names == [
+            *[*retrieval, first, support],
+            *["[Continue to Use Evidence]", support],
+            *[*retrieval, second, support],
+            "[Utility:5]",
+        ]
+        starts = (e.output.index("<paragraph>"), e.output.rindex("<paragraph>"))
+        for start, relevance in zip(starts, (first, second), strict=True):
+            title = e.output[start:].removeprefix("<paragraph>").split("\n")[0]
+            assert (title == "Title 1") == (relevance == "[Relevant]")
+    later = [q.preceding for q in critic.queries if q.group == "retrieve" and q.preceding]
     assert set(later) == {"One.", "One. Two."}
-    assert {q.output for q in critic.asked if q.group == "issup"} == {"One.", "Two.", "Three."}
+    judged = {q.output for q in critic.queries if q.group == "issup"}
+    assert judged == {"One.", "Two.", "Three."}
 
 
 def test_without_passages_nothing_is_retrieved():
-    said = {"retrieve": "[Retrieval]", "isuse": "[Utility:1]"}
-    examples = label_rows(
-        Critic(lambda q: said[q.group]), [Instruction("a", "Where?", "There.")], CONFIG
-    )
+    labels = {"retrieve": "[Retrieval]", "isuse": "[Utility:1]"}
+    row = Instruction("a", "Where?", "There.")
+    examples = label_rows(FakeCritic(lambda q: labels[q.group]), [row], CONFIG)
     assert {e.output for e in examples} == {"[No Retrieval]There.[Utility:1]"}

@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing changes at first, only they and the tables learn, and merged they are the same model."""
+"""LoRA: new adapters change nothing, only they and the tables learn, merging keeps the model."""
 
 import shutil
 from dataclasses import replace
@@ -33,9 +33,9 @@ def logits(model, params):
 @pytest.fixture(scope="module")
 def config():
     return TrainConfig(
-        seed=0, steps=20, rows=4, length=32, max_targets=None, save_every=6, log_every=4, pad_vocabulary=128,
-        optimizer=OptimizerConfig("adamw", 0.02, 0.02, "constant", 0.1, 1e-8, 0.0, 1.0), mesh=MeshConfig(1, 1, 1),
-        lora=LoraConfig(rank=3, alpha=6.0),
+        seed=0, steps=20, rows=4, length=32, max_targets=None, save_every=6, log_every=4,
+        pad_vocabulary=128, mesh=MeshConfig(1, 1, 1), lora=LoraConfig(rank=3, alpha=6.0),
+        optimizer=OptimizerConfig("adamw", 0.02, 0.02, "constant", 0.1, 1e-8, 0.0, 1.0),
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def source(tokenizer):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, source, config, tmp_path_factory):
-    """(workdir, parameters as they were trained, stopped once on the way)"""
+    """(workdir, trained parameters) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("lora")
     done = train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, workdir)
     return workdir, jax.device_get(done["params"])
@@ -59,9 +59,8 @@ def trained(tiny_model, source, config, tmp_path_factory):
 def test_new_adapters_change_nothing(tiny_model, config):
     model = Model(replace(tiny_model.model.config, lora=config.lora))
     params = lora.add_adapters(tiny_model.params, model.shapes(), jax.random.key(0))
-    np.testing.assert_allclose(
-        logits(model, params), logits(tiny_model.model, tiny_model.params), atol=1e-6
-    )
+    expected = logits(tiny_model.model, tiny_model.params)
+    np.testing.assert_allclose(logits(model, params), expected, atol=1e-6)
     assert {p[-1] for p, _ in flatten(params)} >= {"lora_a", "lora_b"}
     a = leaf_at(params, ("layers", "down", "lora_a"))
     assert a.shape == (2, 48, 3) and 0.05 < a.std() < 0.3  # 1 / sqrt(48) is 0.14
@@ -78,11 +77,10 @@ def test_only_adapters_and_tables_learn(tiny_model, trained):
     assert np.abs(trained[1]["embed"]["embedding"][:V] - start["embed", "embedding"]).max() > 1e-2
 
 
-def test_merged_it_is_the_same_model(tiny_model, config, trained, tmp_path):
+def test_merging_adapters_keeps_the_model(tiny_model, config, trained, tmp_path):
     workdir, params = trained
-    adapted = logits(config.model(tiny_model.model.config), params)[
-        ..., : tiny_model.model.config.vocab_size
-    ]
+    V = tiny_model.model.config.vocab_size
+    adapted = logits(config.model(tiny_model.model.config), params)[..., :V]
     assert np.abs(adapted - logits(tiny_model.model, tiny_model.params)).max() > 0.5
     loaded = loading.load(workdir)
     assert loaded.model.config == tiny_model.model.config  # neither adapters nor padding
@@ -93,41 +91,38 @@ def test_merged_it_is_the_same_model(tiny_model, config, trained, tmp_path):
 
 
 def test_merging_into_half_precision_weights_keeps_small_updates(tmp_path):
-    """Frozen weights are bfloat16, whose steps are larger than most of what adapters learn."""
+    """Frozen weights are bfloat16, whose spacing is larger than most of what adapters learn."""
     rng = np.random.default_rng(0)
     kernel = (rng.normal(size=(64, 64)) * 0.02).astype("bfloat16")
-    a, b = (
-        rng.normal(size=(64, 4)).astype(np.float32),
-        (rng.normal(size=(4, 64)) * 2e-5).astype(np.float32),
-    )
+    a = rng.normal(size=(64, 4)).astype(np.float32)
+    b = (rng.normal(size=(4, 64)) * 2e-5).astype(np.float32)
     update = lora.merged_kernel(kernel, a, b, LoraConfig(4, 8.0)) - kernel.astype(np.float32)
     np.testing.assert_allclose(update, 2.0 * a @ b, atol=1e-8)
 
 
-def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_same(
+def test_a_resumed_run_is_identical_and_checkpoints_hold_only_trained_weights(
     tiny_model, source, config, trained, tmp_path, monkeypatch
 ):
     from selfrag_jax.training import train as trainer
 
     step, calls = trainer.train_step, []
 
-    def stopped(*args):
+    def interrupted(*args):
         calls.append(1)
-        if len(calls) == 14:  # behind the checkpoint of step 12
+        if len(calls) == 14:  # after the checkpoint of step 12
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", stopped)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     arguments = (tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         train(config, *arguments)
     monkeypatch.setattr(trainer, "train_step", step)
     again = jax.device_get(train(config, *arguments)["params"])
     jax.tree.map(np.testing.assert_array_equal, again, trained[1])
-    with ocp.PyTreeCheckpointer() as one:
-        shapes = one.metadata(tmp_path / "checkpoints" / "20" / "state").item_metadata.tree[
-            "params"
-        ]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(tmp_path / "checkpoints" / "20" / "state")
+        shapes = metadata.item_metadata.tree["params"]
     assert "kernel" not in shapes["layers"]["q"] and "lora_a" in shapes["layers"]["q"]
 
 
@@ -141,7 +136,9 @@ def test_other_frozen_weights_are_refused(tiny_model, source, config, trained, t
         train(replace(config, steps=24), tiny_model.model, other, source, tiny_model.tokenizer, w)
 
 
-def test_damaged_frozen_weights_are_named_and_mended(tiny_model, source, config, trained, tmp_path):
+def test_damaged_frozen_weights_are_reported_and_can_be_restored(
+    tiny_model, source, config, trained, tmp_path
+):
     w = tmp_path / "w"
     shutil.copytree(trained[0], w)
     for file in (w / "frozen").rglob("*"):
@@ -149,15 +146,11 @@ def test_damaged_frozen_weights_are_named_and_mended(tiny_model, source, config,
             content = bytearray(file.read_bytes())
             content[299::299] = bytes(c ^ 4 for c in content[299::299])
             file.write_bytes(content)
-    for read in (
-        lambda: loading.load(w),
-        lambda: convert(w, tmp_path / "out", "huggingface", None, False),
-    ):
-        with pytest.raises(
-            UserError,
-            match="frozen: the weights that LoRA left as they are are damaged .*Remove frozen/",
-        ):
-            read()
+    message = "frozen: the weights that LoRA left as they are are damaged .*Remove frozen/"
+    with pytest.raises(UserError, match=message):
+        loading.load(w)
+    with pytest.raises(UserError, match=message):
+        convert(w, tmp_path / "out", "huggingface", None, False)
     shutil.rmtree(w / "frozen")
     train(config, tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, w)
     jax.tree.map(
@@ -165,6 +158,6 @@ def test_damaged_frozen_weights_are_named_and_mended(tiny_model, source, config,
     )
 
 
-def test_configs_that_make_no_sense_are_refused():
+def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="rank=0"):
         LoraConfig(0, 1.0)

@@ -1,4 +1,5 @@
-"""A researcher's way: a published Llama folder, the shipped recipe in small, an export that `transformers` loads."""
+"""What a researcher does: takes a published Llama folder, trains it by a shipped recipe (in small),
+and exports a folder that `transformers` loads."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +27,8 @@ def get_config(which):
     c = config.load(which)
     c.base, c.tokenizer = {base!r}, "llama_slow"
     g = c.generator
-    g.epochs, g.rows, g.rows_per_device, g.length, g.loss_chunk, g.dtype = 4.0, 4, 2, 128, 64, "float32"
+    g.epochs, g.rows, g.rows_per_device = 4.0, 4, 2
+    g.length, g.loss_chunk, g.dtype = 128, 64, "float32"
     g.optimizer.learning_rate, g.log_every, g.save_every = 1e-2, 2, 4
     return c
 """
@@ -34,17 +36,13 @@ def get_config(which):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """As Llama-2 is published: weights by transformers, a sentencepiece file, no reflection tokens."""
+    """A folder as Llama-2 is published: weights of transformers, a sentencepiece file, no
+    reflection tokens."""
     folder = tmp_path_factory.mktemp("llama")
-    fields = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=1400,
-    )
+    fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.LlamaConfig(**fields, vocab_size=1400)
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     shutil.copy(TOKENIZER, folder)
     return folder
 
@@ -54,85 +52,72 @@ def data(tmp_path_factory):
     passage = "[Retrieval]<paragraph>Town\nIt lies by a river.</paragraph>"
     output = f"{passage}[Relevant]By a river.[Fully supported][Utility:5]"
     file = tmp_path_factory.mktemp("data") / "data.jsonl"
-    write_jsonl(
-        file, [GeneratorExample(str(i), f"Where does town {i} lie?", output) for i in range(16)]
-    )
+    questions = [f"Where does town {i} lie?" for i in range(16)]
+    write_jsonl(file, [GeneratorExample(str(i), q, output) for i, q in enumerate(questions)])
     return file
 
 
+def train(config, data, workdir, *flags):
+    command = ["train", f"--config={config}", "--role=generator"]
+    return cli.main([*command, f"--data={data}", f"--workdir={workdir}", *flags])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ("generator_7b", "lora_7b"))
-def test_from_a_published_folder_and_back(base, data, tmp_path, capsys, which):
+@pytest.mark.parametrize("recipe", ("generator_7b", "lora_7b"))
+def test_a_published_folder_is_trained_and_exported(base, data, tmp_path, capsys, recipe):
     (tmp_path / "c.py").write_text(CONFIG.format(base=str(base)))
-    command = [
-        "train",
-        f"--config={tmp_path}/c.py:{which}",
-        "--role=generator",
-        f"--data={data}",
-        f"--workdir={tmp_path}/w",
-    ]
-    assert cli.main(command) == 0
-    assert (
-        "16/16" in (said := capsys.readouterr().err) or "16 steps" in said
-    )  # 4 passes over 16 rows, 4 an update
-    assert (
-        cli.main(command) == 0 and "steps" not in capsys.readouterr().err
-    )  # finished: nothing to do
-    assert (
-        cli.main(["convert", f"--from={tmp_path}/w", f"--to={tmp_path}/hf", "--format=huggingface"])
-        == 0
-    )
+    config, workdir, exported = f"{tmp_path}/c.py:{recipe}", tmp_path / "w", tmp_path / "hf"
+    assert train(config, data, workdir) == 0
+    err = capsys.readouterr().err
+    assert "16/16" in err or "16 steps" in err  # 4 epochs of 16 rows, 4 rows per update
+    assert train(config, data, workdir) == 0
+    assert "steps" not in capsys.readouterr().err  # finished: nothing to do
+    flags = [f"--from={workdir}", f"--to={exported}", "--format=huggingface"]
+    assert cli.main(["convert", *flags]) == 0
 
-    ours = loading.load(tmp_path / "w")
+    ours = loading.load(workdir)
     assert ours.model.config.vocab_size == 1416 and ours.tokenizer.mode == "llama_slow"
-    assert Tokenizer.load(tmp_path / "hf").mode == "llama_slow"
-    prompt = [
-        ours.tokenizer.bos_id,
-        *ours.tokenizer.encode(["Where is it?", Control("[Retrieval]"), "Here."]),
-    ]
-    hidden, _ = ours.model.hidden(
-        ours.params, np.array([prompt]), np.arange(len(prompt))[None], None
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert Tokenizer.load(exported).mode == "llama_slow"
+    text = ["Where is it?", Control("[Retrieval]"), "Here."]
+    prompt = np.array([[ours.tokenizer.bos_id, *ours.tokenizer.encode(text)]])
+    positions = np.arange(prompt.shape[1])[None]
+    hidden, _ = ours.model.hidden(ours.params, prompt, positions, None)
+    logits = jnp.asarray(ours.model.logits(ours.params, hidden))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     with torch.no_grad():
-        expected = theirs(torch.tensor([prompt])).logits.numpy()
-    np.testing.assert_allclose(
-        jnp.asarray(ours.model.logits(ours.params, hidden)), expected, atol=1e-4
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert (
-        tokenizer.convert_tokens_to_ids("[Retrieval]") == ours.tokenizer.id("[Retrieval]") == 1401
-    )
+        expected = theirs(torch.tensor(prompt)).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    retrieval_id = theirs_tokenizer.convert_tokens_to_ids("[Retrieval]")
+    assert retrieval_id == ours.tokenizer.id("[Retrieval]") == 1401
 
 
-@pytest.mark.parametrize("which", ("published", "synthetic world"))
-def test_a_model_is_asked_as_its_kind_wants(base, tiny_model, tmp_path, monkeypatch, which):
-    """Without --config: the paper's search, not that of the synthetic world's small models."""
+@pytest.mark.parametrize("kind", ("published", "synthetic world"))
+def test_the_default_search_depends_on_the_kind_of_model(
+    base, tiny_model, tmp_path, monkeypatch, kind
+):
+    """Without --config, a published model gets the paper's search, not that of the small models."""
     folder, expected = base, ("sum", 0.2, 100, 7)
-    if which != "published":
+    if kind != "published":
         folder, expected = tmp_path, ("mean", 0.1, 24, 4)
-        weights.save_folder(
-            folder, tiny_model.model.config, jax.device_get(tiny_model.params), tiny_model.tokenizer
-        )
-    seen = []
-    monkeypatch.setattr(SelfRAG, "load", lambda model, index, config: seen.append(config) or stop())
+        params = jax.device_get(tiny_model.params)
+        weights.save_folder(folder, tiny_model.model.config, params, tiny_model.tokenizer)
+    configs = []
+
+    def record_and_stop(model, index, config):
+        configs.append(config)
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(SelfRAG, "load", record_and_stop)
     assert cli.main(["ask", f"--model={folder}", "--ndocs=3", "Where?"]) == 2
-    search = seen[0].search
-    assert (
-        search.accumulate,
-        search.threshold,
-        search.max_new_tokens,
-        search.max_depth,
-    ) == expected
-    assert seen[0].quantization is None and seen[0].dtype is None and seen[0].tensor == 1
-
-
-def stop():
-    raise UserError("far enough")
+    config, search = configs[0], configs[0].search
+    limits = (search.max_new_tokens, search.max_depth)
+    assert (search.accumulate, search.threshold, *limits) == expected
+    assert config.quantization is None and config.dtype is None and config.tensor == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("flags", "message"),
     [
         (
             ["--config.generator.rows=6"],
@@ -155,16 +140,9 @@ def stop():
         (["--distributed=10.0.0.1:99,2,2"], "expected auto, or HOST:PORT,PROCESSES,INDEX"),
     ],
 )
-def test_bad_recipes_are_refused_and_leave_nothing(base, data, tmp_path, capsys, changes, message):
+def test_bad_recipes_are_refused_and_leave_nothing(base, data, tmp_path, capsys, flags, message):
     (tmp_path / "c.py").write_text(CONFIG.format(base=str(base)).replace("4.0, 4, 2", "4.0, 4, 4"))
-    command = [
-        "train",
-        f"--config={tmp_path}/c.py:lora_7b",
-        "--role=generator",
-        f"--data={data}",
-        f"--workdir={tmp_path}/w",
-    ]
-    assert cli.main([*command, *changes]) == 2
+    assert train(f"{tmp_path}/c.py:lora_7b", data, tmp_path / "w", *flags) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "w").exists()

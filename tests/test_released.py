@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from plain_search import PlainSearch, make_passages, make_rag
 
-from selfrag_jax.answering import voting
 from selfrag_jax.answering.config import DEFAULT
 from selfrag_jax.engine import engine
 from selfrag_jax.errors import UserError
@@ -282,10 +281,16 @@ def cases(tokenizer, config, seed, n=5):
 
 def both(talkative, config, seed):
     """The search and the plain scripts, half of the times with few known probabilities."""
-    search = ReleasedSearch(talkative.model, talkative.params, talkative.tokenizer, config, 64)
     plain = PlainScripts(talkative, config)
-    plain.known = (talkative.tokenizer.vocab_size // 2, search.whole.known)[seed % 2]
-    search.whole = replace(search.whole, known=plain.known)
+
+    class Search(ReleasedSearch):
+        @property
+        def rules(self):
+            return replace(super().rules, num_known=plain.known)
+
+    search = Search(talkative.model, talkative.params, talkative.tokenizer, config, 64)
+    known = ReleasedSearch.rules.fget(search).num_known
+    plain.known = (talkative.tokenizer.vocab_size // 2, known)[seed % 2]
     return search, plain
 
 
@@ -309,11 +314,9 @@ def test_the_short_form_equals_the_script(talkative):
             decided, tree = plain.short(ids, found)
             for closed in (False, True):
                 voted = (
-                    closed
-                    and decided
-                    and voting._vote(search, got, Question("0", "?", options=("a", "b")))
+                    closed and decided and search.elect(got, Question("0", "?", options=("a", "b")))
                 ) or got.best()
-                text = search.told(got, voted, "", closed)[2]
+                text = search.render(got, voted, "", closed)[2]
                 assert text == plain.short_answer(decided, tree, closed)
             assert (got.nodes[0].action == "retrieve") == decided
             assert [n.tokens for n in got.nodes] == [tokens for tokens, _ in tree]
@@ -323,10 +326,12 @@ def test_the_short_form_equals_the_script(talkative):
             assert got.best().node.score == max(n.score for n in got.nodes)
             retrieved += decided
             if decided:
-                voted = voting._vote(search, got, Question("0", "?", options=("a", "b")))
+                voted = search.elect(got, Question("0", "?", options=("a", "b")))
                 elected = plain.elected(tree)
-                assert search.option(voted.node.tokens) == elected
-                mine = [n.score for n in got.nodes if search.option(n.tokens) == elected]
+                assert search.script_text.option(voted.node.tokens) == elected
+                mine = [
+                    n.score for n in got.nodes if search.script_text.option(n.tokens) == elected
+                ]
                 assert voted.node.score == max(mine)
                 shared += len(mine) > 1
         missed += plain.missed
@@ -350,7 +355,7 @@ def test_the_long_form_equals_the_script(talkative):
         ):
             decided, tree, beams = plain.long(ids, found)
             for task in ("asqa", "factscore"):
-                text = search.told(got, got.best(), task, False)[2]
+                text = search.render(got, got.best(), task, False)[2]
                 assert text == plain.long_answer(decided, tree, beams, task)
             assert (got.nodes[0].action == "retrieve") == decided
             assert [(n.parent, n.tokens) for n in got.nodes] == [

@@ -1,5 +1,5 @@
-"""Training over several devices and processes is training over one: the same losses on every mesh, checkpoints that go from
-one mesh to another, and two processes that work together. Run as a program, this file is one of those processes."""
+"""Training on any mesh has the losses of one device, checkpoints move between meshes, and two
+processes train together. Run as a program, this file is one training process."""
 
 import json
 import os
@@ -20,80 +20,68 @@ from selfrag_jax.records import GeneratorExample, write_jsonl
 
 MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 STEPS = 6
+EXAMPLES = [
+    GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
+    for i in range(40)
+]
 
 
+# ---- the program ---------------------------------------------------------------------------------
 def program(job, workdir, process=0, port=0):
-    """Prints the losses of the job's trainings as JSON."""
+    """Prints the losses of the job's training runs as JSON.
+
+    job: "meshes" trains on each mesh and more; "two processes" is one of two that train together.
+    """
     import jax
 
-    if job == "two":
+    if job == "two processes":
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
     from selfrag_jax.base_model.source import make_tokenizer
     from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.models.llama import LlamaConfig, Model
-    from selfrag_jax.records import GeneratorExample
     from selfrag_jax.training import train as trainer
     from selfrag_jax.training.config import MeshConfig, TrainConfig
     from selfrag_jax.training.optimizer import OptimizerConfig
 
     tokenizer = make_tokenizer(4000).with_reflection_tokens()
-    rows = [
-        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
-        for i in range(40)
-    ]
-    source = GeneratorSource(
-        rows, tokenizer, dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
-    )
-    fields = dict(
-        vocab_size=tokenizer.vocab_size,
-        embed_dim=32,
-        mlp_dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-    )
-    fields |= dict(
-        head_dim=8,
-        max_length=64,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        dtype="float32",
-    )
-    model = Model(LlamaConfig(**fields, remat="none", scan_unroll=1))
+    group_weights = dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
+    source = GeneratorSource(EXAMPLES, tokenizer, group_weights)
+    model = Model(LlamaConfig(
+        vocab_size=tokenizer.vocab_size, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, max_length=64, rope_theta=1e4, norm_eps=1e-5,
+        tie_embeddings=False, dtype="float32", remat="none", scan_unroll=1,
+    ))  # fmt: skip
     initial = jax.device_get(model.init(jax.random.key(0), 0.3))
-    losses, step = [], trainer.train_step
+    losses, train_step = [], trainer.train_step
+    results, stop_after = {}, None
 
-    def spy(*args):
+    def recording_step(*args):
         if len(losses) == stop_after:
             raise KeyboardInterrupt
-        state, seen = step(*args)
-        losses.append(float(seen["total"]))
-        return state, seen
+        state, metrics = train_step(*args)
+        losses.append(float(metrics["total"]))
+        return state, metrics
 
-    trainer.train_step, out, stop_after = spy, {}, None
+    trainer.train_step = recording_step
 
     def run(mesh, name, **changes):
         config = TrainConfig(
-            seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3, loss_chunk=16, remat="full",
-            mesh=MeshConfig(*mesh), optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
+            seed=0, steps=STEPS, rows=8, length=32, max_targets=None, save_every=3, log_every=3,
+            loss_chunk=16, remat="full", mesh=MeshConfig(*mesh),
+            optimizer=OptimizerConfig("adamw", 0.01, 0.01, "linear", 0.1, 1e-8, 0.0, 1.0),
             **changes,
         )  # fmt: skip
         losses.clear()
-        made = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)[
-            "params"
-        ]
-        out[name] = {
-            "losses": list(losses),
-            "norm": float(sum(abs(x).sum() for x in jax.tree.leaves(made))),
-        }
+        state = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)
+        norm = float(sum(abs(x).sum() for x in jax.tree.leaves(state["params"])))
+        results[name] = {"losses": list(losses), "norm": norm}
 
-    if job == "two":
-        run((1, 8, 1), "two")
+    if job == "two processes":
+        run((1, 8, 1), "two processes")
     else:
         for mesh in MESHES:
             run(mesh, str(mesh))
-        run((1, 1, 1), "accumulated on one", rows_per_device=4)
+        run((1, 1, 1), "accumulated on one device", rows_per_device=4)
         run((1, 4, 1), "accumulated", rows_per_device=1)
         stop_after = 4  # between two checkpoints
         try:
@@ -101,18 +89,20 @@ def program(job, workdir, process=0, port=0):
         except KeyboardInterrupt:
             stop_after = None
         run((1, 2, 2), "moved")  # fewer devices, too
-    print(json.dumps(out))
+    print(json.dumps(results))
 
 
 def start(*arguments, devices):
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, __file__, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+    return popen(command, devices)
+
+
+def popen(command, devices):
+    """Starts a process with that many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def result(process):
@@ -121,6 +111,13 @@ def result(process):
     return json.loads(out.splitlines()[-1])
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+# ---- one process ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return result(start("meshes", tmp_path_factory.mktemp("meshes"), devices=8))
@@ -136,116 +133,96 @@ def test_every_mesh_has_the_losses_of_one_device(trained, mesh):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_over_another_mesh(trained):
+def test_training_resumes_on_another_mesh(trained):
     one, moved = trained[str(MESHES[0])], trained["moved"]
-    np.testing.assert_allclose(
-        moved["losses"], one["losses"][3:], atol=1e-4, rtol=0
-    )  # the last save was at step 3
+    after_checkpoint = one["losses"][3:]  # the last checkpoint was of step 3
+    np.testing.assert_allclose(moved["losses"], after_checkpoint, atol=1e-4, rtol=0)
     assert moved["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["accumulated on one", "accumulated"])
-def test_parts_of_a_batch_learn_what_the_whole_does(trained, run):
-    one, parts = trained[str(MESHES[0])], trained[run]
-    np.testing.assert_allclose(parts["losses"], one["losses"], atol=1e-4, rtol=0)
-    assert parts["norm"] == pytest.approx(one["norm"], rel=1e-5)
+@pytest.mark.parametrize("run", ["accumulated on one device", "accumulated"])
+def test_gradient_accumulation_has_the_losses_of_whole_batches(trained, run):
+    one, accumulated = trained[str(MESHES[0])], trained[run]
+    np.testing.assert_allclose(accumulated["losses"], one["losses"], atol=1e-4, rtol=0)
+    assert accumulated["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
+# ---- two processes -------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
-    """On the way, from the command line: `selfrag train` on two hosts, of which one is told to go. Heads are split over both, which
-    is possible and slow, so that it is said."""
-    rows = [
-        GeneratorExample(str(i), f"Say {i}.", f"[No Retrieval]Number {i}.[Utility:5]")
-        for i in range(40)
-    ]
-    write_jsonl(tmp_path / "data.jsonl", rows)
+    """`selfrag train` on two hosts, one of which gets a SIGTERM during training.
+
+    Heads are split over both hosts, which works but is slow, so one of them warns.
+    """
+    write_jsonl(tmp_path / "data.jsonl", EXAMPLES)
     port, workdir = free_port(), tmp_path / "w"
-    changes = dict(
-        steps=4000, save_every=1000, max_targets=None, rows=4, length=64, log_every=1
-    ).items()
+    changes = {
+        "steps": 4000, "save_every": 1000, "max_targets": None, "rows": 4, "length": 64,
+        "log_every": 1, "mesh.tensor": -1,
+    }  # fmt: skip
     command = [
-        sys.executable,
-        "-m",
-        "selfrag_jax",
-        "train",
-        "--role=generator",
-        f"--data={tmp_path}/data.jsonl",
-    ]
-    command += [
-        f"--workdir={workdir}",
-        "--config=tiny:smoke",
-        *(f"--config.generator.{k}={v}" for k, v in changes),
-    ]
-    command += ["--config.generator.mesh.tensor=-1"]
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    both = [
-        subprocess.Popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], **pipes)
-        for i in range(2)
-    ]
+        sys.executable, "-m", "selfrag_jax", "train", "--role=generator",
+        f"--data={tmp_path}/data.jsonl", f"--workdir={workdir}", "--config=tiny:smoke",
+        *(f"--config.generator.{name}={value}" for name, value in changes.items()),
+    ]  # fmt: skip
+    both = [popen([*command, f"--distributed=127.0.0.1:{port},2,{i}"], devices=2) for i in range(2)]
     for _ in range(600):
         if any((workdir / "logs").glob("*tfevents*")) or any(p.poll() is not None for p in both):
             break
         time.sleep(0.5)
-    time.sleep(20)  # compiled, and some steps done
+    time.sleep(20)  # for compilation and some steps
     both[1].send_signal(signal.SIGTERM)
     ends = [p.communicate(timeout=200) for p in both]
     assert [p.returncode for p in both] == [143, 143], ends
-    assert ["tensor=4 of the mesh lies over 2 hosts" in err for _, err in ends] == [True, False]
+    assert ["the mesh's tensor=4 spans 2 hosts" in err for _, err in ends] == [True, False]
     [step] = (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert 0 < step < 1000 and not (workdir / "manifest.json").exists()
 
 
 @pytest.mark.slow
 def test_two_processes_train_together(trained, tmp_path):
-    port = free_port()
-    both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
-    for found in map(result, both):
-        one, two = trained[str(MESHES[0])], found["two"]
-        np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-4, rtol=0)
-        assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    one = trained[str(MESHES[0])]
 
-    # What one of them cannot read, neither takes: both go on from the checkpoint before.
-    parts = (tmp_path / "two" / "checkpoints" / "6" / "state" / "ocdbt.process_1").rglob("*")
-    file = max((p for p in parts if p.is_file()), key=lambda p: p.stat().st_size)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    port = free_port()
-    both = [start("two", tmp_path, i, port, devices=4) for i in range(2)]
-    for found in map(result, both):
-        np.testing.assert_allclose(found["two"]["losses"], one["losses"][3:], atol=1e-4, rtol=0)
-        assert found["two"]["norm"] == pytest.approx(one["norm"], rel=1e-5)
-    assert (tmp_path / "two" / "damaged" / "6.0").is_dir()
+    def train_in_two_processes():
+        port = free_port()
+        both = [start("two processes", tmp_path, i, port, devices=4) for i in range(2)]
+        return [result(process)["two processes"] for process in both]
+
+    for found in train_in_two_processes():
+        np.testing.assert_allclose(found["losses"], one["losses"], atol=1e-4, rtol=0)
+        assert found["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+    # If one process cannot read a checkpoint, neither uses it: both resume from the one before.
+    workdir = tmp_path / "two processes"
+    files = (workdir / "checkpoints" / "6" / "state" / "ocdbt.process_1").rglob("*")
+    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    for found in train_in_two_processes():
+        np.testing.assert_allclose(found["losses"], one["losses"][3:], atol=1e-4, rtol=0)
+        assert found["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert (workdir / "damaged" / "6.0").is_dir()
 
 
-def test_a_mesh_lies_in_one_slice_without_holes():
+# ---- meshes --------------------------------------------------------------------------------------
+def test_a_tpu_mesh_is_a_block_of_one_slice():
     from selfrag_jax.models.sharding import make_mesh
 
-    device = lambda number, x: SimpleNamespace(
-        platform="tpu", slice_index=number, coords=(x, 0, 0), core_on_chip=0
-    )  # noqa: E731
-    with pytest.raises(
-        UserError, match=r"mesh \(1, 4, 1\) would lie over 2 slices; it is laid over one"
-    ):
-        make_mesh(fsdp=4, devices=[device(number, x) for number in (0, 1) for x in (0, 1)])
-    with pytest.raises(
-        UserError, match="cannot be laid over 2 devices of this slice; use all of them"
-    ):
-        make_mesh(fsdp=2, devices=[device(0, 0), device(0, 2)])
+    def chip(slice_index, x):
+        return SimpleNamespace(
+            platform="tpu", slice_index=slice_index, coords=(x, 0, 0), core_on_chip=0
+        )
+
+    message = r"mesh \(1, 4, 1\) would span 2 slices; it must fit in one"
+    with pytest.raises(UserError, match=message):
+        make_mesh(fsdp=4, devices=[chip(i, x) for i in (0, 1) for x in (0, 1)])
+    message = "cannot be laid over 2 devices of this slice; use all of them"
+    with pytest.raises(UserError, match=message):
+        make_mesh(fsdp=2, devices=[chip(0, 0), chip(0, 2)])
 
 
-def test_a_mesh_of_gpus_goes_over_hosts():
-    from selfrag_jax.models.sharding import hosts_of_tensor, make_mesh
+def test_a_gpu_mesh_may_span_hosts():
+    from selfrag_jax.models.sharding import hosts_per_tensor_group, make_mesh
 
     @dataclass(frozen=True)
     class Gpu:
@@ -261,7 +238,8 @@ def test_a_mesh_of_gpus_goes_over_hosts():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
     assert [[d.process_index for d in row] for row in mesh.devices[0]] == [[0, 0], [1, 1]]
     assert make_mesh(devices=devices[:1]).size == 1
-    assert hosts_of_tensor(mesh) == 1 and hosts_of_tensor(make_mesh(tensor=4, devices=devices)) == 2
+    assert hosts_per_tensor_group(mesh) == 1
+    assert hosts_per_tensor_group(make_mesh(tensor=4, devices=devices)) == 2
 
 
 if __name__ == "__main__":

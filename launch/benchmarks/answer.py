@@ -1,15 +1,19 @@
-"""Answering speed beside the algorithm of Self-RAG's released scripts, on torch: the same weights, questions and passages, in
-one run.
+"""Compares answering speed with the algorithm of Self-RAG's released scripts, run on torch.
 
-    python launch/benchmarks/answer.py            # about 100M parameters, f32, on a CPU: short form, then long form
-    python launch/benchmarks/answer.py --curves   # ours alone over passages and batch; memory with and without a shared prefix
-    python launch/benchmarks/answer.py --retrieval=500  # ours alone where passages take half a second to find
-    python launch/benchmarks/answer.py --bandwidth --size=7b  # bytes a second that generating reads, beside the device's copies
+    python launch/benchmarks/answer.py  # 100M parameters, f32, on a CPU: short form, then long form
+    python launch/benchmarks/answer.py --curves  # ours alone, over passages and batch; and memory
+    python launch/benchmarks/answer.py --retrieval=500  # ours alone, passages take half a second
+    python launch/benchmarks/answer.py --bandwidth --size=7b  # bytes per second while generating
 
-Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache, log-probabilities of the whole
-vocabulary at every position, generation on to the length limit, everything read again at every step of the long form. Ours:
-all questions together, what passages share read once, generation up to the segment's end. Needs torch and transformers, as
-`pip install '.[test]'` brings them. Compilation is not timed, but printed.
+Both answer the same questions with the same weights and passages, in one run.
+Theirs: one question at a time, a prompt for each passage in one batch with a key-value cache,
+log-probabilities of the whole vocabulary at every position, generation up to the length limit,
+everything read again at every step of the long form.
+Ours: all questions together, the prefix that passages share read once, generation up to the end of
+the segment.
+
+Needs torch and transformers, which `pip install '.[test]'` brings. Compilation is not timed, but
+printed.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ import contextlib
 import functools
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may need its share
@@ -27,457 +33,339 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch may nee
 import jax
 import jax.numpy as jnp
 import numpy as np
+from random_model import (
+    PASSAGE_TOKENS,
+    PROMPT_TOKENS,
+    SIZES,
+    TOKENIZER,
+    Question,
+    make_questions,
+    random_model,
+)
 
-from selfrag_jax.engine import programs, segments
-from selfrag_jax.engine.engine import compiled, on_device, unstack_layers
-from selfrag_jax.engine.shapes import group_size
-from selfrag_jax.models.llama import Cache, LlamaConfig, Model
+from selfrag_jax.engine import programs
+from selfrag_jax.engine.engine import compiled, place_params, unstack_layers
+from selfrag_jax.engine.segments import TokenRules
+from selfrag_jax.engine.shapes import Shapes
+from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
-from selfrag_jax.records import Passage
 from selfrag_jax.search.config import SearchConfig
-from selfrag_jax.search.paper import BeamSearch
+from selfrag_jax.search.paper import PaperSearch
 from selfrag_jax.search.scoring import Weights
-from selfrag_jax.text import reflection
-from selfrag_jax.text.tokenizer import Control
-
-WORDS = 32_000  # the vocabulary's; the reflection tokens stand behind them
 
 
-class Ids:
-    """Stands for a tokenizer: texts are written as their ids."""
-
-    eos_id, pad_id, bos_id = 2, 0, 1
-    vocab_size = WORDS + len(reflection.ALL)
-
-    def id(self, control: str) -> int:
-        return WORDS + reflection.ALL.index(control) if control in reflection.ALL else 13
-
-    def reflection_ids(self) -> reflection.ReflectionIds:
-        return reflection.lookup(self.id)
-
-    def encode(self, parts) -> list[int]:
-        return [
-            i
-            for p in parts
-            for i in ([self.id(p.token)] if isinstance(p, Control) else map(int, p.split()))
-        ]
-
-    def decode(self, ids) -> str:
-        return " ".join(map(str, ids))
-
-
-def model_of(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
-    """Random weights. segment_tokens: how long segments are on average, by the odds of the [Retrieval] token; None: they end at
-    the length limit."""
-    sizes = {
-        "tiny": dict(
-            embed_dim=64, mlp_dim=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16
-        ),
-        "100m": dict(
-            embed_dim=640, mlp_dim=1728, num_layers=12, num_heads=10, num_kv_heads=10, head_dim=64
-        ),
-        "7b": dict(
-            embed_dim=4096,
-            mlp_dim=11_008,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=32,
-            head_dim=128,
-        ),
-    }
-    more = dict(
-        max_length=4096,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        remat="none",
-        scan_unroll=1,
-    )
-    dtype = "bfloat16" if size == "7b" else "float32"
-    model = Model(LlamaConfig(**sizes[size], **more, vocab_size=Ids.vocab_size, dtype=dtype))
-    params = jax.device_get(model.init(jax.random.key(0), 0.5))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    head = np.array(params["head"]["kernel"])
-    quiet = [Ids.eos_id, Ids.pad_id, *(Ids().id(t) for t in reflection.ALL)]
-    head[:, quiet] *= 0.1  # never the most likely
-    if segment_tokens:
-        # Odds of 1 in n against the most likely of 32,000 words, whose logits are normal with the same deviation.
-        best = np.sqrt(2 * np.log(WORDS)) - 0.4
-        column = Ids().id(reflection.RETRIEVAL)
-        head[:, column] *= 10 * best / {10: 1.28, 20: 1.64, 25: 1.75, 50: 2.05}[segment_tokens]
-    return model, {**params, "head": {"kernel": head}}
-
-
-def questions(n: int, prompt: int, passage: int, k: int) -> list[tuple[list[int], list[Passage]]]:
-    rng = np.random.default_rng(0)
-    words = lambda m: rng.integers(100, WORDS, m)  # noqa: E731
-    text = lambda m: " ".join(map(str, words(m)))  # noqa: E731
-    return [
-        (
-            [1, *map(int, words(prompt - 1))],
-            [Passage(str(i), "", text(passage - 3)) for i in range(k)],
-        )
-        for _ in range(n)
-    ]
-
-
-# ---- theirs ----------------------------------------------------------------------------------------------------------
-class Released:
-    """What run_short_form.py and run_long_form_static.py compute, with transformers in place of their generation engine."""
-
-    def __init__(self, c: LlamaConfig, params: Params):
-        import tempfile
-
-        import torch
-        import transformers
-
-        from selfrag_jax.huggingface import weights
-
-        self.torch = torch
-        with tempfile.TemporaryDirectory() as folder:
-            from pathlib import Path
-
-            weights.write_tensors(
-                Path(folder), (t for path, a in weights.leaves(params)
-                               for t in weights.tensors_of(path, c, a if path[0] == "layers" else [a]))
-            )  # fmt: skip
-            weights.write_json(
-                Path(folder) / weights.CONFIG,
-                weights.config_to_json(c, {"eos_token_id": 2}, c.dtype),
-            )
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto"
-            ).eval()
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(self.device)
-        self.r, self.ids = Ids().reflection_ids(), Ids()
-        self.read = self.written = 0  # tokens
-
-    def generate(self, prompts: list[list[int]], new: int):
-        """Greedy, to the end of text or the limit: tokens [B, n], and log-probabilities [n, B, V]."""
-        torch = self.torch
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        mask = (
-            torch.arange(longest, device=self.device)
-            >= torch.tensor([[longest - len(p)] for p in prompts], device=self.device)
-        ).long()
-        self.read += tokens.numel()
-        cache, out, logs, done = (
-            None,
-            [],
-            [],
-            torch.zeros(len(prompts), dtype=torch.bool, device=self.device),
-        )
-        with torch.inference_mode():
-            for _ in range(new):
-                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-                seen = self.model(
-                    tokens,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                )
-                cache, log_probs = seen.past_key_values, seen.logits[:, -1].float().log_softmax(-1)
-                tokens = log_probs.argmax(-1, keepdim=True)
-                out.append(tokens), logs.append(log_probs)
-                done |= tokens[:, 0] == self.ids.eos_id
-                mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-                self.written += len(prompts)
-                if done.all():
-                    break
-        return torch.cat(out, 1).cpu().numpy(), torch.stack(logs).float().cpu().numpy()
-
-    def step(
-        self, prompt: list[int], passages: list[Passage], new: int
-    ) -> list[tuple[list[int], float]]:
-        """For each passage what is generated, and its score (the long form's, and the short form's without its sequence)."""
-        p = self.ids
-        fed = [
-            prompt
-            + p.encode(
-                [Control("[Retrieval]"), Control("<paragraph>"), x.text, Control("</paragraph>")]
-            )
-            for x in passages
-        ]
-        tokens, logs = self.generate(fed, new)
-        out = []
-        for i, row in enumerate(tokens):
-            relevance = np.exp(logs[0, i, list(self.r.isrel)])
-            score = relevance[1] / relevance.sum()
-            at = next((j for j, t in enumerate(row) if t in self.r.issup), None)
-            if at is not None:
-                support = np.exp(logs[at, i, list(self.r.issup)])
-                score += (support[0] + 0.5 * support[1]) / support.sum()
-            out.append((list(map(int, row)), float(score)))
-        return out
-
-    def short(self, prompt, passages, new):
-        return max(self.step(prompt, passages, new), key=lambda s: s[1])
-
-    def long(self, prompt, passages, new, width, steps):
-        """Level by level; a child's text is cut at its first [Retrieval]. Every child may go on, so that all steps are taken as ours
-        are (random weights seldom say it); the scripts go on from those that said it."""
-        level = [(prompt, [], 1.0)]
-        for _ in range(steps):
-            found = []
-            for history, said, score in level:
-                for row, s in self.step(history + said, passages, new):
-                    cut = row.index(p) if (p := self.ids.id("[Retrieval]")) in row else len(row)
-                    found.append((history + said, row[:cut], score * s))
-            level = sorted(found, key=lambda f: -f[2])[:width]
-        return level[0]
-
-
-# ---- ours ------------------------------------------------------------------------------------------------------------
-def search(model: Model, params: Params, new: int, k: int, width: int, depth: int) -> BeamSearch:
+# ---- ours ----------------------------------------------------------------------------------------
+def make_search(
+    model: Model, params: Params, limit: int, num_passages: int, width: int, depth: int
+) -> PaperSearch:
     config = SearchConfig(
-        mode="always_retrieve", threshold=None, normalise="yes_no", weights=Weights(), beam_width=width, max_depth=depth, ndocs=k,
-        accumulate="sum", constraints=(), keep_passages=True, max_new_tokens=new, length_bucket=8,
-        scorer="paper", temperature=0.0, top_p=1.0, seed=0,
-    )  # fmt: skip
-    return BeamSearch(model, params, Ids(), config, 4096)
+        mode="always_retrieve",
+        threshold=None,
+        normalise="yes_no",
+        weights=Weights(),
+        beam_width=width,
+        max_depth=depth,
+        ndocs=num_passages,
+        accumulate="sum",
+        constraints=(),
+        keep_passages=True,
+        max_new_tokens=limit,
+        length_bucket=8,
+        scorer="paper",
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
+    )
+    return PaperSearch(model, params, TOKENIZER, config, 4096)
 
 
-def ours(s: BeamSearch, asked):
-    return s.run([prompt for prompt, _ in asked], lambda queries: [asked[q][1] for q, _ in queries])
+def answer(search: PaperSearch, questions: list[Question]):
+    def find_passages(queries):
+        return [questions[i][1] for i, _ in queries]
+
+    return search.run([prompt for prompt, _ in questions], find_passages)
 
 
 @contextlib.contextmanager
-def counted():
-    """Counts the rows that pass through the model in generating: those of branches that have ended and wait too."""
+def count_rows() -> Iterator[list[int]]:
+    """Counts the rows that pass through the model while generating.
+
+    Rows of branches that have ended and wait for others count too.
+    """
     decode, rows = programs.decode, [0]
 
     @functools.wraps(decode)
-    def counting(model, params, rules, state, *args):
-        before = int(state.age[0])  # every row's grows by one in a step
-        state = decode(model, params, rules, state, *args)
-        rows[0] += (int(state.age[0]) - before) * state.age.shape[0]
-        return state
+    def counting_decode(model, params, rules, prefixes, branches, *args):
+        before = int(branches.steps_since_fed[0])  # a step adds one to every row
+        branches = decode(model, params, rules, prefixes, branches, *args)
+        steps = int(branches.steps_since_fed[0]) - before
+        rows[0] += steps * branches.steps_since_fed.shape[0]
+        return branches
 
-    programs.decode = counting
+    programs.decode = counting_decode
     try:
         yield rows
     finally:
         programs.decode = decode
 
 
-def timed(f):
+def timed(f: Callable[..., Any], *args) -> tuple[Any, float]:
     begin = time.perf_counter()
-    out = f()
+    out = f(*args)
     return out, time.perf_counter() - begin
 
 
-def compare(a, form: str) -> None:
-    short = form == "short"
-    n, k, new = (
-        (a.questions, a.passages or 10, 50)
-        if short
-        else (max(1, a.questions // 4), a.passages or 5, a.new)
-    )
-    width, depth = (1, 1) if short else (2, 7)
-    model, params = model_of(a.size, None if short else 25)
-    asked = questions(n, 200, 150, k)
-    theirs = Released(model.config, params)
-    _, per_question = timed(
-        lambda: [
-            theirs.short(*q, new) if short else theirs.long(*q, new, width, depth) for q in asked
-        ]
-    )
-    s = search(model, params, new, k, width, depth)
+# ---- the benchmarks ------------------------------------------------------------------------------
+def compare(args, form: str) -> None:
+    from released_on_torch import ReleasedOnTorch
+
+    if form == "short":
+        n, num_passages, limit = args.questions, args.passages or 10, 50
+        width, depth, segment_tokens = 1, 1, None
+    else:
+        n, num_passages, limit = max(1, args.questions // 4), args.passages or 5, args.new
+        width, depth, segment_tokens = 2, 7, 25
+    model, params = random_model(args.size, segment_tokens)
+    questions = make_questions(n, num_passages)
+
+    theirs = ReleasedOnTorch(model.config, params)
+    begin = time.perf_counter()
+    for question in questions:
+        if form == "short":
+            theirs.answer_short(*question, limit)
+        else:
+            theirs.answer_long(*question, limit, width, depth)
+    their_seconds = time.perf_counter() - begin
+
+    search = make_search(model, params, limit, num_passages, width, depth)
     del params
-    before = len(compiled)
-    with counted() as rows:
-        _, first = timed(lambda: ours(s, asked))
-    programs = len(compiled) - before
+    programs_before = len(compiled)
+    with count_rows() as rows:
+        _, first_seconds = timed(answer, search, questions)
+    num_programs = len(compiled) - programs_before
     times = []
-    for _ in range(a.rounds):
-        found, seconds = timed(lambda: ours(s, asked))
+    for _ in range(args.rounds):
+        trees, seconds = timed(answer, search, questions)
         times.append(seconds)
-    mine = sorted(times)[len(times) // 2]
-    written = [len(node.tokens) for one in found for node in one.nodes]
-    read = n * 200 + len(written) * 150
+    our_seconds = sorted(times)[len(times) // 2]
+    lengths = [len(node.tokens) for tree in trees for node in tree.nodes]
+    tokens_read = n * PROMPT_TOKENS + len(lengths) * PASSAGE_TOKENS
+
+    def operations_ratio(generated: int) -> float:
+        """Every token takes the same operations, read or generated."""
+        return (theirs.tokens_read + theirs.tokens_generated) / (tokens_read + generated)
+
     print(
-        f"{form} form: {n} questions, {k} passages, {new} tokens at most, {jax.devices()[0].device_kind}"
+        f"{form} form: {n} questions, {num_passages} passages, {limit} tokens at most, "
+        f"{jax.devices()[0].device_kind}"
     )
     print(
-        f"  theirs {n / per_question:8.4f} questions/s   {theirs.read} tokens read, {theirs.written} generated"
+        f"  theirs {n / their_seconds:8.4f} questions/s   {theirs.tokens_read} tokens read, "
+        f"{theirs.tokens_generated} generated"
     )
     print(
-        f"  ours   {n / mine:8.4f} questions/s   {read} tokens read, {sum(written)} generated (segments of {np.mean(written):.0f})"
+        f"  ours   {n / our_seconds:8.4f} questions/s   {tokens_read} tokens read, {sum(lengths)} "
+        f"generated (segments of {np.mean(lengths):.0f})"
     )
-    of = lambda mine: (theirs.read + theirs.written) / (read + mine)  # noqa: E731  each token takes the same operations
     print(
-        f"  ratio  {per_question / mine:8.2f}   of floating-point operations {of(sum(written)):.2f}, {of(rows[0]):.2f} with branches that "
-        f"wait for others; {programs} programs compiled in {max(0.0, first - mine):.0f} s"
+        f"  ratio  {their_seconds / our_seconds:8.2f}   of floating-point operations "
+        f"{operations_ratio(sum(lengths)):.2f}, {operations_ratio(rows[0]):.2f} with branches that "
+        f"wait for others; {num_programs} programs compiled in "
+        f"{max(0.0, first_seconds - our_seconds):.0f} s"
     )
 
 
-def curves(a) -> None:
-    model, params = model_of(a.size, None)
+def curves(args) -> None:
+    model, params = random_model(args.size, None)
+
+    def seconds(n: int, num_passages: int) -> float:
+        questions = make_questions(n, num_passages)
+        search = make_search(model, params, 50, num_passages, 1, 1)
+        answer(search, questions)  # compiles
+        return timed(answer, search, questions)[1]
+
     print("passages K, 4 questions: seconds for a question")
     for k in (1, 2, 5, 10, 20):
-        asked, s = questions(4, 200, 150, k), search(model, params, 50, k, 1, 1)
-        ours(s, asked)
-        print(f"  K={k:<3} {timed(lambda s=s, asked=asked: ours(s, asked))[1] / 4:.3f}")
+        print(f"  K={k:<3} {seconds(4, k) / 4:.3f}")
     print("questions at once, K=5: questions a second")
     for n in (1, 2, 4, 8, 16, 32):
-        asked, s = questions(n, 200, 150, 5), search(model, params, 50, 5, 1, 1)
-        ours(s, asked)
-        print(f"  {n:<3} {n / timed(lambda s=s, asked=asked: ours(s, asked))[1]:.3f}")
+        print(f"  {n:<3} {n / seconds(n, 5):.3f}")
     print("most memory beside the weights, 16 questions, K=10, by the compiler: GB")
-    for shared in (True, False):
-        print(
-            f"  prefix {'shared' if shared else 'copied':<7} {memory(model, 16, 10, shared) / 1e9:.2f}"
+    for name, shared in (("shared", True), ("copied", False)):
+        print(f"  prefix {name:<7} {peak_memory(model, 16, 10, shared) / 1e9:.2f}")
+
+
+def peak_memory(model: Model, n: int, num_passages: int, shared: bool) -> int:
+    """Returns the bytes of arguments, results and temporaries, without the weights.
+
+    Of reading passages or of generating, whichever takes more. shared: the prompt is in a prefix;
+    else each branch has a copy.
+    """
+    limit = 50
+    prefix_capacity, fed_capacity = (200, 152) if shared else (1, 352)
+    per_layer = unstack_layers(jax.default_backend(), 1)
+    rules = token_rules()
+    prefixes = jax.eval_shape(lambda: programs.empty_prefixes(model, n, prefix_capacity, per_layer))
+    branches = jax.eval_shape(
+        lambda: programs.empty_branches(
+            model, rules, n, 1, num_passages, fed_capacity, limit, limit, per_layer
         )
+    )
+    params = jax.tree.map(lambda x: x.update(dtype=model.config.dtype), model.shapes())
+    if per_layer:
+        params = jax.eval_shape(model.per_layer, params)
+
+    def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    shapes = Shapes(
+        num_slots=n,
+        beam_width=1,
+        num_passages=num_passages,
+        max_new_tokens=limit,
+        length_bucket=8,
+        max_prompt=prefix_capacity,
+        prefix_grows=False,
+    )
+    num_slots = shapes.batch_slots(num_passages * fed_capacity)
+    B = num_slots * num_passages
+    fed = (
+        array(np.int32, num_slots),  # slots
+        array(np.int32, B, fed_capacity),  # tokens
+        array(bool, B, fed_capacity),  # valid
+        array(np.int32, B),  # start
+        array(np.int32, B),  # limit
+        array(np.uint32, B, 2),  # key
+    )
+    held = (model, params, rules, prefixes, branches)
+    generating = programs.decode.lower(*held, array(np.int32), None)
+    reading = programs.start_branches.lower(*held, *fed)
+
+    def used(lowered) -> int:
+        m = lowered.compile().memory_analysis()
+        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+        return m.argument_size_in_bytes + outputs + m.temp_size_in_bytes
+
+    return max(used(generating), used(reading)) - num_bytes(params)
 
 
-def memory(model: Model, n: int, k: int, shared: bool) -> int:
-    """Arguments, results and temporaries of reading passages or generating segments, whichever takes more, with the prompt in a
-    prefix or in each branch."""
-    rules, fed = (
-        segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()),
-        152 if shared else 352,
-    )
-    layered = unstack_layers(jax.default_backend(), 1)
-    prefix = Cache.empty(model.config, n, 200 if shared else 1)
-    prefix = prefix.per_layer() if layered else prefix
-    state = jax.eval_shape(lambda: programs.empty(model, rules, prefix, k, fed, 50, 50, 1, layered))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    params = jax.tree.map(lambda s: s.update(dtype=model.config.dtype), model.shapes())
-    params = jax.eval_shape(model.per_layer, params) if layered else params
-    rows = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)  # noqa: E731
-    ints, flags, together = (
-        functools.partial(rows, np.int32),
-        functools.partial(rows, bool),
-        group_size(n, k * fed),
-    )
-    B = together * k
-    branches = (
-        ints(together),
-        ints(B, fed),
-        flags(B, fed),
-        ints(B),
-        ints(B),
-        rows(np.uint32, B, 2),
-    )
-    generating = programs.decode.lower(model, params, rules, state, ints(), None)
-    reading = programs.feed.lower(model, params, rules, state, *branches)
-    weights = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(params))
-    found = [lowered.compile().memory_analysis() for lowered in (generating, reading)]
-    held = lambda m: (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-    )  # noqa: E731
-    return max(map(held, found)) - weights
+def retrieval(args) -> None:
+    """Measures how much of the time for finding passages is spent on other questions' segments.
 
-
-def retrieval(a) -> None:
-    """How much of the time that passages take to be found is spent on other questions' segments. Any index that takes so long is
-    stood for by one that waits."""
-    model, params = model_of(a.size, 25)
-    n, at_once, steps = 8, 4, 4
-    asked, s = (
-        questions(n, 200, 150, a.passages or 5),
-        search(model, params, 50, a.passages or 5, 1, steps),
-    )
+    An index that waits stands for any index that takes so long.
+    """
+    model, params = random_model(args.size, 25)
+    n, slots, steps, num_passages = 8, 4, 4, args.passages or 5
+    questions = make_questions(n, num_passages)
+    prompts = [prompt for prompt, _ in questions]
+    search = make_search(model, params, 50, num_passages, 1, steps)
     calls = []  # of the last run
 
     def seconds(wait: float, overlap: bool) -> float:
-        def find(queries):
+        def find_passages(queries):
             calls.append(queries)
             time.sleep(wait)
-            return [asked[q][1] for q, _ in queries]
+            return [questions[i][1] for i, _ in queries]
+
+        def run() -> None:
+            for _ in search.stream(prompts, find_passages, slots, overlap=overlap):
+                pass
 
         calls.clear()
-        return timed(
-            lambda: [*s.stream([prompt for prompt, _ in asked], find, at_once, overlap=overlap)]
-        )[1]
+        return timed(run)[1]
 
     for overlap in (False, True):
         seconds(0.0, overlap)  # compiles
-    wait = a.retrieval / 1e3
-    kept, beside, free = seconds(wait, False), seconds(wait, True), seconds(0.0, False)
+    wait = args.retrieval / 1e3
+    waiting, overlapping = seconds(wait, False), seconds(wait, True)
+    at_once = seconds(0.0, False)
     print(
-        f"{n} questions, {at_once} at once, {steps} segments each, passages found in {wait:.2f} s, {len(calls)} times"
+        f"{n} questions, {slots} at once, {steps} segments each, passages found in {wait:.2f} s, "
+        f"{len(calls)} times"
     )
-    print(
-        f"  others wait   {kept:7.1f} s\n  others go on  {beside:7.1f} s\n  found at once {free:7.1f} s"
-    )
-    print(f"  {100 * (kept - beside) / (kept - free):.0f}% of the waiting is hidden")
+    print(f"  others wait      {waiting:7.1f} s")
+    print(f"  others continue  {overlapping:7.1f} s")
+    print(f"  found at once    {at_once:7.1f} s")
+    hidden = (waiting - overlapping) / (waiting - at_once)
+    print(f"  {100 * hidden:.0f}% of the waiting is hidden")
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of the device, read and written, going through 1 GB in place."""
+    """Returns the bytes per second that the device reads and writes, updating 1 GB in place."""
     x, times = jax.device_put(np.zeros(1 << 28, np.float32)), []
-    through = jax.jit(lambda x: x + 1, donate_argnums=0)
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     for _ in range(6):
-        x, seconds = timed(lambda x=x: jax.block_until_ready(through(x)))
-        times.append(seconds)
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add_one(x))
+        times.append(time.perf_counter() - begin)
     return 2 * x.nbytes / min(times[1:])
 
 
-def bandwidth(a) -> None:
-    """Generating, of whole slots: what a step must read (weights and caches, as many as are held) over what it takes."""
-    model, params = model_of(a.size, None)
-    params = on_device(model, params)
-    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    rules, per_layer = (
-        segments.TokenRules(Ids.eos_id, Ids.pad_id, Ids().reflection_ids()),
-        isinstance(params["layers"], tuple),
-    )
-    copied, k, new, steps = copy_bandwidth(), a.passages or 10, 50, 40
-    print(f"copies {copied / 1e9:.1f} GB/s on {jax.devices()[0].device_kind}; {k} passages")
+def bandwidth(args) -> None:
+    """Measures generating with all slots taken.
+
+    The rate is what a step must read, weights and the capacity of all caches, over its time.
+    """
+    model, params = random_model(args.size, None)
+    params = place_params(model, params)
+    copied, num_passages = copy_bandwidth(), args.passages or 10
+    kind = jax.devices()[0].device_kind
+    print(f"copies {copied / 1e9:.1f} GB/s on {kind}; {num_passages} passages")
     for n in (1, 4, 16, 64):
         try:
-            state = programs.empty(
-                model,
-                rules,
-                programs.empty_prefix(model, n, 200, per_layer),
-                k,
-                152,
-                new,
-                new,
-                1,
-                per_layer,
-            )
-            times, zeros = [], lambda kind, n=n: jnp.zeros(n * k, kind)
-            for _ in range(4):
-                state = replace(
-                    state, done=zeros(bool), age=zeros(jnp.int32), limit=zeros(jnp.int32) + new
-                )
-                jax.block_until_ready(state)
-                run = lambda state: programs.decode(
-                    model, params, rules, state, np.int32(steps), None
-                )  # noqa: E731
-                state, seconds = timed(
-                    lambda state=state, run=run: jax.block_until_ready(run(state))
-                )
-                times.append(seconds / int(state.age[0]))
-        except jax.errors.JaxRuntimeError as e:  # the memory is full
+            seconds, read = time_of_step(model, params, n, num_passages)
+        except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             print(f"  {n:<3} questions: {str(e).splitlines()[0]}")
             break
-        read = size((params["layers"], params["head"], params["norm"], state.prefix, state.own))
-        rate = read / min(times[1:])
+        rate = read / seconds
         print(
-            f"  {n:<3} questions {1e3 * min(times[1:]):8.1f} ms a step {n * k / min(times[1:]):8.0f} tokens/s "
-            f"{read / 1e9:6.2f} GB {rate / 1e9:8.1f} GB/s, {100 * rate / copied:.0f}% of copies"
+            f"  {n:<3} questions {1e3 * seconds:8.1f} ms a step "
+            f"{n * num_passages / seconds:8.0f} tokens/s {read / 1e9:6.2f} GB "
+            f"{rate / 1e9:8.1f} GB/s, {100 * rate / copied:.0f}% of copies"
         )
-        del state
+
+
+def time_of_step(model: Model, params: Params, n: int, num_passages: int) -> tuple[float, int]:
+    """Returns the seconds of a step that generates for n questions, and the bytes it reads."""
+    limit, steps = 50, 40
+    rules, per_layer = token_rules(), isinstance(params["layers"], tuple)
+    prefixes = programs.empty_prefixes(model, n, 200, per_layer)
+    branches = programs.empty_branches(
+        model, rules, n, 1, num_passages, 152, limit, limit, per_layer
+    )
+    times = []
+    for _ in range(4):
+        zeros = functools.partial(jnp.zeros, n * num_passages)
+        branches = replace(
+            branches,
+            done=zeros(bool),
+            steps_since_fed=zeros(jnp.int32),
+            limit=zeros(jnp.int32) + limit,
+        )
+        jax.block_until_ready(branches)
+        begin = time.perf_counter()
+        branches = programs.decode(model, params, rules, prefixes, branches, np.int32(steps), None)
+        jax.block_until_ready(branches)
+        times.append((time.perf_counter() - begin) / int(branches.steps_since_fed[0]))
+    weights = params["layers"], params["head"], params["norm"]
+    return min(times[1:]), num_bytes((weights, prefixes, branches.cache))
+
+
+def token_rules() -> TokenRules:
+    return TokenRules(TOKENIZER.eos_id, TOKENIZER.pad_id, TOKENIZER.reflection_ids())
+
+
+def num_bytes(tree) -> int:
+    return sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(tree))
 
 
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--size", choices=("tiny", "100m", "7b"), default="100m", help="tiny: to try the script"
-    )
+    p.add_argument("--size", choices=SIZES, default="100m", help="tiny: to try the script")
     p.add_argument("--form", choices=("short", "long", "both"), default="both")
     p.add_argument(
         "--questions", type=int, default=16, help="of the short form; the long form takes a quarter"
@@ -487,29 +375,32 @@ def main() -> None:
         "--new",
         type=int,
         default=300,
-        help="tokens of the long form at most; the published command has 300",
+        help="most tokens of a segment in the long form; the published command has 300",
     )
-    p.add_argument("--rounds", type=int, default=3, help="of ours, of which the median counts")
+    p.add_argument("--rounds", type=int, default=3, help="runs of ours; the median counts")
     p.add_argument(
-        "--curves", action="store_true", help="ours alone: time over passages and batch, and memory"
+        "--curves", action="store_true", help="ours alone: time over passages and batch; memory"
     )
     p.add_argument(
         "--retrieval",
         type=int,
         default=0,
         metavar="MS",
-        help="ours alone: with passages that take so long to find",
+        help="ours alone: finding passages takes that long",
     )
     p.add_argument(
-        "--bandwidth",
-        action="store_true",
-        help="ours alone: bytes that a generated token takes, and the time",
+        "--bandwidth", action="store_true", help="ours alone: time and bytes of a generated token"
     )
-    a = p.parse_args()
-    if a.curves or a.bandwidth or a.retrieval:
-        return curves(a) if a.curves else bandwidth(a) if a.bandwidth else retrieval(a)
-    for form in ("short", "long") if a.form == "both" else (a.form,):
-        compare(a, form)
+    args = p.parse_args()
+    if args.curves:
+        curves(args)
+    elif args.bandwidth:
+        bandwidth(args)
+    elif args.retrieval:
+        retrieval(args)
+    else:
+        for form in ("short", "long") if args.form == "both" else (args.form,):
+            compare(args, form)
 
 
 if __name__ == "__main__":

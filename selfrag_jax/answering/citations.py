@@ -1,4 +1,4 @@
-"""Citations: which sentence of an answer rests on which passage. Every index points into the answer's own passage list."""
+"""Citations: which segment of an answer rests on which passage."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ class Citation:
 
 
 def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
-    """The distinct passages that a path's segments rest on, in order of first use, and one citation per such segment.
+    """The passages that a path's segments rest on, in order of first use, and the citations.
 
-    A segment whose own passage is irrelevant or does not support it, by the model's own judgement, cites nothing.
+    A segment cites its passage unless the model itself judges it irrelevant, or no support.
     """
-    passages: dict[
-        tuple[str, str, str], Passage
-    ] = {}  # another query gives the same passage another score
+    passages: list[Passage] = []
+    index: dict[tuple[str, str, str], int] = {}  # by content: scores differ between queries
     citations = []
     for i, node in enumerate(path):
         if node.passage is None:
             continue
         support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
-        judged = sum(node.issup) > 0  # by the released scripts only where the model said so
-        if not judged or support == reflection.NO_SUPPORT or node.isrel[0] > node.isrel[1]:
+        is_relevant = node.isrel[1] >= node.isrel[0]
+        was_judged = sum(node.issup) > 0  # the released search reads IsSup only where it is said
+        if not was_judged or not is_relevant or support == reflection.NO_SUPPORT:
             continue
         key = (node.passage.id, node.passage.title, node.passage.text)
-        passages.setdefault(key, node.passage)
-        citations.append(Citation(i, [*passages].index(key), support))
-    return [*passages.values()], citations
+        if key not in index:
+            index[key] = len(passages)
+            passages.append(node.passage)
+        citations.append(Citation(i, index[key], support))
+    return passages, citations

@@ -11,7 +11,7 @@ from selfrag_jax.search import scoring
 from selfrag_jax.search.config import SearchConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerConfig:
     search: SearchConfig
     batch: int  # most questions searched at once
@@ -32,7 +32,8 @@ class AnswerConfig:
             raise UserError(f"batch={self.batch}: must be at least 1")
         if self.max_length < 32:
             raise UserError(
-                f"max_length={self.max_length}: must be at least 32 tokens, for a short question in its template"
+                f"max_length={self.max_length}: must be at least 32 tokens, for a short question "
+                "in its template"
             )
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from selfrag_jax.answering.citations import Citation
+from selfrag_jax.answering.citations import Citation, cite
 from selfrag_jax.records import Passage, Question
-from selfrag_jax.search.paper import BeamSearch
-from selfrag_jax.search.tree import Node
+from selfrag_jax.search.search import SegmentSearch
+from selfrag_jax.search.tree import Beam, Node, SearchTree
 from selfrag_jax.text.reflection import ISREL, ISSUP, ISUSE
 
 
 @dataclass(frozen=True)
-class Segment:
+class AnswerSegment:
+    """A segment of an answer, with the probabilities of its critique tokens by name."""
+
     text: str
     passage: Passage | None
     action: str
@@ -23,17 +26,20 @@ class Segment:
     issup: dict[str, float]
     isuse: dict[str, float]
     score: float
-    node: int  # its place in the answer's `tree`: the id there
+    node: int  # its id in the answer's `tree`
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered question. `passages` are those cited; `tree` holds every segment that was generated."""
+    """An answered question.
+
+    `passages` are those that `citations` point to; `tree` holds every segment that was generated.
+    """
 
     id: str
     question: str
     answer: str
-    segments: tuple[Segment, ...]
+    segments: tuple[AnswerSegment, ...]
     citations: tuple[Citation, ...]
     passages: tuple[Passage, ...]
     retrieved: bool
@@ -42,10 +48,10 @@ class Answer:
     tree: tuple[dict[str, Any], ...]
     notices: tuple[str, ...] = ()
     task: str = ""
-    error: str = ""  # why there is no answer; the other questions have theirs
+    error: str = ""  # why there is no answer
 
     def to_row(self) -> dict[str, Any]:
-        """The record of `selfrag answer`."""
+        """The record that `selfrag answer` writes."""
         row = asdict(self)
         row["scores"] = [s["score"] for s in row["segments"]]
         row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
@@ -57,67 +63,108 @@ class SegmentDone:
     """A segment of a question's answer that nothing can change any more."""
 
     id: str  # the question's
-    segment: Segment
+    segment: AnswerSegment
 
 
-def _failed(q: Question, why: Exception) -> Answer:
-    nothing: dict[str, Any] = dict(
-        answer="", segments=(), citations=(), passages=(), retrieved=False, tree=()
+def make_answer(
+    search: SegmentSearch,
+    tree: SearchTree,
+    best: Beam,
+    question: Question,
+    voted: bool,
+    notices: Sequence[str],
+) -> Answer:
+    """The answer that the search's best beam gives. voted: see SegmentSearch.render."""
+    best, path, text = search.render(tree, best, question.task, voted)
+    whole_path = tree.path(best)
+    # A segment without text cites nothing.
+    passages, citations = cite(
+        [n if search.text(n.tokens) else replace(n, passage=None) for n in path]
     )
     return Answer(
-        id=q.id,
-        question=q.question,
-        **nothing,
-        p_retrieve=0.0,
-        score=0.0,
-        task=q.task,
-        error=f"{type(why).__name__}: {why}",
+        id=question.id,
+        question=question.question,
+        answer=text,
+        segments=tuple(answer_segment(search, n) for n in path),
+        citations=tuple(citations),
+        passages=tuple(passages),
+        retrieved=any(n.action == "retrieve" for n in whole_path),
+        p_retrieve=whole_path[0].p_retrieve,
+        score=best.score(search.config.accumulate),
+        tree=tuple(_tree_row(search, n, chosen=n in path) for n in tree.nodes),
+        notices=(*notices, *dict.fromkeys(tree.notices), *_doubts(path, citations)),
+        task=question.task,
     )
 
 
-def _doubts(path: list[Node], citations: list[Citation]) -> list[str]:
+def failed_answer(question: Question, error: Exception) -> Answer:
+    return Answer(
+        id=question.id,
+        question=question.question,
+        answer="",
+        segments=(),
+        citations=(),
+        passages=(),
+        retrieved=False,
+        p_retrieve=0.0,
+        score=0.0,
+        tree=(),
+        task=question.task,
+        error=f"{type(error).__name__}: {error}",
+    )
+
+
+def answer_segment(search: SegmentSearch, node: Node) -> AnswerSegment:
+    has_passage = node.passage is not None
+    return AnswerSegment(
+        text=search.text(node.tokens),
+        passage=node.passage,
+        action=node.action,
+        p_retrieve=round(node.p_retrieve, 4),
+        isrel=_by_name(ISREL, node.isrel) if has_passage else {},
+        issup=_by_name(ISSUP, node.issup) if has_passage else {},
+        isuse=_by_name(ISUSE, node.isuse),
+        score=round(node.score, 4),
+        node=node.id,
+    )
+
+
+def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]:
+    p = node.passage
+    passage = None if p is None else {"id": p.id, "title": p.title, "text": p.text}
+    return {
+        "id": node.id,
+        "parent": node.parent,
+        "action": node.action,
+        "passage": passage,
+        "text": search.text(node.tokens),
+        "said": search.critiques(node.tokens),
+        "allowed": node.allowed,
+        "p_segment": round(node.p_segment, 4),
+        "isrel": _rounded(node.isrel),
+        "issup": _rounded(node.issup),
+        "isuse": _rounded(node.isuse),
+        "score": round(node.score, 4),
+        "chosen": chosen,
+    }
+
+
+def _by_name(names: Sequence[str], p: Sequence[float]) -> dict[str, float]:
+    return dict(zip(names, _rounded(p), strict=True))
+
+
+def _rounded(p: Sequence[float]) -> list[float]:
+    return [round(v, 4) for v in p]
+
+
+def _doubts(path: Sequence[Node], citations: Sequence[Citation]) -> list[str]:
     doubts = []
-    if any(n.passage is not None for n in path) and not citations:
-        if all(n.isrel[0] > n.isrel[1] for n in path if n.passage is not None):
+    with_passage = [n for n in path if n.passage is not None]
+    if with_passage and not citations:
+        if all(n.isrel[0] > n.isrel[1] for n in with_passage):
             doubts.append("no passage about this was found: take the answer as a guess")
         else:
             doubts.append("no passage that was found supports this answer: take it as a guess")
     if not all(n.complete for n in path):
         doubts.append("a segment was cut at the length limit")
     return doubts
-
-
-def _segment(search: BeamSearch, n: Node) -> Segment:
-    named = lambda names, p: {k: round(v, 4) for k, v in zip(names, p, strict=True)}  # noqa: E731
-    return Segment(
-        text=search.text(n.tokens),
-        passage=n.passage,
-        action=n.action,
-        p_retrieve=round(n.p_retrieve, 4),
-        isrel=named(ISREL, n.isrel) if n.passage is not None else {},
-        issup=named(ISSUP, n.issup) if n.passage is not None else {},
-        isuse=named(ISUSE, n.isuse),
-        score=round(n.score, 4),
-        node=n.id,
-    )
-
-
-def _tree_node(search: BeamSearch, n: Node, path: list[Node]) -> dict[str, Any]:
-    rounded = lambda p: [round(v, 4) for v in p]  # noqa: E731
-    return {
-        "id": n.id,
-        "parent": n.parent,
-        "action": n.action,
-        "passage": None
-        if n.passage is None
-        else {"id": n.passage.id, "title": n.passage.title, "text": n.passage.text},
-        "text": search.text(n.tokens),
-        "said": search.critiques(n.tokens),
-        "allowed": n.allowed,
-        "p_segment": round(n.p_segment, 4),
-        "isrel": rounded(n.isrel),
-        "issup": rounded(n.issup),
-        "isuse": rounded(n.isuse),
-        "score": round(n.score, 4),
-        "chosen": n in path,
-    }

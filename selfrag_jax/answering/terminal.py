@@ -1,8 +1,9 @@
-"""An answer as a readable table on the terminal."""
+"""Shows an answer on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,7 +16,7 @@ _LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p
 
 
 def show(answer: Answer, console: Console | None = None) -> None:
-    """Prints an answer (one without `error`), its citations, and for each passage what the model thought of it."""
+    """Prints an answer that has no `error`: text, citations, and the critique of each passage."""
     console = console or Console()
     marks = {c.segment: c.passage + 1 for c in answer.citations}
     cited = [
@@ -29,6 +30,11 @@ def show(answer: Answer, console: Console | None = None) -> None:
         console.print(escape(f"  [{i}] {p.title}: {p.text}"))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
+    console.print(_critiques(answer.tree))
+
+
+def _critiques(tree: Sequence[dict[str, Any]]) -> Table:
+    """A row for each segment in the search tree."""
     table = Table(
         box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left"
     )
@@ -37,40 +43,40 @@ def show(answer: Answer, console: Console | None = None) -> None:
     table.add_column("segment", ratio=2)
     for name in ("IsRel", "IsSup", "IsUse", "p(seg)", "score"):
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    for place, n in _in_order(answer.tree):
+    for place, n in _in_tree_order(tree):
         passage = n["passage"]
-        judged = (f"{n['isrel'][1]:.2f}", f"{n['issup'][0]:.2f}") if passage else ("", "")
+        evidence = (f"{n['isrel'][1]:.2f}", f"{n['issup'][0]:.2f}") if passage else ("", "")
         table.add_row(
             place + ("►" if n["chosen"] else ""),
-            escape(_passage(passage)) if passage else "(none)",
+            escape(_passage_text(passage)) if passage else "(none)",
             escape(n["text"]),
-            *judged,
+            *evidence,
             f"{n['isuse'][4]:.2f}",
             f"{n['p_segment']:.2f}",
             f"{n['score']:.2f}",
         )
-    console.print(table)
+    return table
 
 
-def _in_order(tree: Sequence[dict]) -> Iterator[tuple[str, dict]]:
-    """The segments from the root to the leaves, each with its place in the search tree: "2.1" is the first continuation of the
-    second first segment."""
-    children: dict[int, list[dict]] = {}
+def _in_tree_order(tree: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Segments from the root to the leaves, with their places.
+
+    "2.1" is the first continuation of the second first segment; a tree of depth 1 has no places.
+    """
+    children: dict[int, list[dict[str, Any]]] = {}
     for n in tree:
         children.setdefault(n["parent"], []).append(n)
-    deep = any(n["parent"] >= 0 for n in tree)
+    is_deep = any(n["parent"] >= 0 for n in tree)
 
-    def walk(parent: int, place: str) -> Iterator[tuple[str, dict]]:
+    def walk(parent: int, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for i, n in enumerate(children.get(parent, ()), 1):
-            yield f"{place}{i}" if deep else "", n
+            yield f"{place}{i}" if is_deep else "", n
             yield from walk(n["id"], f"{place}{i}.")
 
     return walk(-1, "")
 
 
-def _passage(p: dict) -> str:
-    return (
-        p["text"]
-        if not p["title"] or p["text"].startswith(p["title"])
-        else f"{p['title']}: {p['text']}"
-    )
+def _passage_text(p: dict[str, Any]) -> str:
+    if not p["title"] or p["text"].startswith(p["title"]):
+        return p["text"]
+    return f"{p['title']}: {p['text']}"

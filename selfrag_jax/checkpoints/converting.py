@@ -1,37 +1,30 @@
-"""Models from Hugging Face's format to a training workdir and back, layer by layer.
+"""Converts models between Hugging Face's format and training workdirs, layer by layer.
 
-An array of ours stacks the layers of a model and may be larger than what is left of the memory (13B: 11 GB in f32). So
-neither way holds one whole: Orbax is given arrays that produce their layers one at a time while they are written, and
-gives back arrays of which one layer at a time is read.
+Our arrays stack the layers of a model, so one array may be larger than the free memory (13B: 11 GB
+in f32). Neither direction holds a whole stack. To write, Orbax is given arrays that produce one
+layer at a time; to read, it opens arrays of which one layer at a time is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import future, type_handlers
 
 from selfrag_jax import artifacts
-from selfrag_jax.checkpoints import (
-    fingerprints,
-    integrity,
-    loading,
-    orbax_errors,
-    orbax_streaming,
-    workdirs,
+from selfrag_jax.checkpoints import fingerprints, integrity, loading, orbax_streaming, workdirs
+from selfrag_jax.checkpoints.integrity import DamagedCheckpoint
+from selfrag_jax.checkpoints.vocabulary_rows import (
+    VOCABULARY_AXIS,
+    check_vocabulary_fits,
+    grow_table,
 )
-from selfrag_jax.checkpoints.vocabulary_rows import check_vocabulary_fits
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
 from selfrag_jax.models import lora
@@ -53,359 +46,330 @@ def convert(
     mode: str | None = None,
     step: str = "last",
 ) -> int:
-    """Writes the model of `source` to `out` in the format `form`; returns the number of its parameters.
+    """Writes the model of `source` to `out` in the format `form`; returns its number of parameters.
 
-    dtype: of the written parameters; None keeps that of each array, and every value bit by bit. reflection_tokens: gives
-    the vocabulary those it lacks, each at the mean of the old rows (paper, Section 3.2). mode: of the tokenizer, where the
-    source records none. step: which checkpoint of a workdir: "last" (a damaged one is passed over, with a warning), "best" or
-    a number. Written under a temporary name and renamed at the end. Raises BadInput naming what is wrong with the source, and
-    when `out` is already there.
+    dtype: of the written parameters; None keeps each array's own, and every value bit by bit.
+    reflection_tokens: adds those that the vocabulary lacks; their rows start at the mean of the old
+    rows (paper, Section 3.2). mode: of the tokenizer, for a source that does not record it. step:
+    the checkpoint of a workdir: "last" (damaged ones are passed over with a warning), "best" or a
+    number.
+
+    The model is written under a temporary name and renamed at the end. Raises UserError naming what
+    is wrong with the source, and when `out` already exists.
     """
+    source, out = _check_arguments(source, out, form, dtype, step)
+    tokenizer = loading.read_tokenizer(source, mode)
+    temporary = out.with_name(f".{out.name}.tmp")
+    new_parents = [p for p in out.parents if not p.exists()]  # innermost first
+
+    def write(model: StoredModel) -> int:
+        if reflection_tokens:
+            model = _with_reflection_tokens(model)
+        check_vocabulary_fits(source, model.tokenizer.vocab_size, model.config)
+        model = _with_activation_dtype(model)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a kill or a damaged step
+        temporary.mkdir(parents=True)
+        _write_model(model, temporary, form)
+        flags = {"format": form, "dtype": dtype, "reflection_tokens": reflection_tokens}
+        _write_manifest(model, temporary, flags | {"from": str(source)})
+        return model.num_parameters
+
+    try:
+        if _is_workdir(source):
+            _, num_parameters = integrity.latest_intact(
+                workdirs.candidate_steps(source, step),
+                source,
+                lambda step: write(_open_workdir(source, step, tokenizer, dtype)),
+            )
+        else:
+            num_parameters = write(_open_folder(source, tokenizer, dtype))
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except UserError:
+        raise
+    except ValueError as e:  # from tensorstore, when the disk is full
+        raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # not empty: they hold the model, for example
+            for parent in new_parents:
+                parent.rmdir()
+    return num_parameters
+
+
+def _check_arguments(
+    source: str | Path, out: str | Path, form: str, dtype: str | None, step: str
+) -> tuple[Path, Path]:
+    """The absolute paths of `source` and `out`; a model of the hub is downloaded."""
     if form not in FORMATS:
         raise UserError(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in weights.DTYPES:
         raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
     source, out = hub.model_folder(source).resolve(), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is already there; choose another --to, or remove it")
+        raise UserError(f"{out}: already exists; choose another --to, or remove it")
     if source in (out, *out.parents):
-        raise UserError(f"{out}: lies in --from={source}; choose another --to")
-    is_workdir = (source / workdirs.MODEL_FILE).is_file()
-    if not is_workdir and step != "last":
+        raise UserError(f"{out}: is inside --from={source}; choose another --to")
+    if not _is_workdir(source) and step != "last":
         raise UserError(
-            f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one model only"
+            f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one "
+            "model only"
         )
-    tokenizer = loading.read_tokenizer(source, mode)
-    temporary = out.with_name(f".{out.name}.tmp")
-    new_parents = [p for p in out.parents if not p.exists()]  # the innermost first
-
-    def write(stored: Stored) -> int:
-        stored = _as_written(
-            source, replace(stored, tokenizer=tokenizer, cast=dtype), reflection_tokens
-        )
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with progress("convert", sum(1 for _ in flatten(stored.shapes)), "arrays") as bar:
-            (_to_workdir if form == "orbax" else _to_folder)(stored, temporary, bar)
-        # The hash of all that was read tells this model from another that was converted from the same path.
-        made = {
-            "format": form,
-            "dtype": dtype,
-            "reflection_tokens": reflection_tokens,
-            "from": str(source),
-        }
-        made["tokenizer"] = stored.tokenizer.mode
-        made["content"] = stored.content.hexdigest()
-        artifacts.write_manifest(temporary, "convert", made, {}, {"parameters": stored.parameters})
-        return stored.parameters
-
-    try:
-        if is_workdir:
-            steps = workdirs.candidate_steps(source, step)
-            _, parameters = integrity.latest_intact(
-                steps, source, lambda s: write(_from_workdir(source, s))
-            )
-        else:
-            parameters = write(_from_folder(source))
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except UserError:
-        raise
-    except ValueError as e:  # tensorstore's, of a full disk
-        raise OSError(f"{source} to {out}: {str(e).splitlines()[0]}") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # there is something in them, the model for example
-            for parent in new_parents:
-                parent.rmdir()
-    return parameters
+    return source, out
 
 
-def _as_written(source: Path, stored: Stored, reflection_tokens: bool) -> Stored:
-    """The model with its new rows, if any, and the type of its activations. Raises BadInput for another model's tokenizer."""
-    if reflection_tokens:
-        stored = _with_reflection_tokens(stored)
-    check_vocabulary_fits(source, stored.tokenizer.vocab_size, stored.config)
-    half = stored.dtype(EMBEDDING) != "float32"
-    return replace(stored, config=replace(stored.config, dtype="bfloat16" if half else "float32"))
+def _is_workdir(folder: Path) -> bool:
+    return (folder / workdirs.MODEL_FILE).is_file()
 
 
-# a path of the parameter tree -> that array's layers, or itself as the only part
-Parts = Callable[[tuple[str, ...]], Iterator[np.ndarray]]
+def _write_model(model: StoredModel, out: Path, form: str) -> None:
+    write = _write_workdir if form == "orbax" else _write_folder
+    with progress("convert", sum(1 for _ in flatten(model.shapes)), "arrays") as bar:
+        write(model, out, bar)
 
 
+def _write_manifest(model: StoredModel, out: Path, flags: dict[str, Any]) -> None:
+    # The hash tells this model from another one that was converted from the same path.
+    content = model.content_hash.hexdigest()
+    config = flags | {"tokenizer": model.tokenizer.mode, "content": content}
+    counts = {"parameters": model.num_parameters}
+    artifacts.write_manifest(out, "convert", config, {}, counts)
+
+
+# ---- models on disk --------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Stored:
-    """A model on disk of which one array at a time, and of a stack one layer at a time, is read."""
+class StoredModel:
+    """A model on disk. It is read one array at a time, and a stack of layers one layer at a time.
+
+    Arrays are named by their path in the parameter tree. The parts of a stack are its layers; any
+    other array is its own only part.
+    """
 
     config: LlamaConfig
     shapes: Params
-    parts: Parts
-    dtypes: Callable[[tuple[str, ...]], str]  # of an array, as it is stored
-    tokenizer: Tokenizer | None = None
-    cast: str | None = None  # the type to be written, if another
-    content: Any = field(default_factory=hashlib.sha256)  # of all that has been read
+    stored_parts: Callable[[tuple[str, ...]], Iterator[np.ndarray]]  # as they are stored
+    stored_dtype: Callable[[tuple[str, ...]], str]
+    tokenizer: Tokenizer
+    target_dtype: str | None  # to convert to; None: each array keeps its own
+    content_hash: hashlib._Hash = field(default_factory=hashlib.sha256)  # of all parts read so far
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         return sum(int(np.prod(leaf.shape)) for _, leaf in flatten(self.shapes))
 
     def dtype(self, path: tuple[str, ...]) -> str:
-        return self.cast or self.dtypes(path)
+        return self.target_dtype or self.stored_dtype(path)
 
-    def read(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        """The parts of an array in the type to be written. Raises BadInput where a value is not finite, or not in that type."""
-        parts = self.parts(path)
-        for part in parts:
-            self.content.update(np.ascontiguousarray(part).view(np.uint8))
+    def read_parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        """The parts of an array in the dtype to be written.
+
+        Raises UserError for values that are not finite, or too large for that dtype.
+        """
+        stored_parts = self.stored_parts(path)
+        for stored in stored_parts:
+            self.content_hash.update(np.ascontiguousarray(stored).view(np.uint8).data)
             with np.errstate(over="ignore"):
-                out = np.asarray(part).astype(self.dtype(path), copy=False)
-            if not np.isfinite(out).all():
-                for _ in parts:
-                    pass  # where the reason is damage, the rest tells
+                part = np.asarray(stored).astype(self.dtype(path), copy=False)
+            if not np.isfinite(part).all():
+                for _ in stored_parts:
+                    pass  # if the checkpoint is damaged, reading to the end raises that instead
                 raise UserError(
-                    f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for {out.dtype}"
+                    f"{'/'.join(path)}: holds values that are NaN, infinite, or too large for "
+                    f"{part.dtype}"
                 )
-            yield out
+            yield part
 
 
-def _from_folder(folder: Path) -> Stored:
+def _with_activation_dtype(model: StoredModel) -> StoredModel:
+    """Sets the dtype of activations: f32 if the embedding is written in f32, else bf16."""
+    dtype = "float32" if model.dtype(EMBEDDING) == "float32" else "bfloat16"
+    return replace(model, config=replace(model.config, dtype=dtype))
+
+
+def _with_reflection_tokens(model: StoredModel) -> StoredModel:
+    """Adds the reflection tokens that the vocabulary lacks, at the mean of the old rows."""
+    old_tokens = model.tokenizer.vocab_size
+    tokenizer = model.tokenizer.with_reflection_tokens()
+    # A padded table may have room for them already.
+    num_rows = max(model.config.vocab_size, tokenizer.vocab_size)
+    config = replace(model.config, vocab_size=num_rows)
+
+    def stored_parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        axis = VOCABULARY_AXIS.get(path[0])
+        for part in model.stored_parts(path):
+            if axis is None:
+                yield part
+            else:
+                yield grow_table(part, axis, old_tokens, tokenizer.vocab_size, num_rows)
+
+    return replace(
+        model,
+        config=config,
+        tokenizer=tokenizer,
+        shapes=Model(config).shapes(),
+        stored_parts=stored_parts,
+    )
+
+
+# ---- Hugging Face folders --------------------------------------------------------------------
+def _open_folder(folder: Path, tokenizer: Tokenizer, target_dtype: str | None) -> StoredModel:
     config = weights.config_from_json(folder / weights.CONFIG)
     files, shapes = weights.WeightFiles(folder), Model(config).shapes()
     weights.check_names(files, [path for path, _ in flatten(shapes)], config)
 
-    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+    def stored_parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         return weights.read_leaf(files, path, config, leaf_at(shapes, path).shape)
 
-    types = lambda path: files.dtype(weights.tensor_names(path, config))  # noqa: E731
-    return Stored(config, shapes, parts, types)
+    def stored_dtype(path: tuple[str, ...]) -> str:
+        return files.dtype(weights.tensor_names(path, config))
+
+    return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype)
 
 
-def _from_workdir(workdir: Path, step: int) -> Stored:
-    """Reading it raises checkpoints.Damaged where the checkpoint is not what was saved."""
-    trained = workdirs.read_architecture(workdir)
-    config = replace(trained, lora=None, vocab_padding=0)
-    arrays, wanted, frozen = _lazy_params(workdir, step)
-    found = {path: tuple(array.shape) for path, array in flatten(arrays)}
-    expected = {path: leaf.shape for path, leaf in flatten(Model(trained).shapes())}
-    for path in sorted(found.keys() | expected.keys()):
-        if found.get(path) != expected.get(path):
-            raise UserError(
-                f"{workdir}: {'/'.join(path)} has shape {found.get(path)} in the checkpoint and {expected.get(path)} by "
-                f"{workdirs.MODEL_FILE}"
-            )
-
-    def stored(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        array, total = leaf_at(arrays, path), 0
-        layered = path[0] == "layers"
-        try:
-            for i in range(array.shape[0] if layered else 1):
-                try:
-                    part = (array[i] if layered else array).read().result()
-                except ValueError as e:  # tensorstore's
-                    raise integrity.Damaged(
-                        f"{'/'.join(path)} cannot be read ({str(e).splitlines()[0][:300]})"
-                    ) from e
-                total += fingerprints.part_fingerprint(part, i * part.size)
-                yield part
-            if total % 2**32 != wanted[path]:
-                raise integrity.Damaged(
-                    f"the bits of {'/'.join(path)} are not those that were saved"
-                )
-        except integrity.Damaged as e:
-            raise loading.frozen_weights_damaged(workdir, e) if path in frozen else e from None
-
-    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        axis = {"embed": 0, "head": 1}.get(path[0])
-        if axis is not None:
-            for table in stored(path):
-                yield (
-                    np.take(table, range(config.vocab_size), axis)
-                    if trained.vocab_padding
-                    else table
-                )
-        elif trained.lora is None or (*path[:-1], lora.LORA_A) not in found or path[-1] != "kernel":
-            yield from stored(path)
-        else:
-            three = (stored((*path[:-1], name)) for name in ("kernel", lora.LORA_A, lora.LORA_B))
-            for kernel, a, b in zip(*three, strict=True):
-                yield lora.merged_kernel(kernel, a, b, trained.lora)
-
-    # Merged in f32: rounded to the type of the frozen weights, most of a small update would be lost.
-    types = lambda path: "float32" if trained.lora else str(leaf_at(arrays, path).dtype.numpy_dtype)  # noqa: E731
-    return Stored(config, Model(config).shapes(), parts, types)
-
-
-def _with_reflection_tokens(s: Stored) -> Stored:
-    """The same model with a larger vocabulary; new rows are the mean of the old ones."""
-    tokenizer, V, old = (
-        s.tokenizer.with_reflection_tokens(),
-        s.config.vocab_size,
-        s.tokenizer.vocab_size,
-    )
-    config = replace(
-        s.config, vocab_size=max(V, tokenizer.vocab_size)
-    )  # a padded table may have room for them
-
-    def parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
-        axis = {"embed": 0, "head": 1}.get(path[0])
-        if axis is None:
-            yield from s.parts(path)
-            return
-        [table] = s.parts(path)
-        rows = np.moveaxis(table, axis, 0)
-        mean = rows[:old].mean(0, dtype=np.float32).astype(rows.dtype)
-        grown = np.concatenate([rows, np.repeat(mean[None], config.vocab_size - V, 0)])
-        grown[old : tokenizer.vocab_size] = mean
-        yield np.moveaxis(grown, 0, axis)
-
-    return replace(
-        s, config=config, tokenizer=tokenizer, shapes=Model(config).shapes(), parts=parts
-    )
-
-
-def _to_folder(s: Stored, out: Path, bar: Progress) -> None:
+def _write_folder(model: StoredModel, out: Path, bar: Progress) -> None:
     def tensors():
-        for path, _ in flatten(s.shapes):
-            yield from weights.tensors_of(path, s.config, s.read(path))
+        for path, _ in flatten(model.shapes):
+            yield from weights.tensors_of(path, model.config, model.read_parts(path))
             bar.advance(note="/".join(path))
 
     weights.write_tensors(out, tensors())
-    weights.write_config_and_tokenizer(out, s.config, s.tokenizer, s.dtype(EMBEDDING))
+    weights.write_config_and_tokenizer(out, model.config, model.tokenizer, model.dtype(EMBEDDING))
 
 
-# ---- Orbax -----------------------------------------------------------------------------------------------------------
+# ---- training workdirs -----------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Streamed:
-    """A leaf that Orbax writes part by part: layers, or the whole as the only one."""
+class OpenedParams:
+    """The parameters of a checkpoint, opened but not read."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    layered: bool
-    parts: Callable[[], Iterator[np.ndarray]]
-    done: Callable[[], None]
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+    arrays: Params  # of tensorstore arrays
+    fingerprints: dict[tuple[str, ...], int]  # expected, by path
+    frozen: set[tuple[str, ...]]  # the paths that LoRA froze
 
 
-class _StreamHandler(type_handlers.NumpyHandler):
-    """Writes `_Streamed` leaves as the numpy arrays that they stand for, one at a time, in a thread of Orbax's."""
-
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)
-        self.stopped = threading.Event()
-
-    async def _background_serialize(self, values, infos, args=None):
-        for one in zip(values, infos, args, strict=True):
-            await super()._background_serialize(*([x] for x in one))
-
-    async def serialize(self, values, infos, args=None):
-        args = args or [ocp.SaveArgs()] * len(values)
-        return [
-            future.CommitFutureAwaitingContractedSignals(
-                self._background_serialize(values, infos, args), name="stream"
-            )
-        ]
-
-    async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context) -> None:
-        import tensorstore as ts
-
-        if value.layered:  # a chunk per layer, else each write would read and rewrite the whole
-            tspec["metadata"]["chunks"] = (1, *value.shape[1:])
-        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        for i, part in enumerate(value.parts()):
-            if self.stopped.is_set():
-                raise InterruptedError("told to stop")
-            await (array[i] if value.layered else array).write(part)
-        value.done()
-
-
-def _to_workdir(s: Stored, out: Path, bar: Progress) -> None:
-    """A training workdir whose checkpoint of step 0 holds the parameters."""
-    prints: dict[str, int] = {}
-
-    def leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> _Streamed:
-        def parts() -> Iterator[np.ndarray]:
-            total = 0
-            for i, part in enumerate(s.read(path)):
-                total += fingerprints.part_fingerprint(part, i * part.size)
-                yield part
-            prints[fingerprints.path_name(("params", *path))] = total % 2**32
-
-        done = lambda: bar.advance(note="/".join(path))  # noqa: E731
-        return _Streamed(shape, np.dtype(s.dtype(path)), path[0] == "layers", parts, done)
-
-    tree = unflatten((path, leaf(path, shape.shape)) for path, shape in flatten(s.shapes))
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    stream = _StreamHandler()
-    streamed = ((_Streamed, stream), (jax.Array, type_handlers.ArrayHandler()))
-    handlers.add("state", ocp.args.PyTreeSave, orbax_streaming.handler(*streamed))
-    handlers.add("data", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    folder = out.absolute() / workdirs.CHECKPOINTS
-    orbax_errors.silence_secondary_errors()
-    with ocp.CheckpointManager(folder, options=options, handler_registry=handlers) as saved:
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave({"params": tree}), data=ocp.args.JsonSave({})
-        )
-        _undisturbed(partial(saved.save, 0, args=args), stream.stopped)
-    integrity.write_record(
-        folder / "0" / "data" / "metadata", {}, prints
-    )  # known once all has been read
-    workdirs.write_architecture(out, s.config, s.tokenizer)
-
-
-def _undisturbed(save: Callable[[], Any], stopped: threading.Event) -> None:
-    """Saves in a thread of its own, which no signal reaches. Where one ends the waiting for it, `stopped` is set, and what the signal
-    raises goes on only when all of Orbax's threads have ended; else one of them might write what is being removed."""
-    running, failed = threading.Lock(), []
-
-    def run() -> None:
-        with running:
-            try:
-                if not stopped.is_set():
-                    save()
-            except BaseException as e:
-                failed.append(e)
-
-    thread = threading.Thread(target=run, name="save")
-    try:
-        thread.start()
-        thread.join()
-    except BaseException:
-        stopped.set()
-        with running:  # it has ended, or will find that it need not begin
-            raise
-    if failed:
-        raise failed[0]
-
-
-def _lazy_params(
-    workdir: Path, step: int
-) -> tuple[Params, dict[tuple[str, ...], int], set[tuple[str, ...]]]:
-    """The parameters of a checkpoint as opened, unread tensorstore arrays, their fingerprints, and which of them LoRA froze."""
-    _, prints = integrity.read_record(workdir, step)
-    params = orbax_streaming.open_tree(workdir / workdirs.CHECKPOINTS / str(step) / "state")[
-        "params"
-    ]
-    names, frozen = {path: ("params", *path) for path, _ in flatten(params)}, set()
+def open_params(workdir: Path, step: int) -> OpenedParams:
+    """Opens the parameters of a checkpoint, with those that LoRA froze. Reads only the record."""
+    _, recorded = integrity.read_record(workdir, step)
+    state = orbax_streaming.open_tree(workdirs.checkpoint_folder(workdir, step) / "state")
+    arrays = state["params"]
+    saved_paths = {path: ("params", *path) for path, _ in flatten(arrays)}
+    frozen = set()
     if (workdir / workdirs.FROZEN).is_dir():
         try:
-            more = orbax_streaming.open_tree(workdir / workdirs.FROZEN)
-        except Exception as e:  # Orbax and tensorstore raise many kinds
+            frozen_arrays = orbax_streaming.open_tree(workdir / workdirs.FROZEN)
+        except Exception as e:  # Orbax and tensorstore raise many types
             raise loading.frozen_weights_damaged(workdir, e) from e
-        frozen = {path for path, _ in flatten(more)}
-        names |= {path: (workdirs.FROZEN, *path) for path in frozen}
-        params = lora.join_trained(params, more)
-    return (
-        params,
-        {path: prints[fingerprints.path_name(name)] for path, name in names.items()},
-        frozen,
-    )
+        frozen = {path for path, _ in flatten(frozen_arrays)}
+        saved_paths |= {path: (workdirs.FROZEN, *path) for path in frozen}
+        arrays = lora.join_trained(arrays, frozen_arrays)
+    expected = {
+        path: recorded[fingerprints.path_name(saved_path)]
+        for path, saved_path in saved_paths.items()
+    }
+    return OpenedParams(arrays, expected, frozen)
+
+
+class _WorkdirReader:
+    """Reads a checkpoint as a plain model has it: LoRA merged, padding of the vocabulary removed.
+
+    Its methods raise DamagedCheckpoint where the checkpoint is not what was saved.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self.workdir = workdir
+        self.trained = workdirs.read_architecture(workdir)
+        self.config = replace(self.trained, lora=None, vocab_padding=0)
+        self.opened = open_params(workdir, step)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Raises UserError when the checkpoint does not fit model.json."""
+        actual = {path: tuple(array.shape) for path, array in flatten(self.opened.arrays)}
+        expected = {path: leaf.shape for path, leaf in flatten(Model(self.trained).shapes())}
+        for path in sorted(actual.keys() | expected.keys()):
+            if actual.get(path) != expected.get(path):
+                raise UserError(
+                    f"{self.workdir}: {'/'.join(path)} has shape {actual.get(path)} in the "
+                    f"checkpoint and {expected.get(path)} by {workdirs.MODEL_FILE}"
+                )
+
+    def dtype(self, path: tuple[str, ...]) -> str:
+        if self.trained.lora:
+            # Merged in f32: the dtype of the frozen weights would lose most of a small update.
+            return "float32"
+        return str(leaf_at(self.opened.arrays, path).dtype.numpy_dtype)
+
+    def parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        axis = VOCABULARY_AXIS.get(path[0])
+        if axis is not None and self.trained.vocab_padding:
+            for table in self._saved_parts(path):
+                yield np.take(table, range(self.config.vocab_size), axis)
+        elif self.trained.lora is not None and self._has_adapter(path):
+            names = ("kernel", lora.LORA_A, lora.LORA_B)
+            saved = (self._saved_parts((*path[:-1], name)) for name in names)
+            for kernel, a, b in zip(*saved, strict=True):
+                yield lora.merged_kernel(kernel, a, b, self.trained.lora)
+        else:
+            yield from self._saved_parts(path)
+
+    def _has_adapter(self, path: tuple[str, ...]) -> bool:
+        return path[-1] == "kernel" and (*path[:-1], lora.LORA_A) in self.opened.fingerprints
+
+    def _saved_parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        """The parts of an array as saved; compares their fingerprint when all have been read."""
+        array = leaf_at(self.opened.arrays, path)
+        parts = [array[i] for i in range(array.shape[0])] if path[0] == "layers" else [array]
+        fingerprint = fingerprints.RunningFingerprint()
+        try:
+            for part in parts:
+                value = self._read(path, part)
+                fingerprint.update(value)
+                yield value
+            if fingerprint.value != self.opened.fingerprints[path]:
+                raise DamagedCheckpoint(
+                    f"the bits of {'/'.join(path)} are not those that were saved"
+                )
+        except DamagedCheckpoint as e:
+            if path in self.opened.frozen:
+                raise loading.frozen_weights_damaged(self.workdir, e) from None
+            raise
+
+    def _read(self, path: tuple[str, ...], part: Any) -> np.ndarray:
+        try:
+            return part.read().result()
+        except ValueError as e:  # from tensorstore
+            reason = integrity.first_line(e)
+            raise DamagedCheckpoint(f"{'/'.join(path)} cannot be read ({reason})") from e
+
+
+def _open_workdir(
+    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None
+) -> StoredModel:
+    reader = _WorkdirReader(workdir, step)
+    shapes = Model(reader.config).shapes()
+    return StoredModel(reader.config, shapes, reader.parts, reader.dtype, tokenizer, target_dtype)
+
+
+def _write_workdir(model: StoredModel, out: Path, bar: Progress) -> None:
+    """Writes a training workdir whose checkpoint of step 0 holds the parameters."""
+    written: dict[str, int] = {}  # fingerprints by name
+
+    def streamed(path: tuple[str, ...], shape: tuple[int, ...]) -> orbax_streaming.StreamedArray:
+        def read_parts() -> Iterator[np.ndarray]:
+            fingerprint = fingerprints.RunningFingerprint()
+            for part in model.read_parts(path):
+                fingerprint.update(part)
+                yield part
+            written[fingerprints.path_name(("params", *path))] = fingerprint.value
+
+        def on_written() -> None:
+            bar.advance(note="/".join(path))
+
+        return orbax_streaming.StreamedArray(
+            shape, np.dtype(model.dtype(path)), path[0] == "layers", read_parts, on_written
+        )
+
+    params = unflatten((path, streamed(path, leaf.shape)) for path, leaf in flatten(model.shapes))
+    orbax_streaming.save_streamed(out.absolute() / workdirs.CHECKPOINTS, params)
+    integrity.write_record(out, 0, {}, written)
+    workdirs.write_architecture(out, model.config, model.tokenizer)

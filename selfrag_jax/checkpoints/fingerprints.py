@@ -1,8 +1,9 @@
-"""Fingerprints of arrays: whether what is read is what was saved.
+"""Fingerprints of arrays, to check that what is read is what was saved.
 
-Each element's bits are mixed with its place in the array (the finalizer of MurmurHash3) and summed modulo 2^32. The mixing is
-one to one, so a change of one element always shows, and others with all but one chance in 2^32; the order of a sum does not
-matter, so devices compute it where the array is, and it is the same on every mesh.
+Each element's bits are mixed with the element's flat index (the finalizer of MurmurHash3), and the
+results are summed modulo 2^32. The mixing is a bijection, so changing one element always changes
+the fingerprint; any other change goes unnoticed with probability 2^-32. The sum is independent of
+order: devices compute it where the array is, with the same result on every mesh.
 """
 
 from __future__ import annotations
@@ -13,57 +14,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_PLACE, _FIRST, _SECOND = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
+_INDEX_FACTOR, _FACTOR_1, _FACTOR_2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
+_HOST_BLOCK = 1 << 22  # elements that are mixed at a time on the host
 
 
-def _mix(bits, place):
-    """uint32 arrays of jax or numpy."""
-    kind = bits.dtype.type
-    x = bits ^ (place * kind(_PLACE))
-    x = (x ^ (x >> kind(16))) * kind(_FIRST)
-    x = (x ^ (x >> kind(13))) * kind(_SECOND)
-    return x ^ (x >> kind(16))
+def _mix(bits, index):
+    """Mixes uint32 arrays of jax or numpy."""
+    uint32 = bits.dtype.type
+    x = bits ^ (index * uint32(_INDEX_FACTOR))
+    x = (x ^ (x >> uint32(16))) * uint32(_FACTOR_1)
+    x = (x ^ (x >> uint32(13))) * uint32(_FACTOR_2)
+    return x ^ (x >> uint32(16))
 
 
 @jax.jit
-def _of_all(arrays: list[jax.Array]) -> jax.Array:
-    """Of all in one program: several that talk between processes could overtake each other."""
+def _fingerprint_all(arrays: list[jax.Array]) -> jax.Array:
+    """The fingerprints of all arrays, [number of arrays], in one program.
 
-    def one(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
-            jnp.uint32
-        )
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):  # modulo 2^32, as uint32 is
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(_mix(bits, place), dtype=jnp.uint32)
+    Each needs a collective, and collectives of separate programs could overtake each other.
+    """
 
-    return jnp.stack([one(x) for x in arrays])
+    def fingerprint(x):
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        index = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):  # uint32 wraps around, modulo 2^32
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(_mix(bits, index), dtype=jnp.uint32)
+
+    return jnp.stack([fingerprint(x) for x in arrays])
 
 
 def tree_fingerprints(tree: Any) -> dict[str, int]:
-    """Of every array of a tree on devices, by its path."""
-    paths, arrays = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    return dict(
-        zip(
-            map(jax.tree_util.keystr, paths),
-            map(int, jax.device_get(_of_all(list(arrays)))),
-            strict=True,
-        )
-    )
+    """The fingerprint of every array of a tree on devices, keyed by the array's path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    values = jax.device_get(_fingerprint_all([array for _, array in leaves]))
+    return {
+        jax.tree_util.keystr(path): int(value)
+        for (path, _), value in zip(leaves, values, strict=True)
+    }
 
 
-def part_fingerprint(part: np.ndarray, first: int = 0) -> int:
-    """The share that a part of a host array, from its flat index `first` on, has in the array's fingerprint."""
+def part_fingerprint(part: np.ndarray, offset: int = 0) -> int:
+    """What a part of a host array adds to the array's fingerprint.
+
+    offset: the flat index at which the part starts in the array.
+    """
     bits = np.ascontiguousarray(part).reshape(-1).view(f"uint{8 * part.dtype.itemsize}")
-    total, step = 0, 1 << 22
-    for at in range(0, bits.size, step):
-        some = bits[at : at + step].astype(np.uint32)
-        place = (np.arange(some.size, dtype=np.uint64) + np.uint64(first + at)).astype(np.uint32)
-        total += int(_mix(some, place).sum(dtype=np.uint64))
+    total = 0
+    for start in range(0, bits.size, _HOST_BLOCK):
+        block = bits[start : start + _HOST_BLOCK].astype(np.uint32)
+        index = np.arange(block.size, dtype=np.uint64) + np.uint64(offset + start)
+        total += int(_mix(block, index.astype(np.uint32)).sum(dtype=np.uint64))
     return total % 2**32
 
 
+class RunningFingerprint:
+    """The fingerprint of an array that is read part by part, in order."""
+
+    def __init__(self):
+        self._total = 0
+        self._size = 0
+
+    def update(self, part: np.ndarray) -> None:
+        self._total += part_fingerprint(part, self._size)
+        self._size += part.size
+
+    @property
+    def value(self) -> int:
+        return self._total % 2**32
+
+
 def path_name(path: tuple[str, ...]) -> str:
-    """A path of nested dicts as `of_tree` writes it."""
+    """The name that `tree_fingerprints` gives to a path of nested dicts."""
     return "".join(f"[{key!r}]" for key in path)

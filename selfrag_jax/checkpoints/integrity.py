@@ -15,81 +15,98 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from selfrag_jax.checkpoints.orbax_errors import silence_secondary_errors
-from selfrag_jax.checkpoints.workdirs import CHECKPOINTS
+from selfrag_jax.checkpoints.workdirs import checkpoint_folder
 from selfrag_jax.errors import UserError
 
+T = TypeVar("T")
 
-# ---- what makes a checkpoint whole -----------------------------------------------------------------------------------
-class Damaged(ValueError):
+
+class DamagedCheckpoint(ValueError):
     """A checkpoint is not what was saved."""
 
 
-def write_record(file: Path, position: dict[str, Any], prints: dict[str, int]) -> None:
-    """The `data` of a checkpoint, for one that is not written by training."""
-    file.write_text(json.dumps(_record(position, prints)))
-
-
-def _record(position: dict[str, Any], prints: dict[str, int]) -> dict[str, Any]:
-    row = {"position": position, "fingerprints": prints}
+def make_record(position: dict[str, Any], fingerprints: dict[str, int]) -> dict[str, Any]:
+    """The `data` item of a checkpoint: both arguments and their hash."""
+    row = {"position": position, "fingerprints": fingerprints}
     return row | {"sha256": hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()}
 
 
-def read_record(workdir: Path, step: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """(position of the data iterator, fingerprints) of a checkpoint. Raises ValueError when it is not what was written."""
-    file = Path(workdir) / CHECKPOINTS / str(step) / "data" / "metadata"
+def write_record(
+    workdir: str | Path, step: int, position: dict[str, Any], fingerprints: dict[str, int]
+) -> None:
+    """Replaces the record of a saved checkpoint, for a writer that knows fingerprints only then."""
+    _record_file(workdir, step).write_text(json.dumps(make_record(position, fingerprints)))
+
+
+def read_record(workdir: str | Path, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """(position of the data iterator, fingerprints). Raises an error when the record is damaged."""
+    file = _record_file(workdir, step)
     row = json.loads(file.read_text())
-    if row != _record(row["position"], row["fingerprints"]):
-        raise Damaged(f"{file} is not what was written")
+    if row != make_record(row["position"], row["fingerprints"]):
+        raise DamagedCheckpoint(f"{file} is not what was written")
     return row["position"], row["fingerprints"]
 
 
-def _compare(found: dict[str, int], wanted: dict[str, int], item: str = "") -> None:
-    """item: compares what begins with this name only."""
-    wanted = {path: value for path, value in wanted.items() if path.startswith(item)}
-    for path in sorted(found.keys() | wanted.keys()):
-        if found.get(path) != wanted.get(path):
-            raise Damaged(f"the bits of {path} are not those that were saved")
+def _record_file(workdir: str | Path, step: int) -> Path:
+    return checkpoint_folder(workdir, step) / "data" / "metadata"
+
+
+def compare_fingerprints(
+    actual: dict[str, int], expected: dict[str, int], prefix: str = ""
+) -> None:
+    """Raises DamagedCheckpoint naming the first array that differs.
+
+    prefix: only those of `expected` whose name begins so are compared.
+    """
+    expected = {path: value for path, value in expected.items() if path.startswith(prefix)}
+    for path in sorted(actual.keys() | expected.keys()):
+        if actual.get(path) != expected.get(path):
+            raise DamagedCheckpoint(f"the bits of {path} are not those that were saved")
 
 
 def latest_intact(
-    steps: Sequence[int], workdir: str | Path, read: Callable[[int], Any]
-) -> tuple[int, Any] | None:
-    """The last step whose checkpoint `read` finds whole, and what it read; None when there is no checkpoint.
+    steps: Sequence[int], workdir: str | Path, read: Callable[[int], T]
+) -> tuple[int, T]:
+    """The latest of `steps` (not empty) whose checkpoint is intact, and what `read(step)` returned.
 
-    Warns of those that are passed over. Raises BadInput when all are damaged, and OSError when the file system fails.
+    `read` raises for a damaged checkpoint; each one passed over is reported by a warning. Raises
+    UserError when all are damaged, and OSError when the file system fails.
     """
     silence_secondary_errors()
     damaged = []
     for step in sorted(steps, reverse=True):
+        folder = checkpoint_folder(workdir, step)
         try:
-            found = read(step)
-        except Exception as e:  # Orbax and tensorstore raise many kinds
-            if other := non_corruption_error(e, Path(workdir) / CHECKPOINTS / str(step)):
+            result = read(step)
+        except Exception as e:  # Orbax and tensorstore raise many types
+            if other := non_corruption_error(e, folder):
                 raise other from e
-            damaged.append(f"{Path(workdir) / CHECKPOINTS / str(step)}: {_first_line(e)}")
+            damaged.append(f"{folder}: {first_line(e)}")
             continue
         for line in damaged:
             print(f"warning: {line}; step {step} is taken instead", file=sys.stderr)
-        return step, found
-    if damaged:
-        raise UserError(f"no checkpoint can be read, all seem damaged: {'; '.join(damaged)}")
-    return None
+        return step, result
+    raise UserError(f"no checkpoint can be read, all seem damaged: {'; '.join(damaged)}")
 
 
-def non_corruption_error(e: Exception, what: Path) -> Exception | None:
-    """The error to raise where reading failed for another reason than damage: a full device, a full host, a disk that does
-    not answer, something else for the user to mend. None for damage."""
+def non_corruption_error(e: Exception, path: Path) -> Exception | None:
+    """The error to raise when reading failed for a reason other than damage, else None.
+
+    Other reasons: memory of the device or host is exhausted, the disk does not respond, or the user
+    has something else to fix.
+    """
     code = re.search(r"os_error_code='(\d+)'", str(e))
     if code and int(code.group(1)) != errno.ENOENT:
-        return OSError(f"{what}: {os.strerror(int(code.group(1)))}")
-    other = (jax.errors.JaxRuntimeError, MemoryError, OSError, UserError)
-    return e if isinstance(e, other) and not isinstance(e, FileNotFoundError) else None
+        return OSError(f"{path}: {os.strerror(int(code.group(1)))}")
+    other_reasons = (jax.errors.JaxRuntimeError, MemoryError, OSError, UserError)
+    return e if isinstance(e, other_reasons) and not isinstance(e, FileNotFoundError) else None
 
 
-def _first_line(e: Exception) -> str:
+def first_line(e: Exception) -> str:
+    """The first line of an error's message, cut to 300 characters, or else the error's type."""
     return (str(e).splitlines() or [type(e).__name__])[0][:300]

@@ -1,10 +1,7 @@
-"""Models on disk: a trainer's workdir with Orbax checkpoints, or a Hugging Face folder.
+"""Reads a finished model: a training workdir, a Hugging Face folder, or a model of the hub.
 
-A workdir holds `model.json` (the architecture), the tokenizer, and `checkpoints/<step>` with three items: `state`
-(parameters and optimizer state), `data` (the position of the data iterator, and a fingerprint of every array) and `metrics`
-(the loss that the best are chosen by). Orbax writes a checkpoint under a temporary name and renames it, so one that was
-interrupted is never restored. One that is not what was saved is passed over, with a warning. What LoRA does not train lies
-in `frozen`, once.
+workdirs.py describes a workdir. Its latest intact checkpoint is read, and parameters are given as a
+plain model has them: LoRA merged, padding of the vocabulary removed.
 """
 
 from __future__ import annotations
@@ -18,8 +15,8 @@ import numpy as np
 
 from selfrag_jax.checkpoints import fingerprints
 from selfrag_jax.checkpoints.integrity import (
-    _compare,
-    _first_line,
+    compare_fingerprints,
+    first_line,
     latest_intact,
     non_corruption_error,
     read_record,
@@ -30,6 +27,7 @@ from selfrag_jax.checkpoints.workdirs import (
     FROZEN,
     MODEL_FILE,
     candidate_steps,
+    checkpoint_folder,
     read_architecture,
 )
 from selfrag_jax.errors import UserError
@@ -45,29 +43,30 @@ class LoadedModel:
     model: Model
     params: Params | None  # None: not read
     tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh | None = None  # over which the parameters are split
+    mesh: jax.sharding.Mesh | None = None  # over which the parameters are sharded
 
 
-# ---- afterwards ------------------------------------------------------------------------------------------------------
 def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     """Reads a model for inference or as the start of a fine-tune.
 
-    path: a trainer's workdir, a Hugging Face folder, or a hub name. mode: of its tokenizer, where the folder records none.
-    Raises BadInput saying what was looked for.
+    path: a training workdir, a Hugging Face folder, or a hub name. mode: of the tokenizer, for a
+    folder that does not record it. Raises UserError when there is no model, or it cannot be read.
     """
     path = hub.model_folder(path)
-    found = load_without_params(path, mode)
+    loaded = load_without_params(path, mode)
     if not (path / MODEL_FILE).is_file():
-        return replace(found, params=weights.load_folder(path)[1])
+        return replace(loaded, params=weights.load_folder(path)[1])
     trained = read_architecture(path)
-    params = _load_params(path)
+    _, params = latest_intact(
+        candidate_steps(path), path, lambda step: _read_checkpoint(path, step)
+    )
     if trained.lora is not None:
         params = lora.merge_adapters(params, trained.lora)
-    return replace(found, params=unpad_vocabulary(params, trained))
+    return replace(loaded, params=unpad_vocabulary(params, trained))
 
 
 def load_without_params(path: str | Path, mode: str | None = None) -> LoadedModel:
-    """As `load`, without reading the parameters: they are None."""
+    """Like `load`, but does not read the parameters: they are None."""
     path = hub.model_folder(path)
     if (path / MODEL_FILE).is_file():
         model = Model(replace(read_architecture(path), lora=None, vocab_padding=0))
@@ -84,50 +83,55 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
+    """Tokenizer.load, whose errors it raises as UserError."""
     try:
         return Tokenizer.load(path, mode)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
 
 
-def _load_params(path: Path) -> Params:
-    """Of the last checkpoint that is whole, in host memory."""
-    _, params = latest_intact(candidate_steps(path), path, lambda step: _params_of(path, step))
-    return params
-
-
-def _params_of(path: Path, step: int) -> Params:
-    _, wanted = read_record(path, step)
-    params = _on_host(path / CHECKPOINTS / str(step) / "state", "params")["params"]
-    _compare(_host_fingerprints("params", params), wanted, fingerprints.path_name(("params",)))
-    if (path / FROZEN).is_dir():
+def _read_checkpoint(workdir: Path, step: int) -> Params:
+    """The parameters of a checkpoint in host memory, with those that LoRA froze."""
+    _, expected = read_record(workdir, step)
+    params = _read_tree(checkpoint_folder(workdir, step) / "state", "params")["params"]
+    _check_tree("params", params, expected)
+    if (workdir / FROZEN).is_dir():
         try:
-            frozen = _on_host(path / FROZEN)
-            _compare(_host_fingerprints(FROZEN, frozen), wanted, fingerprints.path_name((FROZEN,)))
+            frozen = _read_tree(workdir / FROZEN)
+            _check_tree(FROZEN, frozen, expected)
         except Exception as e:
-            raise non_corruption_error(e, path / FROZEN) or frozen_weights_damaged(path, e) from e
+            other = non_corruption_error(e, workdir / FROZEN)
+            raise other or frozen_weights_damaged(workdir, e) from e
         params = lora.join_trained(params, frozen)
     return params
 
 
 def frozen_weights_damaged(workdir: Path, e: Exception) -> UserError:
+    """The error for a damaged `frozen/`. Every checkpoint needs it, so no earlier one would do."""
     return UserError(
-        f"{workdir / FROZEN}: the weights that LoRA left as they are are damaged ({_first_line(e)}); the checkpoints may be whole. "
-        f"Remove {FROZEN}/ and manifest.json there and run the same `selfrag train` again: it is written anew from the base"
+        f"{workdir / FROZEN}: the weights that LoRA left as they are are damaged "
+        f"({first_line(e)}); the checkpoints may be intact. Remove {FROZEN}/ and manifest.json "
+        "there and run the same `selfrag train` again: it writes them anew from the base"
     )
 
 
-def _on_host(folder: Path, item: str | None = None) -> Any:
-    """A saved tree in host memory: what device or mesh it was saved from does not matter. item: only what has this name."""
-    from selfrag_jax.checkpoints import orbax_streaming  # with Orbax, which takes its time
+def _read_tree(folder: Path, item: str | None = None) -> Any:
+    """A saved tree in host memory, whatever devices or mesh it was saved from.
+
+    item: reads only the subtree of this name, and returns it under that name.
+    """
+    from selfrag_jax.checkpoints import orbax_streaming  # imports Orbax, which takes long
 
     tree = orbax_streaming.open_tree(folder)
-    reading = jax.tree.map(lambda array: array.read(), tree if item is None else {item: tree[item]})
-    return jax.tree.map(lambda one: np.asarray(one.result()), reading)
+    if item is not None:
+        tree = {item: tree[item]}
+    reads = jax.tree.map(lambda array: array.read(), tree)  # all at the same time
+    return jax.tree.map(lambda read: np.asarray(read.result()), reads)
 
 
-def _host_fingerprints(item: str, tree: Params) -> dict[str, int]:
-    return {
-        fingerprints.path_name((item, *at)): fingerprints.part_fingerprint(np.asarray(leaf))
-        for at, leaf in flatten(tree)
+def _check_tree(name: str, tree: Params, expected: dict[str, int]) -> None:
+    actual = {
+        fingerprints.path_name((name, *path)): fingerprints.part_fingerprint(np.asarray(leaf))
+        for path, leaf in flatten(tree)
     }
+    compare_fingerprints(actual, expected, fingerprints.path_name((name,)))

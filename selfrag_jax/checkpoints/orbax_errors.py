@@ -15,29 +15,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+_ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of every source file of Orbax
+
 
 def silence_secondary_errors() -> None:
-    """Of a checkpoint that cannot be written or read, Orbax logs what each of its threads died of, asyncio what each of Orbax's tasks
-    died of that was not waited for, and Orbax prints that others have no one left to tell: hundreds of lines around the one error,
-    which is raised besides. They come when they like, so this stays."""
+    """Silences Orbax's secondary errors. They can arrive late, so the filter stays installed."""
     for logger in ("absl", "asyncio"):
-        logging.getLogger(logger).addFilter(_not_of_orbax)
-    if getattr(sys.unraisablehook, "func", None) is not _unless_too_late:
-        sys.unraisablehook = partial(_unless_too_late, sys.unraisablehook)
+        logging.getLogger(logger).addFilter(_is_not_from_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable_hook:
+        sys.unraisablehook = partial(_unraisable_hook, sys.unraisablehook)
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """A logging filter: drops tracebacks that were logged by Orbax or pass through it."""
     if not record.exc_info:
         return True
-    where = [
-        record.pathname,
-        *(frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2])),
-    ]
-    return not any(f"{os.sep}orbax{os.sep}" in file for file in where)
+    frames = traceback.walk_tb(record.exc_info[2])
+    files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
+    return not any(_ORBAX in file for file in files)
 
 
-def _unless_too_late(otherwise: Callable[[Any], None], error: Any) -> None:
-    too_late = error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"
+def _unraisable_hook(original_hook: Callable[[Any], None], error: Any) -> None:
+    """Drops errors of Orbax's coroutines and of closed event loops; passes on all others."""
+    loop_closed = error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"
     code = getattr(error.object, "cr_code", None)
-    if not too_late and not (code and f"{os.sep}orbax{os.sep}" in code.co_filename):
-        otherwise(error)
+    if not loop_closed and not (code and _ORBAX in code.co_filename):
+        original_hook(error)

@@ -5,6 +5,7 @@ Orbax is imported within the functions: importing it takes long, and not every c
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,41 +21,42 @@ import numpy as np
 
 from selfrag_jax.checkpoints import fingerprints
 from selfrag_jax.checkpoints.integrity import (
-    Damaged,
-    _compare,
-    _record,
+    DamagedCheckpoint,
+    compare_fingerprints,
     latest_intact,
+    make_record,
     non_corruption_error,
     read_record,
 )
 from selfrag_jax.checkpoints.orbax_errors import silence_secondary_errors
-from selfrag_jax.checkpoints.workdirs import CHECKPOINTS, DAMAGED, FROZEN, NO_LOSS, _loss_in
+from selfrag_jax.checkpoints.workdirs import (
+    CHECKPOINTS,
+    DAMAGED,
+    FROZEN,
+    NO_LOSS,
+    checkpoint_folder,
+    read_loss,
+)
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.models.params import Params
 
+_MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial reads save
 
-# ---- while training --------------------------------------------------------------------------------------------------
+
+# ---- saving ----------------------------------------------------------------------------------
 def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
-    """Orbax's CheckpointManager of a workdir. keep_best: how many beside the last ones are kept, by their loss."""
+    """Orbax's CheckpointManager of a workdir.
+
+    keep_best: how many checkpoints with the lowest loss are kept beside the last ones.
+    """
     import orbax.checkpoint as ocp
-    from orbax.checkpoint import checkpoint_managers as policies
 
-    _mend_losses(Path(workdir) / CHECKPOINTS)
+    from selfrag_jax.checkpoints.orbax_streaming import preservation_policy
 
-    class BestOfTheOthers(policies.BestN):
-        def should_preserve(self, checkpoints, *, context):
-            last = [False] * len(checkpoints[-keep_last:])
-            return [*super().should_preserve(checkpoints[:-keep_last], context=context), *last]
-
-    best = BestOfTheOthers(
-        get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
-    )
-    kept = policies.AnyPreservationPolicy(
-        [policies.LatestN(keep_last), *([best] if keep_best else [])]
-    )
+    _repair_losses(Path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept,
+        preservation_policy=preservation_policy(keep_last, keep_best, _loss),
         enable_async_checkpointing=True,
         best_fn=_loss,
         best_mode="min",
@@ -63,152 +65,169 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
     return ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
 
 
-def _mend_losses(folder: Path) -> None:
-    """Orbax reads the loss of every checkpoint at once, and fails on one that is damaged."""
-    for file in folder.glob("*/metrics/metrics") if jax.process_index() == 0 else ():
-        if _loss_in(file) is None:
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _repair_losses(folder: Path) -> None:
+    """Replaces losses that cannot be read: Orbax reads all at once and fails on a damaged one."""
+    if jax.process_index() != 0:
+        return
+    for file in folder.glob("*/metrics/metrics"):
+        if read_loss(file) is None:
             print(
-                f"warning: {file}: the loss cannot be read; this checkpoint counts as none of the best",
+                f"warning: {file}: the loss cannot be read; this checkpoint cannot be the best",
                 file=sys.stderr,
             )
             write_json(file, {"loss": NO_LOSS})
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
+def save_checkpoint(manager, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
+    """Saves in the background.
 
-
-def save_checkpoint(saved, step: int, state: Any, data: dict[str, Any], loss: float) -> None:
-    """Saves in the background. data: the position of the data iterator; loss: what the best checkpoint is chosen by."""
+    position: of the data iterator. loss: what the best checkpoint is chosen by.
+    """
     import orbax.checkpoint as ocp
 
-    # As it is now: the caller may go on changing what `data` holds while it is being written.
-    record = json.loads(json.dumps(_record(data, fingerprints.tree_fingerprints(state))))
+    # A copy: the caller may change what `position` holds while it is being written.
+    record = json.loads(json.dumps(make_record(position, fingerprints.tree_fingerprints(state))))
     state = {k: v for k, v in state.items() if k != FROZEN}
-    by_layer = ocp.args.StandardSave(state, jax.tree.map(_by_layer, state))
-    args = ocp.args.Composite(state=by_layer, data=ocp.args.JsonSave(record))
-    saved.save(step, args=args, metrics={"loss": loss})
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state, jax.tree.map(_chunk_by_layer, state)),
+        data=ocp.args.JsonSave(record),
+    )
+    manager.save(step, args=items, metrics={"loss": loss})
 
 
-def _by_layer(x: jax.Array):
-    """How an array is cut into pieces on disk: a stack by its layers, so that `convert` reads one without the others."""
+def _chunk_by_layer(x: jax.Array):
+    """Chunks a stack by layer on disk, so that `convert` can read one layer without the others."""
     import orbax.checkpoint as ocp
 
-    layer = math.prod(x.sharding.shard_shape(x.shape)[1:]) * x.dtype.itemsize
-    if x.ndim != 3 or layer < 2**20:  # pieces of less than a megabyte cost more than they spare
+    layer_bytes = math.prod(x.sharding.shard_shape(x.shape)[1:]) * x.dtype.itemsize
+    if x.ndim != 3 or layer_bytes < _MIN_CHUNK_BYTES:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=layer, shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
 
 
 @contextmanager
-def writing_checkpoints(saved, workdir: str | Path) -> Iterator[Any]:
-    """Within the block checkpoints are written in the background; leaving it, in whatever way, waits for the last one.
+def writing_checkpoints(manager, workdir: str | Path) -> Iterator[Any]:
+    """Waits, however the block is left, for the checkpoint that is being written in the background.
 
-    Raises OSError when one could not be written, because the disk is full for example. The ones before it are kept.
+    Raises OSError when one could not be written, because the disk is full for example. Earlier
+    checkpoints are kept.
     """
     silence_secondary_errors()
     try:
-        with saved:
-            yield saved
-    except ValueError as e:  # tensorstore's
+        with manager:
+            yield manager
+    except ValueError as e:  # from tensorstore
         code = re.search(r"os_error_code='(\d+)'", str(e))
         if not code:
             raise
         raise OSError(
-            f"{workdir}: a checkpoint could not be written ({os.strerror(int(code.group(1)))}); the ones before it are kept. "
-            "Make room, and the same command continues."
+            f"{workdir}: a checkpoint could not be written ({os.strerror(int(code.group(1)))}); "
+            "earlier ones are kept. Make room, and the same command continues."
         ) from e
 
 
+# ---- the weights that LoRA does not train ----------------------------------------------------
 def save_frozen(workdir: str | Path, frozen: Params) -> None:
-    """What a training with LoRA leaves as it is, for whoever reads the model later: written before the first checkpoint."""
+    """Saves the weights that LoRA does not train, for later readers of the model.
+
+    Called before the first checkpoint is written.
+    """
     import orbax.checkpoint as ocp
 
-    with writing_checkpoints(ocp.StandardCheckpointer(), workdir) as one:
-        one.save(
-            Path(workdir).absolute() / FROZEN,
-            frozen,
-            save_args=jax.tree.map(_by_layer, frozen),
-            force=True,
-        )
+    folder = Path(workdir).absolute() / FROZEN
+    save_args = jax.tree.map(_chunk_by_layer, frozen)
+    with writing_checkpoints(ocp.StandardCheckpointer(), workdir) as checkpointer:
+        checkpointer.save(folder, frozen, save_args=save_args, force=True)
 
 
 def check_frozen(workdir: str | Path, step: int, frozen: Params) -> None:
-    """Raises BadInput when these are not the weights beside which the checkpoint's LoRA was trained."""
-    _, wanted = read_record(Path(workdir), step)
+    """Raises UserError when the checkpoint's LoRA was trained on other frozen weights."""
+    _, expected = read_record(workdir, step)
+    actual = fingerprints.tree_fingerprints({FROZEN: frozen})
     try:
-        _compare(
-            fingerprints.tree_fingerprints({FROZEN: frozen}),
-            wanted,
-            fingerprints.path_name((FROZEN,)),
-        )
-    except Damaged as e:
+        compare_fingerprints(actual, expected, fingerprints.path_name((FROZEN,)))
+    except DamagedCheckpoint as e:
         raise UserError(
-            f"{workdir}: the base is not the one that this training began with ({e}); choose another workdir"
+            f"{workdir}: the base is not the one that this training began with ({e}); choose "
+            "another workdir"
         ) from e
 
 
-def restore_last(saved, workdir: str | Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """State shaped and sharded `like` the given tree, and the position of the data iterator; None if nothing was saved.
+# ---- resuming --------------------------------------------------------------------------------
+def restore_last(manager, workdir: str | Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """(state, position of the data iterator) of the latest intact checkpoint; None without one.
 
-    A damaged checkpoint is moved to `damaged/`, with a warning, and the one before it is taken. Raises BadInput when all
-    are damaged.
+    like: a tree of the shapes and shardings of the state. Damaged checkpoints after that one are
+    moved to `damaged/`, with a warning. Raises UserError when all are damaged.
     """
-    found = latest_intact(saved.all_steps(), workdir, lambda step: _restore(workdir, step, like))
-    if found is None:
+    steps = manager.all_steps()
+    if not steps:
         return None
-    step, restored = found
-    _move_aside(saved, workdir, step)
+    step, restored = latest_intact(
+        steps, workdir, lambda step: restore_checkpoint(workdir, step, like)
+    )
+    _move_aside_after(manager, workdir, step)
     return restored
 
 
-def _restore(workdir, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+def restore_checkpoint(workdir: str | Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """(state, position of the data iterator) of one checkpoint.
+
+    Raises DamagedCheckpoint, or whatever Orbax raises, when it is damaged for any of the processes.
+    """
     import orbax.checkpoint as ocp
 
-    found = error = None
-    what = Path(workdir) / CHECKPOINTS / str(step)
+    folder = checkpoint_folder(workdir, step)
+    error: Exception | None = None
+    fatal_error: Exception | None = None
     try:
-        position, wanted = read_record(workdir, step)
-        # Not by the manager, which waits for the other processes only where it succeeds.
-        folder = what.absolute() / "state"
-        found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
+        position, expected = read_record(workdir, step)
+        # The manager would wait for the other processes only on success, so it is not used here.
+        state = ocp.StandardCheckpointHandler().restore(
+            folder.absolute() / "state", args=ocp.args.StandardRestore(like)
+        )
     except Exception as e:
         error = e
-    fatal = error is not None and non_corruption_error(error, what) is not None
-    if not _agreed(not fatal):  # none goes on to an earlier one where another has stopped
-        raise error if fatal else OSError(f"{what}: another process cannot read it")
-    if not _agreed(error is None):  # what is damaged for one process, none takes
-        raise error or Damaged("it is damaged for another process")
-    prints = fingerprints.tree_fingerprints(found)
+        if non_corruption_error(e, folder) is not None:
+            fatal_error = e
+    # When one process has to stop, none falls back to an earlier checkpoint.
+    if not all_processes_agree(fatal_error is None):
+        raise fatal_error or OSError(f"{folder}: another process cannot read it")
+    # What is damaged for one process is restored by none.
+    if not all_processes_agree(error is None):
+        raise error or DamagedCheckpoint("it is damaged for another process")
     frozen = fingerprints.path_name((FROZEN,))
-    _compare(prints, {k: v for k, v in wanted.items() if not k.startswith(frozen)})
-    return found, position
+    expected = {name: value for name, value in expected.items() if not name.startswith(frozen)}
+    compare_fingerprints(fingerprints.tree_fingerprints(state), expected)
+    return state, position
 
 
-def _agreed(mine: bool) -> bool:
-    """Whether all processes say yes."""
+def all_processes_agree(agree: bool) -> bool:
+    """Whether every process passes True."""
     if jax.process_count() == 1:
-        return mine
+        return agree
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.array([mine])).all())
+    return bool(multihost_utils.process_allgather(np.array([agree])).all())
 
 
-def _move_aside(saved, workdir, good: int) -> None:
-    """Moves all checkpoints after `good` out of the way: their steps will be saved again."""
-    later = [step for step in saved.all_steps() if step > good]  # all of them damaged
-    if later and jax.process_index() == 0:
-        for step in later:
-            free = next(
-                p
-                for i in range(len(later) + 100)
-                if not (p := Path(workdir) / DAMAGED / f"{step}.{i}").exists()
-            )
-            free.parent.mkdir(exist_ok=True)
-            (Path(workdir) / CHECKPOINTS / str(step)).rename(free)
-    if later:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+def _move_aside_after(manager, workdir: str | Path, intact: int) -> None:
+    """Moves aside the damaged checkpoints after step `intact`: training will save them again."""
+    damaged = [step for step in manager.all_steps() if step > intact]
+    if not damaged:
+        return
+    if jax.process_index() == 0:
+        folder = Path(workdir) / DAMAGED
+        folder.mkdir(exist_ok=True)
+        for step in damaged:
+            names = (folder / f"{step}.{i}" for i in itertools.count())
+            checkpoint_folder(workdir, step).rename(next(p for p in names if not p.exists()))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
 
-            multihost_utils.sync_global_devices("damaged checkpoints are aside")
-        saved.reload()
+        multihost_utils.sync_global_devices("damaged checkpoints are aside")
+    manager.reload()

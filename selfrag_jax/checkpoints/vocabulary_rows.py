@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,68 +12,89 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.models.params import Params
 
+# First key of a table's path -> the axis of the vocabulary: embedding [V, D], head [D, V].
+VOCABULARY_AXIS = {"embed": 0, "head": 1}
 
-# ---- the vocabulary's rows -------------------------------------------------------------------------------------------
-def check_vocabulary_fits(what: str | Path, tokens: int, config: LlamaConfig) -> None:
-    """Raises BadInput where there are more tokens than rows: another model's tokenizer. The ids beyond would be read as the last."""
-    if tokens > config.vocab_size:
+
+def check_vocabulary_fits(source: str | Path, num_tokens: int, config: LlamaConfig) -> None:
+    """Raises UserError when the tokenizer has more tokens than the model has rows.
+
+    Such a tokenizer belongs to another model. JAX would read ids past the table as its last row.
+    """
+    if num_tokens > config.vocab_size:
         raise UserError(
-            f"{what}: its tokenizer has {tokens} tokens, its model {config.vocab_size} rows: they do not belong together; take the "
-            "tokenizer that came with the model (`selfrag convert --reflection_tokens` adds rows for reflection tokens)"
+            f"{source}: its tokenizer has {num_tokens} tokens, its model {config.vocab_size} rows: "
+            "they do not belong together; use the tokenizer that came with the model "
+            "(`selfrag convert --reflection_tokens` adds rows for reflection tokens)"
         )
 
 
 def pad_vocabulary(params: Params, config: LlamaConfig) -> Params:
-    """Adds the rows that no token has."""
-    pad = config.vocab_padding
-    return (
-        params
-        if not pad
-        else _each_table(
-            params, lambda x, axis: np.pad(x, [(0, pad * (axis == i)) for i in (0, 1)])
-        )
-    )
+    """Adds `config.vocab_padding` zero rows, which no token uses."""
+    padding = config.vocab_padding
+    if not padding:
+        return params
+
+    def pad(table: np.ndarray, axis: int) -> np.ndarray:
+        return np.pad(table, [(0, padding if i == axis else 0) for i in range(2)])
+
+    return _map_tables(params, pad)
 
 
 def unpad_vocabulary(params: Params, config: LlamaConfig) -> Params:
-    """Removes the rows that no token has."""
-    pad, V = config.vocab_padding, config.vocab_size
-    return params if not pad else _each_table(params, lambda x, axis: np.take(x, range(V), axis))
+    """Removes the rows that `pad_vocabulary` adds."""
+    if not config.vocab_padding:
+        return params
+    return _map_tables(params, lambda table, axis: np.take(table, range(config.vocab_size), axis))
 
 
-def _each_table(params: Params, change) -> Params:
-    """change(table, axis of the vocabulary), applied to the embedding and the head, if there is one."""
-    out = {**params, "embed": {"embedding": change(np.asarray(params["embed"]["embedding"]), 0)}}
+def _map_tables(params: Params, change: Callable[[np.ndarray, int], np.ndarray]) -> Params:
+    """Applies change(table, axis of the vocabulary) to the embedding and to the head, if any."""
+    embedding = np.asarray(params["embed"]["embedding"])
+    out = {**params, "embed": {"embedding": change(embedding, VOCABULARY_AXIS["embed"])}}
     if "head" in params:
-        out["head"] = {"kernel": change(np.asarray(params["head"]["kernel"]), 1)}
+        kernel = np.asarray(params["head"]["kernel"])
+        out["head"] = {"kernel": change(kernel, VOCABULARY_AXIS["head"])}
     return out
 
 
 def grow_vocabulary(
     config: LlamaConfig,
     params: Params | None,
-    old: int,
-    vocab_size: int,
-    like: Mapping[int, Sequence[int]] | None = None,
+    old_tokens: int,
+    new_tokens: int,
+    init_from: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[LlamaConfig, Params | None]:
-    """Gives the tokens from `old` on, up to `vocab_size`, their rows: the mean of the old ones (as for new reflection tokens).
+    """Grows the vocabulary from `old_tokens` to `new_tokens` tokens, at the mean of the old rows.
 
-    A table may have more rows than the tokenizer has tokens; new tokens take those first. like: for some of the new ids
-    the old ids whose mean row they start from instead. Without params the config alone is grown. Raises BadInput when there are more tokens than rows already.
+    init_from: for some of the new ids, the old ids whose mean row they start from instead. Without
+    params, only the config is grown. Raises UserError when there are more old tokens than rows.
     """
-    check_vocabulary_fits("the model to be grown", old, config)
-    size = max(config.vocab_size, vocab_size)
+    check_vocabulary_fits("the model to be grown", old_tokens, config)
+    num_rows = max(config.vocab_size, new_tokens)
 
-    def grow(table, axis: int):
-        rows = np.moveaxis(table, axis, 0)
-        mean = (
-            rows[:old].mean(0, dtype=np.float32, keepdims=True).astype(rows.dtype)
-        )  # bf16 would be summed in bf16
-        rows = np.concatenate([rows, np.repeat(mean, size - len(rows), 0)])
-        rows[old:vocab_size] = mean
-        for i, words in (like or {}).items():
-            if i >= old:
-                rows[i] = rows[list(words)].mean(0, dtype=np.float32)
-        return np.moveaxis(rows, 0, axis)
+    def grow(table: np.ndarray, axis: int) -> np.ndarray:
+        grown = grow_table(table, axis, old_tokens, new_tokens, num_rows)
+        rows = np.moveaxis(grown, axis, 0)  # a view: writing to it changes `grown`
+        for token, words in (init_from or {}).items():
+            if token >= old_tokens:
+                rows[token] = rows[list(words)].mean(0, dtype=np.float32)
+        return grown
 
-    return replace(config, vocab_size=size), None if params is None else _each_table(params, grow)
+    grown = None if params is None else _map_tables(params, grow)
+    return replace(config, vocab_size=num_rows), grown
+
+
+def grow_table(
+    table: np.ndarray, axis: int, old_tokens: int, new_tokens: int, num_rows: int
+) -> np.ndarray:
+    """Grows one table to `num_rows` rows along `axis`. New tokens get the mean of the old rows.
+
+    A table may have more rows than the tokenizer has tokens: new tokens take those rows first.
+    """
+    rows = np.moveaxis(table, axis, 0)
+    # Summed in f32: a sum of many rows in bf16 would lose most of them.
+    mean = rows[:old_tokens].mean(0, dtype=np.float32, keepdims=True).astype(rows.dtype)
+    rows = np.concatenate([rows, np.repeat(mean, num_rows - len(rows), 0)])
+    rows[old_tokens:new_tokens] = mean
+    return np.moveaxis(rows, 0, axis)

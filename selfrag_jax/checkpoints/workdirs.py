@@ -24,61 +24,76 @@ from selfrag_jax.files import read_json, write_json
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.text.tokenizer import Tokenizer
 
-NO_LOSS = sys.float_info.max  # of a checkpoint that is none of the best
 MODEL_FILE, CHECKPOINTS, FROZEN, DAMAGED = "model.json", "checkpoints", "frozen", "damaged"
+NO_LOSS = sys.float_info.max  # the recorded loss of a checkpoint that cannot be the best
 
 
 def write_architecture(workdir: str | Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer and model.json."""
     tokenizer.save(workdir)
     write_json(Path(workdir) / MODEL_FILE, asdict(config))
 
 
 def read_architecture(workdir: Path) -> LlamaConfig:
-    """The model.json of a workdir. Raises BadInput when it is none."""
+    """Reads model.json. Raises UserError when it is missing or not a valid architecture."""
     file = workdir / MODEL_FILE
     try:
         return LlamaConfig(**read_json(file))
     except (TypeError, ValueError) as e:
-        raise UserError(f"{file}: is no architecture of this version: {e}") from None
+        raise UserError(f"{file}: not an architecture of this version: {e}") from None
 
 
-def saved_steps(workdir: Path) -> list[int]:
-    """Steps of which there is a checkpoint, in order."""
+def checkpoint_folder(workdir: str | Path, step: int) -> Path:
+    return Path(workdir) / CHECKPOINTS / str(step)
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The steps that have a checkpoint, in ascending order."""
     folder = Path(workdir) / CHECKPOINTS
-    return (
-        sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    )
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-def candidate_steps(workdir: Path, step: str = "last") -> list[int]:
-    """The checkpoints of which the newest whole one is read. step: "last" (any), "best" (the one of the lowest loss), or the
-    number of one. Raises BadInput when there is none of that name."""
+def candidate_steps(workdir: str | Path, step: str = "last") -> list[int]:
+    """The steps to read a model from: the latest intact one of them is taken. Never empty.
+
+    step: "last" (all steps), "best" (the step with the lowest loss) or a step number. Raises
+    UserError when no checkpoint matches.
+    """
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(
-            f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to continue it"
+            f"{workdir}: training has not saved a checkpoint yet; run `selfrag train` again to "
+            "continue it"
         )
     if step == "last":
         return steps
     if step == "best":
-        files = {s: Path(workdir) / CHECKPOINTS / str(s) / "metrics" / "metrics" for s in steps}
-        losses = {
-            s: loss for s, file in files.items() if (loss := _loss_in(file)) not in (None, NO_LOSS)
-        }
-        if not losses:
-            raise UserError(
-                f"{workdir}: no checkpoint has a loss to choose the best by; there are {', '.join(map(str, steps))}"
-            )
-        return [min(losses, key=losses.get)]
+        return [_best_step(workdir, steps)]
     if not step.isdigit() or int(step) not in steps:
-        raise UserError(
-            f"--step={step}: must be last, best, or one of {', '.join(map(str, steps))}"
-        )
+        listed = ", ".join(map(str, steps))
+        raise UserError(f"--step={step}: must be last, best, or one of {listed}")
     return [int(step)]
 
 
-def _loss_in(file: Path) -> float | None:
+def _best_step(workdir: str | Path, steps: list[int]) -> int:
+    losses = {}
+    for step in steps:
+        loss = read_loss(checkpoint_folder(workdir, step) / "metrics" / "metrics")
+        if loss is not None and loss != NO_LOSS:
+            losses[step] = loss
+    if not losses:
+        raise UserError(
+            f"{workdir}: no checkpoint has a loss to choose the best by; there are "
+            f"{', '.join(map(str, steps))}"
+        )
+    return min(losses, key=lambda step: losses[step])
+
+
+def read_loss(metrics_file: Path) -> float | None:
+    """The loss in a checkpoint's metrics file, or None when it cannot be read."""
     try:
-        return float(json.loads(file.read_text())["loss"])
+        return float(json.loads(metrics_file.read_text())["loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,7 +1,7 @@
-"""The commands of `selfrag`: one file each, with its flags, its help, what it reads and writes, and its manifest.
+"""The commands of `selfrag`: one file each, with its flags and help, its inputs, its manifest.
 
-To add one, write a file here that defines COMMAND, and name it in the table below. Command files import
-what takes long to import (jax, flax, orbax) inside functions, so that `--help` is instant.
+To add one, write a file here that defines COMMAND, and name it in the table below. Command files
+import what takes long to import (jax, flax, orbax) inside functions, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from selfrag_jax.commands.command import Command
 
 # In the order of the flow, as `selfrag` lists them.
 SUMMARIES = {
-    "quickstart": "Builds a whole Self-RAG from nothing in a small synthetic world, and measures it.",
-    "world": "Writes the synthetic world: passages, instructions, the teacher's truth, evaluation files.",
+    "quickstart": "Builds a whole Self-RAG in a small synthetic world, and measures it.",
+    "world": "Writes the synthetic world: passages, instructions, evaluation files.",
     "embed": "Embeds a corpus of passages.",
     "index": "Builds a ScaNN index over embeddings, or straight from passages.",
     "retrieve": "Adds the best passages (ctxs) to each row of a question or instruction file.",
-    "collect": "Collects a teacher's critiques of instructions and passages: the critic's training data.",
+    "collect": "Collects a teacher's critiques: the critic's training data.",
     "train": "Trains a critic or a generator; run again after an interruption, it continues.",
-    "label": "Labels instructions with passages and reflection tokens: the generator's training data.",
+    "label": "Labels instructions with passages and critiques: the generator's training data.",
     "ask": "Answers one question, with citations and the critique of every passage.",
-    "answer": "Answers a file of questions; run again after an interruption, it answers the rest.",
+    "answer": "Answers a file of questions; run again after an interruption, it continues.",
     "evaluate": "Scores answers against the gold answers of a question file.",
     "report": "Rewrites the report of a quickstart, or reports the mean of several.",
     "convert": "Converts a model between Hugging Face's format and a training workdir.",
-    "compile": "Compiles training or answering for TPUs or GPUs you do not have: memory, traffic, best time.",
-    "base": "Trains the small base model of the quickstart (shipped with the package; takes an hour).",
+    "compile": "Compiles for TPUs or GPUs that you do not have: memory, traffic, least time.",
+    "base": "Trains the small base model of the quickstart; it is shipped, and takes an hour.",
 }
 
 

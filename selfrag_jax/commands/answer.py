@@ -86,12 +86,12 @@ def _check_questions(
             raise UserError(f"{input_path}: id {q.id!r} occurs more than once")
         seen.add(q.id)
     mode = changes.get("mode", rag.config.search.mode)
-    if rag.retriever is None and mode != "no_retrieval":
-        if without := [q.id for q in questions if not q.ctxs]:
-            raise UserError(
-                f"{input_path}: question {without[0]!r} has no passages (ctxs); "
-                "give --index, or --mode=no_retrieval"
-            )
+    needs_passages = rag.retriever is None and mode != "no_retrieval"
+    if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
+        raise UserError(
+            f"{input_path}: question {without[0]!r} has no passages (ctxs); "
+            "give --index, or --mode=no_retrieval"
+        )
 
 
 def _identity(rag: SelfRAG, task: str | None, changes: dict[str, Any]) -> dict[str, Any]:

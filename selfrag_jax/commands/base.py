@@ -13,7 +13,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     for skill, score in make_base_model(
         load_config(values), values["workdir"], values["out"]
     ).items():
-        print(f"{skill:<10} {100 * score:.1f}")
+        print(f"{skill:<14} {100 * score:.1f}")
     print(values["out"])
 
 

@@ -48,7 +48,7 @@ def load_config(values: dict[str, Any]) -> ConfigDict:
 
 
 def config_section(values: dict[str, Any], cls: type[T], name: str) -> T:
-    """A section of the config as a dataclass. Raises UserError if the config has no such section."""
+    """A section of the config as a dataclass. Raises UserError if there is no such section."""
     loaded = load_config(values)
     if name not in loaded:
         raise UserError(

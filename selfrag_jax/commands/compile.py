@@ -1,4 +1,4 @@
-"""`selfrag compile`: a config and a topology in, memory and least time out. Needs no accelerator."""
+"""`selfrag compile`: a config and a topology in, memory and least time out, without hardware."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from selfrag_jax.files import write_json
 def run(values: dict[str, Any], _: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not looked for
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    from selfrag_jax.compilation.compile import compile_program, why_not
+    from selfrag_jax.compilation.compile import compile_program, misfit_message
 
     result = compile_program(load_config(values), values["topology"], values["program"])
     print(json.dumps(result, indent=2))
     if values["out"]:
         write_json(values["out"], result)
     if not result["fits"]:
-        raise StageFailed(why_not(result))
+        raise StageFailed(misfit_message(result))
 
 
 COMMAND = Command(

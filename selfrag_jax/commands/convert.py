@@ -23,7 +23,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
 
 COMMAND = Command(
-    example="selfrag convert --from=W/generator --to=my_model --format=huggingface --dtype=bfloat16",
+    example="selfrag convert --from=W/generator --to=my_model --format=huggingface",
     flags=(
         Flag(
             "from",

@@ -80,7 +80,8 @@ def _with_passages(
 
     if index is None or k is None:
         return rows
-    found = OnlineRetriever(index).passages([r.ctxs for r in rows], [r.asked for r in rows], k)
+    queries = [r.full_instruction for r in rows]
+    found = OnlineRetriever(index).passages([r.ctxs for r in rows], queries, k)
     return [replace(r, ctxs=r.ctxs or tuple(ps)) for r, ps in zip(rows, found, strict=True)]
 
 

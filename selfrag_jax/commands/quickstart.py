@@ -30,6 +30,7 @@ from selfrag_jax.files import write_json
 from selfrag_jax.progress import progress
 from selfrag_jax.records import (
     GeneratorExample,
+    Passage,
     instruction_from,
     read_records,
     read_rows,
@@ -116,9 +117,9 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
 
     _announce("9/9  report")
     write_json(w / "report" / "results.json", {"rows": rows})
-    example_answers = example_answers(w, c.report.examples)
-    paired_differences = paired_differences([w], c.report.seed)
-    report.write_report(rows, example_answers, w / "report", tables.TITLE, paired_differences)
+    shown = example_answers(w, c.report.examples)
+    differences = paired_differences([w], c.report.seed)
+    report.write_report(rows, shown, w / "report", tables.TITLE, differences)
     _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")
     inputs, counts = {"predictions": w / "predictions"}, {"rows": len(rows)}
     artifacts.write_manifest(w / "report", "report", c.report.to_dict(), inputs, counts)
@@ -141,7 +142,7 @@ def baseline_data(input_path: Path, kind: str, seed: int, out: Path) -> None:
     rows = []
     for row in read_records(input_path, instruction_from):
         rng = random.Random(f"{kind}-{seed}-{row.id}")
-        ctxs = ()
+        ctxs: tuple[Passage, ...] = ()
         if kind == "rag":
             ctxs = row.ctxs if rng.random() < 0.2 else row.ctxs[:1]
         output = "".join(map(format_passage, ctxs)) + row.output
@@ -250,7 +251,7 @@ def paired_differences(workdirs: Sequence[Path], seed: int) -> list[Row]:
             asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
             a, b = (_accuracies(w, system, task, asked) for system in (one, other))
             values += [x - y for x, y in zip(a, b, strict=True)]
-            entities += [(i, truth.parse(q.question).name or q.id) for q in asked]
+            entities += [(i, truth.parse_instruction(q.question).name or q.id) for q in asked]
         value, low, high = metrics.paired_interval(values, entities, seed)
         row = {"system": one, "over": other, "task": task}
         out.append(row | {"value": value, "low": low, "high": high, "n": len(values)})

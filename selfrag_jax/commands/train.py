@@ -109,7 +109,7 @@ def _warn_of_tensor_over_hosts(role: str, mesh) -> None:
     from selfrag_jax.models import sharding
 
     # The chips of a TPU slice have links of their own, across hosts too.
-    hosts = 1 if jax.default_backend() == "tpu" else sharding.hosts_of_tensor(mesh)
+    hosts = 1 if jax.default_backend() == "tpu" else sharding.hosts_per_tensor_group(mesh)
     if hosts > 1:
         print(
             f"warning: the mesh's tensor={mesh.shape['tensor']} spans {hosts} hosts, and every "

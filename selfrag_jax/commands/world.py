@@ -19,7 +19,7 @@ def make_world(c: ConfigDict, out: Path) -> None:
     configs.require_kind(c, "quickstart", "configs/tiny.py")
     config = configs.build(WorldConfig, c.world, "world")
     if not artifacts.is_finished(out, "world", config, {}):
-        counts = questions.write(build_world(config), out)
+        counts = questions.write_world(build_world(config), out)
         artifacts.write_manifest(out, "world", config, {}, counts)
 
 

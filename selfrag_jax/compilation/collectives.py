@@ -10,86 +10,94 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-_TOKENS = 'op_name="jit(decode)/while"'  # the loop of slots.decode, as the compiler names it
+# The loop over generated tokens in engine/programs.py, under the name that the compiler gives it.
+_TOKEN_LOOP = 'op_name="jit(decode)/while"'
 
-
-# ---- what is sent between chips --------------------------------------------------------------------------------------
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
-_OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-start)?\(")
-_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-}
-_CALLS = re.compile(
+_COLLECTIVE = re.compile(rf"= (?P<shapes>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
+_CALLEE = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
 )
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
+_DTYPE_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8,
+}  # fmt: skip
 
 
 @dataclass
 class _Computation:
-    lines: list[str]
-    times: float = 0.0  # how often one run of the program runs it
+    lines: list[str] = field(default_factory=list)
+    executions: float = 0.0  # in one run of the program
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Kind -> how often a chip takes part in one, and the bytes that it sends, in one run of a compiled program.
+def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """Returns by kind how many collectives a chip takes part in, and the bytes that it sends.
 
-    Loops count as often as they turn, that over generated tokens once. A ring is assumed: of n chips, each sends (n - 1) / n of a gathered or scattered
-    array, and twice that of a reduced one.
+    Both are of one run of the program. Loops count with their trip count, except for the loop over
+    generated tokens, which counts once. Rings are assumed: each of n chips sends (n - 1) / n of an
+    array that is gathered or scattered, and twice that of one that is reduced.
     """
-    computations, entry = _computations(hlo)
-    _count(computations, entry)
-    everyone = int(known.group(1)) if (known := re.search(r"num_partitions=(\d+)", hlo)) else 1
-    found: dict[str, list[float]] = defaultdict(lambda: [0, 0])
+    computations, entry = _parse_computations(hlo)
+    _count_executions(computations, entry)
+    partitions = re.search(r"num_partitions=(\d+)", hlo)
+    num_partitions = int(partitions.group(1)) if partitions else 1
+    counts: dict[str, float] = defaultdict(float)
+    sent: dict[str, float] = defaultdict(float)
+    for executions, line, match in _collectives(computations):
+        kind, group_size = match["kind"], _group_size(line, num_partitions)
+        asynchronous = f"{kind}-start" in line
+        counts[kind] += executions
+        sent[kind] += executions * _bytes_sent(kind, match["shapes"], group_size, asynchronous)
+    return {kind: (round(counts[kind]), round(sent[kind])) for kind in counts}
+
+
+def _collectives(
+    computations: dict[str, _Computation],
+) -> Iterator[tuple[float, str, re.Match[str]]]:
+    """Yields executions, line and match of each collective that runs.
+
+    The start and the end of an asynchronous collective may both spell it. They share a channel, so
+    each channel counts once.
+    """
     channels = set()
-    for one in computations.values():
-        for line in one.lines:
-            match = _OPERATION.search(line)
+    for computation in computations.values():
+        for line in computation.lines:
+            match = _COLLECTIVE.search(line)
             channel = re.search(r"channel_id=(\d+)", line)
-            if not match or not one.times or (channel and channel.group(1) in channels):
+            if not match or not computation.executions:
                 continue
-            if channel:  # an asynchronous one may be spelled in its beginning and in its end
+            if channel and channel.group(1) in channels:
+                continue
+            if channel:
                 channels.add(channel.group(1))
-            sent = _sent(
-                match.group(2),
-                match.group(1),
-                _group_size(line, everyone),
-                f"{match.group(2)}-start" in line,
-            )
-            found[match.group(2)][0] += one.times
-            found[match.group(2)][1] += one.times * sent
-    return {kind: (round(n), round(b)) for kind, (n, b) in found.items()}
+            yield computation.executions, line, match
 
 
-def _computations(hlo: str) -> tuple[dict[str, _Computation], str]:
-    out, entry, lines = {}, "", None
+def _parse_computations(hlo: str) -> tuple[dict[str, _Computation], str]:
+    """Returns the computations by name, and the name of the entry computation."""
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
     for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
-            lines = []
-            out[head.group(2)] = _Computation(lines)
-            entry = head.group(2) if head.group(1) else entry
-        elif line == "}":  # lines of a kernel's metadata may begin with one
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return out, entry
+        if header := _COMPUTATION.match(line):
+            current = computations[header["name"]] = _Computation()
+            if header["entry"]:
+                entry = header["name"]
+        elif line == "}":  # a kernel's metadata may have lines that begin with a brace
+            current = None
+        elif current is not None:
+            current.lines.append(line)
+    return computations, entry
 
 
-def _count(computations: dict[str, _Computation], entry: str) -> None:
-    """Fills in `times`, callers before callees."""
-    order, seen = [], set()
+# ---- executions ----------------------------------------------------------------------------------
+def _count_executions(computations: dict[str, _Computation], entry: str) -> None:
+    """Fills in `executions`, callers before callees."""
+    callees_first: list[str] = []
+    seen = set()
 
     def visit(name: str) -> None:
         if name in seen or name not in computations:
@@ -98,59 +106,76 @@ def _count(computations: dict[str, _Computation], entry: str) -> None:
         for line in computations[name].lines:
             for callee in _callees(line):
                 visit(callee)
-        order.append(name)
+        callees_first.append(name)
 
     visit(entry)
-    computations[entry].times = 1.0
-    for name in reversed(order):
+    computations[entry].executions = 1.0
+    for name in reversed(callees_first):
         for line in computations[name].lines:
-            turns = _turns(computations, line) if " while(" in line else 1
+            trips = _trip_count(computations, line) if " while(" in line else 1
             for callee in _callees(line):
                 if callee in computations:
-                    computations[callee].times += computations[name].times * turns
+                    computations[callee].executions += computations[name].executions * trips
 
 
 def _callees(line: str) -> list[str]:
-    names = _CALLS.findall(line)
+    names = _CALLEE.findall(line)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-        names += [b.strip().lstrip("%") for b in branches.group(1).split(",")]
+        names += [name.strip().lstrip("%") for name in branches.group(1).split(",")]
     return names
 
 
-def _turns(computations: dict[str, _Computation], line: str) -> float:
-    """Of a loop that counts from 0: the number that its condition compares with, over the step by which its body counts. On a GPU
-    conditions are kernels, and the compiler notes the number beside the loop. That over generated tokens, which turns for as long as
-    they go on, counts as one."""
-    if _TOKENS in line:
+def _trip_count(computations: dict[str, _Computation], line: str) -> float:
+    """Returns the trip count of a loop that counts up from 0.
+
+    It is the number that the loop's condition compares with, over the step by which its body
+    counts. On a GPU the condition is a kernel, and the compiler notes the trip count in the loop's
+    line. The loop over generated tokens runs for as long as the text does; it counts once.
+    """
+    if _TOKEN_LOOP in line:
         return 1
-    condition, body = (
-        re.search(rf"{name}=%?([\w.-]+)", line).group(1) for name in ("condition", "body")
-    )
-    text = "\n".join(computations[condition].lines)
-    ends = list(map(int, re.findall(r"constant\((\d+)\)", text)))
-    if not ends and (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)):
+    condition = "\n".join(computations[_called_as("condition", line)].lines)
+    constants = [int(n) for n in re.findall(r"constant\((\d+)\)", condition)]
+    if not constants and (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)):
         return int(known.group(1))
-    end = max(ends, default=1)
-    counter = re.search(r"get-tuple-element\([^)]*\), index=(\d+)", text)
-    return end / _step(computations[body].lines, int(counter.group(1)) if counter else 0)
+    end = max(constants, default=1)
+    counter = re.search(r"get-tuple-element\([^)]*\), index=(\d+)", condition)
+    body = computations[_called_as("body", line)].lines
+    return end / _loop_step(body, int(counter.group(1)) if counter else 0)
 
 
-def _step(body: list[str], counter: int) -> int:
-    """What a loop's body adds to element `counter` of its state: more than 1 where the compiler has unrolled it."""
-    named = {
-        m.group(1): line for line in body if (m := re.match(r"\s*(?:ROOT )?%([\w.-]+) = ", line))
-    }
+def _called_as(role: str, line: str) -> str:
+    match = re.search(rf"{role}=%?([\w.-]+)", line)
+    if match is None:
+        raise ValueError(f"cannot read the {role} of a loop: {line.strip()[:300]}")
+    return match.group(1)
+
+
+def _loop_step(body: list[str], counter: int) -> int:
+    """Returns what a loop's body adds to element `counter` of its state.
+
+    It is more than 1 if the compiler has unrolled the loop.
+    """
+    line_of = {}  # by the name of its result
+    for line in body:
+        if result := re.match(r"\s*(?:ROOT )?%([\w.-]+) = ", line):
+            line_of[result.group(1)] = line
     root = next((line for line in body if "ROOT" in line), "")
-    results = re.findall(r"%([\w.-]+)", root[root.rfind(" tuple(") :].split(")", 1)[0])
-    if counter < len(results) and " add(" in (add := named.get(results[counter], "")):
-        for operand in re.findall(r"%([\w.-]+)", add.split(" add(", 1)[1].split(")", 1)[0]):
-            if constant := re.search(r"constant\((\d+)\)", named.get(operand, "")):
+    state = re.findall(r"%([\w.-]+)", root[root.rfind(" tuple(") :].split(")", 1)[0])
+    if counter < len(state) and " add(" in (add := line_of.get(state[counter], "")):
+        operands = add.split(" add(", 1)[1].split(")", 1)[0]
+        for operand in re.findall(r"%([\w.-]+)", operands):
+            if constant := re.search(r"constant\((\d+)\)", line_of.get(operand, "")):
                 return int(constant.group(1))
     return 1
 
 
-def _group_size(line: str, everyone: int) -> int:
-    """Of how many chips a collective is. Raises ValueError for a spelling that is not known here, rather than count nothing."""
+# ---- bytes ---------------------------------------------------------------------------------------
+def _group_size(line: str, num_partitions: int) -> int:
+    """Returns how many chips take part in a collective.
+
+    Raises ValueError for an unknown notation: a wrong count would go unnoticed.
+    """
     if " collective-permute" in line:
         return 2
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
@@ -161,18 +186,22 @@ def _group_size(line: str, everyone: int) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed.group(1).split(","))
     if re.search(r"replica_groups=\{\}", line):
-        return everyone
-    raise ValueError(f"the groups of a collective cannot be read: {line.strip()[:300]}")
+        return num_partitions
+    raise ValueError(f"cannot read the groups of a collective: {line.strip()[:300]}")
 
 
-def _sent(kind: str, shapes: str, group: int, asynchronous: bool) -> float:
-    """Bytes that a chip sends. shapes: of the results, after those of the operands where it only starts there."""
+def _bytes_sent(kind: str, shapes: str, group_size: int, asynchronous: bool) -> float:
+    """Returns the bytes that a chip sends.
+
+    shapes: of the results; of an operation that only starts, of its operands and then its results.
+    """
     sizes = []
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        sizes.append(_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(",")))))
+        count = math.prod(int(n) for n in dims.split(",") if n)
+        sizes.append(_DTYPE_BYTES.get(dtype, 4) * count)
     if kind == "collective-permute":
         return max(sizes)
     if asynchronous and kind != "all-reduce" and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]
-    factor = {"all-reduce": 2, "reduce-scatter": group}.get(kind, 1)
-    return factor * sum(sizes) * (group - 1) / group
+    factor = {"all-reduce": 2, "reduce-scatter": group_size}.get(kind, 1)
+    return factor * sum(sizes) * (group_size - 1) / group_size

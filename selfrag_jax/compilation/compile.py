@@ -1,124 +1,151 @@
-"""Ahead-of-time compilation for TPU slices and GPUs that are not here: does a training or answering fit, what is sent between
-chips, how fast can it be at best?
+"""Ahead-of-time compilation for TPU slices and GPUs that you need not have.
 
-The compiler is the real one (libtpu, extra `.[tpu]`; XLA's for GPUs, extra `.[gpu]`), run on a CPU host for a described topology
-such as `v5e:4x4` or `h100:8`. What it says of memory is what a chip of that slice will need; of a GPU, but for what its libraries
-take while they run (NCCL, cuDNN), beside the three quarters of its memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION). Times are
-not measured: they are the least that the chip's public peak rates allow (its roofline).
+It answers three questions before you rent them: does training or answering fit, how much is sent
+between chips, how fast can it be at best?
+
+The compilers are the real ones (libtpu, extra `.[tpu]`; XLA's for GPUs, extra `.[gpu]`), run on a
+CPU host for a described topology such as `v5e:4x4` or `h100:8`. The memory that they report is what
+a chip of that slice will need. On a GPU, libraries such as NCCL and cuDNN need more while they run;
+that comes out of the quarter of the memory that JAX leaves (XLA_PYTHON_CLIENT_MEM_FRACTION). Times
+are not measured: they are the least that the chip's published peak rates allow (its roofline).
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from selfrag_jax import config as configs
 from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.compilation import decode, gpu
-from selfrag_jax.compilation.collectives import collectives
+from selfrag_jax.compilation import decode, gpu, train
+from selfrag_jax.compilation.collectives import count_collectives
+from selfrag_jax.compilation.topology import topology_devices
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.architectures import architecture
-from selfrag_jax.models.llama import LlamaConfig, Model
+from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.text import reflection
-from selfrag_jax.training import optimizer, step
 from selfrag_jax.training.config import ROLES, TrainConfig
 
 PROGRAMS = ("train", "decode")
-GPUS = tuple(name.upper() for name in gpu.CARDS)
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
-_TOPOLOGY = re.compile(r"(?:(v5e|v6e):(\d+)x(\d+)|(v4|v5p):(\d+)x(\d+)x(\d+))")
+_GPUS = tuple(name.upper() for name in gpu.CARDS)  # as roofline.CHIPS names them
+_ATTENTION_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
+_BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
-    """Compiles a program of a config for a slice; returns what is printed as JSON ("fits" says whether it fits).
+    """Compiles a config's program for a topology; returns what `selfrag compile` prints as JSON.
 
-    program: "train", the trainer's step, or "decode", what answering runs: reading prompts and passages, generating segments.
-    Raises BadInput for an unknown program or topology, a config without an architecture, or when the compiler is missing.
+    program: "train" for the trainer's step; "decode" for what answering runs: reading prompts and
+    passages, generating segments. "fits" tells whether the memory is enough. Raises UserError for
+    an unknown program or topology, a config without an architecture, and a missing compiler.
     """
     if program not in PROGRAMS:
         raise UserError(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
-    needed = ROLES if program == "train" else ("answer",)
-    section = next((r for r in needed if r in c), None)
+    sections = ROLES if program == "train" else ("answer",)
+    section = next((name for name in sections if name in c), None)
     if section is None or "architecture" not in c:
-        known = (
-            "critic_7b, generator_7b, generator_13b and lora_7b"
-            if program == "train"
-            else "short_form and long_form"
-        )
+        suitable = "critic_7b, generator_7b, generator_13b and lora_7b"
+        if program == "decode":
+            suitable = "short_form and long_form"
         raise UserError(
-            f"this config has no architecture to compile a {program} program of; {known} have"
+            f"this config has no architecture to compile for --program={program}; {suitable} have"
         )
-    return (_train if program == "train" else _decode)(c, section, topology)
+    if program == "train":
+        return _compile_training(c, section, topology)
+    return _compile_answering(c, section, topology)
 
 
-def _train(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
+def _compile_training(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
+    # 1. What is trained, and on which devices.
     section = configs.build(TrainConfig, c[role], role)
-    base = architecture(
-        c.architecture, len(reflection.ALL) + 1, section.dtype or "float32"
-    )  # and [PAD]
+    base = _model_config(c, section.dtype)
     devices = topology_devices(topology)
-    mesh = section.make_mesh(devices)
-    chip = roofline.chip(devices[0].device_kind)
+    mesh, chip = section.make_mesh(devices), _chip(devices)
     section.check(base, mesh)
     if section.max_targets is not None:
         raise UserError(
-            f"config {role}: max_targets={section.max_targets} is for one device; a slice computes all positions (none)"
+            f"config {role}: max_targets={section.max_targets} is for one device; a slice computes "
+            "all positions (none)"
         )
-    out = _head(c, "train", topology, mesh)
-    found, compiled = _compiled(lower_training_step(section, base, mesh), chip)
-    out |= found
-    if compiled is not None:
-        sent = sum(kind["bytes_per_chip"] for kind in out["collectives"].values())
-        fits = out.pop("fits")
-        out |= roofline_times(section, base, mesh, chip, sent) | {"fits": fits}
-    return out
+
+    # 2. Compile the step.
+    lowered = train.lower_training_step(section, base, mesh)
+    result = _header(c, "train", topology, mesh) | _compile(lowered, chip)
+    if "compiler" in result:  # it ran out of memory
+        return result
+
+    # 3. How fast can it be at best?
+    bytes_sent = sum(kind["bytes_per_chip"] for kind in result["collectives"].values())
+    fits = result.pop("fits")  # comes last
+    times = train.roofline_times(section, base, mesh, chip, bytes_sent)
+    return result | times | {"fits": fits}
 
 
-def _decode(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
+def _compile_answering(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
+    # 1. What answers, and on which devices.
     section = configs.build(AnswerConfig, c[name], name)
-    base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")
-    base = replace(base, quantized=section.quantization == "int8")
+    base = replace(_model_config(c, section.dtype), quantized=section.quantization == "int8")
     devices = topology_devices(topology)
     if section.tensor != len(devices):
         raise UserError(
-            f"config {name}: tensor={section.tensor}, but {topology} has {len(devices)} chips: --config.{name}.tensor"
+            f"config {name}: tensor={section.tensor}, but {topology} has {len(devices)} chips: "
+            f"--config.{name}.tensor"
         )
-    mesh, chip = (
-        sharding.make_mesh(tensor=-1, devices=devices),
-        roofline.chip(devices[0].device_kind),
-    )
-    out = _head(c, "decode", topology, mesh) | {
-        "questions": section.batch,
-        "passages": section.search.ndocs,
-    }
-    out["history"] = decode.longest_history(section)  # tokens that the last segment can stand on
+    mesh, chip = sharding.make_mesh(tensor=-1, devices=devices), _chip(devices)
+
+    # 2. Compile each program. What the engine holds beside its arguments needs memory too.
     programs = {}
-    for what, (lowered, beside) in decode.lower(section, base, mesh).items():
-        programs[what] = found = _compiled(lowered, chip)[0]
-        memory = found["memory_per_chip"]
+    for label, (lowered, held_beside) in decode.lower_programs(section, base, mesh).items():
+        programs[label] = program = _compile(lowered, chip)
+        memory = program["memory_per_chip"]
         if "total" in memory:
-            memory |= {"held_beside": beside, "total": memory["total"] + beside}
-            found["fits"] = memory["total"] <= memory["hbm"]
-    largest = max(programs.values(), key=lambda p: p["memory_per_chip"].get("total", float("inf")))
+            memory |= {"held_beside": held_beside, "total": memory["total"] + held_beside}
+            program["fits"] = memory["total"] <= memory["hbm"]
+
+    # 3. Report the program that needs most memory, and all of them.
+    def total_memory(program: dict[str, Any]) -> float:
+        return program["memory_per_chip"].get("total", float("inf"))
+
+    shapes = decode.answering_shapes(section)
+    sizes = {
+        "questions": section.batch,
+        "passages": shapes.num_passages,
+        # Capacity for the tokens before the last segment.
+        "history": shapes.longest_prefix(section.max_length, section.search.max_depth),
+    }
     return (
-        out
-        | largest
+        _header(c, "decode", topology, mesh)
+        | sizes
+        | max(programs.values(), key=total_memory)
         | {"programs": programs}
-        | decode.decode_times(section, base, mesh, chip)
-        | {"fits": all(p["fits"] for p in programs.values())}
+        | decode.roofline_times(section, base, mesh, chip)
+        | {"fits": all(program["fits"] for program in programs.values())}
     )
 
 
-def _head(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, Any]:
+def _model_config(c: ConfigDict, dtype: str | None) -> LlamaConfig:
+    """Returns the architecture with reflection tokens and [PAD] in its vocabulary."""
+    return architecture(c.architecture, len(reflection.ALL) + 1, dtype or "float32")
+
+
+def _chip(devices: list) -> roofline.Chip:
+    """Returns what is known about the devices' chip. Raises UserError if nothing is."""
+    kind = devices[0].device_kind
+    if (chip := roofline.chip(kind)) is None:
+        raise UserError(
+            f"the peak rates of {kind!r} are unknown; the chips with known rates are "
+            f"{', '.join(sorted({c.name for c in roofline.CHIPS.values()}))}"
+        )
+    return chip
+
+
+def _header(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, Any]:
     return {
         "config": c.name,
         "program": program,
@@ -128,176 +155,79 @@ def _head(c: ConfigDict, program: str, topology: str, mesh: Mesh) -> dict[str, A
     }
 
 
-def _compiled(lowered, chip: roofline.Chip) -> tuple[dict[str, Any], Any]:
-    """What the compiler says of a program, and the program; None where the compiler itself runs out of the chip's memory."""
+# ---- compiling one program -----------------------------------------------------------------------
+def _compile(lowered: jax.stages.Lowered, chip: roofline.Chip) -> dict[str, Any]:
+    """Compiles a program; returns its memory, attention kernels and collectives.
+
+    If the compiler gives up because the chip's memory is too small, returns its message as
+    "compiler" instead, and the memory that it names.
+    """
+    hbm = _usable_memory(chip)
     try:
-        compiled = lowered.compile(gpu.OPTIONS if chip.name in GPUS else None)
+        compiled = lowered.compile(gpu.COMPILER_OPTIONS if chip.name in _GPUS else None)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        said = " ".join(str(e).split())[:400]
         return {
-            "memory_per_chip": _memory_named(str(e), chip),
+            "memory_per_chip": {"hbm": hbm} | _memory_in_message(str(e)),
             "fits": False,
-            "compiler": said,
-        }, None
-    memory = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    used += max(
-        0, memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )  # most outputs take their argument's place
-    hlo = compiled.as_text()
+            "compiler": " ".join(str(e).split())[:400],
+        }
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or hlo is None:
+        raise RuntimeError("the compiler reports no memory, or no text of the program")
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Most outputs take the place of a donated argument.
+    outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    total = arguments + temporaries + outputs
     return {
         "memory_per_chip": {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "total": used,
-            "hbm": _room(chip),
+            "arguments": arguments,
+            "temporaries": temporaries,
+            "total": total,
+            "hbm": hbm,
         },
-        "custom_kernels": len(_KERNEL.findall(hlo)),  # attention's, forward and back
+        "custom_kernels": len(_ATTENTION_KERNEL.findall(hlo)),  # forward and backward
         "collectives": {
-            k: {"count": n, "bytes_per_chip": b} for k, (n, b) in sorted(collectives(hlo).items())
+            kind: {"count": count, "bytes_per_chip": bytes_sent}
+            for kind, (count, bytes_sent) in sorted(count_collectives(hlo).items())
         },
-        "fits": used <= _room(chip),
-    }, compiled
-
-
-def _room(chip: roofline.Chip) -> int:
-    """Bytes that programs may take."""
-    return int(chip.memory * (gpu.usable() if chip.name in GPUS else 1))
-
-
-def why_not(found: dict[str, Any]) -> str:
-    """One line on a program that does not fit."""
-    memory = {k: v / 1e9 for k, v in found["memory_per_chip"].items()}
-    if "compiler" in found:
-        needed = ", ".join(
-            f"{memory[k]:.1f} GB ({k})" for k in ("total", "temporaries") if k in memory
-        )
-        return f"does not fit {found['topology']}: {needed} a chip, which has {memory['hbm']:.1f}: {found['compiler']}"
-    beside = (
-        f" beside {memory['held_beside']:.1f} GB that are not theirs"
-        if memory.get("held_beside")
-        else ""
-    )
-    return (
-        f"does not fit {found['topology']}: {memory['arguments']:.1f} GB of arguments and {memory['temporaries']:.1f} GB of "
-        f"temporaries{beside} a chip are {memory['total']:.1f} GB; it has {memory['hbm']:.1f}"
-    )
-
-
-def _memory_named(message: str, chip: roofline.Chip) -> dict[str, int]:
-    """The bytes that the compiler names where it gives up: "Used 17.25G of 15.75G hbm", or "temporaries (40.61G) exceeds"."""
-    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    out = {"hbm": _room(chip)}
-    for name, pattern in (
-        ("total", r"[Uu]sed ([\d.]+)([KMG]?) of"),
-        ("temporaries", r"temporaries \(([\d.]+)([KMG]?)\) exceed"),
-    ):
-        if found := re.search(pattern, message):
-            out[name] = int(float(found.group(1)) * unit[found.group(2)])
-    return out
-
-
-def topology_devices(topology: str) -> list:
-    """The devices of a slice, as descriptions. Raises BadInput when it is unknown, or the compiler for it is not installed."""
-    if gpu.TOPOLOGY.fullmatch(topology):
-        return gpu.devices(topology)
-    if not _TOPOLOGY.fullmatch(topology):
-        raise UserError(
-            f"--topology={topology}: expected a TPU and its slice, like v5e:4x4 or v6e:8x8 (two sizes), v4:2x2x4 or v5p:2x2x4 "
-            "(three), or GPUs of a host, like h100:8 (a100, h100, h200; 1 to 8)"
-        )
-    # libtpu asks the machine what it is part of; these answers keep it from waiting for a metadata server.
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
-        ("TPU_WORKER_ID", "0"),
-    ):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # no chip is taken: several may compile at a time
-    from jax.experimental import topologies
-
-    options = (
-        {"chips_per_host_bounds": (1, 1, 1)}
-        if set(re.findall(r"\d+", topology.split(":")[1])) == {"1"}
-        else {}
-    )
-    if topology.startswith("v4:"):
-        options["chip_config_name"] = (
-            "megacore"  # a chip's two cores as one device, as JAX has them
-        )
-    try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
-    except (RuntimeError, ModuleNotFoundError) as e:
-        if "not installed" in str(e) or isinstance(e, ModuleNotFoundError):
-            raise UserError(
-                f"the TPU compiler is missing ({e}): pip install 'selfrag-jax[tpu]'"
-            ) from None
-        raise UserError(
-            f"--topology={topology}: the TPU compiler knows no such slice: {str(e).splitlines()[0]}"
-        ) from None
-
-
-def lower_training_step(section: TrainConfig, base: LlamaConfig, mesh: Mesh):
-    """The trainer's own jitted step, for arrays that are described instead of held."""
-    parts, model = section.micro_batches(mesh), section.model(base)
-    tx = optimizer.make_optimizer(
-        section.optimizer, section.steps or 1000, 0, model.config.vocab_padding
-    )
-    state = step.state_like(section, model, tx, mesh)
-    shape, axes = (section.rows, section.length), sharding.BATCH
-    if parts > 1:
-        shape, axes = (parts, section.rows // parts, section.length), PartitionSpec(None, *axes)
-    at = NamedSharding(mesh, axes)
-    kinds = dict.fromkeys(("tokens", "positions", "targets", "groups"), jnp.int32) | {
-        "weights": jnp.float32
+        "fits": total <= hbm,
     }
-    kinds |= {"doc_ids": jnp.int32} if section.packed else {}
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=at) for name, kind in kinds.items()}
-    with jax.set_mesh(mesh):
-        return step.train_step.lower(state, batch, model, tx, section.loss_chunk)
 
 
-# ---- what the slice can do at best -----------------------------------------------------------------------------------
-def roofline_times(
-    section: TrainConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip, sent: float
-) -> dict[str, Any]:
-    """Model FLOPs of a step, and the least seconds that arithmetic, memory and links need for it; the step's is the largest.
+def _usable_memory(chip: roofline.Chip) -> int:
+    """Returns the bytes that programs may take."""
+    return int(chip.memory * (gpu.memory_fraction() if chip.name in _GPUS else 1))
 
-    sent: bytes between chips, per chip. Arithmetic includes what is computed again in the backward pass, at the chip's rate in bf16
-    (in f32 it is slower). Memory is what cannot be avoided: the trained weights and the optimizer's state read and written once,
-    and the weights read in every pass of every part of the batch.
+
+def _memory_in_message(message: str) -> dict[str, int]:
+    """Returns the bytes that the compiler names when it gives up.
+
+    For example "Used 17.25G of 15.75G hbm", or "temporaries (40.61G) exceeds".
     """
-    model = section.model(base)
-    c = model.config
-    tokens = section.rows * section.length
-    per_token = roofline.train_flops_per_token(c, section.length)
-    again = roofline.recomputed_flops_per_token(c, section.length, section.loss_chunk is not None)
-    parts, chips = section.micro_batches(mesh), mesh.size
-    passes, width = 3 if section.remat == "full" else 2, jnp.dtype(c.dtype).itemsize
-    gathered = parts * passes * width * roofline.weights(c) / mesh.shape["tensor"]
-    seconds = {
-        "arithmetic": tokens * (per_token + again) / (chips * chip.bf16_flops),
-        "memory": (2 * _updated(section, model, mesh) + gathered) / chip.memory_bandwidth,
-        "links": sent / chip.link_bandwidth,
+    patterns = {
+        "total": r"[Uu]sed ([\d.]+)([KMG]?) of",
+        "temporaries": r"temporaries \(([\d.]+)([KMG]?)\) exceed",
     }
-    step = max(seconds.values())
+    found = {name: re.search(pattern, message) for name, pattern in patterns.items()}
     return {
-        "model_flops": tokens * per_token,
-        "roofline_seconds": seconds | {"step": step},
-        "roofline_mfu": tokens * per_token / (step * chips * chip.bf16_flops),
-        "tokens_per_step": tokens,
+        name: int(float(match.group(1)) * _BINARY_UNITS[match.group(2)])
+        for name, match in found.items()
+        if match
     }
 
 
-def _updated(section: TrainConfig, model: Model, mesh: Mesh) -> int:
-    """Bytes of trained weights and optimizer state that one chip holds."""
-    state = step.state_like(
-        section, model, optimizer.make_optimizer(section.optimizer, section.steps or 1000), mesh
-    )
-    held = jax.tree.leaves({k: v for k, v in state.items() if k != "frozen"})
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
+def misfit_message(result: dict[str, Any]) -> str:
+    """Returns one line that says why a program does not fit."""
+    gb = {name: size / 1e9 for name, size in result["memory_per_chip"].items()}
+    head = f"does not fit {result['topology']}"
+    if "compiler" in result:
+        needed = ", ".join(
+            f"{gb[name]:.1f} GB ({name})" for name in ("total", "temporaries") if name in gb
+        )
+        return f"{head}: {needed} per chip, which has {gb['hbm']:.1f}: {result['compiler']}"
+    parts = f"{gb['arguments']:.1f} GB of arguments + {gb['temporaries']:.1f} GB of temporaries"
+    if gb.get("held_beside"):
+        parts += f" + {gb['held_beside']:.1f} GB held beside them"
+    return f"{head}: {parts} per chip take {gb['total']:.1f} GB; it has {gb['hbm']:.1f} GB"

@@ -1,10 +1,13 @@
-"""Ahead-of-time compilation of answering: what reading prompts and passages, and generating segments for all of them, need on a
-TPU slice or GPUs that are not here. The search itself runs on the host (decoding/beam_search.py)."""
+"""Ahead-of-time compilation of answering: the engine's device programs at their largest shapes.
+
+The search itself runs on the host (search/), so the programs of engine/programs.py are all that a
+chip runs. engine/shapes.py says how large their calls can become.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,192 +18,230 @@ from selfrag_jax.answering.config import AnswerConfig
 from selfrag_jax.engine import programs
 from selfrag_jax.engine.engine import unstack_layers
 from selfrag_jax.engine.segments import TokenRules
-from selfrag_jax.engine.shapes import bucket, first_feed, first_room, group_size, ring
+from selfrag_jax.engine.shapes import Call, Shapes
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.llama import Cache, LlamaConfig, Model
+from selfrag_jax.models.params import Params
 from selfrag_jax.text import reflection
 
 
-def lower(c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Any, int]]:
-    """The engine's own jitted programs (decoding/slots.py), lowered, at the greatest lengths of prompt and passage and on the
-    longest history of `max_depth` segments. By name: the program, and the bytes on a chip of what the engine holds beside its
-    arguments.
+def answering_shapes(c: AnswerConfig) -> Shapes:
+    """Returns the shapes with all slots taken and prompts of the greatest length."""
+    return c.search.shapes(c.batch, c.max_length)
 
-    base: the model, its type and bits as they will run. Raises BadInput where the mesh does not divide its heads.
+
+def lower_programs(
+    c: AnswerConfig, base: LlamaConfig, mesh: Mesh
+) -> dict[str, tuple[jax.stages.Lowered, int]]:
+    """Lowers the largest calls of the engine's programs.
+
+    Returns by label the lowered program, and the bytes on a chip of what the engine holds beside
+    the program's arguments. base: the model with the dtype and quantization that it will run in.
+    Raises UserError if the mesh does not divide the heads, and for the released scorer.
     """
-    if base.num_kv_heads % mesh.shape["tensor"]:
+    num_chips = mesh.shape["tensor"]
+    if base.num_kv_heads % num_chips:
         raise UserError(
-            f"{mesh.shape['tensor']} chips do not divide the model's {base.num_kv_heads} key-value heads"
+            f"{num_chips} chips do not divide the model's {base.num_kv_heads} key-value heads"
         )
     if c.search.scorer == "released":
         raise UserError(
-            "search.scorer=released: compile with paper; the released scripts' search has one lane, and needs less"
+            "search.scorer=released: compile with paper; the released scripts' search has one "
+            "beam, and needs less memory"
         )
-    model, search, Q, T = Model(base), c.search, c.batch, c.max_length
-    W, P, M = 1 if search.max_depth == 1 else search.beam_width, search.ndocs, search.max_new_tokens
-    first = len(reflection.ALL)
-    ids = reflection.lookup(lambda token: base.vocab_size - 1 - first + reflection.ALL.index(token))
-    rules = TokenRules(2, base.vocab_size - 1, ids)
-    whole = NamedSharding(mesh, PartitionSpec())
-    # Of a cache: [L, B, K, ...], or of one layer [B, K, ...].
-    heads = lambda n: NamedSharding(mesh, PartitionSpec(*[None] * (n - 3), "tensor", None, None))  # noqa: E731
-    shape = lambda s, p=whole: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
-    rows = lambda kind, *size: jax.ShapeDtypeStruct(size, kind, sharding=whole)  # noqa: E731
-    stored = jax.tree.map(
-        lambda s: (
-            s if s.dtype == jnp.int8 or base.dtype == "float32" else s.update(dtype=base.dtype)
-        ),
-        model.shapes(),
-    )
-    layered = unstack_layers(mesh.devices.flat[0].platform, mesh.size)
-    cache = lambda *size: (
-        Cache.empty(base, *size).per_layer() if layered else Cache.empty(base, *size)
-    )  # noqa: E731
-    stored = jax.eval_shape(model.per_layer, stored) if layered else stored
-    params = jax.tree.map(shape, stored, sharding.shardings(mesh, stored))
-    sharded = lambda tree: jax.tree.map(
-        lambda s: shape(s, heads(s.ndim) if s.ndim > 3 else whole), tree
-    )  # noqa: E731
-    history, fed = longest_history(c), first_feed(T, P, search.length_bucket)
-    empty = lambda: programs.empty(model, rules, cache(Q * W, history), P, fed, M, M, W, layered)  # noqa: E731
-    state = sharded(jax.eval_shape(empty))
-    ints, flags, n = partial(rows, jnp.int32), partial(rows, bool), W * P  # branches of a question
-    least, room = search.length_bucket, bucket(T, search.length_bucket)
-    changes = partial(largest_changes, Q, least=least)
+    shapes = answering_shapes(c)
+    calls = shapes.largest_calls(c.max_length, c.search.max_depth, c.search.keep_passages)
+    engine = _DescribedEngine.create(c, base, mesh)
+    lowered = {}
     with jax.set_mesh(mesh):
-        out: dict[str, tuple[Any, int]] = {}
-        for which, (some, t) in changes(1, 1, room).items():
-            prompts = (ints(some), ints(some), ints(some, t), flags(some, t), ints(some), W, True)
-            out["prompt" + which] = (
-                programs.read.lower(model, params, rules, state.prefix, *prompts),
-                bytes_per_chip(state.own),
+        for call in calls:
+            args, beside = engine.arguments(call)
+            program = getattr(programs, call.program).lower(*args)
+            lowered[call.label] = program, bytes_per_chip(beside)
+    return lowered
+
+
+@dataclass(frozen=True)
+class _DescribedEngine:
+    """What the engine holds, with jax.ShapeDtypeStructs in place of arrays."""
+
+    model: Model
+    rules: TokenRules
+    shapes: Shapes
+    per_layer: bool
+    samples: bool
+    mesh: Mesh
+    params: Params
+    prefixes: Cache  # at their largest capacity
+    branches: programs.Branches  # at their largest capacities
+
+    @classmethod
+    def create(cls, c: AnswerConfig, base: LlamaConfig, mesh: Mesh) -> _DescribedEngine:
+        model, shapes, rules = Model(base), answering_shapes(c), _token_rules(base)
+        per_layer = unstack_layers(mesh.devices.flat[0].platform, mesh.size)
+        num_beams = shapes.num_slots * shapes.beam_width
+        prefix_capacity = shapes.longest_prefix(c.max_length, c.search.max_depth)
+
+        def empty_branches() -> programs.Branches:
+            return programs.empty_branches(
+                model,
+                rules,
+                shapes.num_slots,
+                shapes.beam_width,
+                shapes.num_passages,
+                fed=shapes.first_fed_capacity(c.max_length),
+                generated=shapes.max_new_tokens,
+                max_new_tokens=shapes.max_new_tokens,
+                per_layer=per_layer,
             )
-        for which, (some, t) in changes(n, 1, room).items():
-            branches = (
-                ints(some * n, t),
-                flags(some * n, t),
-                ints(some * n),
-                ints(some * n),
-                rows(jnp.uint32, some * n, 2),
-            )
-            out["passages" + which] = (
-                programs.feed.lower(model, params, rules, state, ints(some), *branches),
-                0,
-            )
-        sampling = (rows(jnp.float32), rows(jnp.float32)) if search.temperature else None
-        out["segment"] = programs.decode.lower(model, params, rules, state, ints(), sampling), 0
-        if grown := largest_growth(fed, P, M, least):
-            (before, places), beside = grown, bytes_per_chip((params, state.prefix))
-            own = sharded(jax.eval_shape(lambda: cache(Q * W * P, before + places)))
-            out["grow_branches"] = (programs.resize.lower(own, before, fed, M), beside)
-        if search.max_depth > 1:
-            lengths = (
-                (first_feed(1, P, least), fed)
-                if search.keep_passages
-                else (1, bucket(M + 1, least))
-            )
-            for which, (some, t) in changes(W, *lengths).items():
-                lanes = ints(some * W)
-                if search.keep_passages:
-                    own = sharded(jax.eval_shape(lambda t=t: cache(Q * n, t + M)))
-                    lowered = programs.keep.lower(state.prefix, own, ints(some), lanes, lanes)
-                    out["keep" + which] = lowered, bytes_per_chip(params)
-                else:  # what a segment said is read once more, behind its parent's prefix
-                    texts = (
-                        ints(some),
-                        lanes,
-                        ints(some * W, t),
-                        flags(some * W, t),
-                        lanes,
-                        W,
-                        False,
-                    )
-                    lowered = programs.read.lower(model, params, rules, state.prefix, *texts)
-                    out["read_again" + which] = lowered, bytes_per_chip(state.own)
-            before = sharded(jax.eval_shape(lambda: cache(Q * W, smaller(history, least))))
-            out["grow_prefixes"] = (
-                programs.longer_prefix.lower(before, history),
-                bytes_per_chip((params, state.own)),
-            )
-        return out
+
+        return cls(
+            model=model,
+            rules=rules,
+            shapes=shapes,
+            per_layer=per_layer,
+            samples=c.search.sampling is not None,
+            mesh=mesh,
+            params=_described_params(model, mesh, per_layer),
+            prefixes=_described_cache(model, mesh, per_layer, num_beams, prefix_capacity),
+            branches=_with_split_heads(jax.eval_shape(empty_branches), mesh),
+        )
+
+    def arguments(self, call: Call) -> tuple[tuple[Any, ...], Any]:
+        """Returns the arguments of a call, and what the engine holds beside them."""
+        n, T, s = call.num_slots, call.length, self.shapes
+        W, P, M = s.beam_width, s.num_passages, s.max_new_tokens
+        model = self.model, self.params, self.rules
+        params, prefixes, branches = self.params, self.prefixes, self.branches
+        slots = self._int32(n)
+        match call.label.removesuffix("_together"):
+            case "prompt":
+                rows = self._int32(n)
+                tokens = self._int32(n, T), self._array(bool, n, T)
+                args = *model, prefixes, slots, rows, *tokens, rows, W, True
+                return args, branches.cache
+            case "read_again":  # segments without their passages, after their parents' prefixes
+                rows = self._int32(n * W)
+                tokens = self._int32(n * W, T), self._array(bool, n * W, T)
+                args = *model, prefixes, slots, rows, *tokens, rows, W, False
+                return args, branches.cache
+            case "passages":
+                B = n * W * P
+                rows, keys = self._int32(B), self._array(jnp.uint32, B, 2)
+                tokens = self._int32(B, T), self._array(bool, B, T)
+                return (*model, prefixes, branches, slots, *tokens, rows, rows, keys), ()
+            case "segment":
+                scalar = self._array(jnp.float32)
+                sampling = (scalar, scalar) if self.samples else None
+                return (*model, prefixes, branches, self._int32(), sampling), ()
+            case "keep":
+                rows = self._int32(n * W)
+                cache = self._cache(s.num_slots * W * P, T + M)
+                return (prefixes, cache, slots, rows, rows), params
+            case "grow_branches":
+                fed, generated = call.before
+                cache = self._cache(s.num_slots * W * P, fed + generated)
+                return (cache, fed, T, M), (params, prefixes)
+            case "grow_prefixes":
+                cache = self._cache(s.num_slots * W, call.before[0])
+                return (cache, T), (params, branches.cache)
+        raise ValueError(f"unknown call {call.label!r}")
+
+    def _int32(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._array(jnp.int32, *shape)
+
+    def _array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    def _cache(self, rows: int, length: int) -> Cache:
+        return _described_cache(self.model, self.mesh, self.per_layer, rows, length)
 
 
-def largest_changes(
-    questions: int, rows: int, shortest: int, longest: int, least: int
-) -> dict[str, tuple[int, int]]:
-    """(how many slots one program changes, tokens of each of a slot's rows) where that needs most memory: with rows of `longest`
-    tokens; and, "_together", with as many slots at once as there ever are, and the longest rows that so many are changed with."""
-    lengths = {bucket(t, least) for t in range(shortest, longest + 1)}
-    sizes = {length: group_size(questions, rows * length) for length in lengths}
-    out, most = {"": (sizes[longest], longest)}, max(sizes.values())
-    if most > sizes[longest]:
-        out["_together"] = most, max(length for length, size in sizes.items() if size == most)
-    return out
+def _token_rules(base: LlamaConfig) -> TokenRules:
+    """Returns rules for a vocabulary that ends with the reflection tokens and [PAD]."""
+    first, pad = base.vocab_size - 1 - len(reflection.ALL), base.vocab_size - 1
+    ids = reflection.lookup(lambda token: first + reflection.ALL.index(token))
+    return TokenRules(eos=2, pad=pad, reflection=ids)
 
 
-def smaller(length: int, least: int) -> int:
-    """The bucket before that of `length`, which is one itself."""
-    return next((n for n in range(length - 1, 0, -1) if bucket(n, least) < length), 0)
+def _described_params(model: Model, mesh: Mesh, per_layer: bool) -> Params:
+    def stored(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x if x.dtype == jnp.int8 else x.update(dtype=model.config.dtype)
+
+    params = jax.tree.map(stored, model.shapes())
+    if per_layer:
+        params = jax.eval_shape(model.per_layer, params)
+    return jax.tree.map(_placed, params, sharding.shardings(mesh, params))
 
 
-def largest_growth(fed: int, branches: int, new: int, least: int) -> tuple[int, int] | None:
-    """Of what branches have room for before it grows to `fed` + `new` tokens, the most: fed tokens, and places of the ring."""
-    less = smaller(fed, least)
-    fewer = max((places for n in range(new) if (places := ring(n, new)) < new), default=0)
-    ways = [(less, new)] if less >= first_feed(1, branches, least) else []
-    return max(ways + ([(fed, fewer)] if fewer else []), key=sum, default=None)
+def _described_cache(model: Model, mesh: Mesh, per_layer: bool, rows: int, length: int) -> Cache:
+    def empty() -> Cache:
+        cache = Cache.empty(model.config, rows, length)
+        return cache.per_layer() if per_layer else cache
+
+    return _with_split_heads(jax.eval_shape(empty), mesh)
+
+
+def _with_split_heads(tree: Any, mesh: Mesh) -> Any:
+    """Shards keys and values over their heads, and replicates everything else.
+
+    Keys and values are [L, B, K, ...], or [B, K, ...] if held per layer; no other array has that
+    many axes.
+    """
+
+    def place(x):
+        axes = (*[None] * (x.ndim - 3), "tensor", None, None) if x.ndim > 3 else ()
+        return _placed(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(place, tree)
+
+
+def _placed(x, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def bytes_per_chip(tree: Any) -> int:
+    """Returns the bytes that one chip holds of described arrays."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def longest_history(c: AnswerConfig) -> int:
-    """Tokens of the prefix of the last segment: prompt, and passage and text of all before."""
-    s = c.search
-    first = first_room(c.max_length, s.max_new_tokens, s.max_depth > 1, s.length_bucket)
-    return max(
-        first,
-        bucket(
-            c.max_length + (s.max_depth - 1) * (c.max_length + s.max_new_tokens), s.length_bucket
-        )
-        if s.max_depth > 1
-        else 0,
-    )
-
-
-def decode_times(
+# ---- what the chips can do at best ---------------------------------------------------------------
+def roofline_times(
     c: AnswerConfig, base: LlamaConfig, mesh: Mesh, chip: roofline.Chip
 ) -> dict[str, Any]:
-    """The least seconds of the first segments of as many questions as there are slots, as the chips' peak rates allow: reading
-    prompts and passages (arithmetic), and a generated token of every branch (reading weights and caches)."""
-    Q, B, T, new = c.batch, c.batch * c.search.ndocs, c.max_length, c.search.max_new_tokens
-    read = Q * T * roofline.decode_flops_per_token(
-        base, T / 2
-    ) + B * T * roofline.decode_flops_per_token(base, 1.5 * T)
-    layer = 1 if base.quantized else jnp.dtype(base.dtype).itemsize
-    tables = (
-        base.vocab_size * base.embed_dim
-    )  # the head is read in every step, of the embedding a few rows
-    matrices = roofline.weights(base) - 2 * tables
-    token = 2 * base.num_layers * base.num_kv_heads * base.head_dim * jnp.dtype(base.dtype).itemsize
-    cached = token * (Q * T + B * (T + new / 2))
-    step = (matrices * layer + tables * jnp.dtype(base.dtype).itemsize + cached) / (
-        mesh.size * chip.memory_bandwidth
-    )
-    work = (
-        B
-        * (roofline.decode_flops_per_token(base, 2 * T) + 2.0 * tables)
-        / (mesh.size * chip.bf16_flops)
-    )
-    reading = read / (mesh.size * chip.bf16_flops)
-    total = reading + new * max(step, work)
-    seconds = {
-        "prompts_and_passages": reading,
-        "generated_token": max(step, work),
-        "segment": total,
+    """Returns the least seconds that the first segments of a full batch of questions take.
+
+    They are what the chips' peak rates allow: for reading prompts and passages (arithmetic), and
+    for a generated token of every branch (reading weights and caches).
+    """
+    Q, T, M = c.batch, c.max_length, c.search.max_new_tokens
+    B = Q * answering_shapes(c).num_passages
+    flops, bandwidth = mesh.size * chip.bf16_flops, mesh.size * chip.memory_bandwidth
+    itemsize = jnp.dtype(base.dtype).itemsize
+
+    prompt_flops = Q * T * roofline.decode_flops_per_token(base, T / 2)
+    passage_flops = B * T * roofline.decode_flops_per_token(base, 1.5 * T)
+    reading = (prompt_flops + passage_flops) / flops
+
+    # Every step reads the whole output head, but only a few rows of the embedding.
+    head_weights = base.vocab_size * base.embed_dim
+    layer_weights = roofline.num_weights(base) - 2 * head_weights
+    weight_bytes = layer_weights * (1 if base.quantized else itemsize) + head_weights * itemsize
+    token_bytes = 2 * base.num_layers * base.num_kv_heads * base.head_dim * itemsize
+    cache_bytes = token_bytes * (Q * T + B * (T + M / 2))
+    step_flops = B * (roofline.decode_flops_per_token(base, 2 * T) + 2.0 * head_weights)
+    step = max((weight_bytes + cache_bytes) / bandwidth, step_flops / flops)
+
+    segment = reading + M * step
+    return {
+        "roofline_seconds": {
+            "prompts_and_passages": reading,
+            "generated_token": step,
+            "segment": segment,
+        },
+        "roofline_questions_per_second": Q / segment,
     }
-    return {"roofline_seconds": seconds, "roofline_questions_per_second": Q / total}

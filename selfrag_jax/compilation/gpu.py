@@ -1,20 +1,27 @@
-"""GPUs that are not here, as XLA's compiler for them wants them described (extra `.[gpu]`, which needs no GPU and no driver)."""
+"""Descriptions of GPUs for XLA's compiler.
+
+The compiler comes with the extra `.[gpu]` and needs neither a GPU nor a driver.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from selfrag_jax.errors import UserError
 
-TOPOLOGY = re.compile(r"(a100|h100|h200):([1-8])")  # a host's GPUs
+TOPOLOGY = re.compile(r"(a100|h100|h200):([1-8])")  # the GPUs of one host
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the compiler asks of a card: as XLA's own descriptions of them have it (openxla/xla, gpu_specs), which agree with NVIDIA's
-    CUDA C++ programming guide (technical specifications of each compute capability)."""
+    """What the compiler needs to know about a card.
+
+    The numbers are those of XLA's own descriptions (openxla/xla, gpu_specs), which agree with
+    NVIDIA's CUDA C++ programming guide (technical specifications per compute capability).
+    """
 
     name: str
     capability: tuple[int, int]
@@ -23,64 +30,63 @@ class Card:
     memory: int  # bytes
     bandwidth: int  # bytes per second
     l2_cache: int  # bytes
-    shared_memory: int  # bytes of a multiprocessor; a block may ask for a KiB less
+    shared_memory: int  # bytes of a multiprocessor; a block may use one KiB less
 
 
 CARDS = {
     "a100": Card(
-        "NVIDIA A100-SXM4-80GB",
-        (8, 0),
-        108,
-        1.41,
-        85_100_068_864,
-        2_039 * 10**9,
-        40 * 2**20,
-        164 * 2**10,
+        name="NVIDIA A100-SXM4-80GB", capability=(8, 0), multiprocessors=108, clock_ghz=1.41,
+        memory=85_100_068_864, bandwidth=2_039 * 10**9,
+        l2_cache=40 * 2**20, shared_memory=164 * 2**10,
     ),
     "h100": Card(
-        "NVIDIA H100 80GB HBM3",
-        (9, 0),
-        132,
-        1.98,
-        84_942_979_072,
-        3_352 * 10**9,
-        50 * 2**20,
-        228 * 2**10,
+        name="NVIDIA H100 80GB HBM3", capability=(9, 0), multiprocessors=132, clock_ghz=1.98,
+        memory=84_942_979_072, bandwidth=3_352 * 10**9,
+        l2_cache=50 * 2**20, shared_memory=228 * 2**10,
     ),
     "h200": Card(
-        "NVIDIA H200", (9, 0), 132, 1.98, 151_397_597_184, 4_800 * 10**9, 50 * 2**20, 228 * 2**10
+        name="NVIDIA H200", capability=(9, 0), multiprocessors=132, clock_ghz=1.98,
+        memory=151_397_597_184, bandwidth=4_800 * 10**9,
+        l2_cache=50 * 2**20, shared_memory=228 * 2**10,
     ),
-}
-# Without a card nothing can be tried out: XLA takes its own kernels as they are, where it would choose the fastest.
-OPTIONS = {"xla_gpu_autotune_level": 0}
+}  # fmt: skip
+
+# Autotuning runs kernels on a card to choose the fastest. Without a card XLA must not try.
+COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
-def devices(topology: str) -> list:
-    """The GPUs of `h100:8` as descriptions. Raises BadInput where the compiler is not installed."""
+def topology_devices(topology: str) -> list:
+    """Returns descriptions of the GPUs of a topology such as `h100:8`.
+
+    Raises UserError if the topology is unknown or the compiler is not installed.
+    """
     from jax.experimental import topologies
 
-    name, count = TOPOLOGY.fullmatch(topology).groups()
+    match = TOPOLOGY.fullmatch(topology)
+    if match is None:
+        raise UserError(f"--topology={topology}: expected GPUs of a host, like h100:8")
+    card, num_gpus = match.groups()
     try:
-        shape = f"1x1x{count}"  # hosts that are linked, hosts, GPUs of each
         found = topologies.get_topology_desc(
-            platform="cuda", topology=shape, target_config=_target(CARDS[name])
+            platform="cuda",
+            topology=f"1x1x{num_gpus}",  # groups of linked hosts, hosts, GPUs of each host
+            target_config=_target_config(CARDS[card]),
         )
-    except NotImplementedError:  # of jax without the plugin
+    except NotImplementedError:  # raised by jax if the plugin is missing
         raise UserError("the GPU compiler is missing: pip install 'selfrag-jax[gpu]'") from None
     except RuntimeError as e:
-        raise UserError(
-            f"--topology={topology}: the GPU compiler does not take it: {str(e).splitlines()[0]}"
-        ) from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--topology={topology}: the GPU compiler rejects it: {reason}") from None
     return list(found.devices)
 
 
-def usable() -> float:
-    """What JAX takes of a card's memory, as a share."""
+def memory_fraction() -> float:
+    """Returns the share of a card's memory that JAX takes."""
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
 
 
-def _target(card: Card) -> str:
-    """XLA's stream_executor.GpuTargetConfigProto, as text."""
+def _target_config(card: Card) -> str:
+    """Returns a card as XLA's stream_executor.GpuTargetConfigProto, in text format."""
     major, minor = card.capability
     return f"""
         platform_name: "CUDA"

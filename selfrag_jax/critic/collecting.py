@@ -1,7 +1,7 @@
-"""Critic data from a teacher: critiques asked about instructions and their retrieved passages (paper, Section 3.2.1).
+"""Critic data: a teacher critiques instructions and their retrieved passages.
 
-The rule teacher judges by the synthetic world's truth and errs at a stated rate; a language-model teacher answers the
-same queries over an API.
+See Section 3.2.1 of the paper. The rule teacher knows the truth and errs at a given rate. Any other
+source of labels, such as a language model behind an API, can implement `Teacher`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from selfrag_jax.text.sentences import split_sentences
 
 class Teacher(Protocol):
     def judge(self, query: CritiqueQuery, row_id: str) -> str:
-        """The reflection token of the query's group; row_id: the instruction that it is asked about."""
+        """Returns a reflection token of the query's group. row_id: the instruction's id."""
         ...
 
 
 class RuleTeacher:
-    """A teacher that knows the truth, and errs at a stated rate.
+    """A teacher that knows the truth and errs at a given rate.
 
-    truth: the right reflection token of a query.
+    truth: returns the correct reflection token of a query.
     """
 
     def __init__(self, truth: Callable[[CritiqueQuery], str], error_rate: float, seed: int):
         self.truth, self.error_rate, self.seed = truth, error_rate, seed
 
     def judge(self, query: CritiqueQuery, row_id: str) -> str:
-        """The teacher's label. Whether it errs depends on the query and the row that it is asked for, and on nothing that
-        was asked before: a question that occurs in many rows is not wrong in all of them."""
+        """Returns the truth or, at the error rate, another token of the query's group.
+
+        Errors depend only on the query and the row, not on earlier calls. The row is included so
+        that a question in many rows is not wrong in all of them.
+        """
         label = self.truth(query)
         rng = random.Random(f"{self.seed}-{row_id}-{query}")
         if rng.random() < self.error_rate:
@@ -48,10 +51,8 @@ class CollectConfig:
     seed: int
     teacher: str  # "rule"
     teacher_error_rate: float
-    share: tuple[
-        tuple[str, float], ...
-    ]  # of the instructions that are asked about, per critique group
-    passages: int  # of each instruction's retrieved ones
+    share: tuple[tuple[str, float], ...]  # per critique group: the share of instructions queried
+    passages: int  # retrieved passages to query per instruction
 
     def __post_init__(self):
         if self.teacher != "rule":
@@ -61,22 +62,21 @@ class CollectConfig:
 def critique_queries(
     row: Instruction, config: CollectConfig, rng: random.Random
 ) -> Iterator[CritiqueQuery]:
-    """The critiques that are asked about one instruction."""
+    """Yields the queries to the teacher about one instruction."""
     share = dict(config.share)
-    text = row.asked
+    text = row.full_instruction
     sentences = split_sentences(row.output) or [""]
     if rng.random() < share["retrieve"]:
         yield CritiqueQuery("retrieve", text)
         if row.ctxs:
             for k in range(1, len(sentences)):
-                yield CritiqueQuery(
-                    "retrieve", text, " ".join(sentences[:k]), rng.choice(row.ctxs[:2])
-                )
-    # The first two are mostly about the right entity, the others look like it.
+                evidence = rng.choice(row.ctxs[:2])
+                yield CritiqueQuery("retrieve", text, " ".join(sentences[:k]), evidence)
     passages = list(row.ctxs[: config.passages])
     for passage in passages:
         if rng.random() < share["isrel"]:
             yield CritiqueQuery("isrel", text, evidence=passage)
+    # The first two are mostly about the right entity, the others about similar ones.
     for passage in passages[:2] + ([rng.choice(passages[2:])] if len(passages) > 2 else []):
         if rng.random() < share["issup"]:
             yield CritiqueQuery("issup", text, evidence=passage, output=rng.choice(sentences))

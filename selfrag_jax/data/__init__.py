@@ -1,0 +1,1 @@
+"""Training examples, batches of them, and questions to answer: everything read from data files."""

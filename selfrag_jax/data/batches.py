@@ -1,12 +1,15 @@
-"""Training examples packed into batches of fixed shape.
+"""Packs training examples into batches of fixed shape.
 
-Each document goes into the fullest row that still has room for it; positions restart in each document and `doc_ids` keep attention inside it.
-With `max_targets`, the losses of a batch sit at no more than so many positions, gathered from all rows, so that the
-vocabulary logits are computed there only: the choice for small models on one device. Without, every position has a
-target and a weight, and each device computes those of its own rows.
+Each document goes into the fullest row that still has room for it. Positions restart in each
+document, and `doc_ids` keep attention inside it.
 
-A batch is a pure function of its seed and of one number, the index of the next example: that number is the iterator's whole
-state, and a resumed run sees exactly the batches of an uninterrupted one.
+Losses come in two layouts. With `max_targets`, at most that many positions per batch have a loss.
+They are gathered from all rows, and the vocabulary logits are computed there only: the choice for
+small models on one device. Without it, every position has a target and a weight, and each device
+computes those of its own rows.
+
+A batch is a pure function of the seed and one integer, the index of its first example. That integer
+is the packer's whole state, so a resumed run sees exactly the batches of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,43 +21,48 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float32, Int8, Int32
 
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import BOS, Control, Part, Tokenizer
 
-# Loss groups, for reports and weights: plain text, then the reflection-token groups.
+# For reports and loss weights: plain text, then the groups of reflection tokens.
 LOSS_GROUPS = ("text", *reflection.GROUPS)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One document. All arrays have its length; `weight[i]` is the loss weight of predicting `tokens[i]`."""
+    """One document. `weight[i]` is the loss weight of predicting `tokens[i]`."""
 
-    tokens: np.ndarray  # int32
-    weight: np.ndarray  # float32, 0 where nothing is learned
-    group: np.ndarray  # int8, index into LOSS_GROUPS
+    tokens: Int32[np.ndarray, " T"]
+    weight: Float32[np.ndarray, " T"]  # 0 where nothing is learned
+    group: Int8[np.ndarray, " T"]  # index into LOSS_GROUPS
 
 
 class Source(Protocol):
-    """Examples by index. `len` is the size of an epoch; a generated source may be unbounded (size 0)."""
+    """Examples by index."""
 
-    size: int
+    size: int  # examples per epoch; 0: unbounded, every index has its own example
 
     def example(self, i: int) -> Example: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    tokens: np.ndarray  # [B, T] int32
-    positions: np.ndarray  # [B, T] int32, restarting in each document
-    doc_ids: np.ndarray  # [B, T] int32, 1.. within a row; 0 is padding
-    loss_index: (
-        np.ndarray | None
-    )  # [M] int32, flat index b * T + t of a position whose next token is learned; or none
-    targets: np.ndarray  # [M] int32, or [B, T]
-    weights: np.ndarray  # [M] float32, 0 for unused entries, or [B, T]
-    groups: np.ndarray  # [M] int8, or [B, T]
-    truncated: int  # examples of which something was left out
+    """What a training step reads: B rows of T tokens, and M targets or one per position.
+
+    targets, weights and groups are [M] with max_targets, else [B, T].
+    """
+
+    tokens: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]  # restart in each document
+    doc_ids: Int32[np.ndarray, "B T"]  # 1, 2, ... within a row; 0 is padding
+    # Flat index b * T + t of each position whose next token is learned; None without max_targets.
+    loss_index: Int32[np.ndarray, " M"] | None
+    targets: Int32[np.ndarray, ...]  # the next tokens
+    weights: Float32[np.ndarray, ...]  # 0 for unused entries
+    groups: Int8[np.ndarray, ...]  # index into LOSS_GROUPS
+    truncated: int  # number of examples that did not fit whole
 
 
 def build_example(
@@ -62,17 +70,19 @@ def build_example(
     segments: Sequence[tuple[Sequence[Part], float]],
     group_weights: dict[str, float],
 ) -> Example:
-    """Tokenises `segments`, each a list of parts with a loss weight (0: context only).
+    """Returns the tokenized segments, after a beginning-of-text token.
 
-    Reflection tokens' weights are multiplied by their group's entry in `group_weights`. A beginning-of-text token is
-    put in front. Passages carry weight 0 each on its own, never what stands between two of them.
+    segments: lists of parts with their loss weight; 0 for context, such as a passage.
+    group_weights: factors on the weights of reflection tokens, by group.
     """
     group_of = {t: g for g, tokens in reflection.GROUPS.items() for t in tokens}
     encoded = tokenizer.encode_segments([[Control(BOS)], *(parts for parts, _ in segments)])
-    tokens, weight, group = [], [], []
+    tokens: list[int] = []
+    weight: list[float] = []
+    group: list[int] = []
     for pieces, w in zip(encoded, (0.0, *(w for _, w in segments)), strict=True):
         for ids, control in pieces:
-            name = group_of.get(control)
+            name = None if control is None else group_of.get(control)
             tokens += ids
             weight += [w * (group_weights[name] if name else 1.0)] * len(ids)
             group += [LOSS_GROUPS.index(name) if name else 0] * len(ids)
@@ -82,7 +92,12 @@ def build_example(
 
 
 class Packer:
-    """Fills batches of `rows` x `length` tokens from a source, starting at example `state`."""
+    """Packs examples of a source into batches of `rows` x `length` tokens.
+
+    state: the index of the next example, counted over all epochs. It is the only state: a packer
+    that starts from it continues with the same batches.
+    packed: False puts one example in each row.
+    """
 
     def __init__(
         self,
@@ -103,73 +118,73 @@ class Packer:
         random.Random(f"order-{self.seed}-{epoch}").shuffle(order)
         return order
 
-    def rows_of(self, first: int, end: int) -> list[int]:
-        """The source's own numbers of the examples from `first` up to `end` in training order."""
-        return [self._row(i) for i in range(first, end)]
+    def source_rows(self, first: int, end: int) -> list[int]:
+        """Returns the source's indices of the examples `first` to `end` - 1 in training order."""
+        return [self._source_row(i) for i in range(first, end)]
 
-    def _row(self, i: int) -> int:
+    def _source_row(self, i: int) -> int:
         if not self.source.size:
             return i
-        epoch, at = divmod(i, self.source.size)
-        return self._order(epoch)[at]
+        epoch, i_in_epoch = divmod(i, self.source.size)
+        return self._order(epoch)[i_in_epoch]
 
     def next(self) -> Batch:
-        """The next batch; `state` moves on by the number of examples in it."""
+        """Returns the next batch and advances `state` by the number of examples in it."""
         rows: list[list[Example]] = [[] for _ in range(self.rows)]
-        used, targets, taken, truncated = [0] * self.rows, 0, 0, 0
-        most = self.rows * self.length if self.max_targets is None else self.max_targets
+        used = [0] * self.rows  # tokens in each row
+        num_examples = num_targets = truncated = 0
+        limit = self.rows * self.length if self.max_targets is None else self.max_targets
         while True:
-            e = self.source.example(self._row(self.state + taken))
-            whole, e = e, _cut(e, self.length)
+            whole = self.source.example(self._source_row(self.state + num_examples))
+            e = _truncate(whole, self.length)
             learned = int((e.weight[1:] > 0).sum())
-            fits = [
+            fitting = [
                 r
                 for r in range(self.rows)
                 if used[r] + len(e.tokens) <= self.length and (self.packed or not rows[r])
             ]
-            if taken and (not fits or targets + learned > most):
+            if num_examples and (not fitting or num_targets + learned > limit):
                 break
-            row = max(fits, key=lambda r: used[r])  # the fullest row that still has room
-            rows[row].append(e)
-            truncated += e is not whole or learned > most
-            used[row] += len(e.tokens)
-            targets += min(learned, most)
-            taken += 1
-        self.state += taken
+            fullest = max(fitting, key=lambda r: used[r])
+            rows[fullest].append(e)
+            used[fullest] += len(e.tokens)
+            num_examples += 1
+            num_targets += min(learned, limit)
+            truncated += e is not whole or learned > limit
+        self.state += num_examples
         return self._assemble(rows, truncated)
 
     def _assemble(self, rows: list[list[Example]], truncated: int) -> Batch:
-        B, T = self.rows, self.length
-        tokens, positions, doc_ids = (np.zeros((B, T), np.int32) for _ in range(3))
-        targets, weights, groups = (
-            np.zeros((B, T), np.int32),
-            np.zeros((B, T), np.float32),
-            np.zeros((B, T), np.int8),
-        )
+        shape = self.rows, self.length
+        tokens, positions, doc_ids = (np.zeros(shape, np.int32) for _ in range(3))
+        targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        groups = np.zeros(shape, np.int8)
         for b, examples in enumerate(rows):
-            at = 0
-            for d, e in enumerate(examples, 1):
-                n = len(e.tokens)
-                tokens[b, at : at + n], positions[b, at : at + n], doc_ids[b, at : at + n] = (
-                    e.tokens,
-                    np.arange(n),
-                    d,
-                )
-                next_tokens = slice(at, at + n - 1)
-                targets[b, next_tokens], weights[b, next_tokens] = e.tokens[1:], e.weight[1:]
-                groups[b, next_tokens] = e.group[1:]
-                at += n
-        if self.max_targets is None:
-            return Batch(tokens, positions, doc_ids, None, targets, weights, groups, truncated)
-        index = np.flatnonzero(weights)[: self.max_targets].astype(np.int32)
-        learned = (_padded(x.ravel()[index], self.max_targets) for x in (targets, weights, groups))
-        return Batch(
-            tokens, positions, doc_ids, _padded(index, self.max_targets), *learned, truncated
-        )
+            start = 0
+            for doc_id, e in enumerate(examples, 1):
+                end = start + len(e.tokens)
+                tokens[b, start:end] = e.tokens
+                positions[b, start:end] = np.arange(len(e.tokens))
+                doc_ids[b, start:end] = doc_id
+                targets[b, start : end - 1] = e.tokens[1:]
+                weights[b, start : end - 1] = e.weight[1:]
+                groups[b, start : end - 1] = e.group[1:]
+                start = end
+        loss_index = None
+        if self.max_targets is not None:
+            index = np.flatnonzero(weights)[: self.max_targets].astype(np.int32)
+            loss_index, targets, weights, groups = (
+                _pad(x, self.max_targets)
+                for x in (index, *(y.ravel()[index] for y in (targets, weights, groups)))
+            )
+        return Batch(tokens, positions, doc_ids, loss_index, targets, weights, groups, truncated)
 
 
-def _cut(e: Example, length: int) -> Example:
-    """At most `length` tokens: without its end or, where only that is learned (a critic's verdict), without its middle."""
+def _truncate(e: Example, length: int) -> Example:
+    """Cuts an example to at most `length` tokens.
+
+    It loses its end, or its middle if only the end is learned (a critic's verdict).
+    """
     n = len(e.tokens)
     if n <= length:
         return e
@@ -179,5 +194,5 @@ def _cut(e: Example, length: int) -> Example:
     return Example(e.tokens[kept], e.weight[kept], e.group[kept])
 
 
-def _padded(a: np.ndarray, n: int) -> np.ndarray:
+def _pad(a: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([a, np.zeros(n - len(a), a.dtype)])

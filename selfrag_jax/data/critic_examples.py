@@ -1,19 +1,26 @@
-"""Critic examples: the critique prompt, and one reflection token as the only target (paper, Section 3.2.1)."""
+"""Training examples of the critic: a critique prompt, and one reflection token as the only target.
+
+See the paper, Section 3.2.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import CriticExample, critic_example_from, read_records
 from selfrag_jax.text import prompts, reflection
-from selfrag_jax.text.tokenizer import Control, Tokenizer
+from selfrag_jax.text.tokenizer import Control, Part, Tokenizer
 
 
 class CriticSource:
-    """Critic examples for the packer. `brief` prompts are for small models; a critic is asked as it was trained."""
+    """Critic data as a Source.
+
+    brief: use the short prompts for small models. A critic must be prompted as it was trained.
+    """
 
     def __init__(
         self,
@@ -22,44 +29,43 @@ class CriticSource:
         brief: bool,
         group_weights: dict[str, float],
     ):
-        self.rows, self.tokenizer, self.brief, self.group_weights = (
-            rows,
-            tokenizer,
-            brief,
-            group_weights,
-        )
+        self.rows, self.tokenizer, self.brief = rows, tokenizer, brief
+        self.group_weights = group_weights
         self.size = len(rows)
 
     @classmethod
     def read(
         cls, path: str | Path, tokenizer: Tokenizer, brief: bool, group_weights: dict[str, float]
     ) -> CriticSource:
-        """Raises BadInput naming file and line of a row with an unknown task or a label of another group."""
+        """Reads a file of critic data.
 
-        def check(where, row):
-            example = critic_example_from(where, row)
-            if example.task not in reflection.GROUPS:
-                raise UserError(
-                    f"{where}: task {example.task!r} is none of {', '.join(reflection.GROUPS)}"
-                )
-            if example.output not in reflection.GROUPS[example.task]:
-                known = ", ".join(reflection.GROUPS[example.task])
-                raise UserError(
-                    f"{where}: output {example.output!r} is no {example.task} token ({known})"
-                )
-            return example
-
-        return cls(read_records(path, check), tokenizer, brief, group_weights)
+        Raises UserError with file and line if a row has an unknown task, or a label of another
+        group.
+        """
+        return cls(read_records(path, _checked_example), tokenizer, brief, group_weights)
 
     def example(self, i: int) -> Example:
         row = self.rows[i]
         prompt = prompts.critique(critique_query(row), self.brief)
-        return build_example(
-            self.tokenizer, [(prompt, 0.0), ([Control(row.output)], 1.0)], self.group_weights
-        )
+        segments: list[tuple[Sequence[Part], float]] = [(prompt, 0.0), ([Control(row.output)], 1.0)]
+        return build_example(self.tokenizer, segments, self.group_weights)
 
 
 def critique_query(row: CriticExample) -> prompts.CritiqueQuery:
+    """Returns the query of a critic example, without its label."""
     return prompts.CritiqueQuery(
         row.task, row.instruction, row.preceding, row.evidence, row.segment
     )
+
+
+def _checked_example(where: str, row: dict[str, Any]) -> CriticExample:
+    example = critic_example_from(where, row)
+    if example.task not in reflection.GROUPS:
+        groups = ", ".join(reflection.GROUPS)
+        raise UserError(f"{where}: task {example.task!r} must be one of {groups}")
+    if example.output not in reflection.GROUPS[example.task]:
+        known = ", ".join(reflection.GROUPS[example.task])
+        raise UserError(
+            f"{where}: output {example.output!r} must be one of the {example.task} tokens: {known}"
+        )
+    return example

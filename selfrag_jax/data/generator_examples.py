@@ -1,13 +1,15 @@
-"""Generator examples from the published format: passages in the output are read, everything else is learned.
+"""Training examples of the generator, from the published format.
 
-Each passage is masked on its own (the released training script masks from the first passage's beginning to the last
-one's end, which leaves the segments between without a loss).
+Passages in the output are context only; everything else is learned. Each passage is masked by
+itself. (The released training script masks from the beginning of the first passage to the end of
+the last one, so the segments between them have no loss.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from selfrag_jax.data.batches import Example, build_example
 from selfrag_jax.errors import UserError
@@ -16,11 +18,14 @@ from selfrag_jax.text import prompts
 from selfrag_jax.text.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
 from selfrag_jax.text.tokenizer import EOS, Control, Part, Tokenizer
 
-_MARKS = (PARAGRAPH_OPEN, PARAGRAPH_CLOSE)
+_MARKUP = (PARAGRAPH_OPEN, PARAGRAPH_CLOSE)
 
 
 class GeneratorSource:
-    """Rows `instruction, input, output` for the packer; also baselines' rows, whose outputs hold no reflection tokens."""
+    """Generator data (rows of instruction, input, output) as a Source.
+
+    Also serves the baselines, whose outputs have no reflection tokens.
+    """
 
     def __init__(
         self,
@@ -35,40 +40,45 @@ class GeneratorSource:
     def read(
         cls, path: str | Path, tokenizer: Tokenizer, group_weights: dict[str, float]
     ) -> GeneratorSource:
-        """Raises BadInput naming file and line of a row that is no example, or whose passages do not end."""
+        """Reads a file of generator data.
 
-        def check(where, row):
-            example = generator_example_from(where, row)
-            marks = [
-                p.token
-                for p in prompts.parse_output(example.output)
-                if isinstance(p, Control) and p.token in _MARKS
-            ]
-            if marks != list(_MARKS) * (len(marks) // 2):
-                raise UserError(
-                    f"{where}: each {PARAGRAPH_OPEN} in output must be followed by its own {PARAGRAPH_CLOSE}"
-                )
-            return example
-
-        return cls(read_records(path, check), tokenizer, group_weights)
+        Raises UserError with file and line if a row is malformed or a passage is not closed.
+        """
+        return cls(read_records(path, _checked_example), tokenizer, group_weights)
 
     def example(self, i: int) -> Example:
         row = self.rows[i]
-        segments = [
+        segments: list[tuple[Sequence[Part], float]] = [
             (prompts.instruction(row.instruction, row.input), 0.0),
             *output_segments(row.output),
+            ([Control(EOS)], 1.0),
         ]
-        return build_example(self.tokenizer, [*segments, ([Control(EOS)], 1.0)], self.group_weights)
+        return build_example(self.tokenizer, segments, self.group_weights)
 
 
 def output_segments(output: str) -> list[tuple[list[Part], float]]:
-    """The parts of an output with their loss weights: 0 from `<paragraph>` to its own `</paragraph>`, else 1."""
+    """Returns the parts of an output with their loss weights.
+
+    The weight is 0 from each `<paragraph>` to its own `</paragraph>`, and 1 elsewhere.
+    """
     segments: list[tuple[list[Part], float]] = []
-    inside = False
+    in_passage = False
     for part in prompts.parse_output(output):
         if isinstance(part, Control) and part.token == PARAGRAPH_OPEN:
-            inside = True
-        segments.append(([part], 0.0 if inside else 1.0))
+            in_passage = True
+        segments.append(([part], 0.0 if in_passage else 1.0))
         if isinstance(part, Control) and part.token == PARAGRAPH_CLOSE:
-            inside = False
+            in_passage = False
     return segments
+
+
+def _checked_example(where: str, row: dict[str, Any]) -> GeneratorExample:
+    example = generator_example_from(where, row)
+    controls = [p.token for p in prompts.parse_output(example.output) if isinstance(p, Control)]
+    markup = [token for token in controls if token in _MARKUP]
+    if markup != list(_MARKUP) * (len(markup) // 2):
+        raise UserError(
+            f"{where}: each {PARAGRAPH_OPEN} in output must be followed by its own "
+            f"{PARAGRAPH_CLOSE}"
+        )
+    return example

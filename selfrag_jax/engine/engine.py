@@ -1,4 +1,4 @@
-"""Answers many questions on one device: continuous batching (as in Orca, Yu et al., 2022), by segment.
+"""Searches many questions on one device: continuous batching (Orca, Yu et al., 2022), by segment.
 
 Each question's search runs at its own pace in a slot of its own; the next question takes the slot
 as soon as the search ends. A search is a generator of requests (requests.py), which `run_searches`
@@ -26,9 +26,9 @@ from selfrag_jax.engine.requests import (
 )
 from selfrag_jax.engine.segments import GeneratedSegments, TokenRules
 from selfrag_jax.engine.shapes import Shapes
-from selfrag_jax.models.attention import platform
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.models.params import Params
+from selfrag_jax.models.sharding import platform
 from selfrag_jax.records import Passage
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Engine:
 
     def results(self) -> tuple[np.ndarray, GeneratedSegments]:
         """Which slots have ended all of their branches [Q], and all segments [Q, W, P, ...]."""
-        b, shapes = self.branches, self.shapes
+        b, shapes = self._fed_branches(), self.shapes
         done, steps, segments = jax.device_get((b.done, b.steps_since_fed, b.segments))
         self.num_generated = np.where(done, 0, steps).reshape(shapes.num_slots, -1).max(1)
 
@@ -179,25 +179,31 @@ class Engine:
 
         return by_slot(done).all((1, 2)), jax.tree.map(by_slot, segments)
 
-    def keep(self, jobs: list[tuple[int, KeepBranches]], generated: dict[int, np.ndarray]) -> None:
-        """Carries out (slot, request) pairs. generated: [W, P] tokens of each slot's segments."""
+    def keep(self, jobs: list[tuple[int, KeepBranches]], generated: list[np.ndarray]) -> None:
+        """Carries out (slot, request) pairs. generated: [W, P] tokens of each pair's segments."""
+        num_generated = {slot: n for (slot, _), n in zip(jobs, generated, strict=True)}
         for batch in self.shapes.batches(jobs, self.shapes.beam_width * self.fed_capacity):
             new_lengths = {}
             for slot, job in batch:
-                lengths = self.num_fed[slot] + generated[slot].reshape(-1)
+                lengths = self.num_fed[slot] + num_generated[slot].reshape(-1)
                 parents, kept = np.asarray(job.parents), np.asarray(job.branches)
                 new_lengths[slot] = self.prefix_lengths[slot, parents] + lengths[kept]
             self._grow_prefixes(max(lengths.max() for lengths in new_lengths.values()))
             self.prefixes = self._run(
                 programs.keep,
                 self.prefixes,
-                self.branches.cache,
+                self._fed_branches().cache,
                 _int32(slot for slot, _ in batch),
                 _int32(p for _, job in batch for p in job.parents),
                 _int32(b for _, job in batch for b in job.branches),
             )
             for slot, lengths in new_lengths.items():
                 self.prefix_lengths[slot] = lengths
+
+    def _fed_branches(self) -> programs.Branches:
+        if self.branches is None:
+            raise RuntimeError("no branch has been fed yet")
+        return self.branches
 
     # ---- capacities ----------------------------------------------------------------------------
     def _grow_prefixes(self, tokens: int) -> None:
@@ -235,10 +241,11 @@ class Engine:
     def _resize(self, fed: int, generated: int) -> None:
         if (fed, generated) == (self.fed_capacity, self.generated_capacity):
             return
+        branches = self._fed_branches()
         cache = self._run(
-            programs.resize_branches, self.branches.cache, self.fed_capacity, fed, generated
+            programs.resize_branches, branches.cache, self.fed_capacity, fed, generated
         )
-        self.branches = replace(self.branches, cache=cache, fed_capacity=fed)
+        self.branches = replace(branches, cache=cache, fed_capacity=fed)
         self.fed_capacity, self.generated_capacity = fed, generated
 
     def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -325,13 +332,13 @@ class _Running:
     name: Any
     search: Generator[Any, Any, Any]  # returns its outcome
     request: Any = None  # what it waits for; None while its branches generate
-    generated: np.ndarray | None = None  # [W, P] tokens of its last segments
+    generated: Any = None  # [W, P]: tokens of its last segments
 
 
 def run_searches(
     engine: Engine,
     searches: Iterable[tuple[Any, Generator[Any, Any, Any]]],
-    find_passages: Callable[[list[tuple[Any, list[str]]]], Sequence[list[Passage] | Exception]],
+    find_passages: Callable[[list[tuple[Any, list[str]]]], Sequence[Sequence[Passage] | Exception]],
     overlap: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Runs searches, as many at once as the engine has slots.
@@ -382,7 +389,7 @@ def run_searches(
             for slot, distributions in engine.read(reads).items():
                 yield from resume(slot, distributions)
         elif keeps := requests(KeepBranches):
-            engine.keep(keeps, {slot: running[slot].generated for slot, _ in keeps})
+            engine.keep(keeps, [running[slot].generated for slot, _ in keeps])
             for slot, _ in keeps:
                 yield from resume(slot, None)
         elif starts := _same_shape(requests(Generate), lambda r: len(r.branches)):

@@ -112,7 +112,7 @@ def empty_branches(
 
 @partial(jax.jit, static_argnames=("capacity",))
 def grow_prefixes(prefixes: Cache, capacity: int) -> Cache:
-    return split_heads(prefixes.longer(capacity - prefixes.valid.shape[1]))
+    return split_heads(prefixes.extended(capacity - prefixes.valid.shape[1]))
 
 
 @partial(jax.jit, static_argnames=("fed_before", "fed", "generated"))
@@ -129,7 +129,7 @@ def resize_branches(cache: Cache, fed_before: int, fed: int, generated: int) -> 
         first = jnp.pad(jax.lax.slice_in_dim(x, 0, fed_before, axis=axis), widths)
         return jnp.concatenate([first, jnp.take(x, source, axis, mode="clip")], axis)
 
-    new = cache.over_tokens(change)
+    new = cache.map_arrays(change)
     was_held = jnp.concatenate([jnp.ones(fed, bool), steps_ago <= generated_before])
     cursor = jnp.full_like(cache.cursor, fed)
     return split_heads(replace(new, valid=new.valid & was_held, cursor=cursor))
@@ -190,7 +190,7 @@ def _append(prefix: Cache, other: Cache) -> Cache:
         shape = [n if i in (rows, axis) else 1 for i, n in enumerate(a.shape)]
         return jnp.where((at < 0).reshape(shape), a, picked)
 
-    new = prefix.over_tokens(join, other)
+    new = prefix.map_arrays(join, other)
     return replace(new, valid=at < other.valid.sum(1)[:, None])
 
 
@@ -206,9 +206,11 @@ def _read_tokens(
 
     Tokens are padded on the right.
     """
-    cache = _empty_cache(model, *tokens.shape, isinstance(params["layers"], tuple))
+    rows, length = tokens.shape
+    empty = _empty_cache(model, rows, length, isinstance(params["layers"], tuple))
     positions = start[:, None] + jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
-    hidden, cache = model.hidden(params, tokens, positions, valid, cache, prefix)
+    hidden, cache = model.hidden(params, tokens, positions, valid, empty, prefix)
+    assert cache is not None  # as there was one before
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 

@@ -2,11 +2,11 @@
 
 A search is a generator: it yields a request, and is sent the result.
 
-    ReadTokens        tokens into prefixes            -> Retrieve distributions and log-probabilities
-    FindPassages      queries                         -> passages
-    Generate          branches on the prefixes        -> their segments
-    KeepBranches      branches as the new prefixes    -> None
-    SegmentsFinal     segments that cannot change     -> None; passed on to the caller
+    ReadTokens       tokens into prefixes           -> Retrieve distributions, log-probabilities
+    FindPassages     queries                        -> passages
+    Generate         branches on the prefixes       -> their segments
+    KeepBranches     branches as the new prefixes   -> None
+    SegmentsFinal    segments that cannot change    -> None; passed on to the caller
 
 A question has one slot with `beam_width` prefixes; a beam is named by its index in the slot.
 """

@@ -52,12 +52,24 @@ class GeneratedSegments:
 
     @classmethod
     def empty(cls, B: int, M: int, rules: TokenRules) -> GeneratedSegments:
+        def unread(n: int) -> jax.Array:
+            return jnp.full((B, n), rules.unread(n), jnp.float32)
+
         zeros, false = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
-        unread = [jnp.full((B, n), rules.unread(n), jnp.float32) for n in (2, 3, 5, 3)]
         return cls(
-            jnp.full((B, M), rules.pad, jnp.int32), zeros, jnp.zeros(B, jnp.float32), zeros,
-            *unread, false, false, zeros, rules.no_extras(B, M),
-        )  # fmt: skip
+            tokens=jnp.full((B, M), rules.pad, jnp.int32),
+            length=zeros,
+            log_prob=jnp.zeros(B, jnp.float32),
+            num_text_tokens=zeros,
+            isrel=unread(2),
+            issup=unread(3),
+            isuse=unread(5),
+            retrieve=unread(3),
+            finished=false,
+            complete=false,
+            next_position=zeros,
+            extras=rules.no_extras(B, M),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Baselines without reflection tokens: a fine-tuned model alone, or with passages in its prompt (standard RAG)."""
+"""Baselines without reflection tokens: a fine-tuned model, with or without passages."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from selfrag_jax.checkpoints.loading import LoadedModel
-from selfrag_jax.engine.engine import Engine, drive, on_device
-from selfrag_jax.engine.requests import Generate, Read
-from selfrag_jax.engine.segments import Segment, TokenRules
+from selfrag_jax.engine.engine import Engine, place_params, run_searches
+from selfrag_jax.engine.requests import Generate, ReadTokens
+from selfrag_jax.engine.segments import GeneratedSegments, TokenRules
+from selfrag_jax.engine.shapes import Shapes
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.text import prompts
-from selfrag_jax.text.prompts import question_text
 
 
 @dataclass(frozen=True)
 class PlainConfig:
-    batch: int
-    max_length: int  # tokens of the prompt with its passages
+    batch: int  # questions answered at once
+    max_length: int  # most tokens of the prompt with its passages
     max_new_tokens: int
-    length_bucket: int
+    length_bucket: int  # see SearchConfig
 
 
 def answer_plain(
@@ -32,59 +32,68 @@ def answer_plain(
     config: PlainConfig,
     on_answer: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to questions, each with its passages in front of the answer (none: from memory alone).
+    """Greedy answers, each with the question's passages (or none) before the answer.
 
-    Returns rows of the `answer` format, with `p_sequence`, the exponential of the mean token log-probability.
+    Returns rows of the `answer` format, with `p_sequence`: exp of the mean token log-probability.
     """
     tokenizer = loaded.tokenizer
     rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
-    ids = [
-        _prompt(loaded, q, p, config.max_length) for q, p in zip(questions, passages, strict=True)
-    ]
-    engine = Engine(
-        loaded.model, on_device(loaded.model, loaded.params), rules, config.batch, 1, 1, config.max_new_tokens,
-        config.length_bucket, max(map(len, ids), default=1), grows=False,
-    )  # fmt: skip
+    ids = [_prompt(loaded, q, p, config) for q, p in zip(questions, passages, strict=True)]
+    shapes = Shapes(
+        num_slots=config.batch,
+        beam_width=1,
+        num_passages=1,
+        max_new_tokens=config.max_new_tokens,
+        length_bucket=config.length_bucket,
+        max_prompt=max(map(len, ids), default=1),
+        prefix_grows=False,
+    )
+    engine = Engine(loaded.model, place_params(loaded.model, loaded.params), rules, shapes)
+    searches = ((i, _continue(p, config.max_new_tokens)) for i, p in enumerate(ids))
     rows: dict[int, dict[str, Any]] = {}
-    for i, out in drive(
-        engine,
-        ((i, _continue(row, config.max_new_tokens)) for i, row in enumerate(ids)),
-        lambda _: [],
-    ):
-        if isinstance(out, Exception):
-            raise out
-        text = tokenizer.decode([t for t in out.said() if t != tokenizer.eos_id]).strip()
-        words, q = int(out.text_tokens), questions[i]
+    for i, segment in run_searches(engine, searches, lambda _: []):
+        if isinstance(segment, Exception):
+            raise segment
+        text = tokenizer.decode([t for t in segment.token_ids() if t != tokenizer.eos_id]).strip()
+        num_tokens, q = int(segment.num_text_tokens), questions[i]
+        p_sequence = float(np.exp(segment.log_prob / num_tokens)) if num_tokens else 0.0
         rows[i] = {
-            "id": q.id, "question": q.question, "task": q.task, "answer": text, "segments": [], "citations": [],
-            "passages": [], "retrieved": bool(passages[i]), "p_sequence": float(np.exp(out.log_prob / words)) if words else 0.0,
-        }  # fmt: skip
+            "id": q.id,
+            "question": q.question,
+            "task": q.task,
+            "answer": text,
+            "segments": [],
+            "citations": [],
+            "passages": [],
+            "retrieved": bool(passages[i]),
+            "p_sequence": p_sequence,
+        }
         if on_answer:
             on_answer()
     return [rows[i] for i in range(len(questions))]
 
 
-def _continue(prompt: list[int], new: int) -> Generator[Any, Any, Segment]:
-    """What the model says after a prompt."""
-    yield Read([prompt[:-1]], [0])
-    out = yield Generate([[[prompt[-1]]]], [len(prompt) - 1], new)
-    return out.at((0, 0))
+def _continue(prompt: list[int], limit: int) -> Generator[Any, Any, GeneratedSegments]:
+    """What the model generates after a prompt, as requests to the engine."""
+    yield ReadTokens([prompt[:-1]], [0])
+    segments = yield Generate([[[prompt[-1]]]], [len(prompt) - 1], limit)
+    return segments.at((0, 0))
 
 
 def _prompt(
-    loaded: LoadedModel, q: Question, passages: Sequence[Passage], max_length: int
+    loaded: LoadedModel, q: Question, passages: Sequence[Passage], config: PlainConfig
 ) -> list[int]:
-    """The prompt and its passages; the last passages are left out where they don't fit."""
+    """The prompt and as many of its passages, in order, as fit."""
     t = loaded.tokenizer
-    ids = [t.bos_id, *t.encode(prompts.instruction(question_text(q)))]
+    ids = [t.bos_id, *t.encode(prompts.instruction(prompts.question_text(q)))]
     for p in passages:
         more = t.encode(prompts.passage(p))
-        if len(ids) + len(more) > max_length:
+        if len(ids) + len(more) > config.max_length:
             break
         ids += more
     return ids
 
 
 def best_of(per_passage: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of the answers to a question, one per passage, the most probable: what is left without critiques."""
+    """The most probable of a question's answers, one per passage: all one has without critiques."""
     return [max(rows, key=lambda r: r["p_sequence"]) for rows in zip(*per_passage, strict=True)]

@@ -1,4 +1,4 @@
-"""Predictions against gold answers: metrics per question, means with bootstrap intervals."""
+"""Scores predictions against gold answers: metrics per question, means with intervals."""
 
 from __future__ import annotations
 
@@ -24,59 +24,57 @@ def score(
     judge: SupportJudge | None,
     facts_of: FactReader | None,
 ) -> dict[str, list[float]]:
-    """Values of each metric, one per question; a question for which it is undefined is left out.
+    """Returns each metric's values, one per question for which it is defined.
 
-    judge: of citations; facts_of: reads the facts that an answer states. Raises UserError naming a
-    question that was not answered.
+    `judge` judges citations and `facts_of` reads the facts that an answer states; without them,
+    their metrics are left out. Raises UserError naming a question that has no prediction.
     """
     by_id = {str(row["id"]): row for row in predictions}
     missing = [q.id for q in questions if q.id not in by_id]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(questions)} questions have no prediction, e.g. id {missing[0]!r}"
+            f"{len(missing)} of {len(questions)} questions have no prediction, "
+            f"e.g. id {missing[0]!r}"
         )
-    out: dict[str, list[float]] = {"accuracy": [], "retrieval_rate": []}
+    values: dict[str, list[float]] = {"accuracy": [], "retrieval_rate": []}
+
+    def add(metric: str, value: float | None) -> None:
+        if value is not None:
+            values.setdefault(metric, []).append(value)
+
     for q in questions:
         row = by_id[q.id]
-        out["accuracy"].append(metrics.accuracy(q, row["answer"]))
-        out["retrieval_rate"].append(float(row["retrieved"]))
+        accuracy = metrics.accuracy(q, row["answer"])
+        add("accuracy", accuracy)
+        add("retrieval_rate", float(row["retrieved"]))
         if "qa_pairs" in q.extra:
-            out.setdefault("all_parts", []).append(float(out["accuracy"][-1] == 1))
-        if "facts" in q.extra and facts_of and (stated := facts_of(row["answer"])):
-            gold = {tuple(f) for f in q.extra["facts"]}
-            true = [
-                name == q.extra.get("topic") and (relation, value) in gold
-                for name, relation, value in stated
-            ]
-            out.setdefault("fact_precision", []).append(float(np.mean(true)))
+            add("all_parts", float(accuracy == 1))
+        if "facts" in q.extra and facts_of:
+            add("fact_precision", _fact_precision(q, facts_of(row["answer"])))
         if judge is not None and row["segments"]:
-            for name, value in zip(
-                ("citation_precision", "citation_recall"),
-                metrics.citation_scores(q, row, judge),
-                strict=True,
-            ):
-                if value is not None:
-                    out.setdefault(name, []).append(value)
-    return out
+            precision, recall = metrics.citation_scores(q, row, judge)
+            add("citation_precision", precision)
+            add("citation_recall", recall)
+    return values
+
+
+def _fact_precision(q: Question, stated: list[tuple[str, str, str]]) -> float | None:
+    """Returns the share of stated facts that are true of the question's topic; None without any."""
+    if not stated:
+        return None
+    gold = {tuple(f) for f in q.extra["facts"]}
+    is_true = [name == q.extra.get("topic") and (r, value) in gold for name, r, value in stated]
+    return float(np.mean(is_true))
 
 
 def result_rows(system: str, task: str, values: dict[str, list[float]], seed: int) -> list[Row]:
-    """Rows of results.json: mean, 95% bootstrap interval and count of each metric."""
+    """Returns rows of results.json: mean, 95% bootstrap interval and count of each metric."""
     rows = []
     for metric, v in values.items():
         if v:
+            row = {"system": system, "task": task, "metric": metric}
             value, low, high = metrics.interval(v, seed)
-            rows.append(
-                {
-                    "system": system,
-                    "task": task,
-                    "metric": metric,
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "n": len(v),
-                }
-            )
+            rows.append(row | {"value": value, "low": low, "high": high, "n": len(v)})
     return rows
 
 
@@ -87,11 +85,13 @@ def critic_accuracy(
     kinds: Sequence[str],
     seed: int,
 ) -> list[Row]:
-    """Agreement of a critic with true labels, per group: rows of results.json, over all queries (task `critic`) and over
-    those of each kind of question."""
+    """Returns rows of results.json: a critic's accuracy on the true tokens, per critique group.
+
+    There are rows for all queries (task `critic`) and for each kind of question in `kinds`.
+    """
     values: dict[str, dict[str, list[float]]] = {"critic": {}}
-    for query, label, kind, p in zip(queries, truth, kinds, critic.judge(queries), strict=True):
-        right = float(reflection.GROUPS[query.group][int(np.argmax(p))] == label)
+    for query, token, kind, p in zip(queries, truth, kinds, critic.judge(queries), strict=True):
+        right = float(reflection.GROUPS[query.group][int(np.argmax(p))] == token)
         for task in ("critic", kind):
             values.setdefault(task, {}).setdefault(f"{query.group}_accuracy", []).append(right)
     return [row for task, v in values.items() for row in result_rows("critic", task, v, seed)]

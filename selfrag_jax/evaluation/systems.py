@@ -1,4 +1,4 @@
-"""The systems that an evaluation compares: Self-RAG under several settings, its ablations, baselines."""
+"""The systems that an evaluation compares: Self-RAG, its ablations, and baselines."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from selfrag_jax.files import read_json
 
 Row = dict[str, Any]
 TITLE = "Self-RAG in the synthetic world"
-_TITLES = {
+SYSTEM_TITLES = {
     "no_retrieval": "No retrieval",
     "rag_top1": "Standard RAG, top 1",
     "rag_topk": "Standard RAG, top K",
@@ -32,11 +32,29 @@ _TITLES = {
     "train_no_retriever": "trained without retriever",
 }
 TASKS = ("long_tail", "well_known", "no_need", "claims", "multiple_choice", "two_part", "biography")
-SYSTEMS = tuple(_TITLES)
+SYSTEMS = tuple(SYSTEM_TITLES)
+METRIC_TITLES = {
+    "accuracy": "Accuracy",
+    "all_parts": "All parts right",
+    "retrieval_rate": "Retrieval rate",
+    "citation_precision": "Citation precision",
+    "citation_recall": "Citation recall",
+    "fact_precision": "Facts told that are true",
+}
+DIFFERENCE_HEADER = (
+    "difference in accuracy, paired",
+    "task",
+    "points",
+    "95% interval",
+    "questions",
+)
 
 
 def read_results(path: str | Path) -> list[Row]:
-    """Rows of a results.json. Raises BadInput naming the file when it has none or they lack a field."""
+    """Returns the rows of a results.json.
+
+    Raises UserError naming the file if it has no rows or a row lacks a field.
+    """
     rows = read_json(path).get("rows")
     if not rows:
         raise UserError(f"{path}: holds no results")
@@ -47,9 +65,10 @@ def read_results(path: str | Path) -> list[Row]:
 
 
 def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """One row for each that all runs have: the mean over runs, and its 95% interval by Student's t over the runs.
+    """Averages the rows that all runs have; the 95% interval is Student's t over the runs.
 
-    Raises BadInput for fewer than two runs, which have no interval, and when the runs have no row in common.
+    Raises UserError for fewer than two runs, which have no interval, and for runs without a common
+    row.
     """
     if len(runs) < 2:
         raise UserError("a mean over seeds needs two runs or more")
@@ -66,117 +85,103 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
         half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
         system, task, metric = key
         out.append(
-            {"system": system, "task": task, "metric": metric, "value": mean, "low": max(0.0, mean - half),
-             "high": min(1.0, mean + half), "n": sum(rows[key]["n"] for rows in keyed)}
-        )  # fmt: skip
+            {
+                "system": system,
+                "task": task,
+                "metric": metric,
+                "value": mean,
+                "low": max(0.0, mean - half),
+                "high": min(1.0, mean + half),
+                "n": sum(rows[key]["n"] for rows in keyed),
+            }
+        )
     return out
 
 
-def _cells(
+def metric_table(
     rows: Sequence[Row], metric: str
 ) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
+    """Returns the systems and tasks that have results, and the row of each (system, task)."""
     found = {(r["system"], r["task"]): r for r in rows if r["metric"] == metric}
     systems = [s for s in SYSTEMS if any((s, t) in found for t in TASKS)]
     return systems, [t for t in TASKS if any((s, t) in found for s in systems)], found
 
 
-def _critic_cells(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
+def critic_rows(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Returns the critic's results over all queries: group, accuracy, number of queries."""
+    return [
+        (r["metric"].removesuffix("_accuracy"), percent(r), str(r["n"]))
+        for r in rows
+        if r["system"] == "critic" and r["task"] == "critic"
+    ]
+
+
+def percent(row: Row | None) -> str:
+    return "" if row is None else f"{100 * row['value']:.1f}"
+
+
+def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Returns the cells of each difference, in the order of DIFFERENCE_HEADER."""
+    titles = {system: title.removeprefix("– ") for system, title in SYSTEM_TITLES.items()}
+    return [
+        (
+            f"{titles[d['system']]} over {titles[d['over']]}",
+            d["task"],
+            f"{100 * d['value']:.1f}",
+            f"{100 * d['low']:.1f} to {100 * d['high']:.1f}",
+            str(d["n"]),
+        )
+        for d in differences
+    ]
+
+
+def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
+    """Returns all tables as Markdown, in per cent; long-tail results show their 95% interval.
+
+    `differences` holds rows with system, over (the other system), task, value, low, high and n.
+    """
+    parts = []
+    for metric, title in METRIC_TITLES.items():
+        systems, tasks, found = metric_table(rows, metric)
+        if systems:
+            body = [
+                (SYSTEM_TITLES[s], *(_cell(found.get((s, t)), t) for t in tasks)) for s in systems
+            ]
+            parts.append(_markdown_table(f"{title} (%)", ("system", *tasks), body))
+    if differences:
+        body = difference_rows(differences)
+        parts.append(_markdown_table("Differences", DIFFERENCE_HEADER, body))
+    if critic := critic_rows(rows):
+        header = ("group", "accuracy", "n")
+        parts.append(_markdown_table("Critic accuracy (%)", header, critic))
+        parts.append(_critic_by_kind(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: Row | None, task: str) -> str:
+    if row is None or task != "long_tail":
+        return percent(row)
+    return f"{percent(row)} ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
+
+
+def _critic_by_kind(rows: Sequence[Row]) -> str:
     found = {
         (r["metric"], r["task"]): r
         for r in rows
         if r["system"] == "critic" and r["task"] != "critic"
     }
-    return (
-        [t for t in TASKS if any(t == task for _, task in found)],
-        list(dict.fromkeys(m for m, _ in found)),
-        found,
-    )
+    tasks = [t for t in TASKS if any(t == task for _, task in found)]
+    body = [
+        (m.removesuffix("_accuracy"), *(percent(found.get((m, t))) for t in tasks))
+        for m in dict.fromkeys(m for m, _ in found)
+    ]
+    return _markdown_table("Critic accuracy by kind of question (%)", ("group", *tasks), body)
 
 
-def _percent(row: Row | None) -> str:
-    return "" if row is None else f"{100 * row['value']:.1f}"
+def _markdown_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"### {title}", "", _markdown_row(header), "|---" * len(header) + "|"]
+    return "\n".join(lines + [_markdown_row(cells) for cells in body])
 
 
-def _difference_lines(differences: Sequence[Row]) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{_TITLES[d['system']].removeprefix('– ')} over {_TITLES[d['over']].removeprefix('– ')}", d["task"],
-            f"{100 * d['value']:.1f}", f"{100 * d['low']:.1f} to {100 * d['high']:.1f}", str(d["n"]),
-        )
-        for d in differences
-    ]  # fmt: skip
-
-
-_DIFFERENCE_HEAD = ("difference in accuracy, paired", "task", "points", "95% interval", "questions")
-
-
-def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
-    """All tables as Markdown; per cent, with the 95% interval of the first task's accuracy.
-
-    differences: rows with system, over (another system), task, value, low, high, n.
-    """
-    parts = []
-    for metric, title in (
-        ("accuracy", "Accuracy"),
-        ("all_parts", "All parts right"),
-        ("retrieval_rate", "Retrieval rate"),
-        ("citation_precision", "Citation precision"),
-        ("citation_recall", "Citation recall"),
-        ("fact_precision", "Facts told that are true"),
-    ):
-        systems, tasks, found = _cells(rows, metric)
-        if not systems:
-            continue
-        lines = [
-            f"### {title} (%)",
-            "",
-            "| system | " + " | ".join(tasks) + " |",
-            "|---" * (len(tasks) + 1) + "|",
-        ]
-        for s in systems:
-            cells = []
-            for t in tasks:
-                row = found.get((s, t))
-                interval = (
-                    f" ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
-                    if row and t == "long_tail"
-                    else ""
-                )
-                cells.append(_percent(row) + interval)
-            lines.append(f"| {_TITLES[s]} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    if differences:
-        lines = [
-            "### Differences",
-            "",
-            "| " + " | ".join(_DIFFERENCE_HEAD) + " |",
-            "|---" * len(_DIFFERENCE_HEAD) + "|",
-        ]
-        parts.append(
-            "\n".join(
-                lines + [f"| {' | '.join(line)} |" for line in _difference_lines(differences)]
-            )
-        )
-    critic = [r for r in rows if r["system"] == "critic" and r["task"] == "critic"]
-    if critic:
-        lines = ["### Critic accuracy (%)", "", "| group | accuracy | n |", "|---|---|---|"]
-        lines += [
-            f"| {r['metric'].removesuffix('_accuracy')} | {_percent(r)} | {r['n']} |"
-            for r in critic
-        ]
-        parts.append("\n".join(lines))
-        tasks, metrics, found = _critic_cells(rows)
-        lines = [
-            "### Critic accuracy by kind of question (%)",
-            "",
-            "| group | " + " | ".join(tasks) + " |",
-        ]
-        lines.append("|---" * (len(tasks) + 1) + "|")
-        for m in metrics:
-            lines.append(
-                f"| {m.removesuffix('_accuracy')} | "
-                + " | ".join(_percent(found.get((m, t))) for t in tasks)
-                + " |"
-            )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {cells[0]} | {' | '.join(cells[1:])} |"

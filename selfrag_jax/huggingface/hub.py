@@ -8,24 +8,29 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
-
 from selfrag_jax.errors import UserError
 
+_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
+# Not consolidated.safetensors, which is a second copy of the weights.
+_DOWNLOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
-# ---- folders and hub names -------------------------------------------------------------------------------------------
+
 def model_folder(name: str | Path) -> Path:
-    """A local folder as it is; a hub name (`owner/model`) as the folder of its files, downloaded if need be.
+    """The folder itself for a local one; for a hub name, the folder of its downloaded files.
 
-    Raises BadInput when there is neither, or no network and no copy of an earlier download.
+    Raises UserError when there is neither, or when there is no network and no earlier download.
     """
     path = Path(name)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or ".." in str(name):
+    if path.exists() or not re.fullmatch(_HUB_NAME, str(name)) or ".." in str(name):
         if not path.is_dir():
-            raise UserError(
-                f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected the folder of a model"
-            )
+            problem = "is a file" if path.exists() else "no such folder"
+            raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -34,53 +39,53 @@ def model_folder(name: str | Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    files = [
-        "model*.safetensors",
-        "*.json",
-        "*.jinja",
-        "tokenizer.model",
-    ]  # not consolidated.safetensors, the same once more
     try:
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers()
-        folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=offline))
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
+        folder = Path(
+            snapshot_download(name, allow_patterns=_DOWNLOADED_FILES, local_files_only=offline)
+        )
         if not any(folder.glob("model*.safetensors")):
-            raise UserError(f"{name}: the hub has no safetensors of it{_torch_recipe(str(name))}")
+            raise UserError(
+                f"{name}: the hub has no safetensors of it{torch_conversion_hint(name)}"
+            )
         return folder
     except HFValidationError as e:
         raise UserError(
-            f"{name}: no such folder, and no name of a model on the Hugging Face hub ({e})"
+            f"{name}: no such folder, and not the name of a model on the Hugging Face hub ({e})"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name}: no such folder, and the Hugging Face hub has no such model (or wants a login)"
+            f"{name}: no such folder, and the Hugging Face hub has no such model (or needs a login)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        reason = "no network" if isinstance(e, LocalEntryNotFoundError) else e
         raise UserError(
-            f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be fetched "
-            f"({'no network' if isinstance(e, LocalEntryNotFoundError) else e}); download it where there is one and give its folder"
+            f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be "
+            f"downloaded ({reason}); download it where there is a network and give its folder"
         ) from None
 
 
-def _hub_answers() -> bool:
-    """Whether the hub can be reached at all: without this question, every file would wait for its own timeout."""
+def hub_is_reachable() -> bool:
+    """Whether a connection to the hub opens. Without this check, each file would time out."""
     from huggingface_hub.constants import ENDPOINT
 
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return True  # not asked directly
+    if any(os.environ.get(name) for name in _PROXY_VARIABLES):
+        return True  # not connected to directly, so not checked
     host = urlsplit(ENDPOINT)
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
-        return True
     except OSError:
         return False
+    return True
 
 
-def _torch_recipe(source: str | Path) -> str:
+def torch_conversion_hint(source: str | Path) -> str:
+    """What to do about a model whose weights are only in torch's own format."""
     out = f"{Path(source).name}-safetensors"
     return (
-        ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make safetensors of it, where torch "
-        'and transformers are: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", and copy its tokenizer files there"
+        ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make "
+        "safetensors of it, where torch and transformers are installed: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", "
+        "and copy its tokenizer files there"
     )

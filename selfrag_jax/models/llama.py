@@ -1,53 +1,59 @@
-"""The Llama family as one function for training and decoding (Touvron et al., 2023; grouped-query attention as in
-Llama-2 70B, stretched rotary frequencies as in Llama 3.1, biases and a sliding window as in its relatives).
+"""The Llama family as one function for training and decoding (Touvron et al., 2023).
+
+Covers its relatives too: grouped-query attention (Llama-2 70B), scaled rotary frequencies (Llama
+3.1), projection biases, and a sliding window (Mistral).
 
 Axis letters, used the same everywhere:
-  B batch   T query length   S cache length   R prefixes (B = R * P)   P branches of one prefix
-  N query heads   K kv heads   G = N / K   H head dim   D embed   F mlp   V vocabulary   L layers
+  B batch   T query length   S cache length   R prefixes   P branches per prefix (B = R * P)
+  N query heads   K kv heads   G query heads per kv head (N / K)   H head dim   Sp prefix length
+  D embed   F mlp   V vocabulary   L layers
 
-`Model.hidden` maps tokens to final hidden states, `Model.logits` maps hidden states to the vocabulary, so that a
-caller computes logits only where it needs them. The key-value cache is explicit. A cache may stand on a `prefix`: a
-second, read-only cache of R rows that the P consecutive branch rows r*P .. r*P+P-1 share, so that all passages of a
-question read one copy of their common history.
+`Model.hidden` maps tokens to final hidden states and `Model.logits` maps those to the vocabulary,
+so a caller computes logits only where it needs them. The key-value cache (cache.py) is explicit.
+It may extend a `prefix`: a second, read-only cache of R rows. The P consecutive rows r*P ..
+r*P+P-1 of the batch are branches of prefix r, so all passages of a question read one copy of their
+common history.
+
+Read in this order:
+  1. LlamaConfig            the hyperparameters
+  2. Linear, Block, Llama   the network, as flax.nnx modules
+  3. Model                  what other modules use: pure functions of the parameters
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from selfrag_jax.models.attention import (
-    BLOCK,
-    KERNELS,
-    MASKED,
-    OUTPUT,
-    RopeScaling,
-    attend,
-    attend_cached,
-    attend_sequences,
-    choose_kernel,
+    ATTENTION_OUTPUT,
+    BLOCK_SIZE,
+    MASKED_SCORE,
+    cached_attention,
+    dense_attention,
     document_mask,
-    platform,
-    rope,
-    rope_frequencies,
-    rope_sin_cos,
 )
+from selfrag_jax.models.attention_kernels import KERNELS, causal_attention, choose_kernel
+from selfrag_jax.models.cache import Cache, Keys, Values, write_to_cache
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import Params
-from selfrag_jax.models.sharding import constrain
+from selfrag_jax.models.rope import RopeScaling, SinCos, apply_rope, rope_frequencies, rope_sin_cos
+from selfrag_jax.models.sharding import constrain, platform
 
-# What the forward pass keeps of a layer for the backward pass; the rest is computed again.
-REMAT = {
-    "none": None,  # everything is kept
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # the products with weights, and what attention gives
+# ---- 1. hyperparameters --------------------------------------------------------------------------
+# What a layer's forward pass saves for the backward pass; the rest is recomputed.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,  # saves everything
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # weight products, attention output
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(OUTPUT),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,  # its input only
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
 }
 
 
@@ -60,30 +66,29 @@ class LlamaConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_length: int  # tokens the model was trained to attend over
+    max_length: int  # context length in tokens that the model was trained for
     rope_theta: float
     norm_eps: float
     tie_embeddings: bool
     dtype: str  # of activations, e.g. "bfloat16"
-    remat: str  # what the backward pass computes again: "none", "dots" (all but products with weights) or "full"
-    scan_unroll: int  # layers unrolled per scan step: 1 compiles fastest
+    remat: str  # what the backward pass recomputes: a key of REMAT
+    scan_unroll: int  # layers unrolled per scan step; 1 compiles fastest
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # of the q, k, v and o projections
     mlp_bias: bool = False
-    sliding_window: int | None = None  # tokens a query sees, itself among them
-    attention: str = "auto"  # kernel for whole sequences, see attention.py
-    vocab_padding: int = (
-        0  # rows behind the vocabulary that no token has, so that a mesh divides the table
-    )
+    sliding_window: int | None = None  # tokens that a query sees, itself included
+    attention: str = "auto"  # kernel for whole sequences, see attention_kernels.py
+    vocab_padding: int = 0  # unused rows after the vocabulary, so that a mesh divides the table
     lora: LoraConfig | None = None
-    quantized: bool = False  # kernels of the layers in int8, see quantize.py; for inference
+    quantized: bool = False  # int8 kernels in the layers (inference only), see quantize.py
 
     def __post_init__(self):
+        # Nested configs are dicts when read from a file.
         if isinstance(self.lora, dict):
             object.__setattr__(self, "lora", LoraConfig(**self.lora))
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}")
-        if isinstance(self.rope_scaling, dict):  # as read from a file
+        if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.attention not in KERNELS:
             raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
@@ -95,121 +100,86 @@ class LlamaConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class Cache:
-    """Keys and values of past tokens. Where they stand says nothing of their order; their positions do."""
-
-    k: (
-        jax.Array | tuple[jax.Array, ...]
-    )  # [L, B, K, H, S]: by channels, as products with many of them read keys
-    v: (
-        jax.Array | tuple[jax.Array, ...]
-    )  # [L, B, K, S, H]; or both by layers, L times [B, K, H, S] and [B, K, S, H]
-    valid: jax.Array  # [B, S] bool: False for padding and for slots not yet written
-    positions: jax.Array  # [B, S] int32: of the tokens in the slots
-    cursor: jax.Array  # [] int32: the next slot to write, shared by all rows
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, length: int) -> Cache:
-        rows, dtype = (config.num_layers, batch, config.num_kv_heads), jnp.dtype(config.dtype)
-        k, v = (
-            jnp.zeros((*rows, config.head_dim, length), dtype),
-            jnp.zeros((*rows, length, config.head_dim), dtype),
-        )
-        valid, positions = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
-        return cls(k, v, valid, positions, jnp.int32(0))
-
-    def over_tokens(self, change: Callable[..., jax.Array], *others: Cache) -> Cache:
-        """With `change(array, axis of the tokens, the others' arrays)` in place of each array; the cursor stays."""
-        one = lambda behind: lambda x, *more: change(x, x.ndim - behind, *more)  # noqa: E731
-        fields = (
-            ("k", 1),
-            ("v", 2),
-            ("valid", 1),
-            ("positions", 1),
-        )  # the tokens' axis, from behind
-        new = {
-            n: jax.tree.map(one(behind), getattr(self, n), *(getattr(o, n) for o in others))
-            for n, behind in fields
-        }
-        return replace(self, **new)
-
-    def longer(self, more: int) -> Cache:
-        """With `more` empty slots at the end."""
-        return self.over_tokens(
-            lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-        )
-
-    def per_layer(self) -> Cache:
-        """For many small steps on a CPU or a GPU: there XLA copies a layer of a stack to read it, more bytes than all weights have."""
-        return replace(self, k=tuple(self.k), v=tuple(self.v))
+# ---- 2. the network ------------------------------------------------------------------------------
+# (q, k, v, *prefix keys and values) -> attention output.
+Attention = Callable[..., Float[Array, "B T N H"]]
 
 
 @jax.custom_vjp
-def _product(x, kernel):
-    """x: [..., inputs]; kernel: [inputs, outputs]."""
+def _matmul(
+    x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "... outputs"]:
+    """x @ kernel with a faster gradient of the kernel.
+
+    JAX would compute its transpose and transpose that, for which XLA on a CPU copies the incoming
+    gradient: a tenth of a training step.
+    """
     return x @ kernel
 
 
-def _product_forward(x, kernel):
+def _matmul_forward(x, kernel):
     return x @ kernel, (x, kernel)
 
 
-def _product_backward(saved, d):
-    """JAX itself would compute the kernel's gradient the other way around and turn it, for which XLA on a CPU copies `d`: a
-    tenth of a whole training step."""
-    x, kernel = saved
-    rows = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-    return d @ kernel.T, rows(x).T @ rows(d)
+def _matmul_backward(residuals, d_out):
+    def rows(a):
+        return a.reshape(-1, a.shape[-1])
+
+    x, kernel = residuals
+    return d_out @ kernel.T, rows(x).T @ rows(d_out)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Linear):
-    """y = x W, with LoRA y = x W + (x A) B * scale; quantized, W is int8 times a scale for each output."""
+    """y = x W. LoRA adds (x A) B * scale; quantized, W is int8 times a scale per output."""
 
     def __init__(
         self,
         c: LlamaConfig,
         inputs: int,
         outputs: int,
-        rngs,
+        rngs: nnx.Rngs,
         bias: bool = False,
-        adapted: bool = True,
+        in_layer: bool = True,  # LoRA and int8 are for the layers only
     ):
         normal = nnx.initializers.lecun_normal()
         super().__init__(
             inputs, outputs, use_bias=bias, rngs=rngs, dtype=jnp.dtype(c.dtype), kernel_init=normal
         )
-        self.quantized = c.quantized and adapted
+        self.quantized = c.quantized and in_layer
         if self.quantized:
             self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
             self.kernel_scale = nnx.Param(jnp.ones(outputs))
-        self.lora = c.lora if adapted else None
+        self.lora = c.lora if in_layer else None
         if self.lora is not None:
             self.lora_a = nnx.Param(normal(rngs.params(), (inputs, self.lora.rank)))
             self.lora_b = nnx.Param(jnp.zeros((self.lora.rank, outputs)))
 
-    def __call__(self, x):
-        cast = lambda p: p[...].astype(self.dtype)  # noqa: E731
-        x = x.astype(self.dtype)
-        out = _product(x, cast(self.kernel))
+    def __call__(self, inputs: Float[Array, "... i"], out_sharding=None) -> Float[Array, "... o"]:
+        """out_sharding is part of nnx.Linear's interface and is not used."""
+
+        def cast(param):
+            return param[...].astype(self.dtype)
+
+        x = inputs.astype(self.dtype)
+        out = _matmul(x, cast(self.kernel))
         if self.quantized:
             out = (out * self.kernel_scale[...]).astype(self.dtype)
         if self.lora is not None:
-            out = (
-                out + _product(_product(x, cast(self.lora_a)), cast(self.lora_b)) * self.lora.scale
-            )
+            update = _matmul(_matmul(x, cast(self.lora_a)), cast(self.lora_b))
+            out = out + update * self.lora.scale
         return out if self.bias is None else out + cast(self.bias)
 
 
-def _norm(c: LlamaConfig, rngs) -> nnx.RMSNorm:
+def _norm(c: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(c.embed_dim, epsilon=c.norm_eps, rngs=rngs, dtype=jnp.dtype(c.dtype))
 
 
 class Block(nnx.Module):
+    """One transformer layer."""
+
     def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
         self.c = c
         self.attention_norm, self.mlp_norm = _norm(c, rngs), _norm(c, rngs)
@@ -221,19 +191,25 @@ class Block(nnx.Module):
         self.up = Linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
         self.down = Linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
 
-    def __call__(self, x, turned, attention, write=None):
-        """x: [B, T, D]; turned: from `rotation`; attention: (q, k, v) -> [B, T, N, H] over all keys; write: (k, v) of the new
-        tokens -> those of all, and what the caller keeps of them. Returns x and that, or None."""
+    def qkv(
+        self, x: Float[Array, "B T D"], sin_cos: SinCos
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Returns the queries, keys and values of the new tokens, rotated to their positions."""
         c, (B, T, _) = self.c, x.shape
         h = self.attention_norm(x)
-        q = rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), turned)
-        k = rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), turned)
+        q = apply_rope(self.q(h).reshape(B, T, c.num_heads, c.head_dim), sin_cos)
+        k = apply_rope(self.k(h).reshape(B, T, c.num_kv_heads, c.head_dim), sin_cos)
         v = self.v(h).reshape(B, T, c.num_kv_heads, c.head_dim)
-        k, v, kept = (k, v, None) if write is None else write(k, v)
-        x = x + self.o(attention(q, k, v).reshape(B, T, -1))
+        return q, k, v
+
+    def add_outputs(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """Adds the outputs of attention and of the MLP to the residual stream."""
+        B, T, _ = x.shape
+        x = x + self.o(attended.reshape(B, T, -1))
         h = self.mlp_norm(x)
-        x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-        return x, kept
+        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
 
 
 class Llama(nnx.Module):
@@ -246,126 +222,125 @@ class Llama(nnx.Module):
             dtype=jnp.dtype(c.dtype),
             embedding_init=nnx.initializers.normal(0.02),
         )
-        make = nnx.split_rngs(splits=c.num_layers)(
-            nnx.vmap(lambda r: Block(c, r), in_axes=0, out_axes=0)
-        )
-        self.layers = make(rngs)
+        make_block = nnx.vmap(lambda r: Block(c, r), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=c.num_layers)(make_block)(rngs)
         self.norm = _norm(c, rngs)
         if not c.tie_embeddings:
-            self.head = Linear(c, c.embed_dim, rows, rngs, adapted=False)
+            self.head = Linear(c, c.embed_dim, rows, rngs, in_layer=False)
 
     def hidden(
-        self,
-        tokens,
-        positions,
-        attention,
-        cache: Cache | None,
-        prefix: Cache | None,
-        per_layer=None,
-    ):
-        """attention: (q, k, v, *prefix) -> [B, T, N, H], prefix being the layer's own keys and values, if there is one.
-        by_layers: the parameters of each layer, where they are not stacked; then nor are cache and prefix."""
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attention: Attention
+    ) -> Float[Array, "B T D"]:
+        """Whole sequences, without a cache."""
         c = self.c
         graph, layers = nnx.split(self.layers)
-        turned = rope_sin_cos(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        sin_cos = self._sin_cos(positions)
 
         def layer(x, state):
-            return nnx.merge(graph, state)(x, turned, attention)
-
-        def cached_layer(carry, per_layer):
-            """The whole cache is carried through the layers, each of which writes its own part in place: were it handed out and
-            collected by layers, every step of decoding would copy it."""
-            (x, *slots), (i, state, prefix_kv) = carry, per_layer
-
-            def write(k, v):
-                new = (
-                    (k.transpose(0, 2, 3, 1), (0, 0, 0, cache.cursor)),
-                    (v.swapaxes(1, 2), (0, 0, cache.cursor, 0)),
-                )
-                if i is None:
-                    whole = [
-                        jax.lax.dynamic_update_slice(s, n, at)
-                        for s, (n, at) in zip(slots, new, strict=True)
-                    ]
-                    return *whole, whole
-                whole = [
-                    jax.lax.dynamic_update_slice(s, n[None], (i, *at))
-                    for s, (n, at) in zip(slots, new, strict=True)
-                ]
-                return *(jax.lax.dynamic_index_in_dim(s, i, keepdims=False) for s in whole), whole
-
-            attend_all = lambda q, k, v: attention(q, k, v, *(prefix_kv or ()))  # noqa: E731
-            x, whole = nnx.merge(graph, state)(x, turned, attend_all, write)
-            return (x, *whole), None
+            block = nnx.merge(graph, state)
+            return block.add_outputs(x, attention(*block.qkv(x, sin_cos))), None
 
         if c.remat != "none":
-            layer = jax.checkpoint(
-                layer, prevent_cse=False, policy=REMAT[c.remat]
-            )  # in a scan there is nothing to merge
-        # Looked up in a table that is split by vocabulary; from here on the rows are split, the embedding is whole.
-        x = constrain(self.embed(tokens), ("data", "fsdp"), None, None)
-        if cache is None:
-            x, _ = jax.lax.scan(
-                layer, x, layers, unroll=c.num_layers if self._written_out() else c.scan_unroll
-            )
-            return self.norm(x), None
-        if per_layer is not None:
+            # prevent_cse is for code outside of loops; CSE does not reach across scan steps.
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])
+        unroll = c.num_layers if self._unroll_layers() else c.scan_unroll
+        x, _ = jax.lax.scan(layer, self._embed(tokens), layers, unroll=unroll)
+        return self.norm(x)
+
+    def hidden_cached(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attention: Attention,
+        cache: Cache,
+        prefix: Cache | None,
+        layer_params: tuple[Params, ...] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Keys, Values]:
+        """Returns hidden states, and the cache's keys and values with those of `tokens` written.
+
+        layer_params: each layer's parameters if they are not stacked; then cache and prefix must be
+        per layer, too.
+        """
+        graph, layers = nnx.split(self.layers)
+        sin_cos = self._sin_cos(positions)
+
+        def run_layer(x, k_cache, v_cache, state, prefix_kv, layer=None):
+            block = nnx.merge(graph, state)
+            q, k, v = block.qkv(x, sin_cos)
+            k_cache, v_cache = write_to_cache(k_cache, v_cache, k, v, cache.cursor, layer)
+            k, v = k_cache, v_cache
+            if layer is not None:
+                k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k, v))
+            x = block.add_outputs(x, attention(q, k, v, *(prefix_kv or ())))
+            return x, k_cache, v_cache
+
+        x = self._embed(tokens)
+        if layer_params is not None:
             new = []
-            for j, slots in enumerate(zip(cache.k, cache.v, strict=True)):
+            for i, params in enumerate(layer_params):
                 state = jax.tree.map(lambda p: p, layers)
-                nnx.replace_by_pure_dict(state, per_layer[j])
-                (x, *whole), _ = cached_layer(
-                    (x, *slots), (None, state, prefix and (prefix.k[j], prefix.v[j]))
-                )
-                new.append(whole)
-            return self.norm(x), tuple(zip(*new, strict=True))
-        per_layer = (
-            jnp.arange(c.num_layers),
-            layers,
-            None if prefix is None else (prefix.k, prefix.v),
-        )
-        (x, *new), _ = jax.lax.scan(
-            cached_layer, (x, cache.k, cache.v), per_layer, unroll=c.scan_unroll
-        )
-        return self.norm(x), new
+                nnx.replace_by_pure_dict(state, params)
+                prefix_kv = None if prefix is None else (prefix.k[i], prefix.v[i])
+                x, *kv = run_layer(x, cache.k[i], cache.v[i], state, prefix_kv)
+                new.append(kv)
+            new_k, new_v = zip(*new, strict=True)
+            return self.norm(x), new_k, new_v
 
-    def _written_out(self) -> bool:
-        """Whether whole sequences go through layers that are written out one by one in the program: on a CPU, where XLA clears the
-        stacks that a loop collects what the backward pass needs in, and copies to and from them (4% of a step of 0.1B parameters).
-        Small models would rather compile fast, and many layers too; and outside a loop nothing is saved by computing it again."""
-        c = self.c
-        return (
-            platform() == "cpu"
-            and c.embed_dim * c.mlp_dim >= 2**19
-            and c.num_layers <= 16
-            and c.remat == "none"
-        )
+        # The scan carries the whole cache, and each layer updates its part in place. If the layers'
+        # caches were scanned outputs, every decoding step would copy the cache.
+        def scan_step(carry, xs):
+            (x, k_cache, v_cache), (layer, state, prefix_kv) = carry, xs
+            return run_layer(x, k_cache, v_cache, state, prefix_kv, layer), None
 
-    def logits(self, hidden):
-        out = (self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)).astype(
-            jnp.float32
-        )
+        prefixes = None if prefix is None else (prefix.k, prefix.v)
+        xs = (jnp.arange(self.c.num_layers), layers, prefixes)
+        (x, k, v), _ = jax.lax.scan(scan_step, (x, cache.k, cache.v), xs, unroll=self.c.scan_unroll)
+        return self.norm(x), k, v
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        out = self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)
+        out = out.astype(jnp.float32)
         if not self.c.vocab_padding:
             return out
-        return jnp.where(jnp.arange(out.shape[-1]) < self.c.vocab_size, out, MASKED)
+        return jnp.where(jnp.arange(out.shape[-1]) < self.c.vocab_size, out, MASKED_SCORE)
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # The table is split by vocabulary; activations are split by batch only.
+        return constrain(self.embed(tokens), ("data", "fsdp"), None, None)
+
+    def _sin_cos(self, positions: Int[Array, "B T"]) -> SinCos:
+        c = self.c
+        return rope_sin_cos(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+    def _unroll_layers(self) -> bool:
+        """Unroll layers when training on CPU: scan copies stacked residuals (4% of a step).
+
+        Small models and deep ones stay in a scan to compile fast. So does remat: outside of a loop
+        it saves no memory.
+        """
+        c = self.c
+        large, shallow = c.embed_dim * c.mlp_dim >= 2**19, c.num_layers <= 16
+        return platform() == "cpu" and large and shallow and c.remat == "none"
 
 
+# ---- 3. the model as pure functions --------------------------------------------------------------
 @dataclass(frozen=True)
 class Model:
-    """The model as pure functions of its parameters; hashable, so a jitted function can take it as a static argument."""
+    """Pure functions of the parameters; hashable, so jitted functions take it as static."""
 
     config: LlamaConfig
 
     def init(self, key: jax.Array, embed_std: float = 0.02) -> Params:
-        """Random parameters (f32) as a nested dict.
+        """Returns random parameters (f32) as a nested dict.
 
-        What is written into the residual stream starts at 1 / sqrt(2 L) of its usual scale (Radford et al., 2019), and
-        a narrow model wants embeddings of a standard deviation near 0.5 rather than Llama's 0.02: else the first
-        layers drown the embeddings, and copying takes many times longer to learn. With tied embeddings the last norm
-        starts at 1 / (embed_std * sqrt(D)), so that the first logits have unit scale.
+        Kernels that write to the residual stream start at 1 / sqrt(2 L) of their usual scale
+        (Radford et al., 2019). A narrow model needs an `embed_std` near 0.5 instead of Llama's
+        0.02: else the first layers drown the embeddings, and copying takes many times longer to
+        learn. With tied embeddings the last norm starts at 1 / (embed_std * sqrt(D)), so that the
+        first logits have unit scale.
         """
         params = nnx.to_pure_dict(nnx.state(Llama(self.config, nnx.Rngs(params=key)), nnx.Param))
-        if self.config.quantized:  # of which only the shapes are asked for
+        if self.config.quantized:  # only the shapes matter
             return params
         for module in ("o", "down"):
             params["layers"][module]["kernel"] *= (2 * self.config.num_layers) ** -0.5
@@ -375,101 +350,116 @@ class Model:
         return params
 
     def shapes(self) -> Params:
-        """The parameters as jax.ShapeDtypeStructs, without allocating them."""
+        """Returns the parameters as jax.ShapeDtypeStructs, without allocating them."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def per_layer(self, params: Params) -> Params:
-        """The same parameters with a tuple of layers in place of their stack, for `hidden` with a cache (see Cache.by_layers)."""
+        """Returns the parameters with a tuple of layers instead of their stack.
+
+        `hidden` takes them together with a cache that is per layer (see Cache.per_layer).
+        """
         layers = tuple(
             jax.tree.map(lambda x, i=i: x[i], params["layers"])
             for i in range(self.config.num_layers)
         )
         return {**params, "layers": layers}
 
-    def _merge(self, params: Params) -> Llama:
-        graph, state = nnx.split(
-            nnx.eval_shape(lambda: Llama(self.config, nnx.Rngs(params=jax.random.key(0))))
-        )
-        stacked = not isinstance(params["layers"], tuple)  # else the layers are given one by one
-        nnx.replace_by_pure_dict(
-            state, params if stacked else {k: v for k, v in params.items() if k != "layers"}
-        )
-        return nnx.merge(graph, state)
-
     def hidden(
         self,
         params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        doc_ids: jax.Array | None,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        doc_ids: Int[Array, "B T"] | Bool[Array, "B T"] | None,
         cache: Cache | None = None,
         prefix: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states of `tokens`.
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Returns the final hidden states of `tokens`, and the updated cache (None without one).
 
-        tokens, positions: [B, T] int32. doc_ids: [B, T], 0 for padding. Without a cache a token sees itself and what
-        stands before it in its document; None means that every row is one document with its padding at the end. With a
-        cache, real tokens are written at `cache.cursor` and see all valid slots of earlier positions and themselves. prefix: a cache
-        of R rows shared by B / R branches each; it is read, not written.
-        Returns hidden [B, T, D] and the updated cache (None without one).
+        doc_ids: 0 for padding. Without a cache, a token sees itself and the tokens before it in its
+        document; None means that every row is one document with its padding at the end. With a
+        cache, tokens are written at `cache.cursor`, and see themselves and all valid entries of
+        earlier positions.
+        prefix: a cache of R rows, each shared by B / R branches; it is only read.
         """
-        c, module = self.config, self._merge(params)
         if cache is None:
             if prefix is not None:
                 raise ValueError("a prefix is read together with a cache; there is none")
-            kernel = choose_kernel(c.attention, tokens.shape[1], c.head_dim, c.dtype)
-            if (
-                kernel == "xla" and tokens.shape[1] < 2 * BLOCK
-            ):  # the mask is the same in all layers
-                mask = document_mask(
-                    jnp.ones_like(tokens) if doc_ids is None else doc_ids, c.sliding_window
-                )
-                attention = lambda q, k, v: attend(q, k, v, mask)  # noqa: E731
-            else:
-                attention = lambda q, k, v: attend_sequences(
-                    q, k, v, doc_ids, c.sliding_window, kernel
-                )  # noqa: E731
-            return module.hidden(tokens, positions, attention, None, None)[0], None
+            return self._hidden_of_sequences(params, tokens, positions, doc_ids), None
+        module = self._merge(params)
         T, S = tokens.shape[1], cache.valid.shape[1]
         doc_ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
-        write = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(
-            slots, new, cache.cursor, axis=1
-        )  # noqa: E731
-        valid, slots = (
-            write(cache.valid, jnp.asarray(doc_ids) > 0),
-            write(cache.positions, jnp.asarray(positions, jnp.int32)),
-        )
-        own = (
-            jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]
-        )  # padding sees itself, so that no row is empty
-        causal = slots[:, None, :] <= positions[..., None]
-        mask = (valid[:, None, :] & causal & self._near(positions, slots)) | own
-        prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
-        attention = lambda q, *kv: attend_cached(
-            q, *kv[:2], mask, *kv[2:], *([prefix_mask] if kv[2:] else [])
-        )  # noqa: E731
-        per_layer = params["layers"] if isinstance(params["layers"], tuple) else None
-        hidden, (k, v) = module.hidden(tokens, positions, attention, cache, prefix, per_layer)
-        return hidden, Cache(k, v, valid, slots, cache.cursor + T)
 
-    def _near(self, positions: jax.Array, slots: jax.Array) -> jax.Array:
-        """Which keys a sliding window leaves in sight. positions: [B, T], slots: [B, S] -> [B, T, S] (or [] for all)."""
+        def write(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.cursor, axis=1)
+
+        valid = write(cache.valid, jnp.asarray(doc_ids) > 0)
+        key_positions = write(cache.positions, jnp.asarray(positions, jnp.int32))
+        # Padding sees itself, so that no query is without a key.
+        is_self = jnp.arange(S) == cache.cursor + jnp.arange(T)[:, None]
+        causal = key_positions[:, None, :] <= positions[..., None]
+        visible = valid[:, None, :] & causal & self._in_window(positions, key_positions)
+        mask = visible | is_self
+        prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
+
+        def attention(q, k, v, prefix_k=None, prefix_v=None):
+            return cached_attention(q, k, v, mask, prefix_k, prefix_v, prefix_mask)
+
+        layer_params = params["layers"] if isinstance(params["layers"], tuple) else None
+        hidden, k, v = module.hidden_cached(
+            tokens, positions, attention, cache, prefix, layer_params
+        )
+        return hidden, Cache(k, v, valid, key_positions, cache.cursor + T)
+
+    def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Returns f32 logits; padding rows of the vocabulary get no probability."""
+        return self._merge(params).logits(hidden)
+
+    def _hidden_of_sequences(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        doc_ids: Int[Array, "B T"] | Bool[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        c, module = self.config, self._merge(params)
+        kernel = choose_kernel(c.attention, tokens.shape[1], c.head_dim, c.dtype)
+        mask = None
+        if kernel == "xla" and tokens.shape[1] < 2 * BLOCK_SIZE:  # one mask for all layers
+            ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
+            mask = document_mask(ids, c.sliding_window)
+
+        def attention(q, k, v):
+            if mask is not None:
+                return dense_attention(q, k, v, mask)
+            return causal_attention(q, k, v, doc_ids, c.sliding_window, kernel)
+
+        return module.hidden(tokens, positions, attention)
+
+    def _merge(self, params: Params) -> Llama:
+        """Returns the module with these parameters; without layers if they are given per layer."""
+        graph, state = nnx.split(
+            nnx.eval_shape(lambda: Llama(self.config, nnx.Rngs(params=jax.random.key(0))))
+        )
+        if isinstance(params["layers"], tuple):
+            params = {name: x for name, x in params.items() if name != "layers"}
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def _in_window(
+        self, positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
+    ) -> Bool[Array, " ..."]:
+        """Returns which keys the sliding window leaves visible: [B, T, S], or [] without one."""
         if self.config.sliding_window is None:
             return jnp.array(True)
-        return positions[..., None] - slots[:, None, :] < self.config.sliding_window
+        return positions[..., None] - key_positions[:, None, :] < self.config.sliding_window
 
-    def _prefix_mask(self, positions: jax.Array, prefix: Cache) -> jax.Array:
-        """Broadcasts to [R, P, T, S']."""
+    def _prefix_mask(
+        self, positions: Int[Array, "B T"], prefix: Cache
+    ) -> Bool[Array, " R #P #T Sp"]:
         valid = prefix.valid[:, None, None, :]
         if self.config.sliding_window is None:
             return valid
-        R = prefix.valid.shape[0]
-        back = (
-            positions.reshape(R, -1, positions.shape[1])[..., None]
-            - prefix.positions[:, None, None, :]
-        )
-        return valid & (back < self.config.sliding_window)
-
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] in f32; padding rows of the vocabulary, if there are any, have no probability."""
-        return self._merge(params).logits(hidden)
+        R, T = prefix.valid.shape[0], positions.shape[1]
+        query_positions = positions.reshape(R, -1, T)[..., None]
+        distance = query_positions - prefix.positions[:, None, None, :]
+        return valid & (distance < self.config.sliding_window)

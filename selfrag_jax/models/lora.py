@@ -1,8 +1,7 @@
-"""Low-rank adaptation (Hu et al., 2022): the weights W of the layers stay as they are, and W + A B * alpha / rank is used,
-of which the small A and B are trained.
+"""Low-rank adaptation (Hu et al., 2022): layers compute with W + A B * alpha / rank.
 
-The embedding and the output head are trained whole: the rows of the reflection tokens are new, and have everything to
-learn.
+W stays frozen; the small A and B are trained. The embedding and the output head are trained in
+full, because the reflection tokens are new and their rows must be learned from scratch.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from selfrag_jax.models.params import Params, Path, flatten, unflatten
 
@@ -33,49 +33,61 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+# ---- training ------------------------------------------------------------------------------------
 def is_trained(path: Path) -> bool:
+    """Returns whether LoRA trains this parameter."""
     return path[-1] in (LORA_A, LORA_B) or path[0] in ("embed", "head")
 
 
 def add_adapters(params: Params, shapes: Params, key: jax.Array) -> Params:
-    """`params` with the adapters that `shapes` (of a model with LoRA) has. A is random, B zero: nothing changes yet."""
-    have = dict(flatten(params))
+    """Returns `params` with new adapters: A is random and B zero, so the model computes the same.
+
+    shapes: those of the model with LoRA.
+    """
+    out = dict(flatten(params))
     for i, (path, leaf) in enumerate(flatten(shapes)):
         if path[-1] == LORA_A:
-            have[path] = np.asarray(
-                jax.random.normal(jax.random.fold_in(key, i), leaf.shape) * leaf.shape[-2] ** -0.5
-            )
+            normal = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+            out[path] = np.asarray(normal * leaf.shape[-2] ** -0.5)
         elif path[-1] == LORA_B:
-            have[path] = np.zeros(leaf.shape, np.float32)
-    return unflatten(have.items())
+            out[path] = np.zeros(leaf.shape, np.float32)
+    return unflatten(out.items())
 
 
 def split_trained(params: Params) -> tuple[Params, Params]:
-    """What is trained, and what stays as it is."""
-    trained = unflatten((path, leaf) for path, leaf in flatten(params) if is_trained(path))
-    return trained, unflatten(
-        (path, leaf) for path, leaf in flatten(params) if not is_trained(path)
-    )
+    """Returns the trained and the frozen parameters."""
+    leaves = list(flatten(params))
+    trained = unflatten((path, leaf) for path, leaf in leaves if is_trained(path))
+    frozen = unflatten((path, leaf) for path, leaf in leaves if not is_trained(path))
+    return trained, frozen
 
 
 def join_trained(trained: Params, frozen: Params) -> Params:
-    """The inverse of `split`."""
+    """The inverse of `split_trained`."""
     return unflatten([*flatten(trained), *flatten(frozen)])
 
 
-def merged_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -> np.ndarray:
-    """The kernel of one layer as a model without LoRA has it, in f32: most of an update is smaller than a step of bf16."""
-    return np.asarray(kernel, np.float32) + np.asarray(a, np.float32) @ np.asarray(
-        b, np.float32
-    ) * np.float32(lora.scale)
+# ---- merging -------------------------------------------------------------------------------------
+def merged_kernel(
+    kernel: Float[np.ndarray, "inputs outputs"],
+    a: Float[np.ndarray, "inputs rank"],
+    b: Float[np.ndarray, "rank outputs"],
+    lora: LoraConfig,
+) -> Float[np.ndarray, "inputs outputs"]:
+    """Returns one layer's kernel with its adapter merged in.
+
+    In f32: most of an update is smaller than the spacing of bfloat16 numbers.
+    """
+    kernel, a, b = (np.asarray(x, np.float32) for x in (kernel, a, b))
+    return kernel + a @ b * np.float32(lora.scale)
 
 
 def merge_adapters(params: Params, lora: LoraConfig) -> Params:
-    """Parameters of the same model without LoRA, in f32 and in host memory."""
-    have = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params)}
-    for path in [p for p in have if p[-1] == LORA_A]:
-        a, b, at = have.pop(path), have.pop((*path[:-1], LORA_B)), (*path[:-1], "kernel")
-        have[at] = np.stack(
-            [merged_kernel(w, *ab, lora) for w, *ab in zip(have[at], a, b, strict=True)]
-        )
-    return unflatten(have.items())
+    """Returns the parameters of the same model without LoRA, in f32 and in host memory."""
+    out = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params)}
+    for path_a in [path for path in out if path[-1] == LORA_A]:
+        module = path_a[:-1]
+        a, b, kernel = out.pop(path_a), out.pop((*module, LORA_B)), (*module, "kernel")
+        layers = zip(out[kernel], a, b, strict=True)
+        out[kernel] = np.stack([merged_kernel(*layer, lora) for layer in layers])
+    return unflatten(out.items())

@@ -1,4 +1,7 @@
-"""Parameters as a nested dict of arrays: their paths and leaves. The layers of a stack share one array with a leading axis."""
+"""Parameters as a nested dict of arrays, addressed by path.
+
+The layers of a model are stacked: each of their parameters is one array with a leading layer axis.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,27 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Params = Any
+Params = Any  # a nested dict; its leaves are arrays of jax or numpy, shapes, or shardings
 Path = tuple[str, ...]
 
 
-def flatten(tree: Params, leaf_at: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of a nested dict, in a fixed order."""
+def flatten(tree: Params, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields (path, leaf) for each leaf, ordered by path."""
     for key in sorted(tree):
         if isinstance(tree[key], dict):
-            yield from flatten(tree[key], (*leaf_at, key))
+            yield from flatten(tree[key], (*prefix, key))
         else:
-            yield (*leaf_at, key), tree[key]
+            yield (*prefix, key), tree[key]
 
 
 def leaf_at(tree: Params, path: Path) -> Any:
-    """The leaf at a path."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def unflatten(pairs: Iterable[tuple[Path, Any]]) -> Params:
-    """The inverse of `leaves`."""
+    """The inverse of `flatten`."""
     out: Params = {}
     for path, leaf in pairs:
         node = out

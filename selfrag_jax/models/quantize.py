@@ -1,8 +1,9 @@
-"""Weight-only int8: each column of a layer's kernel in 8 bits with a scale of its own, multiplied in the activations' type.
+"""Weight-only int8: each column of a layer's kernel is stored in 8 bits with its own scale.
 
-A 7B model then takes 7 GB instead of 13.5 (bf16), and a step of decoding, whose time is the reading of the weights, half as
-long. Embedding, norms and output head stay as they are: they are a twentieth of the weights, and logits are sensitive to
-their rows.
+Products are computed in the activations' type. A 7B model takes 7 GB instead of 13.5 (bf16), and a
+decoding step, which is bound by reading the weights, half the time. The embedding, the norms and
+the output head are not quantized: they are a twentieth of the weights, and logits are sensitive to
+them.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ KERNEL, SCALE = "kernel", "kernel_scale"
 
 
 def quantize(model: Model, params: Params, dtype: str | None = None) -> tuple[Model, Params]:
-    """The model with int8 kernels, in host memory. Round to nearest, symmetric: scale = max |column| / 127.
+    """Returns the model with int8 kernels, and its parameters in host memory.
 
-    dtype: of all that is not quantized; None keeps it. A kernel [L, inputs, outputs] gets scales [L, outputs] in f32.
+    Rounds to nearest, symmetrically: scale = max |column| / 127. A kernel [L, inputs, outputs] gets
+    f32 scales [L, outputs]. dtype: of all other parameters; None keeps theirs.
     """
     out = []
     for path, leaf in flatten(params):
-        if path[0] != "layers" or path[-1] != KERNEL:
-            out.append(
-                (path, np.asarray(leaf) if dtype is None else np.asarray(leaf).astype(dtype))
-            )
-            continue
-        whole = np.empty(leaf.shape, np.int8)
-        scales = np.empty((leaf.shape[0], leaf.shape[2]), np.float32)
-        for i in range(leaf.shape[0]):  # a layer at a time: no second copy in f32
-            layer = np.asarray(leaf[i], np.float32)
-            scales[i] = np.maximum(np.abs(layer).max(0), 1e-30) / 127.0
-            whole[i] = np.rint(layer / scales[i]).astype(np.int8)
-        out += [(path, whole), ((*path[:-1], SCALE), scales)]
+        if path[0] == "layers" and path[-1] == KERNEL:
+            kernel, scales = _quantize_kernel(leaf)
+            out += [(path, kernel), ((*path[:-1], SCALE), scales)]
+        else:
+            leaf = np.asarray(leaf)
+            out.append((path, leaf if dtype is None else leaf.astype(dtype)))
     return Model(replace(model.config, quantized=True)), unflatten(out)
+
+
+def _quantize_kernel(leaf) -> tuple[np.ndarray, np.ndarray]:
+    kernel = np.empty(leaf.shape, np.int8)
+    scales = np.empty((leaf.shape[0], leaf.shape[2]), np.float32)
+    for i in range(leaf.shape[0]):  # layer by layer, to avoid a second copy of all layers in f32
+        layer = np.asarray(leaf[i], np.float32)
+        scales[i] = np.maximum(np.abs(layer).max(0), 1e-30) / 127.0
+        kernel[i] = np.rint(layer / scales[i]).astype(np.int8)
+    return kernel, scales

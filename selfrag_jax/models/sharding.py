@@ -1,12 +1,15 @@
-"""The device mesh and where each array lives on it.
+"""The device mesh and the placement of every array on it.
 
-Axes: `data` (batch), `fsdp` (batch, and parameters over their embed axis), `tensor` (heads, mlp, vocabulary). One
-table maps parameter paths to axes; parameters carry no metadata, so the same code runs with and without a mesh.
+Mesh axes: `data` (batch), `fsdp` (batch, and parameters over their embed axis), `tensor` (heads,
+mlp, vocabulary). One table maps parameter paths to mesh axes. Parameters carry no metadata, so the
+same code runs with and without a mesh.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import lora
+from selfrag_jax.models.params import Params
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
 
-# last part of the module path -> axes of its kernel; stacked layers add an unsharded leading axis
+# Module name -> axes of its kernel. Kernels of layers are stacked: their first axis is the layer.
 RULES: dict[str, PartitionSpec] = {
     "q": PartitionSpec(None, "fsdp", "tensor"),
     "k": PartitionSpec(None, "fsdp", "tensor"),
@@ -30,134 +35,155 @@ RULES: dict[str, PartitionSpec] = {
     "embed": PartitionSpec("tensor", "fsdp"),
     "head": PartitionSpec("fsdp", "tensor"),
 }
-BATCH = PartitionSpec(("data", "fsdp"))
+# The same for a layer that is held by itself (see Model.per_layer).
+_RULES_PER_LAYER = {name: spec[1:] for name, spec in RULES.items()}
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over `data * fsdp * tensor` devices; one of the three may be -1, for all devices that the others leave.
+# ---- the mesh ------------------------------------------------------------------------------------
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Returns a mesh over `data * fsdp * tensor` devices.
 
-    On TPUs the axes follow the links of one slice; other devices stand in their order, which is that of their processes, so that
-    `tensor` stays within a host. Raises BadInput when there are not that many, or they cannot be shared out.
+    One of the sizes may be -1: all remaining devices. On TPUs the axes follow the links of one
+    slice. Other devices keep their order, which is that of their processes, so that `tensor` stays
+    within a host. Raises UserError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    given = [n for n in (data, fsdp, tensor) if n != -1]
-    if len(given) < 2 or min(given) < 1:
-        raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}): sizes are at least 1, and one of them may be -1 (the rest)"
-        )
-    if len(given) == 2:
-        rest, over = divmod(len(devices), given[0] * given[1])
-        if over or not rest:
-            raise UserError(
-                f"mesh ({data}, {fsdp}, {tensor}): {len(devices)} devices are not a multiple of {given[0] * given[1]}"
-            )
-        data, fsdp, tensor = (rest if n == -1 else n for n in (data, fsdp, tensor))
+    data, fsdp, tensor = _fill_in((data, fsdp, tensor), len(devices))
+    mesh = f"mesh ({data}, {fsdp}, {tensor})"
     n = data * fsdp * tensor
     if n > len(devices):
+        raise UserError(f"{mesh} needs {n} devices; there are {len(devices)}")
+    if n < len(devices) and jax.process_count() > 1:  # an unused process would hang the others
         raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}) needs {n} devices; there are {len(devices)}"
-        )
-    if (
-        n < len(devices) and jax.process_count() > 1
-    ):  # a process without a part would leave the others waiting
-        raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}) uses {n} of {len(devices)} devices; several processes must use all"
+            f"{mesh} uses {n} of {len(devices)} devices; several processes must use all"
         )
     devices = devices[:n]
     auto = (jax.sharding.AxisType.Auto,) * 3
-    if (
-        devices[0].platform != "tpu"
-    ):  # each host of GPUs calls itself a slice, and has coordinates that say nothing
+    # On GPUs each host counts as a slice, and coordinates carry no information.
+    if devices[0].platform != "tpu":
         return Mesh(np.array(devices, object).reshape(data, fsdp, tensor), AXES, axis_types=auto)
     if len(slices := {getattr(d, "slice_index", 0) for d in devices}) > 1:
-        raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}) would lie over {len(slices)} slices; it is laid over one"
-        )
+        raise UserError(f"{mesh} would span {len(slices)} slices; it must fit in one")
     if not _is_block(devices):
-        raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over {n} devices of this slice; use all of them"
-        )
+        raise UserError(f"{mesh} cannot be laid over {n} devices of this slice; use all of them")
     try:
         return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=auto)
-    except NotImplementedError as e:  # what jax says of chips whose links do not make such axes
+    except NotImplementedError as e:  # the links of the slice do not form these axes
         raise UserError(
-            f"mesh ({data}, {fsdp}, {tensor}) cannot be laid over this slice: each size must be the product of some of its sides"
+            f"{mesh} cannot be laid over this slice: "
+            "each size must be the product of some of its sides"
         ) from e
 
 
-def hosts_of_tensor(mesh: Mesh) -> int:
-    """How many processes' devices the parts of one split head or kernel lie on, at most. More than one is slow where processes
-    are joined by a network: activations are summed over `tensor` twice a layer, forward and back."""
-    return max(
-        len({d.process_index for d in group})
-        for group in mesh.devices.reshape(-1, mesh.shape["tensor"])
-    )
+def _fill_in(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int, int]:
+    """Returns the sizes with -1 replaced by what the others leave."""
+    mesh = f"mesh ({', '.join(map(str, sizes))})"
+    given = [n for n in sizes if n != -1]
+    if len(given) < 2 or min(given) < 1:
+        raise UserError(f"{mesh}: sizes are at least 1, and one of them may be -1 (the rest)")
+    if len(given) == 3:
+        return sizes
+    rest, remainder = divmod(num_devices, math.prod(given))
+    if remainder or not rest:
+        raise UserError(f"{mesh}: {num_devices} devices are not a multiple of {math.prod(given)}")
+    data, fsdp, tensor = (rest if n == -1 else n for n in sizes)
+    return data, fsdp, tensor
 
 
-def _is_block(devices) -> bool:
-    """Whether chips fill a cuboid of their slice, as jax.make_mesh takes for granted (it asserts so)."""
-    places = [(*d.coords, d.core_on_chip) for d in devices]
-    return math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) == len(
-        devices
-    )
+def _is_block(devices: Sequence[Any]) -> bool:
+    """Whether the chips fill a cuboid of their slice, which jax.make_mesh asserts."""
+    coords = [(*d.coords, d.core_on_chip) for d in devices]
+    sides = [max(axis) - min(axis) + 1 for axis in zip(*coords, strict=True)]
+    return math.prod(sides) == len(devices)
 
 
-def partition_spec(path: tuple, x) -> PartitionSpec:
-    """The partition of one leaf of the parameters, or of an optimizer state that mirrors them; others are replicated."""
-    names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-    under = path[names.index("layers") + 1] if "layers" in names else None
-    rules = (
-        {n: r[1:] for n, r in RULES.items()}
-        if isinstance(under, jax.tree_util.SequenceKey)
-        else RULES
-    )  # a layer by itself
+def hosts_per_tensor_group(mesh: Mesh) -> int:
+    """Returns how many hosts (processes) a group of devices along `tensor` spans at most.
+
+    More than one is slow if a network joins the hosts: activations are summed over `tensor` twice
+    per layer, forward and backward.
+    """
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return max(len({d.process_index for d in group}) for group in groups)
+
+
+def platform() -> str:
+    """Returns the platform that is traced for: that of the current mesh, else the default backend.
+
+    In ahead-of-time compilation the mesh's devices are not attached, so the two differ.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+def partition_spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
+    """Returns the partition of one leaf of the parameters or of an optimizer state like them.
+
+    A leaf that no rule matches is replicated.
+    """
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    rules = RULES
+    if "layers" in names:
+        below_layers = path[names.index("layers") + 1]
+        if isinstance(below_layers, jax.tree_util.SequenceKey):
+            rules = _RULES_PER_LAYER
     for name in reversed(names):
-        if name in rules and len(rules[name]) == getattr(x, "ndim", 0):
-            layer, inputs, outputs = rules[name] if x.ndim == 3 else (None, *rules[name])
-            if names[-1] == lora.LORA_A:  # the rank is never split
-                return PartitionSpec(layer, inputs, None)
-            return (
-                PartitionSpec(layer, None, outputs)
-                if names[-1] == lora.LORA_B
-                else PartitionSpec(*rules[name])
-            )
+        if name not in rules or len(rules[name]) != getattr(x, "ndim", 0):
+            continue
+        *layer, inputs, outputs = rules[name]
+        # The rank of LoRA is never split.
+        if names[-1] == lora.LORA_A:
+            return PartitionSpec(*layer, inputs, None)
+        if names[-1] == lora.LORA_B:
+            return PartitionSpec(*layer, None, outputs)
+        return PartitionSpec(*rules[name])
     return PartitionSpec()
 
 
-def shardings(mesh: Mesh, tree):
-    """The NamedSharding of each leaf of parameters or optimizer state. A dimension that its axis does not divide, like a
-    vocabulary of 32,003, is not split."""
+def shardings(mesh: Mesh, tree: Params) -> Params:
+    """Returns the NamedSharding of each leaf of parameters or optimizer state.
 
+    A dimension that its mesh axis does not divide, like a vocabulary of 32,003, is not split.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, _fitting(mesh, path, x)), tree
+        lambda path, x: NamedSharding(mesh, _divisible_spec(mesh, path, x)), tree
     )
 
 
-def _fitting(mesh, path: tuple, x) -> PartitionSpec:
+def _divisible_spec(
+    mesh: Mesh | jax.sharding.AbstractMesh, path: tuple[Any, ...], x: Any
+) -> PartitionSpec:
     axes = partition_spec(path, x)
     return PartitionSpec(
         *(a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes))
     )
 
 
-def pin_to_mesh(tree):
-    """Keeps parameters and optimizer state where `shardings` puts them, on the mesh that is set; nothing without one."""
+def pin_to_mesh(tree: Params) -> Params:
+    """Constrains parameters or optimizer state to their `shardings` on the current mesh, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    hold = lambda path, x: jax.lax.with_sharding_constraint(x, _fitting(mesh, path, x))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(hold, tree)
+
+    def pin(path, x):
+        return jax.lax.with_sharding_constraint(x, _divisible_spec(mesh, path, x))
+
+    return jax.tree_util.tree_map_with_path(pin, tree)
 
 
-def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Says how an activation is split over the mesh that is set (jax.set_mesh); nothing where there is none."""
+# ---- other arrays --------------------------------------------------------------------------------
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Constrains an activation's sharding on the current mesh (jax.set_mesh), if any."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def put_on_mesh(mesh: Mesh, x: np.ndarray, axes: PartitionSpec) -> jax.Array:
-    """A host array on the mesh. Every process holds the whole array and places the part of its own devices."""
+    """Places a host array on the mesh. Every process holds all of it and places its own part."""
     sharding = NamedSharding(mesh, axes)
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)

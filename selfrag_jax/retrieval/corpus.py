@@ -1,6 +1,6 @@
-"""Passages on disk: DPR's tab-separated format (header `id text title`, quoted fields) or JSON lines.
+"""Passages on disk: DPR's tab-separated format (header `id text title`, quoted) or JSON lines.
 
-A corpus is read into memory as records; ids are kept as they stand in the file and must be unique.
+A corpus is read into memory as records. Ids are kept as the file has them and must be unique.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COLUMNS = ("id", "text", "title")
 
 
 def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
-    """Writes DPR's format; returns the number of passages."""
+    """Writes passages in DPR's format; returns their number."""
     n = 0
     with atomic_write(path) as f:
         writer = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -30,9 +30,10 @@ def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
 
 
 def read_corpus(path: str | Path) -> list[Passage]:
-    """All passages of a .tsv, .jsonl or .json file.
+    """Returns all passages of a .tsv, .jsonl or .json file.
 
-    Raises BadInput naming file and line: a missing column or field, an empty text, a duplicate id, an empty corpus.
+    Raises UserError naming file and line for a missing column or field, an empty text, a duplicate
+    id, and for an empty corpus.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,25 +66,20 @@ def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
             missing = [c for c in ("id", "text") if c not in header]
             if missing:
                 raise UserError(
-                    f"{path}:1: the header lacks {' and '.join(missing)}; expected the columns id, text, title"
+                    f"{path}:1: the header lacks {' and '.join(missing)}; "
+                    "expected the columns id, text, title"
                 )
-            column = {name: i for i, name in enumerate(header)}
             for row in reader:
-                where = f"{path}:{reader.line_num}"
                 if not row:
                     continue
+                where = f"{path}:{reader.line_num}"
                 if len(row) != len(header):
                     raise UserError(
-                        f"{where}: {len(row)} columns where the header has {len(header)}; quote fields that hold tabs"
+                        f"{where}: {len(row)} columns, but the header has {len(header)}; "
+                        "quote fields that contain tabs"
                     )
-                yield (
-                    where,
-                    Passage(
-                        row[column["id"]],
-                        row[column["title"]] if "title" in column else "",
-                        row[column["text"]],
-                    ),
-                )
+                fields = dict(zip(header, row, strict=True))
+                yield where, Passage(fields["id"], fields.get("title", ""), fields["text"])
         except UnicodeDecodeError as e:
             raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
         except csv.Error as e:

@@ -1,8 +1,9 @@
-"""A ScaNN index over passage embeddings (Guo et al., 2020): asymmetric hashing, then exact rescoring.
+"""A ScaNN index over passage embeddings (Guo et al., 2020): asymmetric hashing, exact rescoring.
 
-Small corpora are searched exhaustively by ScaNN's brute force, larger ones through a partitioning tree. Ids are row
-numbers of the stored passages; ScaNN's own pickled ids are not used. Pitfalls handled here: fewer neighbours than
-asked for come back padded, NaN aborts the process, and tiny corpora cannot train a hasher.
+Small corpora are searched by ScaNN's brute force, larger ones through a partitioning tree. Ids are
+row numbers of the stored passages; ScaNN's own pickled ids are not used. Three pitfalls are handled
+here: results are padded if fewer neighbours exist than were requested, NaN aborts the process, and
+tiny corpora cannot train a hasher.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Float32, Int64
 
 from selfrag_jax import artifacts
 from selfrag_jax.errors import UserError
@@ -29,7 +31,7 @@ class IndexConfig:
     brute_force_below: int  # passages; smaller corpora are searched exhaustively
     leaves_search_fraction: float  # of the tree's leaves that a query visits
     dimensions_per_block: int  # of the asymmetric hashing
-    reorder: int  # candidates rescored exactly
+    reorder: int  # candidates that are rescored exactly
 
     def __post_init__(self):
         if not 0 < self.leaves_search_fraction <= 1:
@@ -38,8 +40,8 @@ class IndexConfig:
             )
 
 
-def checked_vectors(embeddings: Path) -> np.ndarray:
-    """The vectors [n, dim] f32 of an `embed` artifact. Raises UserError if one is not finite."""
+def checked_vectors(embeddings: Path) -> Float32[np.ndarray, "n dim"]:
+    """Returns the vectors of an `embed` artifact. Raises UserError if one is not finite."""
     vectors = np.ascontiguousarray(read_embeddings(embeddings), np.float32)
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
@@ -48,7 +50,9 @@ def checked_vectors(embeddings: Path) -> np.ndarray:
     return vectors
 
 
-def write_index(vectors: np.ndarray, config: IndexConfig, embeddings: Path, out: Path) -> None:
+def write_index(
+    vectors: Float32[np.ndarray, "n dim"], config: IndexConfig, embeddings: Path, out: Path
+) -> None:
     """Builds the index of `vectors` in the new folder `out`, with the passages and the encoder."""
     import scann
 
@@ -66,7 +70,7 @@ def write_index(vectors: np.ndarray, config: IndexConfig, embeddings: Path, out:
             .reorder(max(k, config.reorder))
         )
     (out / SCANN).mkdir(parents=True)
-    with progress("index", n, "passages") as bar:  # ScaNN builds in one call, without reports
+    with progress("index", n, "passages") as bar:  # one call of ScaNN, which reports no progress
         builder.build().serialize(str((out / SCANN).absolute()), relative_path=True)
         bar.advance(n)
     shutil.copy(embeddings / PASSAGES, out / PASSAGES)
@@ -75,7 +79,7 @@ def write_index(vectors: np.ndarray, config: IndexConfig, embeddings: Path, out:
 
 
 class Index:
-    """A finished index with its passages and encoder folder."""
+    """A finished index and its passages. Raises UserError if it is unfinished or inconsistent."""
 
     def __init__(self, folder: str | Path):
         import scann
@@ -86,14 +90,18 @@ class Index:
         size = json.loads((folder / "size.json").read_text())["passages"]
         if size != len(self.passages):
             raise UserError(
-                f"{folder}: {size} vectors but {len(self.passages)} passages; rebuild it with `selfrag index`"
+                f"{folder}: {size} vectors but {len(self.passages)} passages; "
+                "rebuild it with `selfrag index`"
             )
         self.searcher = scann.scann_ops_pybind.load_searcher(str((folder / SCANN).absolute()))
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers [n, k'] and inner products [n, k'] of the nearest passages, k' = min(k, corpus size).
+    def search(
+        self, queries: Float[np.ndarray, "n dim"], k: int
+    ) -> tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+        """Returns row numbers and inner products of the k nearest passages of each query.
 
-        Raises BadInput for non-finite queries and for k < 1.
+        A k above the corpus size is reduced to it. Raises UserError for non-finite queries and for
+        k < 1.
         """
         if k < 1:
             raise UserError(f"k={k}: must be at least 1")

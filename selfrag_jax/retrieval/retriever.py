@@ -1,4 +1,4 @@
-"""The one retriever interface of the search: passages for questions, static or online."""
+"""The retriever interface of the search: passages for questions, static or online."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ class Retriever(Protocol):
     def passages(
         self, static: Sequence[tuple[Passage, ...]], queries: Sequence[str], k: int
     ) -> list[list[Passage]]:
-        """Up to k passages for each query, best first. static: the passages that came with each question."""
+        """Returns up to k passages per query, best first.
+
+        static: for each query, the passages in its question's own row.
+        """
         ...
 
 
 class StaticRetriever:
-    """The passages that stand in the question's own row, whatever the query (as published evaluation files have them)."""
+    """Returns the passages in the question's own row, as published evaluation files have them.
+
+    The query is ignored.
+    """
 
     def passages(
         self, static: Sequence[tuple[Passage, ...]], queries: Sequence[str], k: int
@@ -32,7 +38,7 @@ class StaticRetriever:
 
 
 class OnlineRetriever:
-    """Searches an index with the query's embedding."""
+    """Searches an index for the query's embedding."""
 
     def __init__(self, index: str | Path):
         self.index = Index(index)
@@ -47,9 +53,9 @@ class OnlineRetriever:
         rows, scores = self.index.search(self.encoder.encode(unique), k)
         found = {
             query: [
-                replace(self.index.passages[r], score=float(s))
-                for r, s in zip(rows[i], scores[i], strict=True)
-                if not np.isnan(s)
+                replace(self.index.passages[row], score=float(score))
+                for row, score in zip(rows[i], scores[i], strict=True)
+                if not np.isnan(score)  # padding
             ]
             for i, query in enumerate(unique)
         }

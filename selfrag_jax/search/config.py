@@ -18,7 +18,7 @@ MAX_NDOCS = 100  # every passage is a branch to generate
 MAX_BEAM_WIDTH = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     mode: str = setting(
         "adaptive_retrieval (the model may continue with the passage it has), always_retrieve or "
@@ -79,9 +79,8 @@ class SearchConfig:
         critiques = (*reflection.ISREL, *reflection.ISSUP, *reflection.ISUSE)
         for token in self.constraints:
             if token not in critiques:
-                raise UserError(
-                    f"--constraints: {token!r} is no critique token; they are {', '.join(critiques)}"
-                )
+                listed = ", ".join(critiques)
+                raise UserError(f"--constraints: {token!r} is no critique token; they are {listed}")
         if self.length_bucket < 1:
             raise UserError(f"length_bucket={self.length_bucket}: must be at least 1")
         for name in ("beam_width", "max_depth", "ndocs", "max_new_tokens"):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from selfrag_jax.engine.segments import Segment
+from selfrag_jax.engine.segments import GeneratedSegments
 from selfrag_jax.records import Passage
 
 
 @dataclass(frozen=True)
 class Node:
-    """One segment in the search tree of a question, with what the model said about it."""
+    """A segment, with what the model said about it."""
 
     id: int
     parent: int  # -1 for a first segment
     depth: int
-    action: str  # the Retrieve token that was fed: "retrieve", "continue" or "no_retrieval"
+    action: str  # "retrieve", "continue" or "no_retrieval": the Retrieve token that was fed
     p_retrieve: float
     passage: Passage | None
     tokens: tuple[int, ...]  # generated, reflection tokens included
@@ -30,75 +31,99 @@ class Node:
     total: float  # sum or product over the path
     allowed: bool  # by the hard constraints
     start: int  # position of its first token, the Retrieve token
-    finished: bool
-    complete: bool  # False where the length limit cut the segment
+    finished: bool  # the answer ends with it
+    complete: bool  # False if the length limit cut it
 
 
 @dataclass
 class Beam:
-    """A path in the tree. `row` is its lane in the question's slot."""
+    """A path in the tree, ending in `node` (None: before the first segment)."""
 
     node: Node | None
     retrieve: np.ndarray  # [3] distribution before its next segment
     next_position: int
-    row: int = -1
+    beam_index: int = -1  # of its prefix in the question's slot
     full: bool = False  # the model's context has no room for another segment
-
-    def rank(self, accumulate: str) -> float:
-        """What paths are compared by."""
-        return self.node.total / (self.node.depth + 1 if accumulate == "mean" else 1)
 
     @property
     def finished(self) -> bool:
         return self.full or (self.node is not None and self.node.finished)
 
+    def score(self, accumulate: str) -> float:
+        """What paths are compared by: the sum, mean or product of their segments' scores."""
+        node = self.last_node
+        return node.total / (node.depth + 1 if accumulate == "mean" else 1)
+
+    @property
+    def last_node(self) -> Node:
+        """`node` of a beam that has one. Raises ValueError before the first segment."""
+        if self.node is None:
+            raise ValueError("this beam has no segment yet")
+        return self.node
+
 
 @dataclass
-class Search:
-    """The state of one question's search and its outcome."""
+class SearchTree:
+    """The state of one question's search, and its outcome."""
 
-    beams: list[Beam]
+    beams: list[Beam]  # best first
     nodes: list[Node] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    settled: int = 0  # segments that all beams share, so that nothing changes them any more
+    num_final: int = 0  # segments that all beams share, which nothing can change any more
 
-    def add(self, parent: Node | None, out: Segment, **fields: Any) -> Node:
-        """A node below `parent` of the segment of one branch. fields: those of Node that the segment does not tell, or tells otherwise."""
-        told = dict(
-            tokens=out.said(),
-            p_segment=out.mean_probability(),
-            finished=bool(out.finished),
-            complete=bool(out.complete),
-        )
-        told |= dict(isrel=out.isrel, issup=out.issup, isuse=out.isuse) | fields
-        told |= {name: tuple(map(float, told[name])) for name in ("isrel", "issup", "isuse")} | {
-            "tokens": tuple(told["tokens"])
-        }
-        node = Node(
+    def add(self, parent: Node | None, segment: GeneratedSegments, **fields: Any) -> Node:
+        """Adds a branch's segment as a child of `parent`.
+
+        `fields` supplies or overrides Node attributes.
+        """
+        values: dict[str, Any] = dict(
             id=len(self.nodes),
             parent=parent.id if parent else -1,
             depth=parent.depth + 1 if parent else 0,
-            **told,
+            tokens=segment.token_ids(),
+            p_segment=segment.mean_probability(),
+            finished=bool(segment.finished),
+            complete=bool(segment.complete),
         )
+        groups = dict(isrel=segment.isrel, issup=segment.issup, isuse=segment.isuse)
+        values |= groups | fields
+        for name in groups:
+            values[name] = tuple(map(float, values[name]))
+        values["tokens"] = tuple(values["tokens"])
+        node = Node(**values)
         self.nodes.append(node)
         return node
 
-    def settle(self) -> list[Node]:
-        """The segments that have settled since the last call."""
-        paths = [self.path(b) for b in self.beams]
-        common = 0
-        while all(len(p) > common and p[common] is paths[0][common] for p in paths):
-            common += 1
-        new, self.settled = paths[0][self.settled : common], max(self.settled, common)
-        return new
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def best(self) -> Beam:
+        return self.beams[0]
 
     def path(self, beam: Beam) -> list[Node]:
         """The nodes from the first segment to the beam's last."""
-        out, node = [], beam.node
+        path, node = [], beam.node
         while node is not None:
-            out.append(node)
+            path.append(node)
             node = self.nodes[node.parent] if node.parent >= 0 else None
-        return out[::-1]
+        return path[::-1]
 
-    def best(self) -> Beam:
-        return self.beams[0]  # kept in order
+    def newly_final(self) -> list[Node]:
+        """The segments that have become final since the last call."""
+        paths = [self.path(b) for b in self.beams]
+        shared = 0
+        while all(len(p) > shared and p[shared] is paths[0][shared] for p in paths):
+            shared += 1
+        new = paths[0][self.num_final : shared]
+        self.num_final = max(self.num_final, shared)
+        return new
+
+    def elect(self, groups: Sequence[Sequence[Node]]) -> Beam | None:
+        """The best node of the group whose scores sum highest (closed-set voting).
+
+        None without groups; no group may be empty.
+        """
+        if not groups:
+            return None
+        winner = max(groups, key=lambda nodes: sum(n.score for n in nodes))
+        return Beam(max(winner, key=lambda n: n.score), self.beams[0].retrieve, 0)

@@ -1,14 +1,15 @@
 """The reflection-token vocabulary of Self-RAG (Asai et al., ICLR 2024, Table 1).
 
-Four groups of tokens let one language model decide when to retrieve and criticise its own segments:
+Four groups of tokens let one language model decide when to retrieve, and criticise its own
+segments:
 
   Retrieve  is retrieval needed for the next segment?
   IsRel     is the passage relevant to the input?
   IsSup     is the segment supported by the passage?
   IsUse     how useful is the whole response, from 1 to 5?
 
-Two markup tokens enclose a passage. Ids are never assumed: they are looked up in a tokenizer (`lookup`), because the
-order in which tokens were added to a vocabulary differs between checkpoints.
+Two markup tokens enclose a passage. Ids are never assumed but looked up in a tokenizer (`lookup`),
+because checkpoints differ in the order in which they added the tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from selfrag_jax.errors import UserError
 
 NO_RETRIEVAL, RETRIEVAL, CONTINUE = "[No Retrieval]", "[Retrieval]", "[Continue to Use Evidence]"
 IRRELEVANT, RELEVANT = "[Irrelevant]", "[Relevant]"
-FULLY, PARTIALLY, NO_SUPPORT = (
-    "[Fully supported]",
-    "[Partially supported]",
-    "[No support / Contradictory]",
-)
+FULLY, PARTIALLY = "[Fully supported]", "[Partially supported]"
+NO_SUPPORT = "[No support / Contradictory]"
 PARAGRAPH_OPEN, PARAGRAPH_CLOSE = "<paragraph>", "</paragraph>"
 
 RETRIEVE = (NO_RETRIEVAL, RETRIEVAL, CONTINUE)
@@ -40,14 +38,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "isuse": ISUSE,
 }
 
-# The order in which the released vocabulary added them (after Llama-2's 32,000 tokens; then a padding token).
-RELEASED_ORDER = RETRIEVE + ISREL + MARKUP + ISUSE + ISSUP
-ALL = RELEASED_ORDER
+# In the order of the released vocabulary, which adds them to Llama-2's 32,000 tokens, followed by a
+# padding token.
+ALL = RETRIEVE + ISREL + MARKUP + ISUSE + ISSUP
 
 
 @dataclass(frozen=True)
 class ReflectionIds:
-    """Token ids of each group, in the order of the constants above; hashable, so it can be a static jit argument."""
+    """Token ids of each group, in the order of the constants above.
+
+    Hashable, so it can be a static jit argument.
+    """
 
     retrieve: tuple[int, ...]
     isrel: tuple[int, ...]
@@ -63,35 +64,44 @@ class ReflectionIds:
         return getattr(self, name)
 
 
-def lacking(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> list[str]:
-    """The tokens that a tokenizer has to be given, in the released order. Raises MissingReflectionTokens where it has some of the
-    four groups but not all: they were lost, and new ones in their place would mean nothing yet."""
-    missing = [token for token in ALL if token_to_id(token) is None]
-    lost = [token for token in missing if token not in MARKUP]
-    if 0 < len(lost) < len(ALL) - len(MARKUP):
-        raise MissingReflectionTokens(
-            f"{name}: has some reflection tokens, but not {', '.join(lost)}; take the tokenizer that belongs to the model"
-        )
-    return missing
-
-
 class MissingReflectionTokens(UserError):
     """A tokenizer lacks reflection tokens; the message names them."""
 
 
+def missing_tokens(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> list[str]:
+    """Returns the tokens to add to a tokenizer, in the released order.
+
+    Raises MissingReflectionTokens if it has only some tokens of the four groups: the others were
+    lost, and newly added ones would be untrained.
+    """
+    missing = [token for token in ALL if token_to_id(token) is None]
+    lost = [token for token in missing if token not in MARKUP]
+    if 0 < len(lost) < len(ALL) - len(MARKUP):
+        raise MissingReflectionTokens(
+            f"{name}: has some reflection tokens, but not {', '.join(lost)}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return missing
+
+
 def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> ReflectionIds:
-    """Looks the ids up. Raises MissingReflectionTokens naming every token that `token_to_id` doesn't know, and BadInput naming two
-    that have one id."""
-    ids = {token: token_to_id(token) for token in ALL}
-    missing = [token for token, i in ids.items() if i is None]
+    """Returns the ids of all reflection tokens in a tokenizer, which messages call `name`.
+
+    Raises MissingReflectionTokens naming every token without an id, and UserError naming two tokens
+    with the same id.
+    """
+    found = {token: token_to_id(token) for token in ALL}
+    ids = {token: i for token, i in found.items() if i is not None}
+    missing = [token for token in ALL if token not in ids]
     if missing:
         raise MissingReflectionTokens(
-            f"{name}: lacks {len(missing)} reflection token(s): {', '.join(missing)}. Add them "
-            "(Tokenizer.with_reflection_tokens) or take a Self-RAG tokenizer; a plain Llama has none."
+            f"{name}: lacks {len(missing)} reflection token(s): {', '.join(missing)}. "
+            "Add them (Tokenizer.with_reflection_tokens) or use a Self-RAG tokenizer; "
+            "a plain Llama has none."
         )
-    of: dict[int, str] = {}
+    token_of: dict[int, str] = {}
     for token, i in ids.items():
-        if of.setdefault(i, token) != token:
-            raise UserError(f"{name}: {of[i]} and {token} have the same id, {i}")
-    pick = lambda group: tuple(ids[token] for token in group)  # noqa: E731
-    return ReflectionIds(pick(RETRIEVE), pick(ISREL), pick(ISSUP), pick(ISUSE), pick(MARKUP))
+        if token_of.setdefault(i, token) != token:
+            raise UserError(f"{name}: {token_of[i]} and {token} have the same id, {i}")
+    groups = (RETRIEVE, ISREL, ISSUP, ISUSE, MARKUP)
+    return ReflectionIds(*(tuple(ids[token] for token in group) for group in groups))

@@ -13,8 +13,8 @@ def _segmenter():
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of `text`, without surrounding space; never empty for text that isn't blank."""
+    """Returns the stripped sentences of `text`; the list is empty only for blank text."""
     text = text.strip()
-    if not any(c in text[:-1] for c in ".!?\n"):  # one sentence: most short answers
+    if not any(c in text[:-1] for c in ".!?\n"):  # a single sentence, as most short answers are
         return [text] if text else []
     return [s for part in _segmenter().segment(text) if (s := part.strip())]

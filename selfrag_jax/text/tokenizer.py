@@ -1,21 +1,24 @@
 """Text <-> token ids. No other module tokenizes.
 
-Text that a user or a corpus supplies can never become a control token: it is encoded as ordinary text even where it
-spells one. Control tokens (reflection tokens, passage markup, prompt headings, end of text) enter only as `Control`
-parts, which prompts.py writes. A prompt is therefore a list of parts, not one string:
+Text from a user or a corpus never becomes a control token: it is encoded as ordinary text, even if
+it spells one. Control tokens (reflection tokens, passage markup, prompt headings, end of text)
+enter only as `Control` parts, which prompts.py writes. A prompt is therefore a list of parts, not a
+string:
 
-    tokenizer.encode([Control("### Response:\n"), "Marvin was born in Quenport.", Control("[Fully supported]")])
+    answer = [Control("### Response:\\n"), "Born in Quenport.", Control("[Fully supported]")]
+    tokenizer.encode(answer)
 
-Modes name how the text between control tokens is cut into ids; the mode is stored beside the vocabulary:
+The mode decides how the text between control tokens is split. It is stored next to the vocabulary:
 
-    words       each part starts a new word (a leading space is added), as in the small models trained here
-    llama_slow  Llama's, as the released generator was trained (transformers 4.31, slow): white space beside a control
-                token is lost, so that "### Response:\n[Retrieval]" loses its newline
-    llama_fast  Llama's, as it was served (transformers 4.31, fast): nothing is lost
-    json        a tokenizer.json by its own rules, as Llama-3 has one
+    words       each part starts a new word (a leading space is added); the models trained here
+    llama_slow  Llama-2's slow tokenizer (transformers 4.31), with which the released generator was
+                trained; white space next to a control token is lost, for example the newline in
+                "### Response:\\n[Retrieval]"
+    llama_fast  Llama-2's fast tokenizer (transformers 4.31), with which it was served; lossless
+    json        a tokenizer.json with its own rules, such as Llama-3's
 
-In the last three a text is encoded as a whole between two control tokens, whatever parts it came in; a control that the
-vocabulary lacks, such as a heading, is part of the text.
+In the last three modes, all text between two control tokens is encoded as a whole, however many
+parts it came in. A control that the vocabulary lacks, such as a heading, is part of that text.
 """
 
 from __future__ import annotations
@@ -28,30 +31,33 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.files import write_text
-from selfrag_jax.text import reflection
+from selfrag_jax.text import published_files, reflection
+from selfrag_jax.text.published_files import BOS, EOS, PAD
 from selfrag_jax.text.vocabularies import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
 
-BOS, EOS, PAD = "<s>", "</s>", "[PAD]"  # whatever a vocabulary calls them
 NEWLINE = "\n"
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
 HEADINGS = (INSTRUCTION, INPUT, RESPONSE)
 MODES = ("words", "llama_slow", "llama_fast", "json")
-FILE, MODE_FILE, CONFIG_FILE = JSON_FILE, "tokenizer_mode.json", "tokenizer_config.json"
-GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+MODE_FILE = "tokenizer_mode.json"
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control token by its name; as opposed to text that happens to spell it."""
+    """A control token by name, as opposed to text that happens to spell it."""
 
     token: str
 
 
 Part = str | Control
 
+# A piece of an encoded part list: token ids, and the name of the control token they stand for, or
+# None for text.
+Encoded = tuple[list[int], str | None]
+
 
 class Tokenizer(ABC):
-    """A vocabulary, the control tokens, and the mode in which text is cut. Made by `load` or `train`."""
+    """A vocabulary, its control tokens and the mode. Created by `load` or `train`."""
 
     mode: str
     source: str  # for messages
@@ -63,18 +69,21 @@ class Tokenizer(ABC):
     def load(cls, folder: str | Path, mode: str | None = None) -> Tokenizer:
         """Reads the tokenizer of a model folder.
 
-        mode: for a folder that records none (None: llama_fast or json, by what is there).
-        Raises FileNotFoundError or ValueError naming the file, and ValueError for a mode that the vocabulary cannot have.
+        mode: overrides the recorded one; None takes the recorded one or, if there is none,
+        llama_fast for a vocabulary with Llama-2's rules and json for others.
+        Raises FileNotFoundError or ValueError naming the file, and ValueError for a mode that does
+        not fit the vocabulary.
         """
         folder = Path(folder)
         record = folder / MODE_FILE
         if not record.is_file():
-            return _Published.read(folder, mode, None)
+            return PublishedTokenizer.read(folder, mode, None)
         try:
             row = json.loads(record.read_text())
             recorded = row["mode"]
             if recorded in MODES and recorded != "words":
-                _ids(row["added"]), dict(row["names"])  # raise where they are none
+                published_files.checked_ids(row["added"])
+                dict(row["names"])  # raises if it is not an object
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{record}: not readable as the record of a tokenizer: {e}") from None
         if recorded not in MODES:
@@ -85,27 +94,27 @@ class Tokenizer(ABC):
             raise ValueError(
                 f"{record}: this vocabulary is of mode {recorded!r}; it cannot be read as {mode!r}"
             )
-        return (
-            _Words.read(folder)
-            if recorded == "words"
-            else _Published.read(folder, mode or recorded, row)
-        )
+        if recorded == "words":
+            return WordTokenizer.read(folder)
+        return PublishedTokenizer.read(folder, mode or recorded, row)
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes vocabulary and mode, and for published vocabularies what `transformers` reads."""
+        """Writes vocabulary, mode and the files that `transformers` reads."""
 
     @abstractmethod
     def with_reflection_tokens(self) -> Tokenizer:
-        """A copy whose vocabulary ends with the reflection tokens, in the released order, or as it is where it has them. Raises
-        MissingReflectionTokens where it has only some."""
+        """Returns a copy that has the reflection tokens; new ones get the last ids.
+
+        Raises MissingReflectionTokens if it already has some of them but not all.
+        """
 
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
 
     def config_ids(self) -> dict[str, Any]:
-        """The ids of control tokens that a model's config.json holds, by its names for them."""
+        """Returns the control-token ids that a model's config.json records, by its field names."""
         return {
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_id,
@@ -116,63 +125,66 @@ class Tokenizer(ABC):
     def encode_segments(
         self, segments: Sequence[Sequence[Part]], before_control: bool = False
     ) -> list[list[Encoded]]:
-        """Ids of consecutive lists of parts, of each by itself, a control beside its name. Text does not join across them.
+        """Encodes consecutive lists of parts, each separately: text does not join across lists.
 
-        before_control: a control token will follow (white space before it is lost in mode llama_slow).
+        before_control: whether a control token will follow, in which case mode llama_slow drops
+        trailing white space.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens are written out as their names. Encoding then decoding restores one text part."""
+        """Returns the text of `ids`, with control tokens spelled out.
+
+        Encoding and then decoding restores a single text part.
+        """
 
     @abstractmethod
     def token(self, i: int) -> str:
-        """The name of an id, for people."""
+        """Returns a readable name of an id."""
 
     @abstractmethod
     def _id(self, control: str) -> int | None: ...
 
-    # ---- the same in all modes -----------------------------------------------------------------------------------
+    # ---- the same in all modes -------------------------------------------------------------------
     def encode(self, parts: Part | Sequence[Part], before_control: bool = False) -> list[int]:
-        """Ids of text and control parts. A control that the vocabulary lacks is encoded as its text."""
+        """Returns the ids of text and control parts.
+
+        A control that the vocabulary lacks is encoded as text. before_control: see encode_segments.
+        """
         parts = [parts] if isinstance(parts, (str, Control)) else parts
         return [i for ids, _ in self.encode_segments([parts], before_control)[0] for i in ids]
 
     def reflection_ids(self) -> reflection.ReflectionIds:
+        """Returns all reflection ids. Raises MissingReflectionTokens if one is missing."""
         return reflection.lookup(self._id, self.source)
 
     def id(self, control: str) -> int:
-        """Id of a control token. Raises ValueError when the vocabulary lacks it."""
+        """Returns the id of a control token. Raises ValueError if the vocabulary lacks it."""
         i = self._id(control)
         if i is None:
             raise ValueError(f"{self.source}: has no token {control!r}")
         return i
 
 
-Encoded = tuple[list[int], str | None]  # ids of a text, or of one control token with its name
-
-
-class _Words(Tokenizer):
-    """A `tokenizers` vocabulary that was trained here."""
+class WordTokenizer(Tokenizer):
+    """Mode words: a vocabulary of the `tokenizers` library that was trained here."""
 
     mode = "words"
 
     def __init__(self, backend, source: str = "tokenizer"):
         self._backend = backend
-        self._backend.encode_special_tokens = (
-            True  # user text that spells a control token stays text
-        )
+        self._backend.encode_special_tokens = True  # text that spells a control token stays text
         self.source = source
         self.bos_id, self.eos_id, self.pad_id = (self.id(t) for t in (BOS, EOS, PAD))
 
     @classmethod
-    def read(cls, folder: Path) -> Tokenizer:
+    def read(cls, folder: Path) -> WordTokenizer:
         from tokenizers import Tokenizer as Backend
 
-        path = folder / FILE
+        path = folder / JSON_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; a model folder holds {FILE} and {MODE_FILE}"
+                f"{path}: no such file; a model folder holds {JSON_FILE} and {MODE_FILE}"
             )
         try:
             return cls(Backend.from_str(path.read_text()), str(path))
@@ -182,18 +194,18 @@ class _Words(Tokenizer):
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / FILE, self._backend.to_str())
+        write_text(folder / JSON_FILE, self._backend.to_str())
         write_text(folder / MODE_FILE, json.dumps({"mode": self.mode}) + "\n")
-        _write_transformers_config(folder, BOS, EOS, PAD)
+        published_files.write_tokenizer_config(folder, BOS, EOS, PAD)
 
-    def with_reflection_tokens(self) -> Tokenizer:
+    def with_reflection_tokens(self) -> WordTokenizer:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self._backend.to_str())
-        new = reflection.lacking(self._id, self.source)
+        new = reflection.missing_tokens(self._id, self.source)
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
-        return _Words(backend, self.source)
+        return WordTokenizer(backend, self.source)
 
     @property
     def vocab_size(self) -> int:
@@ -213,9 +225,8 @@ class _Words(Tokenizer):
         return self._backend.encode(part, add_special_tokens=False).ids, None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False).removeprefix(
-            " "
-        )
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text.removeprefix(" ")
 
     def token(self, i: int) -> str:
         return self._backend.id_to_token(int(i)) or f"<{int(i)}>"
@@ -224,8 +235,14 @@ class _Words(Tokenizer):
         return self._backend.token_to_id(control)
 
 
-class _Published(Tokenizer):
-    """A vocabulary of a published model, with control tokens beside it."""
+class PublishedTokenizer(Tokenizer):
+    """Modes llama_slow, llama_fast and json: a published vocabulary and its control tokens.
+
+    controls: ids of all control tokens.
+    names: the vocabulary's names for BOS, EOS and PAD, where they differ from ours.
+    passthrough: settings for other programs, which are saved with the model; see
+    published_files.read_passthrough.
+    """
 
     def __init__(
         self,
@@ -234,131 +251,145 @@ class _Published(Tokenizer):
         controls: dict[str, int],
         names: dict[str, str],
         source: str,
-        beside: dict[str, Any] | None = None,
+        passthrough: dict[str, Any],
     ):
-        """controls: all control tokens; names: what the vocabulary calls BOS, EOS and PAD; beside: see `_read_beside`."""
         self._vocabulary, self.mode, self.source = vocabulary, mode, source
-        self._controls, self._names, self._beside = controls, names, beside or {}
+        self._controls, self._names, self._passthrough = controls, names, passthrough
         self._control_of = {i: t for t, i in controls.items()}
         self.bos_id, self.eos_id = self.id(BOS), self.id(EOS)
-        self.pad_id = (
-            self._id(PAD) if self._id(PAD) is not None else self.eos_id
-        )  # padding is never looked at
+        pad_id = self._id(PAD)
+        self.pad_id = self.eos_id if pad_id is None else pad_id  # padding is always masked
 
     @classmethod
-    def read(cls, folder: Path, mode: str | None, record: dict[str, Any] | None) -> Tokenizer:
-        if (folder / MODEL_FILE).is_file():
-            source, vocabulary = folder / MODEL_FILE, SentencePiece(folder / MODEL_FILE)
-        elif (folder / FILE).is_file():
-            source, vocabulary = folder / FILE, Bpe(folder / FILE)
+    def read(
+        cls, folder: Path, mode: str | None, record: dict[str, Any] | None
+    ) -> PublishedTokenizer:
+        """record: the content of MODE_FILE, for a folder written here."""
+        vocabulary: Vocabulary
+        source = folder / MODEL_FILE
+        if source.is_file():
+            vocabulary = SentencePiece(source)
+        elif (source := folder / JSON_FILE).is_file():
+            vocabulary = Bpe(source)
         else:
-            raise FileNotFoundError(f"{folder}: no tokenizer here; expected {MODEL_FILE} or {FILE}")
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer here; expected {MODEL_FILE} or {JSON_FILE}"
+            )
         mode = mode or ("llama_fast" if vocabulary.llama else "json")
         possible = ("llama_slow", "llama_fast") if vocabulary.llama else ("json",)
         if mode not in possible:
             raise ValueError(
-                f"{source}: this vocabulary cannot be read as {mode!r}, but as {' or '.join(possible)}"
+                f"{source}: this vocabulary cannot be read as {mode!r}, "
+                f"but as {' or '.join(possible)}"
             )
-        if record is not None:
-            controls = vocabulary.controls | record["added"]
-            # Of a workdir as it was converted; of an export as it stands there now, whoever has changed it since.
-            beside = (
-                _read_beside(folder) if (folder / "config.json").is_file() else record.get("beside")
-            )
-            return cls(vocabulary, mode, controls, record["names"], str(source), beside)
-        controls, names = _read_controls(folder, vocabulary)
-        return cls(vocabulary, mode, controls, names, str(source), _read_beside(folder))
+        if record is None:
+            controls, names = published_files.read_control_tokens(folder, vocabulary)
+        else:
+            controls, names = vocabulary.controls | record["added"], record["names"]
+        # An export's own files take precedence, since they may have been edited; an Orbax workdir
+        # has only the record.
+        if record is None or (folder / "config.json").is_file():
+            passthrough = published_files.read_passthrough(folder)
+        else:
+            passthrough = record.get("beside") or {}
+        return cls(vocabulary, mode, controls, names, str(source), passthrough)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
-        write_text(
-            folder / FILE,
-            json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False) + "\n",
-        )
+        spec = json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False)
+        write_text(folder / JSON_FILE, spec + "\n")
         row = {
             "mode": self.mode,
             "names": self._names,
             "added": self._controls,
-            "beside": self._beside,
+            "beside": self._passthrough,
         }
         write_text(folder / MODE_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
-        names = (None if self._id(t) is None else self._names.get(t, t) for t in (BOS, EOS, PAD))
-        _write_transformers_config(folder, *names, self._beside.get("tokenizer"))
-        if "generation" in self._beside:
-            write_text(
-                folder / GENERATION_FILE, json.dumps(self._beside["generation"], indent=2) + "\n"
-            )
+        bos, eos = (self._names.get(t, t) for t in (BOS, EOS))
+        pad = None if self._id(PAD) is None else self._names.get(PAD, PAD)
+        extra = self._passthrough.get("tokenizer")
+        published_files.write_tokenizer_config(folder, bos, eos, pad, extra)
+        if "generation" in self._passthrough:
+            generation = json.dumps(self._passthrough["generation"], indent=2)
+            write_text(folder / published_files.GENERATION_FILE, generation + "\n")
 
-    def with_reflection_tokens(self) -> Tokenizer:
-        """Also a padding token, the last in the released vocabulary, where there is none."""
-        controls = dict(self._controls)
-        for token in (
-            *reflection.lacking(self._id, self.source),
-            *(() if self._id(PAD) is not None else (PAD,)),
-        ):
-            controls.setdefault(token, max(self._vocabulary.size, max(controls.values()) + 1))
-        beside = self._beside
-        if "ids" in beside and self._id(PAD) is None:
-            beside = beside | {
-                "ids": {k: v for k, v in beside["ids"].items() if k != "pad_token_id"}
-            }
-        return _Published(self._vocabulary, self.mode, controls, self._names, self.source, beside)
+    def with_reflection_tokens(self) -> PublishedTokenizer:
+        """Also adds a padding token if there is none, last, as in the released vocabulary."""
+        controls, passthrough = dict(self._controls), self._passthrough
+        new = reflection.missing_tokens(self._id, self.source)
+        if self._id(PAD) is None:
+            new.append(PAD)
+            if "ids" in passthrough:
+                ids = {k: v for k, v in passthrough["ids"].items() if k != "pad_token_id"}
+                passthrough = passthrough | {"ids": ids}
+        for token in new:
+            controls.setdefault(token, self._first_free_id(controls))
+        return PublishedTokenizer(
+            self._vocabulary, self.mode, controls, self._names, self.source, passthrough
+        )
 
     def config_ids(self) -> dict[str, Any]:
-        return super().config_ids() | self._beside.get("ids", {})
+        return super().config_ids() | self._passthrough.get("ids", {})
 
     @property
     def vocab_size(self) -> int:
-        return max(self._vocabulary.size, max(self._controls.values()) + 1)
+        return self._first_free_id(self._controls)
+
+    def _first_free_id(self, controls: dict[str, int]) -> int:
+        return max(self._vocabulary.size, max(controls.values()) + 1)
 
     def encode_segments(
         self, segments: Sequence[Sequence[Part]], before_control: bool = False
     ) -> list[list[Encoded]]:
-        joined = [self._sections(parts) for parts in segments]
-        flat = [one for sections in joined for one in sections]
-        out, at = [], 0
-        for sections in joined:
-            found: list[Encoded] = []
-            for one in sections:
-                at += 1
-                if isinstance(one, Control):
-                    found.append(([self._id(one.token)], one.token))
+        joined = [self._join_text(parts) for parts in segments]
+        flat = [part for parts in joined for part in parts]
+        encoded, n = [], 0
+        for parts in joined:
+            pieces: list[Encoded] = []
+            for part in parts:
+                n += 1  # the next part's index in `flat`
+                if isinstance(part, Control):
+                    pieces.append(([self.id(part.token)], part.token))
                     continue
                 if self.mode == "llama_slow":
-                    if at >= 2 and isinstance(flat[at - 2], Control):
-                        one = one.lstrip()
-                    if isinstance(flat[at], Control) if at < len(flat) else before_control:
-                        one = one.rstrip()
-                found.append((self._vocabulary.encode(one) if one else [], None))
-            out.append(found)
-        return out
+                    after_control = n >= 2 and isinstance(flat[n - 2], Control)
+                    is_last = n == len(flat)
+                    followed = before_control if is_last else isinstance(flat[n], Control)
+                    part = part.lstrip() if after_control else part
+                    part = part.rstrip() if followed else part
+                pieces.append((self._vocabulary.encode(part) if part else [], None))
+            encoded.append(pieces)
+        return encoded
 
-    def _sections(self, parts: Sequence[Part]) -> list[Part]:
-        """Adjacent texts joined, empty ones left out; a control that the vocabulary lacks is text."""
-        out: list[Part] = []
+    def _join_text(self, parts: Sequence[Part]) -> list[Part]:
+        """Joins adjacent text and drops empty text; a control that the vocabulary lacks is text."""
+        joined: list[Part] = []
         for part in parts:
             if isinstance(part, Control) and self._id(part.token) is not None:
-                out.append(part)
+                joined.append(part)
                 continue
             text = part.token if isinstance(part, Control) else part
-            if text and out and isinstance(out[-1], str):
-                out[-1] += text
+            if text and joined and isinstance(joined[-1], str):
+                joined[-1] += text
             elif text:
-                out.append(text)
-        return out
+                joined.append(text)
+        return joined
 
     def decode(self, ids: Sequence[int]) -> str:
-        out, run = [], []
-        for i in [*map(int, ids), None]:
-            if i is not None and i not in self._control_of:
+        out: list[str] = []
+        run: list[int] = []  # ids of ordinary text since the last control token
+        for i in map(int, ids):
+            if i not in self._control_of:
                 run.append(i)
                 continue
-            out.append(self._vocabulary.decode(run) if run else "")
+            out += [self._decode_text(run), self._control_of[i]]
             run = []
-            out.append("" if i is None else self._control_of[i])
-        return "".join(out)
+        return "".join([*out, self._decode_text(run)])
+
+    def _decode_text(self, run: list[int]) -> str:
+        return self._vocabulary.decode(run) if run else ""
 
     def token(self, i: int) -> str:
         i = int(i)
@@ -370,116 +401,13 @@ class _Published(Tokenizer):
         return self._controls.get(self._names.get(control, control))
 
 
-def _read_controls(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, str]]:
-    """Control tokens of a folder that `transformers` wrote, and what it calls beginning, end and padding."""
-    config, controls = _read(folder / CONFIG_FILE), dict(vocabulary.controls)
-    for file, read in (
-        (folder / FILE, lambda row: {t["content"]: t["id"] for t in row.get("added_tokens") or []}),
-        (folder / "added_tokens.json", lambda row: row),
-        (
-            folder / CONFIG_FILE,
-            lambda row: {
-                t["content"]: int(i) for i, t in (row.get("added_tokens_decoder") or {}).items()
-            },
-        ),
-    ):
-        try:
-            found = _ids(read(_read(file)))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(
-                f"{file}: its added tokens cannot be read ({type(e).__name__}: {e})"
-            ) from None
-        for token, i in found.items():
-            if controls.setdefault(token, i) != i:
-                raise ValueError(
-                    f"{file}: {token!r} has id {i}, elsewhere in this folder {controls[token]}"
-                )
-            if (
-                token not in vocabulary.controls
-                and i < vocabulary.size
-                and vocabulary.piece(i) not in (token, f"<{i}>")
-            ):
-                raise ValueError(
-                    f"{file}: {token!r} has id {i}, which is {vocabulary.piece(i)!r} in the vocabulary"
-                )
-    given = {**config, **_read(folder / "special_tokens_map.json")}
-    names = {}
-    for ours, field in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):
-        name = given.get(field)
-        name = name.get("content") if isinstance(name, dict) else name
-        if not isinstance(name, (str, type(None))):
-            raise ValueError(f"{folder}: {field}={name!r} is no token")
-        if name and name != ours and name in controls and ours not in controls:
-            names[ours] = name
-    for ours, field in ((BOS, "bos_token"), (EOS, "eos_token")):
-        if names.get(ours, ours) not in controls:
-            raise ValueError(
-                f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no {field}"
-            )
-    return controls, names
-
-
-def _read_beside(folder: Path) -> dict[str, Any]:
-    """What a published folder says of its control tokens' use by others. It has no effect here, but goes with the model:
-    "ids" (config.json's, of which the end of text may have several), "generation" (its defaults), "tokenizer" (fields of its config,
-    the chat template among them)."""
-    model, found = _read(folder / "config.json"), {}
-    if model:
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        found["ids"] = {"pad_token_id": None} | {name: model[name] for name in ids if name in model}
-    if generation := _read(folder / GENERATION_FILE):
-        found["generation"] = generation
-    config = _read(folder / CONFIG_FILE)
-    fields = ("chat_template", "model_max_length", "padding_side", "truncation_side")
-    found["tokenizer"] = {name: config[name] for name in fields if name in config}
-    if (folder / TEMPLATE_FILE).is_file():
-        try:
-            found["tokenizer"]["chat_template"] = (folder / TEMPLATE_FILE).read_text(
-                encoding="utf-8"
-            )
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{folder / TEMPLATE_FILE}: not UTF-8: {e}") from None
-    return found
-
-
-def _ids(tokens: dict[str, Any]) -> dict[str, int]:
-    if bad := [i for i in dict(tokens).values() if type(i) is not int or i < 0]:
-        raise ValueError(f"{bad[0]!r} is no id")
-    return tokens
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON: {e}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return row
-
-
-def _write_transformers_config(
-    folder: Path, bos: str, eos: str, pad: str | None, beside: dict[str, Any] | None = None
-) -> None:
-    """For AutoTokenizer, which would otherwise build its own rules and change ids (as it does for LlamaTokenizer)."""
-    row = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": pad,
-    }
-    row |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30} | (beside or {})
-    write_text(folder / CONFIG_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
-
-
 def train(
     pieces: Sequence[str], words: Sequence[str], vocab_size: int, controls: Sequence[str] = ()
 ) -> Tokenizer:
-    """A byte-level BPE vocabulary learned from word pieces (no leading space) and whole words (with one).
+    """Learns a byte-level BPE vocabulary from pieces (no leading space) and words (with one).
 
-    `controls` are control tokens beside the prompt's headings. Any text can be encoded: bytes are the fallback.
+    controls: control tokens besides the prompt headings. Any text can be encoded, as bytes if need
+    be.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -495,9 +423,8 @@ def train(
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        [p for p in pieces for _ in range(4)] + [" " + w for w in words for _ in range(4)], trainer
-    )
+    texts = [p for p in pieces for _ in range(4)] + [" " + w for w in words for _ in range(4)]
+    backend.train_from_iterator(texts, trainer)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return _Words(backend)
+    return WordTokenizer(backend)

@@ -1,11 +1,13 @@
-"""Vocabularies of published models: sections of ordinary text <-> ids, read from `tokenizer.model` or `tokenizer.json`.
+"""Published vocabularies, from `tokenizer.model` or `tokenizer.json`: sections of text <-> ids.
 
-A section is the text between two control tokens. Control tokens (beginning and end of text, reflection tokens) are not
-known here: tokenizer.py puts their ids between the sections, so that no text can become one.
+A section is the text between two control tokens. Control tokens (beginning and end of text,
+reflection tokens) are unknown here: tokenizer.py inserts their ids between the sections, so that
+text can never become one.
 
-Llama-2's vocabulary exists in both files. The sentencepiece file is the original; in a tokenizer.json its merges are
-listed, and the same ids come out once the rules are those of the original: "▁" in front of each section and for each
-space, bytes for what has no piece (compared with transformers 4.31 in tests/test_vocabulary.py).
+Llama-2's vocabulary exists in both files. The sentencepiece file is the original; tokenizer.json
+lists its merges. It gives the same ids if the original's rules are applied: a "▁" in front of each
+section and for each space, and bytes for text without a piece. tests/test_vocabulary.py compares
+the ids with those of transformers 4.31.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Vocabulary(Protocol):
-    llama: bool  # whether Llama's rules are followed
-    size: int  # ids of pieces, without what was added later
-    controls: dict[str, int]  # control tokens that the file itself holds
+    llama: bool  # whether it follows Llama-2's rules
+    size: int  # number of pieces, without tokens that were added later
+    controls: dict[str, int]  # control tokens that the file itself lists
 
     def encode(self, section: str) -> list[int]: ...
     def decode(self, run: Sequence[int]) -> str: ...
@@ -37,7 +39,7 @@ class Vocabulary(Protocol):
 
 
 class SentencePiece:
-    """A `tokenizer.model`, as Llama-2 has one. Raises ValueError when it cannot be read."""
+    """A `tokenizer.model`, such as Llama-2's. Raises ValueError if it cannot be read."""
 
     llama = True
 
@@ -52,15 +54,13 @@ class SentencePiece:
                 f"{path}: not readable as a sentencepiece model ({e}); is it truncated?"
             ) from None
         self.size = self._sp.get_piece_size()
-        pieces = [
-            self._sp.id_to_piece(i) for i in self._sp.encode("a  \ufb01")
-        ]  # a ligature that NFKC would take apart
-        if (
-            not pieces[0].startswith(_SPACE)
-            or self._sp.decode(self._sp.encode("a  \ufb01")) != "a  \ufb01"
-        ):
+        probe = "a  \ufb01"  # two spaces, and a ligature that NFKC would split
+        ids = self._sp.encode(probe)
+        first = self._sp.id_to_piece(ids[0])
+        if not first.startswith(_SPACE) or self._sp.decode(ids) != probe:
             raise ValueError(
-                f"{path}: changes text before it cuts it, or puts no space in front: not Llama's rules, not supported"
+                f"{path}: normalizes text or adds no leading space; "
+                "only vocabularies with Llama's rules are supported"
             )
         special = [i for i in range(self.size) if self._sp.is_control(i) or self._sp.is_unknown(i)]
         self.controls = {self._sp.id_to_piece(i): i for i in special}
@@ -79,38 +79,38 @@ class SentencePiece:
             f.write(self._content)
 
     def to_json(self, added: dict[str, int]) -> dict[str, Any]:
-        """The same vocabulary as a tokenizer.json."""
+        """Returns the same vocabulary as the content of a tokenizer.json."""
         pieces = [self._sp.id_to_piece(i) for i in range(self.size)]
         scores = [self._sp.get_score(i) for i in range(self.size)]
         ids = {piece: i for i, piece in enumerate(pieces)}
-        merges = []
+        merges: list[tuple[float, list[str]]] = []
         for i, piece in enumerate(pieces):
             if self._sp.is_byte(i) or piece in self.controls:
                 continue
-            halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-            # Of pieces made in several ways, that of the smaller ids first, as transformers lists them.
+            splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+            # If a piece can be merged in several ways, lower ids come first, as in transformers.
             known = sorted(
-                (h for h in halves if h[0] in ids and h[1] in ids),
-                key=lambda h: (ids[h[0]], ids[h[1]]),
+                (s for s in splits if s[0] in ids and s[1] in ids),
+                key=lambda s: (ids[s[0]], ids[s[1]]),
             )
-            merges += [(scores[i], list(h)) for h in known]
-        merges.sort(key=lambda m: -m[0])  # stable
+            merges += [(scores[i], list(split)) for split in known]
+        merges.sort(key=lambda merge: -merge[0])  # stable
         model = {
             "type": "BPE",
             "unk_token": "<unk>",
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
+            "vocab": ids,
+            "merges": [pair for _, pair in merges],
         }
-        return _llama_rules(
-            {"model": model | {"vocab": ids, "merges": [m for _, m in merges]}}, added
-        )
+        return _llama_spec({"model": model}, added)
 
 
 class Bpe:
-    """A `tokenizer.json` of byte pairs. Llama-2's follows the rules of its original, others (Llama-3's) their own.
+    """A byte-pair `tokenizer.json`. Llama-2's follows the original's rules, others their own.
 
-    Raises ValueError when it cannot be read, or is of another kind.
+    Raises ValueError if it cannot be read, or is of another type.
     """
 
     def __init__(self, path: Path):
@@ -119,11 +119,12 @@ class Bpe:
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
             kind, vocabulary = spec["model"]["type"], spec["model"].get("vocab", {})
-            self.controls = {
-                str(t["content"]): _id(t["id"]) for t in spec.get("added_tokens") or []
-            }
-            self.llama = bool(spec["model"].get("byte_fallback")) and _puts_a_space_in_front(spec)
-            self._names = {_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
+            added = spec.get("added_tokens") or []
+            self.controls = {str(t["content"]): _checked_id(t["id"]) for t in added}
+            self.llama = bool(spec["model"].get("byte_fallback")) and _adds_leading_space(spec)
+            self._names = (
+                {_checked_id(i): t for t, i in vocabulary.items()} if kind == "BPE" else {}
+            )
             self.size = max(self._names, default=-1) + 1
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(
@@ -132,12 +133,11 @@ class Bpe:
         if kind != "BPE":
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
-        # No control token is known to the backend, so that it finds none in text.
-        plain = (
-            _llama_rules(spec, {})
-            if self.llama
-            else spec | {"added_tokens": [], "post_processor": None}
-        )
+        # The backend knows no control token, so it finds none in text.
+        if self.llama:
+            plain = _llama_spec(spec, {})
+        else:
+            plain = spec | {"added_tokens": [], "post_processor": None}
         try:
             self._backend = Backend.from_str(json.dumps(plain))
         except Exception as e:  # tokenizers raises Exception itself
@@ -151,77 +151,83 @@ class Bpe:
         return text.removeprefix(" ") if self.llama else text
 
     def piece(self, i: int) -> str:
-        return self._names.get(i, f"<{i}>")  # a hole, where an added token may stand
+        return self._names.get(i, f"<{i}>")  # a gap, which an added token may fill
 
     def save(self, folder: Path) -> None:
-        pass  # what `to_json` gives is written
+        """Writes nothing: the caller writes what `to_json` returns."""
 
     def to_json(self, added: dict[str, int]) -> dict[str, Any]:
+        """Returns the content of a tokenizer.json with the `added` control tokens."""
         if self.llama:
-            return _llama_rules(self._spec, added)
+            return _llama_spec(self._spec, added)
         known = {t["content"]: t for t in self._spec.get("added_tokens") or []}
-        return self._spec | {
-            "added_tokens": [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]
-        }
+        tokens = [known.get(t, _added_token(t, i)) for t, i in _by_id(added)]
+        return self._spec | {"added_tokens": tokens}
 
 
-def _id(value: Any) -> int:
+def _checked_id(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no id")
+        raise ValueError(f"{value!r} is not a token id")
     return value
 
 
-def _puts_a_space_in_front(spec: dict[str, Any]) -> bool:
-    """As the normalizer of transformers 4 and the pre-tokenizer of transformers 5 do."""
-    normalizer, cutter = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+def _adds_leading_space(spec: dict[str, Any]) -> bool:
+    """Whether a normalizer (transformers 4) or a pre-tokenizer (transformers 5) adds one."""
+    normalizer, pre_tokenizer = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
     if {"type": "Prepend", "prepend": _SPACE} in [normalizer, *normalizer.get("normalizers", ())]:
         return True
     return any(
-        one.get("type") == "Metaspace" and one.get("prepend_scheme", "always") != "never"
-        for one in [cutter, *cutter.get("pretokenizers", ())]
+        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never"
+        for part in [pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())]
     )
 
 
-def _llama_rules(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
-    """A tokenizer.json that encodes each section as the sentencepiece original does, with the `added` control tokens."""
-    # A merge that makes a control token or a byte out of text stands first in converted files; the original has none.
+def _llama_spec(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
+    """A tokenizer.json with the `added` control tokens that encodes a section as the original does.
+
+    The original is the sentencepiece model.
+    """
+    # Converted files begin with merges that turn text into a control token or a byte; the original
+    # has none.
     reserved = {*_LLAMA_CONTROLS, *filter(_BYTE.fullmatch, spec["model"]["vocab"])}
-    pair = lambda m: m if isinstance(m, list) else m.split(" ")  # noqa: E731
-    merges = [m for m in map(pair, spec["model"]["merges"]) if "".join(m) not in reserved]
+    pairs = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
+    merges = [pair for pair in pairs if "".join(pair) not in reserved]
+    normalizers = [
+        {"type": "Prepend", "prepend": _SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    ]
     decoders = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    first = {
-        "SpecialToken": {"id": "<s>", "type_id": 0}
-    }  # in front of a text, where `transformers` is asked for it
-    sequence = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
-    front = {
-        "type": "TemplateProcessing",
-        "single": [first, sequence[0]],
-        "pair": [first, sequence[0], {"SpecialToken": {"id": "<s>", "type_id": 1}}, sequence[1]],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [added.get("<s>", 1)], "tokens": ["<s>"]}},
-    }
-    prepend, replace = (
-        {"type": "Prepend", "prepend": _SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-    )
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added_token(t, i) for t, i in _by_id(added)],
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": front if "<s>" in added else None,
+        "post_processor": _bos_template(added["<s>"]) if "<s>" in added else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": spec["model"] | {"merges": merges, "dropout": None},
     }
 
 
+def _bos_template(bos_id: int) -> dict[str, Any]:
+    """The post-processor that puts <s> in front of a text if `transformers` asks for it."""
+    first, second = ({"SpecialToken": {"id": "<s>", "type_id": kind}} for kind in (0, 1))
+    a, b = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, second, b],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos_id], "tokens": ["<s>"]}},
+    }
+
+
 def _by_id(added: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(added.items(), key=lambda pair: pair[1])
+    return sorted(added.items(), key=lambda item: item[1])
 
 
 def _added_token(content: str, i: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Training of every model of the project: one trainer, its config, loss and optimizer."""

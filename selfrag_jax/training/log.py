@@ -1,4 +1,4 @@
-"""What a training step reports: loss per loss group, gradient norm, throughput; to TensorBoard and the progress bar."""
+"""Training metrics (loss per group, gradient norm, throughput, MFU) for TensorBoard and the bar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from selfrag_jax.data.batches import LOSS_GROUPS
 
 
 class _EventFile:
-    """A TensorBoard event file, written at once: tensorboardX's own writer has a thread, and waits for it for ever once a full
-    disk has ended it."""
+    """A TensorBoard event file that is written synchronously.
+
+    tensorboardX's own writer uses a thread, and hangs once a full disk has ended that thread.
+    """
 
     def __init__(self, folder: Path):
         from tensorboardX.event_file_writer import EventsWriter
@@ -25,15 +27,15 @@ class _EventFile:
         self._events = EventsWriter(str(folder / "events"))
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        """Raises OSError when the disk is full."""
+        """Appends one event per scalar. Raises OSError when the disk is full."""
         from tensorboardX import summary
         from tensorboardX.proto import event_pb2
 
         for name, value in scalars.items():
-            seen = summary.scalar(name, value)
-            self._events.write_event(
-                event_pb2.Event(summary=seen, step=step, wall_time=time.time())
+            event = event_pb2.Event(
+                summary=summary.scalar(name, value), step=step, wall_time=time.time()
             )
+            self._events.write_event(event)
         self._events.flush()
 
     def close(self) -> None:
@@ -41,46 +43,49 @@ class _EventFile:
 
 
 class TrainingLog:
-    """Averages steps between reports and writes them to TensorBoard event files under `workdir/logs`; of several processes
-    the first one does.
+    """Averages metrics between reports and writes them to event files under `workdir/logs`.
 
-    share_per_rate: of the devices' peak FLOP/s that one token per second takes (for the MFU), where the peak is known. since_save:
-    (sum of the losses, number of learned tokens) that an interrupted training had seen since it last asked `loss_since_save`.
+    Of several processes only the first writes.
+
+    peak_seconds_per_token: time that one token would take at the devices' peak rate, for the MFU;
+        None where the peak is unknown.
+    since_save: (sum of losses, number of targets) that an interrupted training had accumulated
+        since its last call of `loss_since_save`.
     """
 
     def __init__(
         self,
         workdir: str | Path,
-        share_per_rate: float | None = None,
+        peak_seconds_per_token: float | None = None,
         since_save: Sequence[float] = (0.0, 0.0),
     ):
         self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
-        self.share_per_rate = share_per_rate
-        self.since_save = tuple(
-            since_save
-        )  # never changed in place: checkpoints are written in the background
+        self.peak_seconds_per_token = peak_seconds_per_token
+        # Replaced, never changed in place: checkpoints that hold it are written in the background.
+        self.since_save = tuple(since_save)
         self.reset()
 
     def reset(self) -> None:
+        """Starts a new interval between reports."""
         self.sums: dict[str, np.ndarray] = {}
         self.tokens, self.steps, self.start = 0, 0, time.monotonic()
 
     def add(self, step_metrics: dict[str, Any], tokens: int) -> None:
+        """Adds the metrics of one step. tokens: those of its batch, without padding."""
         for name, value in step_metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.asarray(value, np.float64)
         self.tokens += tokens
         self.steps += 1
         loss, count = self.since_save
-        self.since_save = (
-            loss + float(np.sum(step_metrics["loss"])),
-            count + float(np.sum(step_metrics["count"])),
-        )
+        loss += float(np.sum(step_metrics["loss"]))
+        count += float(np.sum(step_metrics["count"]))
+        self.since_save = loss, count
 
     def loss_since_save(self) -> float:
-        """Mean loss of all learned tokens since this was last asked for: what checkpoints are compared by."""
-        total, count = self.since_save
+        """Returns the mean loss per target since the last call, by which checkpoints compete."""
+        loss, count = self.since_save
         self.since_save = 0.0, 0.0
-        return total / count if count else NO_LOSS
+        return loss / count if count else NO_LOSS
 
     def report(self, step: int) -> str:
         """Writes the averages since the last report; returns a short line for the progress bar."""
@@ -91,19 +96,19 @@ class TrainingLog:
             "tokens_per_second": rate,
             "gradient_norm": float(self.sums["gradient_norm"] / self.steps),
         }
-        shown = f"{rate:.0f} tokens/s"
-        if self.share_per_rate is not None:
-            scalars["mfu"] = rate * self.share_per_rate
-            shown += f", MFU {100 * scalars['mfu']:.1f}%"
-        parts = []
+        throughput = f"{rate:.0f} tokens/s"
+        if self.peak_seconds_per_token is not None:
+            scalars["mfu"] = rate * self.peak_seconds_per_token
+            throughput += f", MFU {100 * scalars['mfu']:.1f}%"
+        losses = []
         for i, group in enumerate(LOSS_GROUPS):
             if self.sums["count"][i]:
                 scalars[f"loss/{group}"], scalars[f"accuracy/{group}"] = loss[i], accuracy[i]
-                parts.append(f"{group} {loss[i]:.2f}")
+                losses.append(f"{group} {loss[i]:.2f}")
         if self.writer:
             self.writer.write(scalars, step)
         self.reset()
-        return f"loss: {', '.join(parts)}; {shown}"
+        return f"loss: {', '.join(losses)}; {throughput}"
 
     def close(self) -> None:
         if self.writer:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from selfrag_jax.data.batches import Batch
 from selfrag_jax.models import lora, sharding
@@ -18,64 +19,85 @@ from selfrag_jax.models.params import Params
 from selfrag_jax.training.config import TrainConfig
 from selfrag_jax.training.loss import gradients
 
+# {"params", "opt_state", "step"} and, with LoRA, "frozen": the parameters that are not trained.
+TrainState = dict[str, Any]
+
 
 @partial(jax.jit, static_argnames=("model", "tx", "chunk"), donate_argnames=("state",))
 def train_step(
-    state: dict[str, Any],
-    batch: dict[str, jax.Array],
+    state: TrainState,
+    batch: dict[str, Array],
     model: Model,
     tx: optax.GradientTransformation,
     chunk: int | None = None,
-):
-    """One update. state: {"params", "opt_state", "step"} and, with LoRA, "frozen". Returns it and the step's metrics."""
+) -> tuple[TrainState, dict[str, Float[Array, ...]]]:
+    """Returns the state after one update, and the step's metrics.
+
+    batch: see `loss_fn`, with or without a leading axis of micro-batches. chunk: see `loss_fn`.
+    The metrics are loss, correct and count per loss group [G], and total and gradient_norm [].
+    """
     (loss, sums), grads = gradients(state["params"], model, batch, chunk, state.get("frozen"))
     updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    # Where it came from, or the next step would be compiled again for where XLA had put it.
+    # Back to where the arrays came from. Wherever else XLA put them, the next step would be
+    # compiled again for it.
     new = sharding.pin_to_mesh(
         {**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1}
     )
     return new, {**sums, "total": loss, "gradient_norm": optax.tree.norm(grads)}
 
 
-def fresh_state(
+def initial_state(
     params: Params, tx: optax.GradientTransformation, c: TrainConfig, dtype: str
-) -> dict[str, Any]:
-    """What a training begins with: f32 parameters and the optimizer's state; with LoRA what is frozen too, in `dtype`."""
+) -> TrainState:
+    """Returns the state before the first step: parameters in f32, and the optimizer's state.
+
+    With LoRA it also holds the frozen parameters, in `dtype`.
+    """
     trained, frozen = (params, None) if c.lora is None else lora.split_trained(params)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     state = {"params": trained, "opt_state": tx.init(trained), "step": jnp.zeros((), jnp.int32)}
-    return (
-        state
-        if frozen is None
-        else state | {"frozen": jax.tree.map(lambda x: x.astype(dtype), frozen)}
-    )
+    if frozen is not None:
+        state["frozen"] = jax.tree.map(lambda x: x.astype(dtype), frozen)
+    return state
 
 
-def state_like(
+def abstract_state(
     c: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh
-) -> dict[str, Any]:
-    """The state as jax.ShapeDtypeStructs with their places on the mesh, without allocating it."""
-    shapes = jax.eval_shape(
-        partial(fresh_state, tx=tx, c=c, dtype=model.config.dtype), model.shapes()
-    )
-    place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)  # noqa: E731
+) -> TrainState:
+    """Returns the state as jax.ShapeDtypeStructs with shardings, without allocating it."""
+    make = partial(initial_state, tx=tx, c=c, dtype=model.config.dtype)
+    shapes = jax.eval_shape(make, model.shapes())
+
+    def place(x, on_mesh):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_mesh)
+
     return jax.tree.map(place, shapes, sharding.shardings(mesh, shapes))
 
 
 def batch_arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
-    """What a step reads of a batch. Rows of one document need no `doc_ids`: causality is enough."""
+    """Returns the arrays of a batch that a step reads.
+
+    Without packing `doc_ids` is left out: in a row of one document causal masking is enough.
+    """
     names = ("tokens", "positions", "doc_ids", "loss_index", "targets", "weights", "groups")
-    found = {name: getattr(batch, name) for name in names if packed or name != "doc_ids"}
-    return {name: x for name, x in found.items() if x is not None}
+    arrays = {name: getattr(batch, name) for name in names if packed or name != "doc_ids"}
+    return {name: x for name, x in arrays.items() if x is not None}
 
 
-def batch_on_mesh(mesh, batch: Batch, parts: int, packed: bool) -> dict[str, jax.Array]:
-    """The batch of an update on the mesh: [B, ...], or in `parts` that are stacked in front, [A, B / A, ...]."""
+def batch_on_mesh(
+    mesh: Mesh, batch: Batch, micro_batches: int, packed: bool
+) -> dict[str, jax.Array]:
+    """Returns the batch of an update on the mesh.
+
+    Its arrays are [B, ...]; with several micro-batches [A, B / A, ...].
+    """
     out = {}
     for name, x in batch_arrays(batch, packed).items():
         axes = PartitionSpec() if x.ndim == 1 else sharding.BATCH
-        if parts > 1:  # every device keeps rows of every part, so row i goes to part i % parts
-            x, axes = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), PartitionSpec(None, *axes)
+        if micro_batches > 1:
+            # Row i goes to micro-batch i % A, so that every device keeps rows of every one.
+            x = x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+            axes = PartitionSpec(None, *axes)
         out[name] = sharding.put_on_mesh(mesh, x, axes)
     return out

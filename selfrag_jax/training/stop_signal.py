@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import jax
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
 
 class StopSignal:
-    """Within the block, SIGTERM is noted instead of ending the process (main thread only).
+    """Inside its `with` block SIGTERM is recorded and does not end the process.
 
-    Of several processes one alone may get the signal: they agree on the step by JAX's preemption service.
+    Works in the main thread only; elsewhere SIGTERM keeps its effect. In a run of several
+    processes perhaps only one gets the signal: JAX's preemption service makes all of them stop at
+    the same step.
     """
 
-    def __init__(self, saved):
-        self._saved, self.noted, self._several = saved, False, jax.process_count() > 1
+    def __init__(self, manager: ocp.CheckpointManager):
+        self.received = False
+        self._manager = manager
+        self._multi_process = jax.process_count() > 1
 
-    def caught(self, step: int) -> bool:
-        """Whether this is the step to stop at."""
-        if self._several:
-            self.noted = self._saved.reached_preemption(step)
-        return self.noted
+    def should_stop(self, step: int) -> bool:
+        """Returns whether training should stop after `step`."""
+        if self._multi_process:
+            self.received = self._manager.reached_preemption(step)
+        return self.received
 
-    def __enter__(self):
+    def __enter__(self) -> StopSignal:
         try:
-            self._old = None if self._several else signal.signal(signal.SIGTERM, self._catch)
+            self._previous = (
+                None if self._multi_process else signal.signal(signal.SIGTERM, self._catch)
+            )
         except ValueError:  # not in the main thread
-            self._old = None
+            self._previous = None
         return self
 
-    def _catch(self, *_):
-        self.noted = True
-        os.write(2, b"\nSIGTERM: saving a checkpoint before leaving\n")
+    def _catch(self, *_) -> None:
+        self.received = True
+        os.write(2, b"\nSIGTERM: saving a checkpoint before exiting\n")
 
-    def __exit__(self, *_):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+    def __exit__(self, *_) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)

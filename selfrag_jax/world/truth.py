@@ -1,7 +1,8 @@
-"""What is true in a world, read from its language: parsing of questions, sentences and passages into facts.
+"""What is true in a world: parses questions, sentences and passages into facts and judges them.
 
-The language is regular, so every sentence that a model writes can be checked against a passage exactly. The rule
-teacher (critique/collect.py) and the evaluation of critics and citations judge by this module.
+The language is regular, so every sentence that a model writes can be checked exactly against a
+passage. The rule teacher (critic/collecting.py) and the evaluation of critics and citations use
+these judgements.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an instruction asks: `form` is one of fact, two_part, biography, claim, choice, common, unknown."""
+class ParsedInstruction:
+    """What an instruction asks for."""
 
-    form: str
+    form: str  # fact, two_part, biography, claim, choice, common or unknown
     name: str = ""
     relations: tuple[str, ...] = ()
-    claimed: str = ""  # the value a claim states
+    claimed: str = ""  # the value that a claim states
 
 
 @cache
 def _clause_patterns() -> list[tuple[str, re.Pattern]]:
     phrases = {(r.phrase, r.name) for k in KINDS.values() for r in k.relations}
-    # Longest first: "was founded in" must not be read as part of another phrase.
+    # Longest first, so that a phrase is never matched as a part of a longer one.
     return [
         (name, re.compile(re.escape(phrase).replace(r"\{v\}", _VALUE)))
         for phrase, name in sorted(phrases, key=lambda p: (-len(p[0]), p))
@@ -63,8 +64,11 @@ def _common_answers() -> dict[str, str]:
     return {q.lower(): answer for questions, answer in language.COMMON_KNOWLEDGE for q in questions}
 
 
-def facts_of(text: str) -> list[Fact]:
-    """The facts that sentences of the form "N clause, clause and clause." state, in order; nothing for other text."""
+def parse_facts(text: str) -> list[Fact]:
+    """Returns the facts stated by sentences of the form "N clause, clause and clause.", in order.
+
+    Other sentences state no facts.
+    """
     facts = []
     for sentence in re.split(r"(?<=\.)\s+", text.strip()):
         hits = sorted(
@@ -79,36 +83,37 @@ def facts_of(text: str) -> list[Fact]:
     return facts
 
 
-def facts_of_passage(p: Passage) -> set[Fact]:
-    return set(facts_of(p.text))
+def passage_facts(p: Passage) -> set[Fact]:
+    return set(parse_facts(p.text))
 
 
-def parse(instruction: str) -> Asked:
-    """What the instruction asks for."""
+def parse_instruction(instruction: str) -> ParsedInstruction:
+    """Returns what an instruction asks for; its form is "unknown" if it does not parse."""
     text = instruction.strip()
     if text.lower() in _common_answers():
-        return Asked("common")
+        return ParsedInstruction("common")
     if m := re.fullmatch(r"Tell me about (?P<n>.+)\.", text):
-        return Asked("biography", m["n"])
+        return ParsedInstruction("biography", m["n"])
     if m := re.fullmatch(r"Is it true that (?P<c>.+)\?", text):
-        facts = facts_of(m["c"] + ".")
+        facts = parse_facts(m["c"] + ".")
         if len(facts) == 1:
-            return Asked("claim", facts[0].name, (facts[0].relation,), facts[0].value)
+            [fact] = facts
+            return ParsedInstruction("claim", fact.name, (fact.relation,), fact.value)
     if m := re.fullmatch(r"(?P<q>.+\?) A: .+", text):
-        inner = parse(m["q"])
+        inner = parse_instruction(m["q"])
         if inner.form == "fact":
-            return Asked("choice", inner.name, inner.relations)
+            return ParsedInstruction("choice", inner.name, inner.relations)
     for m in re.finditer(r" and ", text):
-        a, b = _question(text[: m.start()] + "?"), _question(text[m.end() :])
+        a, b = _parse_question(text[: m.start()] + "?"), _parse_question(text[m.end() :])
         if a and b and a[1] == b[1]:
-            return Asked("two_part", a[1], (a[0], b[0]))
-    if hit := _question(text):
-        return Asked("fact", hit[1], (hit[0],))
-    return Asked("unknown")
+            return ParsedInstruction("two_part", a[1], (a[0], b[0]))
+    if hit := _parse_question(text):
+        return ParsedInstruction("fact", hit[1], (hit[0],))
+    return ParsedInstruction("unknown")
 
 
-def _question(text: str) -> tuple[str, str] | None:
-    """(relation, name) of a single question."""
+def _parse_question(text: str) -> tuple[str, str] | None:
+    """Returns (relation, name) of a single question, or None."""
     for relation, pattern in _question_patterns():
         if m := pattern.fullmatch(text):
             return relation, m["n"]
@@ -116,61 +121,64 @@ def _question(text: str) -> tuple[str, str] | None:
 
 
 def is_relevant(instruction: str, p: Passage) -> bool:
-    """A passage is relevant when it is about the entity that the instruction asks about."""
-    asked = parse(instruction)
-    return bool(asked.name) and any(f.name == asked.name for f in facts_of_passage(p))
+    """Returns whether a passage is about the entity that the instruction asks about."""
+    asked = parse_instruction(instruction)
+    return bool(asked.name) and any(f.name == asked.name for f in passage_facts(p))
 
 
 def support(instruction: str, p: Passage, output: str) -> str:
-    """The IsSup token: how many of the output's facts the passage states, with the same name and value."""
-    asked, known = parse(instruction), facts_of_passage(p)
-    if asked.form == "claim" and output.strip() in (language.TRUE, language.FALSE):
-        stated = [
-            f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])
-        ]
-        verdict = language.TRUE if asked.claimed in stated else language.FALSE
-        return reflection.FULLY if stated and output.strip() == verdict else reflection.NO_SUPPORT
-    if asked.form == "choice":
-        option = re.search(
-            rf"(?:^|\s){re.escape(output.strip().rstrip('.'))}: {_VALUE}", instruction
-        )
-        stated = [
-            f.value for f in known if (f.name, f.relation) == (asked.name, asked.relations[0])
-        ]
-        return reflection.FULLY if option and option["v"] in stated else reflection.NO_SUPPORT
-    facts = facts_of(output)
-    supported = sum(f in known for f in facts)
-    if facts and supported == len(facts):
+    """Returns the IsSup token: how many of the output's facts the passage states.
+
+    A passage states a fact if it has the same name, relation and value. Claims and choices are
+    judged by what the passage states about the attribute in question.
+    """
+    asked, evidence = parse_instruction(instruction), passage_facts(p)
+    answer = output.strip()
+    is_verdict = asked.form == "claim" and answer in (language.TRUE, language.FALSE)
+    if is_verdict or asked.form == "choice":
+        subject = (asked.name, asked.relations[0])
+        stated = [f.value for f in evidence if (f.name, f.relation) == subject]
+        if is_verdict:
+            verdict = language.TRUE if asked.claimed in stated else language.FALSE
+            supported = bool(stated) and answer == verdict
+        else:
+            label = re.escape(answer.rstrip("."))
+            option = re.search(rf"(?:^|\s){label}: {_VALUE}", instruction)
+            supported = option is not None and option["v"] in stated
+        return reflection.FULLY if supported else reflection.NO_SUPPORT
+    facts = parse_facts(output)
+    num_supported = sum(f in evidence for f in facts)
+    if facts and num_supported == len(facts):
         return reflection.FULLY
-    return reflection.PARTIALLY if supported else reflection.NO_SUPPORT
+    return reflection.PARTIALLY if num_supported else reflection.NO_SUPPORT
 
 
 def utility(instruction: str, output: str) -> str:
-    """The IsUse token, judged by the output's form alone, as the critic sees no evidence (paper, Table 1).
+    """Returns the IsUse token. It ignores evidence, as the critic sees none (paper, Table 1).
 
-    5: answers all that was asked; 3: a part of it; 2: tells something else about the entity asked about;
-    1: about another entity, or no answer at all.
+    5: answers everything that was asked; 3: answers a part; 2: states something else about the
+    entity; 1: is about another entity, or no answer at all.
     """
-    asked, text = parse(instruction), output.strip()
+    asked, text = parse_instruction(instruction), output.strip()
     if asked.form == "common":
-        return _utility(5 if text == _common_answers()[instruction.strip().lower()] else 1)
+        return _utility_token(5 if text == _common_answers()[instruction.strip().lower()] else 1)
     if asked.form == "claim":
-        return _utility(5 if text in (language.TRUE, language.FALSE) else 1)
+        return _utility_token(5 if text in (language.TRUE, language.FALSE) else 1)
     if asked.form == "choice":
-        return _utility(5 if text.rstrip(".") in language.CHOICE_LABELS else 1)
-    facts = facts_of(text)
+        return _utility_token(5 if text.rstrip(".") in language.CHOICE_LABELS else 1)
+    facts = parse_facts(text)
     if not facts or any(f.name != asked.name for f in facts):
-        return _utility(1)
-    told = {f.relation for f in facts}
+        return _utility_token(1)
+    stated = {f.relation for f in facts}
     if asked.form == "biography":
-        return _utility(5 if len(told) >= 4 else 3)
-    answered = sum(r in told for r in asked.relations)
-    if answered == 0:
-        return _utility(2)
-    return _utility(5 if answered == len(asked.relations) else 3)
+        return _utility_token(5 if len(stated) >= 4 else 3)
+    num_answered = sum(r in stated for r in asked.relations)
+    if num_answered == 0:
+        return _utility_token(2)
+    return _utility_token(5 if num_answered == len(asked.relations) else 3)
 
 
-def _utility(k: int) -> str:
+def _utility_token(k: int) -> str:
     return reflection.ISUSE[k - 1]
 
 
@@ -180,42 +188,49 @@ def needs_retrieval(
     preceding: str = "",
     evidence: Passage | None = None,
 ) -> str:
-    """The Retrieve token before the next segment (paper, Table 1).
+    """Returns the Retrieve token before the next segment (paper, Table 1).
 
-    Before the first segment: retrieval for entities that are not well known. Later: continue while the evidence holds
-    attributes that have not been told yet, rightly or wrongly; otherwise retrieve.
+    Before the first segment: retrieve unless the entity is well known. Later: in a biography,
+    continue while the evidence holds attributes that were not yet stated, correctly or not;
+    otherwise retrieve.
     """
-    asked = parse(instruction)
+    asked = parse_instruction(instruction)
     if not asked.name or asked.name in known_names:
         return reflection.NO_RETRIEVAL
     if not preceding or evidence is None:
         return reflection.RETRIEVAL
-    told = {f.relation for f in facts_of(preceding)}
-    left = {f.relation for f in facts_of_passage(evidence) if f.name == asked.name} - told
-    return reflection.CONTINUE if asked.form == "biography" and left else reflection.RETRIEVAL
+    stated = {f.relation for f in parse_facts(preceding)}
+    remaining = {f.relation for f in passage_facts(evidence) if f.name == asked.name} - stated
+    if asked.form == "biography" and remaining:
+        return reflection.CONTINUE
+    return reflection.RETRIEVAL
 
 
 def judge(query: CritiqueQuery, known_names: Iterable[str]) -> str:
-    """The true reflection token for a critique query. Raises ValueError on an unknown group."""
+    """Returns the true reflection token for a critique query.
+
+    Raises ValueError on an unknown group and on missing evidence.
+    """
     if query.group == "retrieve":
         return needs_retrieval(query.instruction, known_names, query.preceding, query.evidence)
-    if query.group == "isrel":
-        return (
-            reflection.RELEVANT
-            if is_relevant(query.instruction, query.evidence)
-            else reflection.IRRELEVANT
-        )
-    if query.group == "issup":
-        return support(query.instruction, query.evidence, query.output)
     if query.group == "isuse":
         return utility(query.instruction, query.output)
-    raise ValueError(f"unknown critique group {query.group!r}")
+    if query.group not in ("isrel", "issup"):
+        raise ValueError(f"unknown critique group {query.group!r}")
+    if query.evidence is None:
+        raise ValueError(f"a critique query of group {query.group!r} needs evidence")
+    if query.group == "issup":
+        return support(query.instruction, query.evidence, query.output)
+    if is_relevant(query.instruction, query.evidence):
+        return reflection.RELEVANT
+    return reflection.IRRELEVANT
 
 
 def read_truth(file: str | Path) -> Callable[[CritiqueQuery], str]:
-    """The judge of the world that `selfrag world` wrote `file` (teacher.jsonl) for.
+    """Returns the judge for a world, given the teacher.jsonl that `selfrag world` wrote for it.
 
-    Raises UserError for a file that holds no entities.
+    The judge maps a critique query to its true reflection token. Raises UserError if the file holds
+    no entities or a row lacks a field.
     """
     rows = list(read_rows(file))
     if not rows:
@@ -230,10 +245,10 @@ def read_truth(file: str | Path) -> Callable[[CritiqueQuery], str]:
 
 
 def fully_supports(instruction: str, passage: Passage, segment: str) -> bool:
-    """Whether a passage fully supports a segment: the judge of citations."""
+    """Returns whether a passage fully supports a segment; serves as the judge of citations."""
     return support(instruction, passage, segment) == reflection.FULLY
 
 
 def stated_facts(text: str) -> list[tuple[str, str, str]]:
-    """(name, relation, value) of each fact that a text states."""
-    return [(f.name, f.relation, f.value) for f in facts_of(text)]
+    """Returns (name, relation, value) of each fact that a text states."""
+    return [(f.name, f.relation, f.value) for f in parse_facts(text)]

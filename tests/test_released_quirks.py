@@ -4,18 +4,18 @@ plain form of the scripts."""
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from selfrag_jax.answering.config import DEFAULT
-from selfrag_jax.engine.requests import Generate, Passages, Read
-from selfrag_jax.engine.segments import Segment, read_groups, roles
+from selfrag_jax.engine.requests import FindPassages, Generate, ReadTokens
+from selfrag_jax.engine.segments import GeneratedSegments, Step, TokenRules
 from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
 from selfrag_jax.search.released import scores
+from selfrag_jax.search.released.rules import ReleasedReadings
 from selfrag_jax.search.released.search import ReleasedSearch
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
@@ -58,11 +58,11 @@ def tell(talkative):
         tokens = [[*(s.tokens or encode(*s.parts))] for s in says]
         n, m = len(says), max(map(len, tokens))
         sup = np.array([[s.sup, 0.0, 1.0 - s.sup] if s.sup else [0.0] * 3 for s in says])
-        return Segment(
+        return GeneratedSegments(
             tokens=np.array([[*x, *[t.pad_id] * (m - len(x))] for x in tokens])[None],
             length=np.array([[len(x) for x in tokens]]),
             log_prob=np.zeros((1, n)),
-            text_tokens=np.ones((1, n), int),
+            num_text_tokens=np.ones((1, n), int),
             isrel=np.array([[1.0 - s.rel, s.rel] for s in says])[None],
             issup=sup[None],
             isuse=np.zeros((1, n, 5)),
@@ -70,8 +70,11 @@ def tell(talkative):
             finished=np.zeros((1, n), bool),
             complete=np.zeros((1, n), bool),
             next_position=np.zeros((1, n), int),
-            retrieve_at=np.array([[s.again] * m for s in says])[None],
-            rel_log_probs=np.log([[1.0 - s.rel, s.rel] for s in says])[None],
+            extras=ReleasedReadings(
+                retrieve_at=np.array([[s.again] * m for s in says])[None],
+                rel_log_probs=np.log([[1.0 - s.rel, s.rel] for s in says])[None],
+                isuse_seen=np.zeros((1, n), bool),
+            ),
         )
 
     def run(answers, p=(0.5, 0.4, 0.1), **changes):
@@ -96,11 +99,11 @@ def tell(talkative):
                 told.outcome = e.value
                 assert next(answers, None) is None  # all that was to be said was asked for
                 return told
-            if isinstance(wants, Read):
+            if isinstance(wants, ReadTokens):
                 [standing] = wants.tokens
                 told.reads.append(list(standing))
                 value = np.array([p]), np.log(np.maximum([p], 1e-30))
-            elif isinstance(wants, Passages):
+            elif isinstance(wants, FindPassages):
                 told.asked.append(wants.previous)
                 value = [TWO]
             else:
@@ -169,9 +172,10 @@ def test_only_the_end_of_text_ends_a_generation(talkative):
         talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64
     )
     tokens = jnp.array([r.retrieve[1], r.isuse[4], t.eos_id])
-    before, last, _ = roles(tokens, search.engine_rules)
+    before, last, _ = search.rules.roles(tokens)
     assert before.tolist() == [False] * 3 and last.tolist() == [False, False, True]
-    before, last, _ = roles(tokens, search.rules)  # the paper's
+    paper = TokenRules(t.eos_id, t.pad_id, r)
+    before, last, _ = paper.roles(tokens)
     assert before.tolist() == [True, False, False] and last.tolist() == [False, True, True]
 
 
@@ -181,11 +185,11 @@ def critiques(talkative):
     t = talkative.tokenizer
     released = ReleasedSearch(
         talkative.model, talkative.params, t, replace(DEFAULT.search, scorer="released"), 64
-    ).engine_rules
+    ).rules
     r = t.reflection_ids()
 
     def read(*names, known=None, logits=None):
-        rules = replace(released, known=known)
+        rules = replace(released, num_known=known or t.vocab_size)
         if logits is None:
             logits = (
                 np.random.default_rng(0)
@@ -193,18 +197,17 @@ def critiques(talkative):
                 .astype(np.float32)
             )
         no = jnp.zeros(1, bool)
-        state = SimpleNamespace(
-            segment=Segment.empty(1, len(names), rules), done=no, sup_seen=no, use_seen=no
-        )
+        segment, issup_seen = GeneratedSegments.empty(1, len(names), rules), no
         for age, name in enumerate(names):
-            token, state.age = jnp.array([t.encode(Control(name))[0]]), jnp.array([age])
-            state.segment, state.sup_seen, state.use_seen = read_groups(
-                state, logits[age], token, no, no, rules
-            )
-        share = lambda step, ids: (
-            np.exp(logits[step, 0, list(ids)]) / np.exp(logits[step, 0, list(ids)]).sum()
-        )  # noqa: E731
-        return state.segment, share, r
+            token = jnp.array([t.encode(Control(name))[0]])
+            step = Step(logits[age], token, jnp.array([age]), live=~no, ends=no, at_limit=no)
+            segment, issup_seen = rules.read_critiques(segment, step, issup_seen)
+
+        def share(step, ids):
+            e = np.exp(logits[step, 0, list(ids)])
+            return e / e.sum()
+
+        return segment, share, r
 
     return read
 
@@ -237,7 +240,7 @@ def test_the_scripts_know_the_5000_or_32000_most_likely_tokens_of_a_step(talkati
         assert (
             ReleasedSearch(
                 talkative.model, talkative.params, talkative.tokenizer, config, 64
-            ).engine_rules.known
+            ).rules.num_known
             == known
         )
 
@@ -274,7 +277,7 @@ def test_an_unknown_relevance_counts_as_a_probability_of_minus_100_in_the_long_f
         logits[likely] = 6
         segment = critiques("[Relevant]", known=known, logits=logits[None, None])[0]
         p = np.exp(6) / (np.exp(6) + t.vocab_size - 2)
-        return scores.released_score_long(np.asarray(segment.rel_log_probs[0]), never), p
+        return scores.released_score_long(np.asarray(segment.extras.rel_log_probs[0]), never), p
 
     got, p = score(relevant, t.vocab_size - 1)
     assert got == pytest.approx(p / (p - 100), rel=1e-4) and got < 0
@@ -326,7 +329,10 @@ def test_a_childs_history_has_its_siblings_text(tell):
 def test_votes_are_for_texts_character_by_character(tell):
     """Line breaks are deleted; what else is written, white space and [Continue to Use Evidence] too, makes another option."""
     tell([[Says(("so",))]], mode="no_retrieval", max_depth=1)
-    option = lambda *parts: tell.search.option(tell.encode(*parts))  # noqa: E731
+
+    def option(*parts):
+        return tell.search.script_text.option(tell.encode(*parts))
+
     plain = option("It is so")
     assert (
         option("[Relevant]", "It is so", "[Fully supported]", END)
@@ -339,7 +345,7 @@ def test_votes_are_for_texts_character_by_character(tell):
 
 
 def text_of(tell, outcome, task="", voted=False):
-    return tell.search.told(outcome, outcome.best(), task, voted)[2]
+    return tell.search.render(outcome, outcome.best(), task, voted)[2]
 
 
 def test_a_number_sign_in_front_of_a_short_answer_is_dropped(tell):
@@ -425,7 +431,7 @@ def test_a_segment_without_text_leaves_its_mark(tell):
     outcome = two_segments(tell, ("[Relevant]",), ("It is so.",))
     assert text_of(tell, outcome, "asqa") == " [1]. It is so [2]."
     outcome = two_segments(tell, (), ("It is so.",))  # that says nothing at all does not
-    _, path, text = tell.search.told(outcome, outcome.best(), "asqa", False)
+    _, path, text = tell.search.render(outcome, outcome.best(), "asqa", False)
     assert text == "It is so [2]." and len(path) == 1
 
 
@@ -436,18 +442,18 @@ def test_repetitions_are_left_out_where_the_script_counts_citations(tell):
         ("eli5", "It is so [1]."),
         ("factscore", "It is so. It is so."),
     ):
-        best, path, got = tell.search.told(outcome, outcome.best(), task, False)
+        best, path, got = tell.search.render(outcome, outcome.best(), task, False)
         assert best is outcome.best() and len(path) == 1 + (task == "factscore") and got == text
 
 
 def test_where_the_best_path_has_no_text_the_second_is_told(tell):
     outcome = tell([[Says((END,), 0.9, 0.9), Says(("b.",), 0.1)]], max_depth=2).outcome
-    best, _, text = tell.search.told(outcome, outcome.best(), "asqa", False)
+    best, _, text = tell.search.render(outcome, outcome.best(), "asqa", False)
     assert best is outcome.beams[1] and text == "b [1]."
-    best, _, text = tell.search.told(outcome, outcome.best(), "factscore", False)
+    best, _, text = tell.search.render(outcome, outcome.best(), "factscore", False)
     assert best is outcome.best() and text == ""
     two = two_segments(tell, (END,), ())
-    best, _, text = tell.search.told(two, two.best(), "asqa", False)
+    best, _, text = tell.search.render(two, two.best(), "asqa", False)
     assert best is two.best() and text == " [1]."
 
 
@@ -456,7 +462,7 @@ def test_what_is_not_supported_is_left_out_of_the_answer_alone(tell):
     level = [Says(("Mara", "[No support / Contradictory]", GO), 0.9), Says(("b", GO), 0.1)]
     leaf = [Says(("studied.",), 0.9), Says(("c",), 0.1)]
     outcome = tell([level, leaf, leaf], constraints=(reflection.NO_SUPPORT,)).outcome
-    best, path, text = tell.search.told(outcome, outcome.best(), "factscore", False)
+    best, path, text = tell.search.render(outcome, outcome.best(), "factscore", False)
     assert [n.id for n in outcome.path(best)] == [0, path[0].id] and text == "studied."
     assert text_of(tell, outcome, "asqa") == "studied [1]."
     no = "[No support / Contradictory]"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from selfrag_jax.answering.citations import Citation
 from selfrag_jax.answering.records import Answer
-from selfrag_jax.answering.terminal import _in_order, show
+from selfrag_jax.answering.terminal import _in_tree_order, show
 from selfrag_jax.records import Passage
 
 
@@ -52,10 +52,10 @@ def test_the_table_is_readable_at_80_columns():
 
 def test_segments_stand_in_the_order_of_the_tree():
     tree = [{"id": i, "parent": p} for i, p in enumerate((-1, -1, 1, 1, 0, 2))]
-    assert [(place, n["id"]) for place, n in _in_order(tree)] == [
+    assert [(place, n["id"]) for place, n in _in_tree_order(tree)] == [
         ("1", 0), ("1.1", 4), ("2", 1), ("2.1", 2), ("2.1.1", 5), ("2.2", 3),
     ]  # fmt: skip
-    assert [place for place, _ in _in_order(tree[:2])] == [
+    assert [place for place, _ in _in_tree_order(tree[:2])] == [
         "",
         "",
     ]  # of one level, places say nothing

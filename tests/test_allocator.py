@@ -1,4 +1,4 @@
-"""Memory that is freed stays with a process that computes on a CPU."""
+"""On a CPU, a process keeps freed memory for its next allocations."""
 
 import os
 import subprocess
@@ -8,17 +8,17 @@ import pytest
 
 from selfrag_jax import allocator
 
-CALLS = """
+COUNT_PAGE_FAULTS = """
 import sys
-from selfrag_jax import memory
+from selfrag_jax import allocator
 if sys.argv[1] == "kept":
-    assert memory.keep_freed()
+    assert allocator.keep_freed_memory()
 import resource
 import jax
 import jax.numpy as jnp
 @jax.jit
 def f(x):
-    y = x @ x.T  # 36 MB, beyond what malloc keeps by itself; turned upside down, as many again
+    y = x @ x.T  # 36 MB, more than malloc keeps by default; the reversed copy takes as much again
     return (y[::-1] @ x).sum() + jnp.square(y).sum()
 x = jnp.ones((3072, 64))
 assert f.lower(x).compile().memory_analysis().temp_size_in_bytes > 2 * 3072 * 3072 * 4
@@ -26,27 +26,25 @@ def call():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-# Now and then, and most of all at first, a small allocation settles in the hole of a freed block, and the next one is put elsewhere.
+# Sometimes, mostly at first, a small allocation settles in the gap of a freed block, and the next
+# block is placed elsewhere.
 print(sorted(call() for _ in range(200))[150])
 """
 
 
 @pytest.mark.slow
-def test_a_program_called_again_finds_its_memory_mapped():
-    def faults(how: str) -> int:
+def test_a_repeated_call_finds_its_memory_already_mapped():
+    def page_faults(memory: str) -> int:
+        command = [sys.executable, "-c", COUNT_PAGE_FAULTS, memory]
         environment = dict(os.environ, JAX_PLATFORMS="cpu")
-        return int(
-            subprocess.run(
-                [sys.executable, "-c", CALLS, how], env=environment, capture_output=True, check=True
-            ).stdout
-        )
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
     pages = 2 * 3072 * 3072 * 4 // os.sysconf("SC_PAGE_SIZE")
-    assert faults("given back") > pages / 2
-    assert faults("kept") < pages / 50
+    assert page_faults("returned") > pages / 2
+    assert page_faults("kept") < pages / 50
 
 
-def test_hosts_of_accelerators_and_other_c_libraries_are_left_alone(monkeypatch, tmp_path):
+def test_nothing_changes_with_an_accelerator_or_without_glibc(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(allocator, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)

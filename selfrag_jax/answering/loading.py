@@ -1,0 +1,41 @@
+"""Loads a generator as an AnswerConfig asks for it: dtype, quantization, mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from selfrag_jax.answering.config import AnswerConfig
+from selfrag_jax.checkpoints.loading import LoadedModel
+from selfrag_jax.engine.engine import unstack_layers
+from selfrag_jax.errors import UserError
+from selfrag_jax.models import quantize, sharding
+from selfrag_jax.models.llama import Model
+
+
+def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
+    """Casts or quantizes the parameters, and spreads them over devices.
+
+    Raises UserError if there are too few devices, or they do not divide the heads.
+    """
+    model, params, dtype = loaded.model, loaded.params, config.dtype
+    if dtype is not None:
+        model = Model(replace(model.config, dtype=dtype))
+    if config.quantization == "int8":
+        model, params = quantize.quantize(model, params, dtype)
+    elif dtype is not None:
+        params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+    if config.tensor == 1:
+        return replace(loaded, model=model, params=params)
+    num_heads = model.config.num_kv_heads
+    if num_heads % config.tensor:
+        raise UserError(
+            f"--tensor={config.tensor} does not divide the model's {num_heads} key-value heads"
+        )
+    mesh = sharding.make_mesh(tensor=config.tensor)
+    if unstack_layers(mesh.devices.flat[0].platform, mesh.size):
+        params = model.per_layer(params)
+    params = jax.device_put(params, sharding.shardings(mesh, params))
+    return replace(loaded, model=model, params=params, mesh=mesh)
