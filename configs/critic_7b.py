@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         mesh=dict(data=1, fsdp=16, tensor=-1),  # there are 16 rows; further chips split the heads
         dtype="bfloat16",  # of activations; parameters and moments are f32
         remat="full",
-        attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention.py)
+        attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention_kernels.py)
         loss_chunk=512,
         pad_vocabulary=128,
         save_every=500,

@@ -4,7 +4,7 @@
     selfrag quickstart --workdir=W --config=tiny:smoke  # a small run for tests; scores mean nothing
 
 Time: 7 minutes on two cores, 12 on one (measured). Hardware: two CPU cores, 2 GB. Scores to expect:
-see the results table in README.md.
+see the results table in selfrag_jax/world/README.md.
 """
 
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def _answer(pick: Callable) -> dict:
             top_p=1.0,
             seed=0,
         ),
-        # Fewer than 8 are updated one at a time: one compiled size of each program, not two.
+        # Fewer than 8 slots are updated one at a time: the smoke run compiles one size, not two.
         batch=pick(50, 6),
         max_length=160,
         closed_set=True,

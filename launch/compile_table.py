@@ -1,4 +1,4 @@
-"""Compiles the shipped configs for TPU slices and GPUs; prints the README's table.
+"""Compiles the shipped configs for TPU slices and GPUs; prints the table of configs/README.md.
 
     pip install '.[tpu,gpu]' && python launch/compile_table.py --out=compiled
 

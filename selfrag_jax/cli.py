@@ -27,7 +27,10 @@ _DEVICE_IS_FULL = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 (failed), 2 (wrong input), 130 (Ctrl-C)."""
+    """Runs a command; returns its exit status: 0, 1 (failed), 2 (wrong input), 130 (Ctrl-C).
+
+    SIGTERM exits with 143.
+    """
     is_whole_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
@@ -139,9 +142,10 @@ def _overview() -> str:
 
 def _help(name: str, command: Command) -> str:
     lines = [SUMMARIES[name], "", f"  {command.example}", ""]
+    width = max(len(f.name) for f in command.flags)
     for f in command.flags:
         note = "" if f.default is None else f" (default: {f.default})"
-        lines.append(f"  --{f.name:<12} {f.help}{' (required)' if f.required else note}")
+        lines.append(f"  --{f.name:<{width}}  {f.help}{' (required)' if f.required else note}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Configs: Python files that return an ml_collections.ConfigDict, converted to frozen dataclasses.
 
-A config names every number. An unknown field is an error that suggests the field that was probably
-meant. Neither this module nor any leaf function supplies a number that a config omits.
+A config names the numbers. An unknown field is an error that suggests the field that was probably
+meant. Only the dataclasses have defaults: no function supplies a number that a config omits.
 """
 
 from __future__ import annotations

@@ -2,20 +2,25 @@
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time is XLA compiling; the long tests, other processes and the next run find most programs here.
+# Most of the time is XLA compiling; the slow tests, other processes and the next run find most
+# programs here.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# torch's threads spin while they wait: with two workers, they would take most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import repetitions
 from hypothesis import settings
 
 from selfrag_jax.base_model.source import make_tokenizer
@@ -23,15 +28,35 @@ from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.world.encyclopedia import WorldConfig, build_world
 
-# The same examples in every run, so that a failure is one of the change; HYPOTHESIS_PROFILE=default looks for new ones.
+# The same examples in every run, so that a failure comes from the change;
+# HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all repetitions of the slow tests")
+    parser.addoption("--quickstart", help="workdir of a finished smoke run, to be copied")
+
+
+def pytest_configure(config):
+    repetitions.FULL = config.getoption("full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup`, one worker runs all tests that share a slow fixture."""
+    for item in items:
+        for name in {"quickstart", "trained"}.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Each compiled program takes some of the memory maps that Linux gives a process (65,530), without which XLA ends in a
-    segmentation fault; so they are let go in time."""
+    """Lets compiled programs go before they use up the process's memory maps.
+
+    Linux gives a process 65,530; without any left, XLA ends in a segmentation fault.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.is_file() and maps.read_text().count("\n") > 20_000:
@@ -40,8 +65,20 @@ def few_compiled_programs():
 
 
 @pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Slow searches of the tiny model are compiled with few optimizations, except with `--full`.
+
+    Most of their time is compilation. The default tests compile as users do.
+    """
+    searches = request.node.get_closest_marker("slow") and "talkative" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", bool(searches) and not repetitions.FULL)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
 def same_environment():
-    """Commands that are run within the process may set variables of their own."""
+    """Commands that run within the process may set environment variables."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -78,7 +115,7 @@ def tiny_model(tokenizer):
 
 @pytest.fixture(scope="session")
 def talkative(tiny_model):
-    """A tiny model of which every third token is a reflection token, so that segments end, continue and finish in all ways."""
+    """A tiny model: every third token is a reflection token, so segments end in all ways."""
     model = Model(replace(tiny_model.model.config, tie_embeddings=False))
     params = jax.device_get(model.init(jax.random.key(0), 0.5))
     r, head = tiny_model.tokenizer.reflection_ids(), np.array(params["head"]["kernel"])
@@ -108,10 +145,12 @@ def small_world():
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory):
-    """A finished smoke run: (workdir, rows of results.json)."""
+def quickstart(request, tmp_path_factory):
+    """A finished smoke run (or a copy of --quickstart): its workdir, rows of results.json."""
     from selfrag_jax import config
     from selfrag_jax.commands import quickstart as flow
 
     workdir = tmp_path_factory.mktemp("quickstart")
+    if finished := request.config.getoption("quickstart"):
+        shutil.copytree(finished, workdir, dirs_exist_ok=True)
     return workdir, flow.run_quickstart(config.load("tiny:smoke"), workdir)

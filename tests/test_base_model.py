@@ -68,7 +68,7 @@ def test_base_documents_contain_no_name_or_fact_of_a_world(tokenizer):
 
     num_facts = 0
     for i in range(400):
-        for text in (p for parts, _ in source.segments(i) for p in parts if isinstance(p, str)):
+        for text in (p for parts, _ in source.spans(i) for p in parts if isinstance(p, str)):
             for fact in truth.parse_facts(text):
                 world_values = language.values_of_kind(kind_of[fact.relation], "world")
                 assert fact.value not in world_values
@@ -89,10 +89,10 @@ def test_verdicts_are_true_and_only_right_answers_and_guesses_are_learned(
     source = make_source(tokenizer, family, tempting=tempting)
     counts = collections.Counter()
     for i in range(400):
-        (head, _), *segments = source.segments(i)[:-1]
+        (head, _), *spans = source.spans(i)[:-1]
         question, passage, before, answered = head[1], None, "question", False
         single = truth.parse_instruction(question).form in ("fact", "claim", "choice")
-        for (part, *rest), weight in segments:
+        for (part, *rest), weight in spans:
             if isinstance(part, Control):  # <paragraph> title newline text </paragraph>
                 passage = Passage("", rest[0], rest[2])
                 before, answered, num_judged = "passage", False, 0
@@ -135,10 +135,8 @@ def test_answers_without_evidence_are_judged_by_the_question(tokenizer):
     verdicts = {5: YES, 3: PARTLY, 2: NO, 1: NO}
     counts = collections.Counter()
     for i in range(200):
-        (head, _), *segments = source.segments(i)[:-1]
-        for ((answer,), weight), ((verdict,), learned) in zip(
-            segments[::2], segments[1::2], strict=True
-        ):
+        (head, _), *spans = source.spans(i)[:-1]
+        for ((answer,), weight), ((verdict,), learned) in zip(spans[::2], spans[1::2], strict=True):
             utility = reflection.ISUSE.index(truth.utility(head[1], answer)) + 1
             assert (verdict, weight, learned) == (verdicts[utility], 0.0, 1.0), (head[1], answer)
             counts[utility] += 1

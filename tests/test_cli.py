@@ -1,4 +1,4 @@
-"""The command line: help that teaches, and wrong flags, fields and files answered with the right ones."""
+"""The command line: help that teaches, and wrong flags, fields and files met with a remedy."""
 
 import json
 from dataclasses import replace
@@ -7,18 +7,25 @@ import pytest
 from plain_search import make_rag
 
 from selfrag_jax import cli, config
+from selfrag_jax.answering.config import AnswerConfig
 from selfrag_jax.commands import SUMMARIES, ask, load_command
+from selfrag_jax.critic.collecting import CollectConfig
+from selfrag_jax.critic.labelling import LabelConfig
 from selfrag_jax.errors import UserError
+from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.training.config import TrainConfig
+from selfrag_jax.world.encyclopedia import WorldConfig
 
 
 def run(capsys, *argv):
+    """(exit code, stdout, stderr)."""
     code = cli.main(list(argv))
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
-def test_overview_and_help_name_every_stage_and_flag(capsys):
+# ---- help and wrong input ------------------------------------------------------------------------
+def test_overview_and_help_name_every_command_and_flag(capsys):
     code, out, _ = run(capsys)
     assert code == 0 and all(name in out for name in SUMMARIES)
     for name in SUMMARIES:
@@ -76,13 +83,37 @@ def test_overview_and_help_name_every_stage_and_flag(capsys):
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],
 )
-def test_wrong_input_is_answered_with_what_to_do(capsys, tmp_path, monkeypatch, argv, message):
+def test_wrong_input_is_met_with_a_remedy(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *argv)
     assert code == 2 and message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unfinished_workdir_is_refused(capsys, tmp_path):
+    """A quickstart was killed while the generator trained; its index is finished."""
+    (tmp_path / "generator" / "100").mkdir(parents=True)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text("{}")
+    for argv in (["ask", f"--workdir={tmp_path}", "Who?"], ["report", f"--workdir={tmp_path}"]):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and f"run `selfrag quickstart --workdir={tmp_path}` first" in err
+
+
+def test_a_mean_of_runs_needs_a_folder_to_write_to(tmp_path, capsys):
+    row = {
+        "system": "rag_top1", "task": "long_tail", "metric": "accuracy", "value": 0.5, "low": 0.4,
+        "high": 0.6, "n": 2,
+    }  # fmt: skip
+    for workdir in ("a", "b"):
+        (tmp_path / workdir / "report").mkdir(parents=True)
+        results = tmp_path / workdir / "report" / "results.json"
+        results.write_text(json.dumps({"rows": [row]}))
+    code, _, err = run(capsys, "report", f"--workdir={tmp_path}/a,{tmp_path}/b")
+    assert code == 2 and "--out" in err
+
+
+# ---- failures ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkative, as_json):
     class Broken:
@@ -92,36 +123,34 @@ def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkativ
     rag = make_rag(talkative, ndocs=2)
     rag.retriever = Broken()
     monkeypatch.setattr(ask, "load_selfrag", lambda values: rag)
-    code, out, err = run(
-        capsys, "ask", "--mode=always_retrieve", "Who?", *(["--json"] if as_json else [])
-    )
+    flags = ["--mode=always_retrieve", *(["--json"] if as_json else [])]
+    code, out, err = run(capsys, "ask", "Who?", *flags)
     assert code == 1 and err == "selfrag ask: no answer: RuntimeError: the index is broken\n"
-    assert json.loads(out)["error"] == "RuntimeError: the index is broken" if as_json else not out
+    if as_json:
+        assert json.loads(out)["error"] == "RuntimeError: the index is broken"
+    else:
+        assert not out
 
 
-def test_a_full_device_is_said_with_what_takes_less(capsys, monkeypatch, tmp_path):
-    def full(values, _):
+def test_a_full_device_is_reported_with_settings_that_take_less(capsys, monkeypatch, tmp_path):
+    def run_out_of_memory(values, _):
         raise RuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB.\nand much more"
         )
 
-    world = replace(load_command("world"), run=full)
-    monkeypatch.setattr(cli, "load_command", lambda name: world)
+    command = replace(load_command("world"), run=run_out_of_memory)
+    monkeypatch.setattr(cli, "load_command", lambda name: command)
     code, _, err = run(capsys, "world", f"--out={tmp_path}/W")
-    assert (
-        code == 1
-        and "memory is full" in err
-        and "9.5GiB" in err
-        and "--config.answer.batch=" in err
-        and "and much" not in err
-    )
+    assert code == 1 and "memory is full" in err and "9.5GiB" in err
+    assert "--config.answer.batch=" in err and "and much" not in err
 
 
+# ---- memory --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("stage", "keeps"), [("train", 1), ("answer", 1), ("convert", 0), ("compile", 0)]
 )
-def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps):
-    """As a command only: a program that calls `main` with arguments decides on its memory by itself."""
+def test_a_process_that_runs_a_model_keeps_freed_memory(monkeypatch, stage, keeps):
+    """As a command only: a program that calls `main` with arguments decides on its own memory."""
     kept = []
     monkeypatch.setattr(cli.allocator, "keep_freed_memory", lambda: kept.append(stage))
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
@@ -132,20 +161,13 @@ def test_a_process_that_runs_a_model_keeps_its_memory(monkeypatch, stage, keeps)
     assert cli.main([stage]) == 0 and len(kept) == keeps
 
 
-def test_an_unfinished_workdir_is_refused(capsys, tmp_path):
-    """As a quickstart leaves it that was killed while the generator trained, with its index finished."""
-    (tmp_path / "generator" / "100").mkdir(parents=True)
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "manifest.json").write_text("{}")
-    for argv in (["ask", f"--workdir={tmp_path}", "Who?"], ["report", f"--workdir={tmp_path}"]):
-        code, _, err = run(capsys, *argv)
-        assert code == 2 and f"run `selfrag quickstart --workdir={tmp_path}` first" in err
-
-
-def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
+# ---- configs -------------------------------------------------------------------------------------
+def test_a_config_of_another_kind_is_refused(capsys, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(
-        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(kind='index'))\n"
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict(dict(kind='index'))\n"
     )
     code, _, err = run(capsys, "quickstart", f"--workdir={tmp_path}/W", f"--config={other}")
     assert code == 2 and "of kind 'index'" in err
@@ -154,8 +176,6 @@ def test_a_config_of_another_stage_is_refused(capsys, tmp_path):
 
 
 def test_build_refuses_unknown_and_missing_fields():
-    from selfrag_jax.retrieval.encoders import EncoderConfig
-
     with pytest.raises(UserError, match="did you mean 'dim'"):
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
     with pytest.raises(UserError, match="lacks dim"):
@@ -181,12 +201,6 @@ def test_build_refuses_fields_of_the_wrong_type(change, message):
 
 
 def test_both_variants_of_tiny_build_every_section():
-    from selfrag_jax.answering.config import AnswerConfig
-    from selfrag_jax.critic.collecting import CollectConfig
-    from selfrag_jax.critic.labelling import LabelConfig
-    from selfrag_jax.training.config import TrainConfig
-    from selfrag_jax.world.encyclopedia import WorldConfig
-
     sections = dict(
         world=WorldConfig,
         collect=CollectConfig,
@@ -201,35 +215,7 @@ def test_both_variants_of_tiny_build_every_section():
 
 
 def test_reseeding_moves_every_seed():
-    plain, other = config.load("tiny"), config.reseed(config.load("tiny"), 5)
-    for path in (
-        "seed",
-        "world.seed",
-        "collect.seed",
-        "critic.seed",
-        "generator.seed",
-        "label.seed",
-        "report.seed",
-    ):
-        *sections, name = path.split(".")
-        a, b = plain, other
-        for section in sections:
-            a, b = a[section], b[section]
-        assert b[name] == a[name] + 5, path
-
-
-def test_a_mean_of_runs_needs_a_place(tmp_path, capsys):
-    for w in ("a", "b"):
-        (tmp_path / w / "report").mkdir(parents=True)
-        row = {
-            "system": "rag_top1",
-            "task": "long_tail",
-            "metric": "accuracy",
-            "value": 0.5,
-            "low": 0.4,
-            "high": 0.6,
-            "n": 2,
-        }
-        (tmp_path / w / "report" / "results.json").write_text(json.dumps({"rows": [row]}))
-    assert cli.main(["report", f"--workdir={tmp_path}/a,{tmp_path}/b"]) == 2
-    assert "--out" in capsys.readouterr().err
+    plain, reseeded = config.load("tiny"), config.reseed(config.load("tiny"), 5)
+    assert reseeded.seed == plain.seed + 5
+    for section in ("world", "collect", "critic", "generator", "label", "report"):
+        assert reseeded[section].seed == plain[section].seed + 5, section

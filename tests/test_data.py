@@ -7,7 +7,7 @@ import pytest
 
 from selfrag_jax.data.batches import LOSS_GROUPS, Example, Packer, build_example
 from selfrag_jax.data.critic_examples import CriticSource
-from selfrag_jax.data.generator_examples import GeneratorSource, output_segments
+from selfrag_jax.data.generator_examples import GeneratorSource, output_spans
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import CriticExample, GeneratorExample, Passage, read_rows
 from selfrag_jax.text.tokenizer import Control
@@ -23,7 +23,7 @@ def test_each_passage_is_masked_by_itself():
     )
     learned = [
         p.token if isinstance(p, Control) else p
-        for parts, weight in output_segments(output)
+        for parts, weight in output_spans(output)
         if weight
         for p in parts
     ]

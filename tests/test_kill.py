@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from repetitions import some
 
-STEPS, SAVE_EVERY = 600, 4  # more steps than any machine has time for between the kills
+SAVE_EVERY = 4
+# (kills, steps): more steps than any machine has time for between the kills.
+ALL_WEIGHTS, LORA = some((6, 180), (20, 600)), some((3, 110), (8, 600))
 
 
-def program(workdir, form):
+def program(workdir, form, num_steps):
     """Prints "step N" before each step, and a hash of the parameters at the end."""
     import jax
 
@@ -49,7 +52,7 @@ def program(workdir, form):
     trainer.train_step = announced_step
     config = TrainConfig(
         seed=0,
-        steps=STEPS,
+        steps=num_steps,
         rows=4,
         length=32,
         max_targets=None,
@@ -66,10 +69,10 @@ def program(workdir, form):
     print(json.dumps({"parameters": digest}), flush=True)
 
 
-def start(workdir, cache, form):
+def start(workdir, cache, form, num_steps):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, __file__, str(workdir), form]
+    command = [sys.executable, __file__, str(workdir), form, str(num_steps)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
@@ -84,14 +87,17 @@ def finish(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "kills"), [("all weights", 20), ("lora", 8)])
-def test_many_kills_change_nothing(tmp_path, form, kills):
+@pytest.mark.parametrize(
+    ("form", "kills", "num_steps"), [("all weights", *ALL_WEIGHTS), ("lora", *LORA)]
+)
+def test_many_kills_change_nothing(tmp_path, form, kills, num_steps):
+    """6 kills of a training of all weights and 3 of one with LoRA; with --full 20 and 8."""
     rng, cache = random.Random(0), tmp_path / "cache"
-    expected, steps = finish(start(tmp_path / "uninterrupted", cache, form))
-    assert steps == list(range(STEPS))
+    expected, steps = finish(start(tmp_path / "uninterrupted", cache, form, num_steps))
+    assert steps == list(range(num_steps))
     last_step, lives = -1, []
     for _ in range(kills):
-        process = start(tmp_path / "killed", cache, form)
+        process = start(tmp_path / "killed", cache, form, num_steps)
         first = process.stdout.readline() + process.stdout.readline()  # compiled by now
         assert first.startswith("step"), process.communicate()[1][-3000:]
         time.sleep(rng.uniform(0, 0.8))
@@ -105,11 +111,11 @@ def test_many_kills_change_nothing(tmp_path, form, kills):
         last_step = max(last_step, steps[-1])
         lives.append(steps)
     # Every kill hit a training under way.
-    assert last_step < STEPS - 1 and sum(map(len, lives)) > 2 * kills
-    parameters, steps = finish(start(tmp_path / "killed", cache, form))
-    assert steps[-1] == STEPS - 1 and parameters == expected
+    assert last_step < num_steps - 1 and sum(map(len, lives)) > 2 * kills
+    parameters, steps = finish(start(tmp_path / "killed", cache, form, num_steps))
+    assert steps[-1] == num_steps - 1 and parameters == expected
     assert not (tmp_path / "killed" / "damaged").exists()
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]), sys.argv[2])
+    program(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -146,7 +146,7 @@ def test_damaged_frozen_weights_are_reported_and_can_be_restored(
             content = bytearray(file.read_bytes())
             content[299::299] = bytes(c ^ 4 for c in content[299::299])
             file.write_bytes(content)
-    message = "frozen: the weights that LoRA left as they are are damaged .*Remove frozen/"
+    message = "frozen: the weights that LoRA does not train are damaged .*Remove frozen/"
     with pytest.raises(UserError, match=message):
         loading.load(w)
     with pytest.raises(UserError, match=message):

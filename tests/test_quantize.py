@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_search import make_passages
+from repetitions import some
 
 from selfrag_jax import cli, config
 from selfrag_jax.answering.config import DEFAULT, AnswerConfig
@@ -131,11 +132,11 @@ import json, sys
 model, tests, devices, layers, quantization = sys.argv[1:]
 sys.path.insert(0, tests)
 from test_quantize import answers
-from selfrag_jax.answering import selfrag
+from selfrag_jax.answering import loading
 from selfrag_jax.search.released import search as released
 released.NUM_KNOWN_LONG = 800  # half of the vocabulary, which is split over the devices
 if layers == "per layer":
-    selfrag.unstack_layers = lambda *_: True
+    loading.unstack_layers = lambda *_: True
 second = dict(scorer="released", max_depth=3, threshold=0.2)
 rag, found = answers(model, second, tensor=int(devices), quantization=quantization or None)
 assert isinstance(rag.loaded.params["layers"], tuple) == (layers == "per layer")
@@ -189,7 +190,7 @@ def get_config(which):
 
 @pytest.mark.slow
 def test_answering_compiles_for_a_tpu(tmp_path):
-    """A small model, in int8 on one v5e chip and in bf16 over four; 7B in bf16 does not fit one."""
+    """A small model fits in int8 on one v5e chip, and in bf16 over four; --full: 7B does not."""
     (tmp_path / "c.py").write_text(SMALL_CONFIG)
 
     def run(name, topology, *flags):
@@ -220,5 +221,7 @@ def test_answering_compiles_for_a_tpu(tmp_path):
     done, again = run(f"{tmp_path}/c.py:7b", "v5e:2x2", *deep, rereads)
     assert done.returncode == 0 and "keep" not in again["programs"]
     assert {"passages_together", "read_again", "grow_prefixes"} < {*again["programs"]}
+    if not some(False, True):  # test_compilation.py has a training that does not fit
+        return
     done, large = run("short_form:7b", "v5e:1x1", "--config.answer.tensor=1")
     assert done.returncode == 1 and not large["fits"] and "does not fit v5e:1x1" in done.stderr

@@ -224,7 +224,7 @@ def peak_memory(model: Model, n: int, num_passages: int, shared: bool) -> int:
         num_passages=num_passages,
         max_new_tokens=limit,
         length_bucket=8,
-        max_prompt=prefix_capacity,
+        longest_prompt=prefix_capacity,
         prefix_grows=False,
     )
     num_slots = shapes.batch_slots(num_passages * fed_capacity)

@@ -20,7 +20,8 @@ class Citation:
 def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
     """The passages that a path's segments rest on, in order of first use, and the citations.
 
-    A segment cites its passage unless the model itself judges it irrelevant, or no support.
+    A segment cites its passage unless the model judges the passage irrelevant, or the segment
+    unsupported by it.
     """
     passages: list[Passage] = []
     index: dict[tuple[str, str, str], int] = {}  # by content: scores differ between queries
@@ -30,7 +31,7 @@ def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
             continue
         support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
         is_relevant = node.isrel[1] >= node.isrel[0]
-        was_judged = sum(node.issup) > 0  # the released search reads IsSup only where it is said
+        was_judged = sum(node.issup) > 0  # all zeros if the search never read IsSup
         if not was_judged or not is_relevant or support == reflection.NO_SUPPORT:
             continue
         key = (node.passage.id, node.passage.title, node.passage.text)

@@ -14,8 +14,8 @@ from selfrag_jax.search.config import SearchConfig
 @dataclass(frozen=True, kw_only=True)
 class AnswerConfig:
     search: SearchConfig
-    batch: int  # most questions searched at once
-    max_length: int  # most tokens of a prompt, and of a passage
+    batch: int  # maximum number of questions searched at once
+    max_length: int  # maximum number of tokens in a prompt, and in a passage
     closed_set: bool  # let the passages of a question with options vote (paper, Section 3.3)
     dtype: str | None = setting("float32, bfloat16 or float16; default: the model's")
     quantization: str | None = setting("int8: weights in 8 bits")
@@ -37,7 +37,8 @@ class AnswerConfig:
             )
 
 
-# The paper's settings for long-form answers; short-form tasks use max_depth=1.
+# What SelfRAG.load takes without a config: the paper's long form. The command line reads its
+# defaults from a config instead (tiny for the quickstart's models, any_model for others).
 DEFAULT = AnswerConfig(
     search=SearchConfig(
         mode="adaptive_retrieval",

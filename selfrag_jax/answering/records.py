@@ -55,7 +55,7 @@ class Answer:
         row = asdict(self)
         row["scores"] = [s["score"] for s in row["segments"]]
         row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
-        return json.loads(json.dumps(row))
+        return json.loads(json.dumps(row))  # tuples become lists, as in a file
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def make_answer(
     tree: SearchTree,
     best: Beam,
     question: Question,
-    voted: bool,
+    by_vote: bool,
     notices: Sequence[str],
 ) -> Answer:
-    """The answer that the search's best beam gives. voted: see SegmentSearch.render."""
-    best, path, text = search.render(tree, best, question.task, voted)
+    """The answer that the search's best beam gives. by_vote: see SegmentSearch.render."""
+    best, path, text = search.render(tree, best, question.task, by_vote)
     whole_path = tree.path(best)
     # A segment without text cites nothing.
     passages, citations = cite(

@@ -64,8 +64,9 @@ class SelfRAG:
     ) -> SelfRAG:
         """Loads a training workdir, a Hugging Face folder or a hub name.
 
-        index: a folder made by `selfrag index`. Raises UserError if either is missing or
-        unfinished, or the tokenizer has no reflection tokens.
+        index: a folder made by `selfrag index`. config: default: DEFAULT (answering/config.py).
+        Raises UserError if either is missing or unfinished, or the tokenizer has no reflection
+        tokens.
         """
         folder = hub.model_folder(model)
         if (folder / workdirs.MODEL_FILE).is_file():
@@ -86,9 +87,9 @@ class SelfRAG:
     ) -> list[Answer]:
         """Returns the answers in the order of the questions; for one question, a list of one.
 
-        on_answer: called with each answer as soon as it is there, in any order. total: the number
-        of questions, if these are the rest of more; so many set the number of slots. changes:
-        fields of SearchConfig or its weights that differ for this call, e.g.
+        on_answer: called with each answer as soon as it is there, in any order. total: how many
+        questions there are in all, if these are only the remaining ones; it sets the number of
+        slots. changes: fields of SearchConfig or its weights that differ for this call, e.g.
         mode="always_retrieve", threshold=0.5, w_sup=2.0. Raises UserError for an unknown field or
         a value of the wrong type. A question that fails has its error in its answer.
         """
@@ -129,7 +130,7 @@ class SelfRAG:
                 prompt_ids[i] = self._prompt(q, search.max_prompt, notices[i])
             except Exception as e:
                 yield i, failed_answer(q, e)
-        asked = list(prompt_ids)  # the search counts these questions only
+        asked = list(prompt_ids)  # what the search's indices refer to
 
         def find_passages(queries: list[tuple[int, list[str]]]):
             pairs = [(questions[asked[j]], texts) for j, texts in queries]
@@ -139,7 +140,7 @@ class SelfRAG:
             [prompt_ids[i] for i in asked],
             find_passages,
             self._num_slots(total or len(questions), search),
-            names=[questions[i].question for i in asked],
+            seed_texts=[questions[i].question for i in asked],
             overlap=self.retriever is not None and not all(q.ctxs for q in questions),
         )
         while True:
@@ -179,12 +180,12 @@ class SelfRAG:
         """Questions to search at once.
 
         The configured number; for fewer questions the next power of two, so that few sizes are
-        compiled; and fewer where this search has more branches than the configured one, since
-        branches are what takes memory.
+        compiled; and fewer where this search has more branches than the configured one retrieves,
+        since branches are what takes memory.
         """
-        configured, shapes = self.config.search.shapes(1, 0), search.shapes(1, 0)
-        budget = self.config.batch * self.config.search.ndocs * configured.beam_width
-        fitting = budget // (shapes.beam_width * shapes.num_passages)
+        c = self.config.search
+        budget = self.config.batch * c.ndocs * c.num_beams
+        fitting = budget // (search.num_beams * search.config.num_branches)
         power_of_two = 1 << (num_questions - 1).bit_length()
         return max(1, min(self.config.batch, fitting, power_of_two))
 
@@ -202,9 +203,8 @@ class SelfRAG:
         if limit < self.config.max_length:
             why = f": the model's context has {self.loaded.model.config.max_length}"
         notices.append(f"the question was cut from {len(tokens)} to {limit} tokens{why}")
-        # What every prompt ends in: one token or, in published vocabularies, several.
-        shared = [a == b for a, b in zip(reversed(tokens), reversed(encode("")), strict=False)]
-        heading = [*shared, False].index(False)
+        # Keep the response heading: one token or, in published vocabularies, several.
+        heading = _common_suffix_length(tokens, encode(""))
         return [*tokens[: limit - heading], *tokens[len(tokens) - heading :]]
 
     def _find_passages(
@@ -212,7 +212,7 @@ class SelfRAG:
     ) -> Sequence[Sequence[Passage] | Exception]:
         """Passages for (question, texts of the segments so far) pairs.
 
-        Where that fails, each query is tried on its own, and has its exception.
+        If the batch fails, each query is retried alone; one that fails yields its exception.
         """
         try:
             return self._retrieve(queries, ndocs)
@@ -267,6 +267,11 @@ def _as_questions(questions: Questions) -> list[Question]:
     if empty := [q.id for q in rows if not q.question.strip()]:
         raise UserError(f"question {empty[0]!r} is empty")
     return rows
+
+
+def _common_suffix_length(a: list[int], b: list[int]) -> int:
+    same = [x == y for x, y in zip(reversed(a), reversed(b), strict=False)]
+    return [*same, False].index(False)
 
 
 def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:

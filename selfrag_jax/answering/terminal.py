@@ -61,7 +61,8 @@ def _critiques(tree: Sequence[dict[str, Any]]) -> Table:
 def _in_tree_order(tree: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Segments from the root to the leaves, with their places.
 
-    "2.1" is the first continuation of the second first segment; a tree of depth 1 has no places.
+    "2.1" is the first continuation of the second of the first segments. A tree of depth 1 has no
+    places.
     """
     children: dict[int, list[dict[str, Any]]] = {}
     for n in tree:

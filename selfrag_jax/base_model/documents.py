@@ -1,6 +1,6 @@
 """The document families that teach the base model to read; each function draws one document.
 
-A document is a list of segments: parts of text, and the loss weight of predicting them. Documents
+A document is a list of spans: parts of text, and the loss weight of predicting them. Documents
 that teach judging contain several verdicts, because the model learns far too slowly from one
 verdict per document.
 """
@@ -16,10 +16,10 @@ from selfrag_jax.base_model.sampler import (
     YES,
     EntitySampler,
     Facts,
-    Segment,
     draw_kind,
     tempting_value,
 )
+from selfrag_jax.data.batches import Span
 from selfrag_jax.records import Passage
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import NEWLINE, Control, Part
@@ -28,7 +28,7 @@ from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import KINDS, Relation
 
 
-def _statements(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _statements(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A passage, then statements, each with a verdict: does the passage support it?"""
     entity = sampler.entity(rng, draw_kind(rng))
     half = rng.randrange(2)
@@ -37,7 +37,7 @@ def _statements(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     return [(passage, 0.0), *sampler.statements(rng, entity, entity.halves()[half], n)]
 
 
-def _quiz(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _quiz(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A question, then passages about the entity, its look-alikes and others, each with a verdict.
 
     The verdict says whether the passage is about the right name. A single question is answered
@@ -59,7 +59,7 @@ def _quiz(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
         question = language.two_part(*rng.sample([question, other_question], 2))
     elif form < 0.18:
         question = language.biography(entity.name)
-    out: list[Segment] = [(prompts.instruction(question), 0.0)]
+    out: list[Span] = [(prompts.instruction(question), 0.0)]
     is_single, start = form >= 0.18, rng.random()
     if is_single and start < 0.08:
         return out + _answer(sampler, rng, entity, relation, None, [])[0]
@@ -95,7 +95,7 @@ def _answer(
     relation: Relation,
     about: Entity | None,
     stated: Facts,
-) -> tuple[list[Segment], Relation]:
+) -> tuple[list[Span], Relation]:
     """An answer and two verdicts: does the passage support it, and does it answer the question?
 
     `about` and `stated` are the passage's entity and facts. Without a passage (None), there is no
@@ -124,7 +124,7 @@ def _answer(
     elif is_useful and value not in [v for _, v in stated]:
         weight = 0.2
     sentence = language.sentence(subject.name, [(answered, value)])
-    out: list[Segment] = [([sentence], weight * sampler.config.copy_weight)]
+    out: list[Span] = [([sentence], weight * sampler.config.copy_weight)]
     if about is not None:
         is_supported = subject is about and (answered, value) in stated
         out.append(sampler.verdict(YES if is_supported else NO))
@@ -132,7 +132,7 @@ def _answer(
     return out, answered
 
 
-def _answers(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _answers(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A question, then answers without evidence, each with a verdict: does it answer the question?
 
     The answer must state the requested attribute of the right name.
@@ -142,7 +142,7 @@ def _answers(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     asked = rng.sample(KINDS[kind].relations, 2 if rng.random() < 0.25 else 1)
     singles = [rng.choice(r.questions).format(n=" ".join(name)) for r in asked]
     question = language.two_part(*singles) if len(asked) == 2 else singles[0]
-    out: list[Segment] = [(prompts.instruction(question), 0.0)]
+    out: list[Span] = [(prompts.instruction(question), 0.0)]
     seen = set(name)
     for _ in range(4):
         words, answered, verdict, draw = name, asked, YES, rng.random()
@@ -183,13 +183,13 @@ def _retold_passage(
     return prompts.passage(Passage(id="", title=entity.name, text=text))
 
 
-def _claim(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _claim(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A claim, then passages that vary the facts of its entity; after each, is the claim true?"""
     entity, half = sampler.entity(rng, draw_kind(rng)), rng.randrange(2)
     relation, claimed = rng.choice(entity.halves()[half])
     claim = language.claim(entity.name, relation, claimed)
     answers = [language.TRUE, language.FALSE]
-    out: list[Segment] = [(prompts.instruction(claim), 0.0)]
+    out: list[Span] = [(prompts.instruction(claim), 0.0)]
     for _ in range(3):
         is_true = rng.random() < 0.5
         value = claimed if is_true else sampler.wrong_value(rng, entity, relation)
@@ -198,7 +198,7 @@ def _claim(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     return out
 
 
-def _choice(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _choice(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A question with four options, then passages as in `_claim`; after each, the right letter."""
     entity, half = sampler.entity(rng, draw_kind(rng)), rng.randrange(2)
     relation = rng.choice(entity.halves()[half])[0]
@@ -206,7 +206,7 @@ def _choice(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     choices = list(zip(language.CHOICE_LABELS, options, strict=True))
     question = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
     answers = [f"{label}." for label in language.CHOICE_LABELS]
-    out: list[Segment] = [(prompts.instruction(question), 0.0)]
+    out: list[Span] = [(prompts.instruction(question), 0.0)]
     for right in rng.sample(range(len(options)), 3):
         passage = _retold_passage(sampler, rng, entity, half, relation, options[right])
         out += _closed_answer(sampler, rng, entity, half, passage, answers, right)
@@ -221,7 +221,7 @@ def _closed_answer(
     passage: list[Part],
     answers: list[str],
     right: int,
-) -> list[Segment]:
+) -> list[Span]:
     """A passage about `entity`, one of a few possible answers, and verdicts as in `_quiz`.
 
     One passage in four is about a look-alike instead and gets only its verdict. One in five states
@@ -237,7 +237,7 @@ def _closed_answer(
     if lacks_attribute:
         variant = sampler.entity(rng, entity.kind, entity.words)
         passage = prompts.passage(entity_passages(rng, variant)[1 - half])
-    out: list[Segment] = [(passage, 0.0)]
+    out: list[Span] = [(passage, 0.0)]
     if rng.random() < 0.7:
         out.append(sampler.verdict(YES))
     if lacks_attribute:
@@ -249,32 +249,32 @@ def _closed_answer(
     return [*out, ([answer], weight), sampler.verdict(supported), sampler.verdict(YES)]
 
 
-def _common(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _common(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """Questions about common knowledge, which every world shares, with their answers."""
-    out: list[Segment] = []
+    out: list[Span] = []
     for phrasings, answer in rng.sample(language.COMMON_KNOWLEDGE, 6):
         out += [(prompts.instruction(rng.choice(phrasings)), 0.0), ([answer], 1.0)]
     return out
 
 
-def _kinds(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _kinds(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A list of values of several kinds, then each kind and its value.
 
     Teaches which kind a value is of, and how to look one up.
     """
     kinds = rng.sample(sorted(language.VALUE_WORDS), rng.randint(2, 6))
     value = {kind: rng.choice(sampler.values[kind]) for kind in kinds}
-    out: list[Segment] = [([", ".join(value.values()), Control(NEWLINE)], 0.0)]
+    out: list[Span] = [([", ".join(value.values()), Control(NEWLINE)], 0.0)]
     for kind in rng.sample(kinds, len(kinds)):
         out += [([kind], 0.0), ([value[kind]], 1.0)]
     return out
 
 
-def _copy(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _copy(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A passage, then a question about each of its facts with the answer."""
     entity, half = sampler.entity(rng, draw_kind(rng)), rng.randrange(2)
     stated = entity.halves()[half]
-    out: list[Segment] = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
+    out: list[Span] = [(prompts.passage(entity_passages(rng, entity)[half]), 0.0)]
     for relation, value in rng.sample(stated, len(stated)):
         question = rng.choice(relation.questions).format(n=entity.name)
         answer = language.sentence(entity.name, [(relation, value)])
@@ -282,7 +282,7 @@ def _copy(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     return out
 
 
-def _compare(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _compare(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A list of values and names, then others, each with a verdict: was it in the list?
 
     An item that was not in the list mostly shares a word with one that was, but always contains a
@@ -294,7 +294,7 @@ def _compare(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
         items.append((kind, _draw_words(sampler, rng, kind)))
     seen = {w for _, words in items for w in words}
     listed = ", ".join(" ".join(words) for _, words in items)
-    out: list[Segment] = [([listed, Control(NEWLINE)], 0.0)]
+    out: list[Span] = [([listed, Control(NEWLINE)], 0.0)]
     for _ in range(8):
         kind, words = rng.choice(items)
         verdict = YES
@@ -334,13 +334,13 @@ def _split(value: str) -> tuple[str, str]:
     return first, last
 
 
-def _titles(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
+def _titles(sampler: EntitySampler, rng: random.Random) -> list[Span]:
     """A question, then titles, each with a verdict: is it the name that the question is about?"""
     vocabulary, kind = sampler.config.vocabulary, draw_kind(rng)
     name = language.draw_name(rng, kind, vocabulary)
     relation = rng.choice(KINDS[kind].relations)
     question = rng.choice(relation.questions).format(n=" ".join(name))
-    out: list[Segment] = [(prompts.instruction(question), 0.0)]
+    out: list[Span] = [(prompts.instruction(question), 0.0)]
     seen = set(name)
     for _ in range(5):
         other, verdict = name, YES
@@ -353,7 +353,7 @@ def _titles(sampler: EntitySampler, rng: random.Random) -> list[Segment]:
     return out
 
 
-FAMILIES: dict[str, Callable[[EntitySampler, random.Random], list[Segment]]] = {
+FAMILIES: dict[str, Callable[[EntitySampler, random.Random], list[Span]]] = {
     "quiz": _quiz,
     "statements": _statements,
     "claim": _claim,

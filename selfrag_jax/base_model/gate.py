@@ -29,12 +29,11 @@ from selfrag_jax.base_model.sampler import (
     YES,
     BaseDataConfig,
     EntitySampler,
-    Segment,
     draw_kind,
 )
 from selfrag_jax.base_model.source import BaseSource
 from selfrag_jax.checkpoints.loading import LoadedModel
-from selfrag_jax.data.batches import build_example
+from selfrag_jax.data.batches import Span, build_example
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import Part
 from selfrag_jax.world import language
@@ -48,7 +47,7 @@ FORMER_NAMES = {"misattributed": "lent"}
 BATCH = 100  # cases per call of the model
 
 
-def draw_case(sampler: EntitySampler, rng: random.Random, skill: str) -> list[Segment]:
+def draw_case(sampler: EntitySampler, rng: random.Random, skill: str) -> list[Span]:
     """Draws a document whose only segment with a loss weight is what the skill must predict."""
     # Only persons and organisations have two attributes that take the same kind of value.
     two_alike = skill == "misattributed"
@@ -86,7 +85,7 @@ def draw_case(sampler: EntitySampler, rng: random.Random, skill: str) -> list[Se
 
 def _misattributed_case(
     rng: random.Random, entity: Entity, half: int, passage: list[Part]
-) -> list[Segment]:
+) -> list[Span]:
     stated, missing = entity.halves()[half], entity.halves()[1 - half]
     [(right, wrong, value)] = [
         (r, m, v) for r, v in stated for m, _ in missing if m.value_kind == r.value_kind
@@ -103,7 +102,7 @@ def _useful_case(
     entity: Entity,
     relation: Relation,
     question: list[Part],
-) -> list[Segment]:
+) -> list[Span]:
     name, verdict = entity.name, YES
     if rng.random() < 0.5:
         verdict = NO

@@ -9,13 +9,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfrag_jax.text.tokenizer import Part
+from selfrag_jax.data.batches import Span
 from selfrag_jax.world import language
 from selfrag_jax.world.encyclopedia import Entity, draw_entity
 from selfrag_jax.world.language import KINDS, Relation
 
 YES, PARTLY, NO = "yes", "partly", "no"
-Segment = tuple[Sequence[Part], float]  # parts of a document and their loss weight
 Facts = list[tuple[Relation, str]]
 
 
@@ -52,7 +51,7 @@ class EntitySampler:
             rng, entity.kind, language.look_alike(rng, entity.kind, vocabulary, entity.words)
         )
 
-    def verdict(self, word: str) -> Segment:
+    def verdict(self, word: str) -> Span:
         return [word], self.config.verdict_weight
 
     def wrong_value(self, rng: random.Random, entity: Entity, relation: Relation) -> str:
@@ -84,7 +83,7 @@ class EntitySampler:
         stated: Facts,
         n: int,
         skip: Sequence[Relation] = (),
-    ) -> list[Segment]:
+    ) -> list[Span]:
         """Draws up to n statements about `entity`, each followed by its verdict.
 
         The verdict says whether a passage with the facts `stated` supports the statement. No
@@ -96,7 +95,7 @@ class EntitySampler:
         order = [r for r in rng.sample(present, len(present)) if r not in skip]
         for r in rng.sample(missing, min(len(missing), 1 + n // 3)):
             order.insert(rng.randrange(len(order) + 1), r)
-        out: list[Segment] = []
+        out: list[Span] = []
         while order and n:
             pair = [order.pop() for _ in range(min(len(order), 2 if rng.random() < 0.2 else 1))]
             text, verdict = self.statement(rng, entity, stated, pair)

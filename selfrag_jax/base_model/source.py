@@ -13,8 +13,8 @@ import random
 import re
 
 from selfrag_jax.base_model.documents import FAMILIES
-from selfrag_jax.base_model.sampler import BaseDataConfig, EntitySampler, Segment
-from selfrag_jax.data.batches import Example, build_example
+from selfrag_jax.base_model.sampler import BaseDataConfig, EntitySampler
+from selfrag_jax.data.batches import Example, Span, build_example
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import EOS, Control, Tokenizer, train
 from selfrag_jax.world import language
@@ -48,10 +48,10 @@ class BaseSource:
         }
         self.sampler = EntitySampler(config, values)
 
-    def segments(self, i: int) -> list[Segment]:
+    def spans(self, i: int) -> list[Span]:
         rng = random.Random(f"base-{self.config.seed}-{i}")
         document = rng.choices(self.families, self.weights)[0](self.sampler, rng)
         return [*document, ([Control(EOS)], self.config.copy_weight)]
 
     def example(self, i: int) -> Example:
-        return build_example(self.tokenizer, self.segments(i), {})
+        return build_example(self.tokenizer, self.spans(i), {})

@@ -109,7 +109,7 @@ def _read_checkpoint(workdir: Path, step: int) -> Params:
 def frozen_weights_damaged(workdir: Path, e: Exception) -> UserError:
     """The error for a damaged `frozen/`. Every checkpoint needs it, so no earlier one would do."""
     return UserError(
-        f"{workdir / FROZEN}: the weights that LoRA left as they are are damaged "
+        f"{workdir / FROZEN}: the weights that LoRA does not train are damaged "
         f"({first_line(e)}); the checkpoints may be intact. Remove {FROZEN}/ and manifest.json "
         "there and run the same `selfrag train` again: it writes them anew from the base"
     )

@@ -1,4 +1,4 @@
-"""All that depends on Orbax's internals. Written for orbax-checkpoint 0.12.
+"""The code that needs Orbax's private parts. Written for orbax-checkpoint 0.12.
 
   - `open_tree` opens the arrays of a saved tree without reading them, so that a caller may read one
     item of several, or one layer at a time.

@@ -23,7 +23,7 @@ def collect_critiques(
     """Asks the teacher about the input's rows and writes critic data; returns the number of rows.
 
     input_path: instructions with `ctxs`, as `selfrag retrieve` writes them; truth: the world's
-    teacher.jsonl. Does nothing, and returns 0, if that is finished.
+    teacher.jsonl. Does nothing, and returns 0, if `out` is already finished.
     """
     inputs = {"input": input_path, "truth": truth}
     made = {**vars(config), "limit": None}  # a setting of the past, kept for old manifests

@@ -14,7 +14,7 @@ from selfrag_jax.retrieval import corpus, encoders
 def embed_corpus(passages: str | Path, config: encoders.EncoderConfig, out: str | Path) -> int:
     """Writes embeddings.npy [n, dim] float32, encoder.json and the passages; returns n.
 
-    Does nothing if that is finished.
+    Does nothing if `out` is already finished.
     """
     out, inputs = Path(out), {"passages": passages}
     rows = corpus.read_corpus(passages)

@@ -16,8 +16,8 @@ from selfrag_jax.retrieval import encoders, index
 def build_index(embeddings: str | Path, config: index.IndexConfig, out: str | Path) -> int:
     """Builds the index of an `embed` artifact; returns the number of passages.
 
-    Does nothing if that is finished. Raises UserError if the embeddings are unfinished or hold NaN,
-    and if `out` is a folder of something else.
+    Does nothing if `out` is already finished. Raises UserError if the embeddings are unfinished or
+    hold NaN, and if `out` is a folder of something else.
     """
     embeddings, out = artifacts.require_finished(embeddings, "embed"), Path(out)
     inputs = {"embeddings": embeddings}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MODEL_FLAGS = (
     Flag("workdir", "of a finished quickstart: stands for --model=W/generator --index=W/index"),
-    Flag("model", "a training workdir or a Hugging Face folder"),
+    Flag("model", "a training workdir, a Hugging Face folder, or a hub name (owner/model)"),
     Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
 )
 SEARCH_FLAGS = flags_of(SearchConfig)
@@ -55,7 +55,7 @@ def load_selfrag(values: dict[str, Any]) -> SelfRAG:
         model, index = model or Path(workdir) / "generator", index or Path(workdir) / "index"
     if not model:
         raise UserError(
-            "give --model (a training workdir or a Hugging Face folder) "
+            "give --model (a training workdir, a Hugging Face folder or a hub name) "
             "or --workdir of a finished quickstart"
         )
     if values["config"] is None:

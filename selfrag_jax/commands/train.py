@@ -25,7 +25,7 @@ RUNTIME_ONLY_FIELDS = (
 
 
 def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
-    """Trains `role` ("critic" or "generator") on `data`. Does nothing if that is finished.
+    """Trains `role` ("critic" or "generator") on `data`. Does nothing if `workdir` is finished.
 
     name: of the progress bar. Raises UserError for a role that the config has no section for, and
     for data, mesh or base that do not fit.
@@ -82,10 +82,9 @@ def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     # 4. Train. One process takes the workdir; all of them check that it is theirs.
     with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
+        # Only the trainer holds the parameters, so that it can free them.
         params = [start.params]
-        start = replace(
-            start, params=None
-        )  # so that only the trainer holds them, and can free them
+        start = replace(start, params=None)
         result = train(
             section, start.model, params.pop, source, start.tokenizer, workdir, name, num_new_tokens
         )

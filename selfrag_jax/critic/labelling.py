@@ -74,7 +74,7 @@ def label_rows(
     """Returns `config.variants` labelled examples of each row.
 
     Without retrieval the variants are identical. They are all kept: with fewer, the generator would
-    see less of what it has to know by heart.
+    see less of what it must memorise.
     """
     drafts = _drafts(critic, rows, config)
     while unfinished := [d for d in drafts if not d.is_done]:

@@ -28,6 +28,8 @@ from selfrag_jax.text.tokenizer import BOS, Control, Part, Tokenizer
 
 # For reports and loss weights: plain text, then the groups of reflection tokens.
 LOSS_GROUPS = ("text", *reflection.GROUPS)
+# Parts of a document, and the loss weight of predicting their tokens.
+Span = tuple[Sequence[Part], float]
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,20 @@ class Batch:
 
 def build_example(
     tokenizer: Tokenizer,
-    segments: Sequence[tuple[Sequence[Part], float]],
+    spans: Sequence[Span],
     group_weights: dict[str, float],
 ) -> Example:
-    """Returns the tokenized segments, after a beginning-of-text token.
+    """Returns the tokenized spans, after a beginning-of-text token.
 
-    segments: lists of parts with their loss weight; 0 for context, such as a passage.
+    spans: weight 0 is for context, such as a passage.
     group_weights: factors on the weights of reflection tokens, by group.
     """
     group_of = {t: g for g, tokens in reflection.GROUPS.items() for t in tokens}
-    encoded = tokenizer.encode_segments([[Control(BOS)], *(parts for parts, _ in segments)])
+    encoded = tokenizer.encode_spans([[Control(BOS)], *(parts for parts, _ in spans)])
     tokens: list[int] = []
     weight: list[float] = []
     group: list[int] = []
-    for pieces, w in zip(encoded, (0.0, *(w for _, w in segments)), strict=True):
+    for pieces, w in zip(encoded, (0.0, *(w for _, w in spans)), strict=True):
         for ids, control in pieces:
             name = None if control is None else group_of.get(control)
             tokens += ids

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.data.batches import Example, build_example
+from selfrag_jax.data.batches import Example, Span, build_example
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import CriticExample, critic_example_from, read_records
 from selfrag_jax.text import prompts, reflection
-from selfrag_jax.text.tokenizer import Control, Part, Tokenizer
+from selfrag_jax.text.tokenizer import Control, Tokenizer
 
 
 class CriticSource:
@@ -47,8 +47,8 @@ class CriticSource:
     def example(self, i: int) -> Example:
         row = self.rows[i]
         prompt = prompts.critique(critique_query(row), self.brief)
-        segments: list[tuple[Sequence[Part], float]] = [(prompt, 0.0), ([Control(row.output)], 1.0)]
-        return build_example(self.tokenizer, segments, self.group_weights)
+        spans: list[Span] = [(prompt, 0.0), ([Control(row.output)], 1.0)]
+        return build_example(self.tokenizer, spans, self.group_weights)
 
 
 def critique_query(row: CriticExample) -> prompts.CritiqueQuery:

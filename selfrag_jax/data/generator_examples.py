@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.data.batches import Example, build_example
+from selfrag_jax.data.batches import Example, Span, build_example
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import GeneratorExample, generator_example_from, read_records
 from selfrag_jax.text import prompts
 from selfrag_jax.text.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
-from selfrag_jax.text.tokenizer import EOS, Control, Part, Tokenizer
+from selfrag_jax.text.tokenizer import EOS, Control, Tokenizer
 
 _MARKUP = (PARAGRAPH_OPEN, PARAGRAPH_CLOSE)
 
@@ -48,28 +48,28 @@ class GeneratorSource:
 
     def example(self, i: int) -> Example:
         row = self.rows[i]
-        segments: list[tuple[Sequence[Part], float]] = [
+        spans: list[Span] = [
             (prompts.instruction(row.instruction, row.input), 0.0),
-            *output_segments(row.output),
+            *output_spans(row.output),
             ([Control(EOS)], 1.0),
         ]
-        return build_example(self.tokenizer, segments, self.group_weights)
+        return build_example(self.tokenizer, spans, self.group_weights)
 
 
-def output_segments(output: str) -> list[tuple[list[Part], float]]:
+def output_spans(output: str) -> list[Span]:
     """Returns the parts of an output with their loss weights.
 
     The weight is 0 from each `<paragraph>` to its own `</paragraph>`, and 1 elsewhere.
     """
-    segments: list[tuple[list[Part], float]] = []
+    spans: list[Span] = []
     in_passage = False
     for part in prompts.parse_output(output):
         if isinstance(part, Control) and part.token == PARAGRAPH_OPEN:
             in_passage = True
-        segments.append(([part], 0.0 if in_passage else 1.0))
+        spans.append(([part], 0.0 if in_passage else 1.0))
         if isinstance(part, Control) and part.token == PARAGRAPH_CLOSE:
             in_passage = False
-    return segments
+    return spans
 
 
 def _checked_example(where: str, row: dict[str, Any]) -> GeneratorExample:

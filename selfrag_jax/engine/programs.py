@@ -3,16 +3,18 @@
 A slot holds one question. Each of its beams has a prefix, the prompt and the segments so far, which
 is stored once; the beam's branches, one for each passage, read it and generate a segment each.
 
-    read            puts a prompt into a slot's prefixes
+    read            reads tokens after a beam's prefix: a prompt, or a segment without its passage
     start_branches  feeds the branches of a slot their passages
     decode          generates for all slots, until one has finished all of its branches
     keep            appends the best branches to their prefixes; then the slot is fed again, or
                     taken by the next question
 
-Prefixes and branches are two values, passed and returned. Axes: Q slots, W beams of a slot, P
-branches of a beam, R = Q * W prefixes, B = R * P branches, S prefix capacity, T fed capacity, C
-generated capacity, M most generated tokens, n slots that one call changes, w their first beams
-(w <= W), D embed. The rows of slot q are q * W + beam and (q * W + beam) * P + branch.
+Prefixes and branches are two values, passed and returned. Axes:
+  Q slots   W beams of a slot   P branches of a beam   R prefixes (Q * W)   B branches (R * P)
+  n slots that a call changes   w their first beams (w <= W)   D embed
+  S prefix capacity   F fed capacity   G generated capacity   M maximum generated tokens
+  T length of a padded input
+The rows of slot q are q * W + beam, and (q * W + beam) * P + branch.
 """
 
 from __future__ import annotations
@@ -36,17 +38,19 @@ from selfrag_jax.models.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass
 class Branches:
-    cache: Cache  # B rows of T + C: fed tokens, then a ring of C places that all rows write in step
+    """The branches of all slots."""
+
+    cache: Cache  # B rows of F + G: fed tokens, then a ring of G places that all rows write in step
     hidden: jax.Array  # [B, D]: of each branch's last token
     segments: GeneratedSegments  # B rows
     steps_since_fed: jax.Array  # [B] int32: tokens chosen
-    limit: jax.Array  # [B] int32: most tokens to choose
+    limit: jax.Array  # [B] int32: maximum number of tokens to choose
     done: jax.Array  # [B] bool: ended, or never fed
     issup_seen: jax.Array  # [B] bool: an IsSup token was generated
     key: jax.Array  # [B, 2] uint32: for sampling
     beam_width: int = field(metadata=dict(static=True))  # W
     num_passages: int = field(metadata=dict(static=True))  # P
-    fed_capacity: int = field(metadata=dict(static=True))  # T
+    fed_capacity: int = field(metadata=dict(static=True))  # F
     max_new_tokens: int = field(metadata=dict(static=True))  # M
 
 
@@ -90,7 +94,7 @@ def empty_branches(
     max_new_tokens: int,
     per_layer: bool,
 ) -> Branches:
-    """Branches of which none is in use. fed, generated: their capacities."""
+    """Allocates branches, all unused. fed, generated: their capacities."""
     B = num_slots * beam_width * num_passages
     cache = _empty_cache(model, B, fed + generated, per_layer)
     zeros, false = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
@@ -117,7 +121,11 @@ def grow_prefixes(prefixes: Cache, capacity: int) -> Cache:
 
 @partial(jax.jit, static_argnames=("fed_before", "fed", "generated"))
 def resize_branches(cache: Cache, fed_before: int, fed: int, generated: int) -> Cache:
-    """The branches' cache with capacities `fed` and `generated`; the last tokens stay."""
+    """The branches' cache with capacities `fed` and `generated`; the last tokens stay.
+
+    The new ring begins at its first place: of tokens 5 6 3 4 in a ring of 4 whose cursor is at 3, a
+    ring of 6 holds - - 3 4 5 6, where - is invalid.
+    """
     generated_before = cache.valid.shape[1] - fed_before
     # How many steps ago each place of the new ring was written.
     steps_ago = generated - jnp.arange(generated)
@@ -147,8 +155,7 @@ def _rows(cache: Cache, rows: Int[Array, " r"]) -> Cache:
 def _put_rows(cache: Cache, slots: Int[Array, " n"], new: Cache, stride: int) -> Cache:
     """Writes n equal blocks of rows, block i from row slots[i] * stride on.
 
-    Writes as many columns as `new` has, from the first on. In place, if the caller gives `cache`
-    away.
+    Writes as many columns as `new` has, from the first on. In place, if the caller donates `cache`.
     """
     n = slots.shape[0]
     block = new.valid.shape[0] // n
@@ -269,8 +276,8 @@ def start_branches(
 ) -> Branches:
     """Feeds the branches of the first w beams of n slots; a row without tokens is not used.
 
-    start: position of each row's first token; limit: most tokens to generate. Tokens are padded on
-    the right; their width may be below the fed capacity.
+    start: position of each row's first token; limit: maximum number of tokens to generate.
+    Tokens are padded on the right; their width may be below the fed capacity.
     """
     n, P = slots.shape[0], branches.num_passages
     w, stride = tokens.shape[0] // (n * P), branches.beam_width * P
@@ -354,8 +361,8 @@ def _decode_one(model, params, rules, prefixes, s: Branches, sampling) -> Branch
     step = Step(logits, token, s.steps_since_fed, live, ends, at_limit)
     seg, issup_seen = rules.read_critiques(seg, step, s.issup_seen)
 
-    # 3. Append it, and read it into the branch's cache. A token that the segment ends before is
-    #    neither.
+    # 3. Append it, and read it into the branch's cache. If the segment ends before it, neither
+    #    happens.
     writes = live & ~ends_before
     is_text = writes & ~is_control
     column = (jnp.arange(s.max_new_tokens) == seg.length[:, None]) & writes[:, None]

@@ -3,7 +3,7 @@
 A search is a generator: it yields a request, and is sent the result.
 
     ReadTokens       tokens into prefixes           -> Retrieve distributions, log-probabilities
-    FindPassages     queries                        -> passages
+    FindPassages     texts of the segments so far   -> passages of each query
     Generate         branches on the prefixes       -> their segments
     KeepBranches     branches as the new prefixes   -> None
     SegmentsFinal    segments that cannot change    -> None; passed on to the caller
@@ -31,6 +31,8 @@ class ReadTokens:
 
 @dataclass(frozen=True)
 class FindPassages:
+    """Looks for passages, for each beam that retrieves."""
+
     previous: Sequence[list[str]]  # for each beam that retrieves, the texts of its segments so far
 
 
@@ -38,9 +40,9 @@ class FindPassages:
 class Generate:
     """Generates branches of each beam, given the tokens to feed them; a beam may have none."""
 
-    branches: Sequence[Sequence[Sequence[int]]]
+    branches: Sequence[Sequence[Sequence[int]]]  # [beam][passage][token]
     start: Sequence[int]  # position of each beam's first token
-    limit: int  # most tokens to generate
+    limit: int  # maximum number of tokens to generate
     keys: np.ndarray | None = None  # [beams, num_passages, 2] uint32, for sampling
 
 
@@ -48,7 +50,7 @@ class Generate:
 class KeepBranches:
     """Beam i continues beam parents[i] with branch branches[i]; [beam_width] each.
 
-    Branches are counted through the slot.
+    A branch's index in the slot is beam * num_passages + passage.
     """
 
     parents: Sequence[int]
@@ -57,4 +59,6 @@ class KeepBranches:
 
 @dataclass(frozen=True)
 class SegmentsFinal:
+    """Segments that no later step can change; passed on to the caller."""
+
     segments: Any

@@ -2,7 +2,7 @@
 
 Which token is next, what it ends, and what the model thinks of itself. At each position only the
 distributions within the groups of reflection tokens are kept, never the vocabulary's. Axes: B
-branches, M most tokens of a segment, V vocabulary.
+branches, M maximum tokens of a segment, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GeneratedSegments:
 
     tokens: jax.Array  # [B, M] int32: generated tokens, then the pad id
     length: jax.Array  # [B] int32
-    log_prob: jax.Array  # [B] f32: sum over text tokens, by the model's unsampled distribution
+    log_prob: jax.Array  # [B] f32: sum over the tokens that TokenRules.roles counts as text
     num_text_tokens: jax.Array  # [B] int32
     isrel: jax.Array  # [B, 2] f32: distribution within the group at the first generated position
     issup: jax.Array  # [B, 3] f32: where an IsSup token was generated, else at the segment's end
@@ -34,7 +34,7 @@ class GeneratedSegments:
     finished: jax.Array  # [B] bool: the answer ended with it (Utility token or end of text)
     complete: jax.Array  # [B] bool: ended by a token, not by the length limit
     next_position: jax.Array  # [B] int32: position of the token that would follow
-    extras: Any  # further readings of other rules than these (TokenRules.no_extras), or None
+    extras: Any  # what other rules read besides (TokenRules.initial_extras), or None
 
     def at(self, index: Any) -> GeneratedSegments:
         """The branches that `index` picks."""
@@ -53,7 +53,7 @@ class GeneratedSegments:
     @classmethod
     def empty(cls, B: int, M: int, rules: TokenRules) -> GeneratedSegments:
         def unread(n: int) -> jax.Array:
-            return jnp.full((B, n), rules.unread(n), jnp.float32)
+            return jnp.full((B, n), rules.unread_value(n), jnp.float32)
 
         zeros, false = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
         return cls(
@@ -68,7 +68,7 @@ class GeneratedSegments:
             finished=false,
             complete=false,
             next_position=zeros,
-            extras=rules.no_extras(B, M),
+            extras=rules.initial_extras(B, M),
         )
 
 
@@ -78,7 +78,7 @@ class Step:
 
     logits: Float[Array, "B V"]
     token: Int[Array, " B"]
-    age: Int[Array, " B"]  # tokens chosen before this one
+    steps_since_fed: Int[Array, " B"]  # tokens chosen before this one
     live: Bool[Array, " B"]
     ends: Bool[Array, " B"]  # the segment ends with this token, or before it
     at_limit: Bool[Array, " B"]  # it may have no more tokens after this one
@@ -100,7 +100,10 @@ class TokenRules:
     def roles(
         self, token: Int[Array, " B"]
     ) -> tuple[Bool[Array, " B"], Bool[Array, " B"], Bool[Array, " B"]]:
-        """Whether the segment ends before the token, the answer ends with it, it is no text."""
+        """(ends_before, ends_answer, is_control) of each token.
+
+        Whether the segment ends before it, whether the answer ends with it, whether it is no text.
+        """
         r, is_eos = self.reflection, token == self.eos
         if r is None:
             return jnp.zeros_like(is_eos), is_eos, is_eos
@@ -112,8 +115,8 @@ class TokenRules:
     ) -> tuple[GeneratedSegments, Bool[Array, " B"]]:
         """`seg` with the group distributions of this step, each from the position where it counts.
 
-        issup_seen: whether an IsSup token was generated before; returned with this step's. IsSup
-        without its token is read at the segment's end; of a segment that is cut, at its last token.
+        issup_seen: whether an IsSup token was generated before this step; returned updated. If
+        none is generated, IsSup is read where the segment ends, or at its last token if it is cut.
         """
         r = self.reflection
         if r is None:
@@ -122,18 +125,18 @@ class TokenRules:
         ends = step.live & (step.ends | step.at_limit)
         seg = replace(
             seg,
-            isrel=_read(seg.isrel, step.live & (step.age == 0), step.logits, r.isrel),
+            isrel=_read(seg.isrel, step.live & (step.steps_since_fed == 0), step.logits, r.isrel),
             issup=_read(seg.issup, says_issup | (ends & ~issup_seen), step.logits, r.issup),
             isuse=_read(seg.isuse, ends, step.logits, r.isuse),
             retrieve=_read(seg.retrieve, ends, step.logits, r.retrieve),
         )
         return seg, issup_seen | says_issup
 
-    def unread(self, size: int) -> float:
+    def unread_value(self, size: int) -> float:
         """What a group of `size` tokens holds before it is read."""
         return 1.0 / size
 
-    def no_extras(self, B: int, M: int) -> Any:
+    def initial_extras(self, B: int, M: int) -> Any:
         """The first value of GeneratedSegments.extras."""
         return None
 
@@ -159,15 +162,15 @@ def is_member(token: Int[Array, " B"], ids: tuple[int, ...]) -> Bool[Array, " B"
 def next_token(
     logits: Float[Array, "B V"],
     key: UInt32[Array, "B 2"],
-    age: Int[Array, " B"],
+    step: Int[Array, " B"],
     sampling: tuple[Any, Any] | None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of each branch, and its log-probability by the model's distribution.
 
-    key and age make a branch's random number; sampling: (temperature, top_p), or None for the most
-    likely token.
+    key and step determine a branch's random number. sampling: (temperature, top_p), or None for the
+    most likely token.
     """
-    token = most_likely(logits) if sampling is None else sample(logits, key, age, *sampling)
+    token = most_likely(logits) if sampling is None else sample(logits, key, step, *sampling)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -183,7 +186,7 @@ def most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 def sample(
     logits: Float[Array, "B V"],
     key: UInt32[Array, "B 2"],
-    age: Int[Array, " B"],
+    step: Int[Array, " B"],
     temperature,
     top_p,
 ) -> Int[Array, " B"]:
@@ -197,7 +200,7 @@ def sample(
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)  # ordered as p, which is never negative
 
     def narrow(i, low):  # the largest threshold that leaves enough mass
-        higher = low | (1 << (30 - i))
+        higher = low | (1 << (30 - i))  # from the highest bit on; bit 31 is the sign
         enough = jnp.where(bits >= higher[:, None], p, 0.0).sum(-1) >= top_p
         return jnp.where(enough, higher, low)
 
@@ -208,7 +211,7 @@ def sample(
     def draw(k, i):
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(k), i))
 
-    point = jax.vmap(draw)(key, age) * mass[:, -1]
+    point = jax.vmap(draw)(key, step) * mass[:, -1]
     V = p.shape[1]
     # Sums are rounded; `kept` makes sure that no other token is drawn.
     token = jnp.where(kept & (mass > point[:, None]), jnp.arange(V), V).min(-1)

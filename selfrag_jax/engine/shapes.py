@@ -16,7 +16,10 @@ MIN_BATCH_SLOTS = 8
 
 
 def bucket(n: int, least: int) -> int:
-    """The length that n tokens are padded to: a multiple of `least`, at most four per doubling."""
+    """The length that n tokens are padded to: a multiple of `least`, at most four per doubling.
+
+    A single token is not padded.
+    """
     if n <= 1:
         return max(n, 1)
     step = least
@@ -34,7 +37,7 @@ class Shapes:
     num_passages: int  # branches of a beam
     max_new_tokens: int  # of a branch
     length_bucket: int
-    max_prompt: int  # tokens of the longest prompt
+    longest_prompt: int  # in tokens
     prefix_grows: bool  # prefixes take in segments, and become longer than prompts
 
     # ---- lengths and capacities --------------------------------------------------------------
@@ -49,8 +52,10 @@ class Shapes:
     def first_prefix_capacity(self) -> int:
         """Holds a prompt; where prefixes grow, a passage of a few buckets and a segment too."""
         if not self.prefix_grows:
-            return self.bucket(self.max_prompt)
-        return self.bucket(self.max_prompt + 4 * self.length_bucket + self.generated_capacity(0))
+            return self.bucket(self.longest_prompt)
+        return self.bucket(
+            self.longest_prompt + 4 * self.length_bucket + self.generated_capacity(0)
+        )
 
     def first_fed_capacity(self, tokens: int) -> int:
         """Holds passages of a few buckets, even if the first questions come without any."""
@@ -60,7 +65,7 @@ class Shapes:
     def generated_capacity(self, num_generated: int) -> int:
         """Buffer size for a branch that has generated that many tokens: 128, then doubling.
 
-        Every step reads the whole buffer. A size that spares less than a third of the largest is
+        Every step reads the whole buffer. A size that saves less than a third of the largest is
         not worth a compilation.
         """
         size = FIRST_GENERATED_CAPACITY
@@ -75,7 +80,7 @@ class Shapes:
         return size if size >= MIN_BATCH_SLOTS else 1
 
     def batches(self, jobs: list, tokens: int) -> Iterator[list]:
-        """Batches jobs of `tokens` tokens each into the two compiled sizes, 1 and `batch_slots`.
+        """Batches jobs, one slot each, into the two compiled sizes: 1 and `batch_slots(tokens)`.
 
         A short batch repeats its last job, which is a no-op.
         """
@@ -91,15 +96,13 @@ class Shapes:
         """Capacity under the last of `max_segments` segments; max_input: tokens of a passage."""
         if max_segments == 1:
             return self.first_prefix_capacity
-        longest = self.max_prompt + (max_segments - 1) * (max_input + self.max_new_tokens)
+        longest = self.longest_prompt + (max_segments - 1) * (max_input + self.max_new_tokens)
         return max(self.first_prefix_capacity, self.bucket(longest))
 
     def largest_calls(self, max_input: int, max_segments: int, keep_passages: bool) -> list[Call]:
         """The calls of each program that need most memory."""
-        fed, prefix = (
-            self.first_fed_capacity(max_input),
-            self.longest_prefix(max_input, max_segments),
-        )
+        fed = self.first_fed_capacity(max_input)
+        prefix = self.longest_prefix(max_input, max_segments)
         room, new, per_slot = self.bucket(max_input), self.max_new_tokens, self.beam_width
         calls = self._largest_batches("prompt", "read", 1, 1, room)
         branches = self.beam_width * self.num_passages
@@ -138,9 +141,9 @@ class Shapes:
         """The largest (fed, generated) capacity that grows to (fed, max_new_tokens), if any."""
         new, smaller = self.max_new_tokens, self.smaller_bucket(fed)
         generated = {self.generated_capacity(n) for n in range(new)} - {new}
-        ways = [(smaller, new)] if smaller >= self.first_fed_capacity(1) else []
-        ways += [(fed, max(generated))] if generated else []
-        return max(ways, key=sum, default=None)
+        candidates = [(smaller, new)] if smaller >= self.first_fed_capacity(1) else []
+        candidates += [(fed, max(generated))] if generated else []
+        return max(candidates, key=sum, default=None)
 
 
 @dataclass(frozen=True)

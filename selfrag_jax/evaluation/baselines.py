@@ -6,8 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.engine.engine import Engine, place_params, run_searches
 from selfrag_jax.engine.requests import Generate, ReadTokens
@@ -20,7 +18,7 @@ from selfrag_jax.text import prompts
 @dataclass(frozen=True)
 class PlainConfig:
     batch: int  # questions answered at once
-    max_length: int  # most tokens of the prompt with its passages
+    max_length: int  # maximum number of tokens in a prompt with its passages
     max_new_tokens: int
     length_bucket: int  # see SearchConfig
 
@@ -45,7 +43,7 @@ def answer_plain(
         num_passages=1,
         max_new_tokens=config.max_new_tokens,
         length_bucket=config.length_bucket,
-        max_prompt=max(map(len, ids), default=1),
+        longest_prompt=max(map(len, ids), default=1),
         prefix_grows=False,
     )
     engine = Engine(loaded.model, place_params(loaded.model, loaded.params), rules, shapes)
@@ -55,8 +53,7 @@ def answer_plain(
         if isinstance(segment, Exception):
             raise segment
         text = tokenizer.decode([t for t in segment.token_ids() if t != tokenizer.eos_id]).strip()
-        num_tokens, q = int(segment.num_text_tokens), questions[i]
-        p_sequence = float(np.exp(segment.log_prob / num_tokens)) if num_tokens else 0.0
+        q = questions[i]
         rows[i] = {
             "id": q.id,
             "question": q.question,
@@ -66,7 +63,7 @@ def answer_plain(
             "citations": [],
             "passages": [],
             "retrieved": bool(passages[i]),
-            "p_sequence": p_sequence,
+            "p_sequence": segment.mean_probability(),
         }
         if on_answer:
             on_answer()

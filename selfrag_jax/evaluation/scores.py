@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfrag_jax.critic.critic import Critic
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import metrics
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
 from selfrag_jax.records import Question
 from selfrag_jax.text import reflection
 from selfrag_jax.text.prompts import CritiqueQuery
+
+if TYPE_CHECKING:
+    from selfrag_jax.critic.critic import Critic
 
 Row = dict[str, Any]
 

@@ -61,7 +61,7 @@ def _download(name: str) -> Path:
         reason = "no network" if isinstance(e, LocalEntryNotFoundError) else e
         raise UserError(
             f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be "
-            f"downloaded ({reason}); download it where there is a network and give its folder"
+            f"downloaded ({reason}); download it on a machine with a network, and pass its folder"
         ) from None
 
 

@@ -13,7 +13,8 @@ from selfrag_jax.text import reflection
 MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
 NORMALISE = ("yes_no", "all")
 ACCUMULATE = ("sum", "mean", "product")
-SCORERS = ("paper", "released")  # classes: algorithms.py
+# The keys of algorithms.ALGORITHMS, which cannot be imported here: its classes import this module.
+SCORERS = ("paper", "released")
 MAX_NDOCS = 100  # every passage is a branch to generate
 MAX_BEAM_WIDTH = 100
 
@@ -29,13 +30,13 @@ class SearchConfig:
         "passage; without one, the most likely Retrieve token decides"
     )
     normalise: str = setting(
-        "what p(retrieve) is divided by: yes_no, the mass of [Retrieval] and [No Retrieval]; all, "
-        "that of [Continue to Use Evidence] too"
+        "p(retrieve) is the share of [Retrieval] in: yes_no, [Retrieval] and [No Retrieval]; all, "
+        "also [Continue to Use Evidence]"
     )
     weights: Weights
     beam_width: int = setting("segments kept at each step")
-    max_depth: int = setting("most segments of an answer")
-    ndocs: int = setting("passages for each retrieval")
+    max_depth: int = setting("maximum number of segments in an answer")
+    ndocs: int = setting("passages per retrieval")
     accumulate: str = setting(
         "rank a path by the sum (paper), mean or product of its segments' scores; sums favour "
         "long answers, and a product counts scores below 0 as 0"
@@ -48,20 +49,20 @@ class SearchConfig:
         "true or false: keep the passages of earlier segments in the history, as in the training "
         "data"
     )
-    max_new_tokens: int = setting("most tokens of a segment")
+    max_new_tokens: int = setting("maximum number of tokens in a segment")
     length_bucket: int  # lengths are padded to its multiples, to bound the number of compilations
     scorer: str = setting(
         "paper: the equations; released: what the authors' scripts compute, quirks included, with "
         "--w_use=1"
     )
     temperature: float = setting(
-        "0 takes the most likely token; above 0, tokens are sampled, the more evenly the higher"
+        "0 takes the most likely token; above 0, tokens are sampled, and higher is more random"
     )
     top_p: float = setting(
         "with --temperature: sample from the most likely tokens that make up this probability"
     )
     seed: int = setting(
-        "with --temperature: of the sampling; a question draws the same whatever else is asked"
+        "with --temperature: seed of the sampling; a question's samples do not depend on the others"
     )
 
     def __post_init__(self):
@@ -118,14 +119,24 @@ class SearchConfig:
         """(temperature, top_p), or None for the most likely token."""
         return (self.temperature, self.top_p) if self.temperature else None
 
-    def shapes(self, num_slots: int, max_prompt: int) -> Shapes:
-        """The shapes of the compiled programs. max_prompt: tokens of the longest prompt."""
+    @property
+    def num_beams(self) -> int:
+        """Beams that are live at once; a search of one segment has only the first."""
+        return self.beam_width if self.max_depth > 1 else 1
+
+    @property
+    def num_branches(self) -> int:
+        """Branches of a beam: one for each passage."""
+        return 1 if self.mode == "no_retrieval" else self.ndocs
+
+    def shapes(self, num_slots: int, longest_prompt: int) -> Shapes:
+        """The shapes of the compiled programs. longest_prompt: in tokens."""
         return Shapes(
             num_slots=num_slots,
-            beam_width=self.beam_width if self.max_depth > 1 else 1,
-            num_passages=1 if self.mode == "no_retrieval" else self.ndocs,
+            beam_width=self.num_beams,
+            num_passages=self.num_branches,
             max_new_tokens=self.max_new_tokens,
             length_bucket=self.length_bucket,
-            max_prompt=max_prompt,
+            longest_prompt=longest_prompt,
             prefix_grows=self.max_depth > 1,
         )

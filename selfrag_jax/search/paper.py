@@ -50,7 +50,9 @@ class _Candidate:
 
 
 class PaperSearch(SegmentSearch):
-    def search(self, prompt: list[int], name: str) -> Requests:
+    """The paper's Algorithm 1."""
+
+    def search(self, prompt: list[int], seed_text: str) -> Requests:
         c = self.config
         distributions, _ = yield ReadTokens([prompt], [0])
         tree = SearchTree([Beam(None, distributions[0], len(prompt), beam_index=0)])
@@ -63,7 +65,7 @@ class PaperSearch(SegmentSearch):
             yield from self._find_passages(tree, extensions)
 
             # 2. Generate all branches, and score them.
-            segments = yield self._branches(tree, extensions, name)
+            segments = yield self._branches(tree, extensions, seed_text)
             candidates = [_Candidate(b) for b in tree.beams if b.finished]
             for e in extensions:
                 for i, passage in enumerate(e.passages):
@@ -117,13 +119,12 @@ class PaperSearch(SegmentSearch):
                 e.action = "no_retrieval"
 
     # ---- 2. generate and score -------------------------------------------------------------------
-    def _branches(self, tree: SearchTree, extensions: list[_Extension], name: str) -> Generate:
-        shapes = self.shapes(1, 0)
-        num_beams = max(e.beam.beam_index for e in extensions) + 1
-        num_beams = 1 if num_beams == 1 else shapes.beam_width  # two shapes only
+    def _branches(self, tree: SearchTree, extensions: list[_Extension], seed_text: str) -> Generate:
+        only_first = all(e.beam.beam_index == 0 for e in extensions)
+        num_beams = 1 if only_first else self.num_beams  # two shapes only
         branches: list[list[list[int]]] = [[] for _ in range(num_beams)]
         start = [0] * num_beams
-        keys = np.zeros((num_beams, shapes.num_passages, 2), np.uint32)
+        keys = np.zeros((num_beams, self.config.num_branches, 2), np.uint32)
         for e in extensions:
             i, position = e.beam.beam_index, e.beam.next_position
             branches[i] = [self._branch_input(tree, e.action, p, position) for p in e.passages]
@@ -131,7 +132,7 @@ class PaperSearch(SegmentSearch):
             if self.config.temperature:
                 node = e.beam.node.id if e.beam.node else -1
                 for j in range(len(e.passages)):
-                    keys[i, j] = _random_key(self.config.seed, name, node, j)
+                    keys[i, j] = _random_key(self.config.seed, seed_text, node, j)
         return Generate(branches, start, self.config.max_new_tokens, keys)
 
     def _branch_input(
@@ -159,10 +160,10 @@ class PaperSearch(SegmentSearch):
         if self.config.keep_passages:
             position = int(segment.next_position)
         else:
-            position = node.start + len(self._without_passage(node))
+            position = node.fed_position + len(self._without_passage(node))
         beam = Beam(node, np.asarray(segment.retrieve), position)
         beam.full = not node.finished and not is_last and self.is_full(tree, position)
-        return _Candidate(beam, parent, parent * self.shapes(1, 0).num_passages + i)
+        return _Candidate(beam, parent, parent * self.config.num_branches + i)
 
     def _node(
         self, tree: SearchTree, e: _Extension, passage: Passage | None, segment: GeneratedSegments
@@ -191,7 +192,7 @@ class PaperSearch(SegmentSearch):
             score=score,
             total=self._total(parent, score),
             allowed=not self.refused & {*segment.token_ids()},
-            start=e.beam.next_position,
+            fed_position=e.beam.next_position,
         )
 
     def _total(self, parent: Node | None, score: float) -> float:
@@ -225,7 +226,7 @@ class PaperSearch(SegmentSearch):
         for beam in tree.beams:
             if not beam.finished:
                 tokens[beam.beam_index] = self._without_passage(beam.last_node)
-                start[beam.beam_index] = beam.last_node.start
+                start[beam.beam_index] = beam.last_node.fed_position
         return ReadTokens(tokens, start, parents)
 
     def _without_passage(self, node: Node) -> list[int]:
@@ -242,10 +243,10 @@ class PaperSearch(SegmentSearch):
             option = _bare(self.text(node.tokens))
             if option in votes:
                 votes[option].append(node)
-        return tree.elect([nodes for nodes in votes.values() if nodes])
+        return tree.vote_winner([nodes for nodes in votes.values() if nodes])
 
     def render(
-        self, tree: SearchTree, beam: Beam, task: str, voted: bool
+        self, tree: SearchTree, beam: Beam, task: str, by_vote: bool
     ) -> tuple[Beam, list[Node], str]:
         path = tree.path(beam)
         texts = [self.text(n.tokens) for n in path]
@@ -256,7 +257,7 @@ def _bare(option: str) -> str:
     return option.strip().rstrip(".").lower()
 
 
-def _random_key(seed: int, name: str, node: int, branch: int) -> np.ndarray:
+def _random_key(seed: int, seed_text: str, node: int, branch: int) -> np.ndarray:
     """[2] uint32: the same for a branch of a question's tree, whatever else is generated."""
-    text = f"{seed}/{node}/{branch}/{name}".encode("utf-8", "surrogatepass")
+    text = f"{seed}/{node}/{branch}/{seed_text}".encode("utf-8", "surrogatepass")
     return np.frombuffer(hashlib.sha256(text).digest()[:8], "<u4")

@@ -1,12 +1,12 @@
-"""What every search has in common: its model, its prompts' and passages' lengths, how it runs.
+"""What every search has in common: its model, its limits on lengths, how it runs.
 
-A search asks for four things (engine/requests.py), and says how its tree becomes an answer:
+A search yields the requests of engine/requests.py. A subclass defines three methods:
 
     search    the search of one question, as a generator of requests
-    elect     the beam that a vote of the passages elects, for questions with options
+    elect     the beam that wins the passages' vote, for questions with options
     render    the segments and the text of the answer
 
-Subclasses: PaperSearch (paper.py), ReleasedSearch (released/); algorithms.py lists them.
+Subclasses are PaperSearch (paper.py) and ReleasedSearch (released/); algorithms.py lists them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class SegmentSearch(ABC):
         config: SearchConfig,
         max_length: int,
     ):
-        self.model, self.params = model, place_params(model, params)
+        self.model, self.params = model, place_params(model, params)  # no-op if already placed
         self.tokenizer, self.config = tokenizer, config
         self.max_length, self.context = max_length, model.config.max_length
         if self.max_prompt < MIN_PASSAGE:
-            most = self.context - 2 * MIN_PASSAGE
+            limit = self.context - 2 * MIN_PASSAGE
             raise UserError(
                 f"max_new_tokens={config.max_new_tokens} leaves no room for questions in the "
-                f"model's context of {self.context} tokens; {most} would"
+                f"model's context of {self.context} tokens; at most {limit} fits"
             )
         self.reflection = tokenizer.reflection_ids()
         self.retrieve_id = {t: tokenizer.id(t) for t in reflection.RETRIEVE}
@@ -67,23 +67,23 @@ class SegmentSearch(ABC):
 
     # ---- what a subclass defines -----------------------------------------------------------------
     @abstractmethod
-    def search(self, prompt: list[int], name: str) -> Requests:
-        """Searches one question. prompt: its tokens; name: what its random numbers depend on."""
+    def search(self, prompt: list[int], seed_text: str) -> Requests:
+        """Searches one question. prompt: its tokens; seed_text: seeds the sampling."""
 
     @abstractmethod
     def elect(self, tree: SearchTree, question: Question) -> Beam | None:
-        """The beam with the option that the passages' scores elect (paper, Section 3.3).
+        """The beam with the option that wins the passages' vote (paper, Section 3.3).
 
         None if no passage led to an option.
         """
 
     @abstractmethod
     def render(
-        self, tree: SearchTree, beam: Beam, task: str, voted: bool
+        self, tree: SearchTree, beam: Beam, task: str, by_vote: bool
     ) -> tuple[Beam, list[Node], str]:
         """Returns the beam that answers, the segments to show, and the answer text.
 
-        voted: the question was put to a vote (see elect).
+        by_vote: whether the question was put to a vote (see elect).
         """
 
     @property
@@ -91,8 +91,14 @@ class SegmentSearch(ABC):
         """How generation ends, and where critiques are read."""
         return TokenRules(self.tokenizer.eos_id, self.tokenizer.pad_id, self.reflection)
 
-    def shapes(self, num_slots: int, max_prompt: int) -> Shapes:
-        return self.config.shapes(num_slots, max_prompt)
+    def shapes(self, num_slots: int, longest_prompt: int) -> Shapes:
+        shapes = self.config.shapes(num_slots, longest_prompt)
+        return replace(shapes, beam_width=self.num_beams)
+
+    @property
+    def num_beams(self) -> int:
+        """Beams of a question that are live at once."""
+        return self.config.num_beams
 
     @property
     def can_vote(self) -> bool:
@@ -109,47 +115,47 @@ class SegmentSearch(ABC):
     # ---- running searches ------------------------------------------------------------------------
     def run(
         self,
-        prompts: Sequence[list[int]],
+        prompt_ids: Sequence[list[int]],
         find_passages: FindPassagesFn,
         num_slots: int | None = None,
     ) -> list[SearchTree]:
         """Searches questions, `num_slots` (default: all) at once; raises what a search raises.
 
-        prompts: the tokens of each prompt, up to the response heading.
+        prompt_ids: the tokens of each prompt, up to the response heading.
         """
         trees: dict[int, SearchTree] = {}
-        for i, event in self.stream(prompts, find_passages, num_slots or len(prompts)):
+        for i, event in self.stream(prompt_ids, find_passages, num_slots or len(prompt_ids)):
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, SearchTree):
                 trees[i] = event
-        return [trees[i] for i in range(len(prompts))]
+        return [trees[i] for i in range(len(prompt_ids))]
 
     def stream(
         self,
-        prompts: Sequence[list[int]],
+        prompt_ids: Sequence[list[int]],
         find_passages: FindPassagesFn,
         num_slots: int,
-        names: Sequence[str] | None = None,
+        seed_texts: Sequence[str] | None = None,
         overlap: bool = False,
     ) -> Iterator[tuple[int, SegmentsFinal | SearchTree | Exception]]:
         """(index of the question, event) as they come: final segments, then the outcome.
 
-        names: of the questions, for their random numbers (default: their indices). overlap: see
+        seed_texts: seed the sampling of each question (default: its index). overlap: see
         engine.run_searches.
         """
-        if not prompts:
+        if not prompt_ids:
             return
-        names = names or [str(i) for i in range(len(prompts))]
-        shapes = self.shapes(num_slots, max(map(len, prompts)))
+        seed_texts = seed_texts or [str(i) for i in range(len(prompt_ids))]
+        shapes = self.shapes(num_slots, max(map(len, prompt_ids)))
         engine = Engine(self.model, self.params, self.rules, shapes, self.config.sampling)
-        searches = ((i, self.search(list(p), names[i])) for i, p in enumerate(prompts))
+        searches = ((i, self.search(list(p), seed_texts[i])) for i, p in enumerate(prompt_ids))
         yield from run_searches(engine, searches, find_passages, overlap)
 
     # ---- room in the model's context -------------------------------------------------------------
     @property
     def max_prompt(self) -> int:
-        """Most tokens of a prompt."""
+        """Maximum number of tokens in a prompt."""
         room = self.context - self.config.max_new_tokens - MIN_PASSAGE
         return min(self.max_length, room)
 

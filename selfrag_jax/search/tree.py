@@ -22,7 +22,7 @@ class Node:
     action: str  # "retrieve", "continue" or "no_retrieval": the Retrieve token that was fed
     p_retrieve: float
     passage: Passage | None
-    tokens: tuple[int, ...]  # generated, reflection tokens included
+    tokens: tuple[int, ...]  # generated ones, reflection tokens included
     p_segment: float
     isrel: tuple[float, ...]
     issup: tuple[float, ...]
@@ -30,7 +30,7 @@ class Node:
     score: float  # f of this segment
     total: float  # sum or product over the path
     allowed: bool  # by the hard constraints
-    start: int  # position of its first token, the Retrieve token
+    fed_position: int  # of the Retrieve token that was fed; 0 if the search does not use it
     finished: bool  # the answer ends with it
     complete: bool  # False if the length limit cut it
 
@@ -118,7 +118,7 @@ class SearchTree:
         self.num_final = max(self.num_final, shared)
         return new
 
-    def elect(self, groups: Sequence[Sequence[Node]]) -> Beam | None:
+    def vote_winner(self, groups: Sequence[Sequence[Node]]) -> Beam | None:
         """The best node of the group whose scores sum highest (closed-set voting).
 
         None without groups; no group may be empty.

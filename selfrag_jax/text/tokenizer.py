@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.files import write_text
-from selfrag_jax.text import published_files, reflection
-from selfrag_jax.text.published_files import BOS, EOS, PAD
+from selfrag_jax.text import reflection, tokenizer_files
+from selfrag_jax.text.tokenizer_files import BOS, EOS, PAD
 from selfrag_jax.text.vocabularies import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
 
 NEWLINE = "\n"
@@ -82,7 +82,7 @@ class Tokenizer(ABC):
             row = json.loads(record.read_text())
             recorded = row["mode"]
             if recorded in MODES and recorded != "words":
-                published_files.checked_ids(row["added"])
+                tokenizer_files.checked_ids(row["added"])
                 dict(row["names"])  # raises if it is not an object
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{record}: not readable as the record of a tokenizer: {e}") from None
@@ -122,8 +122,8 @@ class Tokenizer(ABC):
         }
 
     @abstractmethod
-    def encode_segments(
-        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    def encode_spans(
+        self, spans: Sequence[Sequence[Part]], before_control: bool = False
     ) -> list[list[Encoded]]:
         """Encodes consecutive lists of parts, each separately: text does not join across lists.
 
@@ -149,10 +149,10 @@ class Tokenizer(ABC):
     def encode(self, parts: Part | Sequence[Part], before_control: bool = False) -> list[int]:
         """Returns the ids of text and control parts.
 
-        A control that the vocabulary lacks is encoded as text. before_control: see encode_segments.
+        A control that the vocabulary lacks is encoded as text. before_control: see encode_spans.
         """
         parts = [parts] if isinstance(parts, (str, Control)) else parts
-        return [i for ids, _ in self.encode_segments([parts], before_control)[0] for i in ids]
+        return [i for ids, _ in self.encode_spans([parts], before_control)[0] for i in ids]
 
     def reflection_ids(self) -> reflection.ReflectionIds:
         """Returns all reflection ids. Raises MissingReflectionTokens if one is missing."""
@@ -196,7 +196,7 @@ class WordTokenizer(Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / JSON_FILE, self._backend.to_str())
         write_text(folder / MODE_FILE, json.dumps({"mode": self.mode}) + "\n")
-        published_files.write_tokenizer_config(folder, BOS, EOS, PAD)
+        tokenizer_files.write_tokenizer_config(folder, BOS, EOS, PAD)
 
     def with_reflection_tokens(self) -> WordTokenizer:
         from tokenizers import AddedToken
@@ -211,10 +211,10 @@ class WordTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode_segments(
-        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    def encode_spans(
+        self, spans: Sequence[Sequence[Part]], before_control: bool = False
     ) -> list[list[Encoded]]:
-        return [[self._encode(part) for part in parts] for parts in segments]
+        return [[self._encode(part) for part in parts] for parts in spans]
 
     def _encode(self, part: Part) -> Encoded:
         if isinstance(part, Control):
@@ -241,7 +241,7 @@ class PublishedTokenizer(Tokenizer):
     controls: ids of all control tokens.
     names: the vocabulary's names for BOS, EOS and PAD, where they differ from ours.
     passthrough: settings for other programs, which are saved with the model; see
-    published_files.read_passthrough.
+    tokenizer_files.read_passthrough.
     """
 
     def __init__(
@@ -283,13 +283,13 @@ class PublishedTokenizer(Tokenizer):
                 f"but as {' or '.join(possible)}"
             )
         if record is None:
-            controls, names = published_files.read_control_tokens(folder, vocabulary)
+            controls, names = tokenizer_files.read_control_tokens(folder, vocabulary)
         else:
             controls, names = vocabulary.controls | record["added"], record["names"]
         # An export's own files take precedence, since they may have been edited; an Orbax workdir
         # has only the record.
         if record is None or (folder / "config.json").is_file():
-            passthrough = published_files.read_passthrough(folder)
+            passthrough = tokenizer_files.read_passthrough(folder)
         else:
             passthrough = record.get("beside") or {}
         return cls(vocabulary, mode, controls, names, str(source), passthrough)
@@ -304,16 +304,16 @@ class PublishedTokenizer(Tokenizer):
             "mode": self.mode,
             "names": self._names,
             "added": self._controls,
-            "beside": self._passthrough,
+            "beside": self._passthrough,  # the name that existing folders have
         }
         write_text(folder / MODE_FILE, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
         bos, eos = (self._names.get(t, t) for t in (BOS, EOS))
         pad = None if self._id(PAD) is None else self._names.get(PAD, PAD)
         extra = self._passthrough.get("tokenizer")
-        published_files.write_tokenizer_config(folder, bos, eos, pad, extra)
+        tokenizer_files.write_tokenizer_config(folder, bos, eos, pad, extra)
         if "generation" in self._passthrough:
             generation = json.dumps(self._passthrough["generation"], indent=2)
-            write_text(folder / published_files.GENERATION_FILE, generation + "\n")
+            write_text(folder / tokenizer_files.GENERATION_FILE, generation + "\n")
 
     def with_reflection_tokens(self) -> PublishedTokenizer:
         """Also adds a padding token if there is none, last, as in the released vocabulary."""
@@ -340,10 +340,10 @@ class PublishedTokenizer(Tokenizer):
     def _first_free_id(self, controls: dict[str, int]) -> int:
         return max(self._vocabulary.size, max(controls.values()) + 1)
 
-    def encode_segments(
-        self, segments: Sequence[Sequence[Part]], before_control: bool = False
+    def encode_spans(
+        self, spans: Sequence[Sequence[Part]], before_control: bool = False
     ) -> list[list[Encoded]]:
-        joined = [self._join_text(parts) for parts in segments]
+        joined = [self._join_text(parts) for parts in spans]
         flat = [part for parts in joined for part in parts]
         encoded, n = [], 0
         for parts in joined:

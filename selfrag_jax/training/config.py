@@ -56,7 +56,7 @@ class TrainConfig:
     dtype: str | None = None  # of activations; None: the model's
     # What the backward pass recomputes to save memory: "none", "dots" or "full" (models/llama.py).
     remat: str = "none"
-    attention: str = "auto"  # kernel, see models/attention.py
+    attention: str = "auto"  # kernel, see models/attention_kernels.py
     pad_vocabulary: int = 1  # the vocabulary is padded to a multiple of this inside the model
     lora: LoraConfig | None = None  # train only low-rank adapters, the embedding and the head
     keep_last: int = 2  # checkpoints

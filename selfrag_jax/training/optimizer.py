@@ -96,6 +96,7 @@ def make_optimizer(
             optax.scale_by_learning_rate(rate),
         )
     else:
+        assert config.name == "muon", config.name  # OptimizerConfig admits no other
         inner = optax.contrib.muon(
             rate,
             adam_learning_rate=schedule(

@@ -1,4 +1,4 @@
-"""One linear trainer for every model of the project: base model, critic, generator, baselines.
+"""One straight-line training loop for every model: base model, critic, generator, baselines.
 
 A jitted step over a mesh, gradients by jax.value_and_grad, updates by optax, checkpoints by Orbax.
 A training that was killed continues from its last checkpoint, with the batches that it would have

@@ -30,8 +30,8 @@ from the paper:
                  ". [1] ", become " [1]. "; and if the best path leaves nothing, or one segment
                  without text, the second best path is the answer.
   unknown        A token outside the 5,000 (short) or 32,000 (long) most likely of a step counts
-                 as e^-100 among its group; of IsRel, in the long form, as a probability of -100.
-                 The short form's gate sees 32,016.
+                 as e^-100 within its group. For IsRel in the long form, -100 is taken as the
+                 probability itself. The short form's gate sees 32,016 tokens.
 
 Options: --constraints=[No support / Contradictory] is the long form's --ignore_cont, which leaves
 such segments out of the answer, not out of the search. --use_groundness, --use_utility and

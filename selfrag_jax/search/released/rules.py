@@ -44,7 +44,7 @@ class ReleasedRules(TokenRules):
     ) -> tuple[GeneratedSegments, Bool[Array, " B"]]:
         r, extras, live = self.reflection, seg.extras, step.live
         assert r is not None
-        first = live & (step.age == 0)
+        first = live & (step.steps_since_fed == 0)
         says_issup = live & is_member(step.token, r.issup)
         says_isuse = live & is_member(step.token, r.isuse)
 
@@ -55,7 +55,7 @@ class ReleasedRules(TokenRules):
         def read(name: str, when: Bool[Array, " B"]) -> Float[Array, "B n"]:
             return jnp.where(when[:, None], new[name], getattr(seg, name))
 
-        here = (jnp.arange(seg.tokens.shape[1]) == step.age[:, None])[..., None]
+        here = (jnp.arange(seg.tokens.shape[1]) == step.steps_since_fed[:, None])[..., None]
         here = here & live[:, None, None]
         extras = ReleasedReadings(
             retrieve_at=jnp.where(here, new["retrieve"][:, None], extras.retrieve_at),
@@ -72,10 +72,10 @@ class ReleasedRules(TokenRules):
         )
         return seg, issup_seen | says_issup
 
-    def unread(self, size: int) -> float:
+    def unread_value(self, size: int) -> float:
         return 0.0
 
-    def no_extras(self, B: int, M: int) -> Any:
+    def initial_extras(self, B: int, M: int) -> Any:
         return ReleasedReadings(
             retrieve_at=jnp.zeros((B, M, 3), jnp.float32),
             rel_log_probs=jnp.zeros((B, 2), jnp.float32),

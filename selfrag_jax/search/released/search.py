@@ -1,4 +1,4 @@
-"""The released scripts' search. The package's docstring lists what it does differently, and why."""
+"""The released scripts' search. The package's docstring lists what it does differently."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ from selfrag_jax.search.tree import Beam, Node, SearchTree
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import Tokenizer
 
-NUM_KNOWN_SHORT, NUM_KNOWN_LONG = (
-    5_000,
-    32_000,
-)  # tokens whose log-probabilities the scripts ask for
+# How many most likely tokens the scripts ask vLLM for the log-probabilities of.
+NUM_KNOWN_SHORT, NUM_KNOWN_LONG = 5_000, 32_000
 GATE_TOKENS = 25  # that the long form looks through for [Retrieval]
 CITED_TASKS = ("asqa", "eli5")  # the long form puts citation marks into their answers
 
@@ -38,9 +36,10 @@ class _OpenNode:
     """A node that may be extended. node: None for the root."""
 
     node: Node | None
-    prompt: list[int]  # its history, without its own text
+    history: list[int]  # the tokens before its own text
     text: list[int]
     says_retrieval: bool
+    total: float = 1.0  # product of the scores up to here
 
 
 @dataclass
@@ -49,6 +48,8 @@ class _ReleasedTree(SearchTree):
 
 
 class ReleasedSearch(SegmentSearch):
+    """The search of the authors' scripts: the short form for max_depth=1, else the long form."""
+
     def __init__(
         self,
         model: Model,
@@ -86,25 +87,28 @@ class ReleasedSearch(SegmentSearch):
             self.tokenizer.eos_id, self.tokenizer.pad_id, self.reflection, num_known=known
         )
 
-    def shapes(self, num_slots: int, max_prompt: int) -> Shapes:
-        new = self.config.max_new_tokens
-        return replace(
-            super().shapes(num_slots, max_prompt),
-            beam_width=1,  # open nodes are extended one after the other
-            max_new_tokens=max(new, GATE_TOKENS) if self.is_long_form else new,
-        )
+    @property
+    def num_beams(self) -> int:
+        return 1  # open nodes are extended one after the other
+
+    def shapes(self, num_slots: int, longest_prompt: int) -> Shapes:
+        shapes = super().shapes(num_slots, longest_prompt)
+        if self.is_long_form:  # its gate generates too
+            shapes = replace(shapes, max_new_tokens=max(shapes.max_new_tokens, GATE_TOKENS))
+        return shapes
 
     @property
     def can_vote(self) -> bool:
         return not self.is_long_form
 
     # ---- the search of one question --------------------------------------------------------------
-    def search(self, prompt: list[int], name: str) -> Requests:
+    def search(self, prompt: list[int], seed_text: str) -> Requests:
         """Searches one question. No segment is final before the end.
 
-        Every history but the prompt is read again, for none continues another.
+        Every history but the prompt is read from its beginning: none extends the previous one.
         """
-        p, log_probs = (x[0] for x in (yield ReadTokens([prompt], [0])))
+        distributions, all_log_probs = yield ReadTokens([prompt], [0])
+        p, log_probs = distributions[0], all_log_probs[0]
         tree = _ReleasedTree([Beam(None, p, len(prompt))], in_prefix=prompt)
         if self.is_long_form and self.config.weights != scoring.Weights():
             tree.notice("the released long form scores without weights: yours have no effect")
@@ -121,7 +125,7 @@ class ReleasedSearch(SegmentSearch):
             open_nodes = [
                 o
                 for o in level
-                if o.says_retrieval and not self.is_full(tree, len(o.prompt) + len(o.text))
+                if o.says_retrieval and not self.is_full(tree, len(o.history) + len(o.text))
             ]
             if not open_nodes:
                 break
@@ -162,18 +166,17 @@ class ReleasedSearch(SegmentSearch):
         """The best children of the open nodes, one for each passage."""
         children = []
         for o in open_nodes:
-            history = o.prompt + o.text
-            branches = [self.passage_input(tree, p, len(history)) for p in passages]
-            segments = yield from self._generate(
-                tree, history, branches, self.config.max_new_tokens
-            )
+            prefix = o.history + o.text
+            branches = [self.passage_input(tree, p, len(prefix)) for p in passages]
+            segments = yield from self._generate(tree, prefix, branches, self.config.max_new_tokens)
             previous = o.text
             for passage, segment in zip(passages, segments, strict=True):
                 node, text = self._child(tree, o, passage, segment)
                 says_retrieval = self.retrieval in self._remapped(segment)
-                children.append(_OpenNode(node, o.prompt + previous, text, says_retrieval))
+                history = o.history + previous
+                children.append(_OpenNode(node, history, text, says_retrieval, node.total))
                 previous = text  # in the next sibling's history
-        ranked = sorted(children, key=lambda o: -o.node.total if o.node else 0.0)
+        ranked = sorted(children, key=lambda o: -o.total)
         return ranked[: self.config.beam_width] if self.is_long_form else ranked
 
     def _child(
@@ -195,7 +198,7 @@ class ReleasedSearch(SegmentSearch):
                 self.config.weights,
             )
         score = scoring.finite(score)
-        total = score if o.node is None else o.node.total * score
+        total = score if o.node is None else o.total * score
         node = self._add(tree, o.node, "retrieve", passage, tokens, segment, score, total)
         return node, [t for t in tokens if t != self.tokenizer.eos_id]
 
@@ -248,25 +251,25 @@ class ReleasedSearch(SegmentSearch):
             score=score,
             total=total,
             allowed=True,
-            start=0,
+            fed_position=0,
         )
 
     # ---- the answer ------------------------------------------------------------------------------
     def elect(self, tree: SearchTree, question: Question) -> Beam | None:
-        """The script takes every text for an option of its own."""
+        """Each distinct text counts as an option, as in the script."""
         votes: dict[str, list[Node]] = {}
         for node in tree.nodes:
             if node.action == "retrieve" and node.depth == 0:
                 votes.setdefault(self.script_text.option(node.tokens), []).append(node)
-        return tree.elect(list(votes.values()))
+        return tree.vote_winner(list(votes.values()))
 
     def render(
-        self, tree: SearchTree, beam: Beam, task: str, voted: bool
+        self, tree: SearchTree, beam: Beam, task: str, by_vote: bool
     ) -> tuple[Beam, list[Node], str]:
         path, script = tree.path(beam), self.script_text
         first = path[0]
         if not self.is_long_form:
-            if voted or first.action == "no_retrieval":
+            if by_vote or first.action == "no_retrieval":
                 return beam, path, script.short_answer(first.tokens)
             text = script.short_answer_from_passage(first.tokens, self.text(first.tokens))
             return beam, path, text

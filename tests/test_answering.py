@@ -1,0 +1,310 @@
+"""SelfRAG: questions in, answers out; what an answer holds, and how one question fails alone."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from plain_search import make_passages, make_questions, make_rag
+
+from selfrag_jax.answering.citations import cite
+from selfrag_jax.answering.config import DEFAULT
+from selfrag_jax.answering.records import _doubts
+from selfrag_jax.answering.selfrag import SelfRAG
+from selfrag_jax.base_model.source import make_tokenizer
+from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import weights
+from selfrag_jax.records import Passage, Question
+from selfrag_jax.search.config import ACCUMULATE
+from selfrag_jax.search.paper import PaperSearch
+from selfrag_jax.search.tree import Beam, Node, SearchTree
+from selfrag_jax.text.tokenizer import Control, Tokenizer
+
+
+# ---- loading -------------------------------------------------------------------------------------
+def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):
+    weights.save_folder(tmp_path, tiny_model.model.config, tiny_model.params, make_tokenizer(4000))
+    with pytest.raises(UserError, match=r"\[Retrieval\]"):
+        SelfRAG.load(tmp_path)
+
+
+# ---- questions and settings ----------------------------------------------------------------------
+def test_one_question_needs_no_list(talkative):
+    rag = make_rag(talkative)
+    [bare] = rag.answer("Who?", mode="no_retrieval")
+    [listed] = rag.answer(["Who?"], mode="no_retrieval")
+    assert bare == listed and bare.question == "Who?"
+
+
+def test_unknown_fields_and_values_are_refused(talkative):
+    rag = make_rag(talkative)
+    with pytest.raises(UserError, match="tresh"):
+        rag.answer(["q"], treshold=0.5)
+    with pytest.raises(UserError, match="mode"):
+        rag.answer(["q"], mode="sometimes")
+    for weight in (-1.0, 2e6, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=r"--w_rel=.*a number from 0 to 1,000,000"):
+            rag.answer(["q"], w_rel=weight)
+    with pytest.raises(UserError, match="--ndocs=100000: at most 100"):
+        rag.answer(["q"], ndocs=100_000)
+    with pytest.raises(UserError, match="batch=0"):
+        replace(DEFAULT, batch=0)
+    with pytest.raises(UserError, match="max_length=0"):
+        replace(DEFAULT, max_length=0)
+    for questions in (None, 5, [None], ["q", 5], [["q"]]):
+        with pytest.raises(UserError, match="expected text or a Question|expected questions"):
+            rag.answer(questions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        (dict(threshold="0.5"), "threshold='0.5' must be a number"),
+        (dict(ndocs="5"), "ndocs='5' must be a whole number"),
+        (dict(ndocs=2.5), "ndocs=2.5 must be a whole number"),
+        (dict(ndocs=None), "ndocs must not be none"),
+        (dict(keep_passages="false"), "keep_passages='false' must be true or false"),
+        (dict(w_rel="1"), "w_rel='1' must be a number"),
+        (dict(mode=1), "mode=1 must be text"),
+        (dict(constraints="[Irrelevant]"), "expected several tokens"),
+    ),
+)
+def test_changes_of_the_wrong_type_are_refused(talkative, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_rag(talkative).check(changes)
+
+
+def test_numbers_of_numpy_are_numbers(talkative):
+    rag = make_rag(talkative)
+    rag.check(dict(ndocs=np.int64(3), threshold=np.float32(0.5), keep_passages=np.bool_(True)))
+
+
+# ---- slots ---------------------------------------------------------------------------------------
+def test_the_rest_of_a_file_is_answered_in_as_many_slots(talkative, monkeypatch):
+    """With the same number of slots, floating point rounds mostly as before."""
+    rag, num_slots = make_rag(talkative, ndocs=2), []
+
+    class Stop(Exception):
+        pass
+
+    def stream(search, prompts, find_passages, slots, **rest):
+        num_slots.append(slots)
+        raise Stop
+
+    monkeypatch.setattr(PaperSearch, "stream", stream)
+    for num_questions, total in (
+        (1, None),
+        (2, None),
+        (3, None),
+        (9, None),
+        (1, 9),
+        (2, 9),
+        (3, 3),
+    ):
+        with pytest.raises(Stop):
+            rag.answer(["a"] * num_questions, total=total)
+    assert num_slots == [1, 2, 4, 4, 4, 4, 4]
+
+
+def test_more_branches_for_each_question_mean_fewer_slots(talkative, monkeypatch):
+    rag, num_slots = make_rag(talkative, ndocs=2), []
+
+    def stream(search, prompts, find_passages, slots, **rest):
+        num_slots.append(slots)
+        return iter(())
+
+    monkeypatch.setattr(PaperSearch, "stream", stream)
+    for num_questions, ndocs in ((3, 2), (3, 4), (2, 50), (1, 2), (9, 2)):
+        list(rag.stream(["a"] * num_questions, ndocs=ndocs))
+    assert num_slots == [4, 2, 1, 1, 4]  # memory is for 4 questions with 2 passages each
+    list(rag.stream(["a"] * 3, beam_width=2 * rag.config.search.beam_width))
+    assert num_slots[-1] == 2
+    with pytest.raises(UserError, match="--beam_width=101: at most 100"):
+        rag.check({"beam_width": 101})
+
+
+def test_answers_do_not_depend_on_their_neighbours(talkative):
+    texts = [f"Where is {name}?" for name in ("Mara", "Quenport", "the ropemaker")]
+    questions = make_questions(talkative.tokenizer, 5, texts)
+    rag = make_rag(talkative)
+    together = rag.answer(questions, mode="always_retrieve")
+    for question, answer in zip(questions, together, strict=True):
+        [alone] = rag.answer([question], mode="always_retrieve")
+        assert alone.answer == answer.answer
+        assert alone.score == pytest.approx(answer.score, abs=1e-4)
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+def test_a_long_question_and_a_long_passage_are_cut_with_a_notice(talkative):
+    rag, prompts = make_rag(talkative), []
+    make_prompt = rag._prompt
+
+    def recording_prompt(*args):
+        prompts.append(make_prompt(*args))
+        return prompts[-1]
+
+    rag._prompt = recording_prompt
+    passage = Passage("p7", "Long", " ".join(["word"] * 300))
+    question = Question("1", "word " * 200, ctxs=(passage,))
+    [answer] = rag.answer([question], mode="always_retrieve")
+    assert any("question was cut" in n for n in answer.notices)
+    assert any("passage p7 was cut" in n for n in answer.notices)
+    heading = talkative.tokenizer.id("\n\n### Response:\n")
+    assert len(prompts[0]) == 64 and prompts[0][-1] == heading
+
+
+def test_a_cut_question_keeps_the_heading_of_a_published_vocabulary():
+    """There the heading is plain text, several tokens long."""
+    tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "llama_tokenizer")
+    model = SimpleNamespace(config=SimpleNamespace(max_length=4096))
+    rag = SimpleNamespace(
+        loaded=SimpleNamespace(tokenizer=tokenizer, model=model),
+        config=SimpleNamespace(max_length=64),
+    )
+    notices = []
+    question = Question("1", "Which town lies by the river? " * 30)
+    tokens = SelfRAG._prompt(rag, question, 64, notices)
+    assert len(tokens) == 64 and "was cut" in notices[0]
+    text = tokenizer.decode(tokens)
+    assert text.rstrip().endswith("### Response:") and "Which town" in text
+
+
+# ---- failures ------------------------------------------------------------------------------------
+def test_a_question_without_passages_is_answered_with_a_notice(talkative):
+    [answer] = make_rag(talkative).answer(["Where?"], mode="always_retrieve")
+    assert any("no passage" in n for n in answer.notices) and not answer.retrieved
+
+
+def test_probabilities_that_are_not_finite_are_an_error_of_the_question(talkative):
+    params = jax.tree.map(lambda x: x, jax.device_get(talkative.params))
+    params["norm"]["scale"] = params["norm"]["scale"] * np.nan
+    rag = make_rag(replace(talkative, params=params))
+    [answer] = rag.answer(["Where?"], mode="no_retrieval", max_depth=1)
+    assert "not finite" in answer.error and not answer.answer
+
+
+def test_a_question_that_fails_leaves_the_others_alone(talkative):
+    passages = make_passages(np.random.default_rng(0), talkative.tokenizer, 2)
+
+    class BrokenForMara:
+        def passages(self, static, queries, k):
+            if any("Mara" in q for q in queries):
+                raise RuntimeError("the index is gone")
+            return [passages for _ in queries]
+
+    rag = make_rag(talkative)
+    [without_index] = rag.answer(["Where is it?"], mode="no_retrieval")
+    assert not without_index.error
+    rag.retriever = BrokenForMara()
+    questions = ["Who?", "Where is Mara?", "a \ud83d", "What?"]
+    who, mara, unpaired_surrogate, what = rag.answer(questions, mode="always_retrieve")
+    assert mara.error == "RuntimeError: the index is gone" and not mara.answer
+    assert unpaired_surrogate.error
+    for question, answer in (("Who?", who), ("What?", what)):
+        [alone] = rag.answer([question], mode="always_retrieve")
+        assert not answer.error and answer.answer == alone.answer and answer.segments
+    with pytest.raises(UserError, match="question '1' is empty"):
+        rag.answer(["Who?", "  "])
+
+
+# ---- what an answer holds ------------------------------------------------------------------------
+def test_a_segment_names_its_node_in_the_tree(talkative):
+    questions = make_questions(talkative.tokenizer, 6, ["Where?"] * 3)
+    for answer in make_rag(talkative).answer(questions, mode="always_retrieve"):
+        nodes = [s.node for s in answer.segments]
+        assert [answer.tree[n]["text"] for n in nodes] == [s.text for s in answer.segments]
+        assert [answer.tree[n]["parent"] for n in nodes] == [-1, *nodes[:-1]]
+        assert all(answer.tree[n]["chosen"] for n in nodes)
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_the_score_of_an_answer_is_what_paths_were_compared_by(talkative, accumulate):
+    questions = make_questions(talkative.tokenizer, 6, ["Where?"] * 3)
+    combine = {"sum": np.sum, "mean": np.mean, "product": np.prod}[accumulate]
+    answers = make_rag(talkative).answer(questions, mode="always_retrieve", accumulate=accumulate)
+    assert any(len(a.segments) > 1 for a in answers)
+    for answer in answers:
+        scores = [answer.tree[s.node]["score"] for s in answer.segments]
+        if accumulate == "product":
+            scores = np.maximum(scores, 0)
+        assert answer.score == pytest.approx(combine(scores), abs=1e-3)
+
+
+def test_every_citation_points_into_the_answer(talkative):
+    questions = make_questions(talkative.tokenizer, 6, ["Where?"] * 4, 4)
+    for a in make_rag(talkative).answer(questions, mode="always_retrieve", beam_width=3):
+        assert a.tree
+        for c in a.citations:
+            assert c.passage < len(a.passages) and c.segment < len(a.segments)
+            assert a.segments[c.segment].passage == a.passages[c.passage]
+
+
+def test_a_segment_without_text_cites_nothing(talkative):
+    """Whatever its critique tokens say of the passage."""
+    rag, t = make_rag(talkative), talkative.tokenizer
+    [passage] = make_passages(np.random.default_rng(6), t, 1)
+    num_cited = []
+    for text in ("", "Mara studied."):
+        tokens = t.encode([Control("[Relevant]"), text, Control("[Fully supported]")])
+        node = Node(
+            id=0,
+            parent=-1,
+            depth=0,
+            action="retrieve",
+            p_retrieve=1.0,
+            passage=passage,
+            tokens=tuple(tokens),
+            p_segment=1.0,
+            isrel=(0.1, 0.9),
+            issup=(0.9, 0.1, 0.0),
+            isuse=(0, 0, 0, 0, 1),
+            score=1.0,
+            total=1.0,
+            allowed=True,
+            fed_position=5,
+            finished=True,
+            complete=True,
+        )
+        tree = SearchTree([Beam(node, np.zeros(3), 9)], [node])
+        answer = rag._answer(rag._search({}), tree, Question("0", "Who?"), [])
+        assert answer.segments[0].passage == passage
+        num_cited.append((len(answer.citations), len(answer.passages)))
+    assert num_cited == [(0, 0), (1, 1)]
+
+
+def test_irrelevant_and_unsupported_passages_are_not_cited():
+    def node(passage, isrel, issup):
+        return SimpleNamespace(passage=passage, isrel=isrel, issup=issup)
+
+    relevant, irrelevant = (0.2, 0.8), (0.6, 0.4)
+    fully, partly, unsupported = (0.7, 0.2, 0.1), (0.2, 0.5, 0.3), (0.1, 0.3, 0.6)
+    a, b, c, d = (Passage(x, "", x, 0.5) for x in "abcd")
+    path = [
+        node(a, relevant, fully),
+        node(b, irrelevant, fully),
+        node(c, relevant, unsupported),
+        node(None, relevant, fully),
+        node(d, relevant, partly),
+        node(replace(a, score=0.4), relevant, fully),  # the same passage, found by another query
+    ]
+    passages, citations = cite(path)
+    assert passages == [a, d]
+    assert [(c.segment, c.passage, c.support) for c in citations] == [
+        (0, 0, "[Fully supported]"), (4, 1, "[Partially supported]"), (5, 0, "[Fully supported]"),
+    ]  # fmt: skip
+
+
+def test_an_answer_that_no_passage_supports_has_a_notice():
+    def node(passage, isrel):
+        return SimpleNamespace(passage=passage, isrel=isrel, complete=True, issup=(0.9, 0.1, 0.0))
+
+    relevant, irrelevant = node("p", (0.1, 0.9)), node("about another name", (0.8, 0.2))
+    without_passage = node(None, (0.5, 0.5))
+    unsupported = "passage that was found supports this answer"
+    assert any(unsupported in d for d in _doubts([without_passage, relevant], []))
+    nothing_found = "no passage about this was found"
+    assert any(nothing_found in d for d in _doubts([without_passage, irrelevant], []))
+    assert _doubts([relevant], ["a citation"]) == _doubts([without_passage], []) == []
