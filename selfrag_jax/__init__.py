@@ -1,15 +1,29 @@
 """Self-RAG on JAX: retrieve on demand, generate from each passage in parallel, then critique.
 
-The critique is expressed in reflection tokens, which the generator itself predicts.
+The critique is expressed in reflection tokens, which the generator itself predicts. The public
+names are imported on first use, so that `import selfrag_jax` stays instant.
 """
+
+from importlib import import_module
+
+from selfrag_jax import moved
 
 __version__ = "0.1.0"
 
+_PUBLIC = {
+    "SelfRAG": "answering.selfrag",
+    "AnswerConfig": "answering.config",
+    "Answer": "answering.records",
+    "SegmentDone": "answering.records",
+    "Question": "records",
+    "Passage": "records",
+    "UserError": "errors",
+}
+
+moved.install()
+
 
 def __getattr__(name: str):
-    # Imported on first use, so that `import selfrag_jax` stays instant.
-    if name == "SelfRAG":
-        from selfrag_jax.answering.selfrag import SelfRAG
-
-        return SelfRAG
+    if name in _PUBLIC:
+        return getattr(import_module(f"selfrag_jax.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'selfrag_jax' has no attribute {name!r}")

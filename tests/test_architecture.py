@@ -1,4 +1,4 @@
-"""The order of the layers that docs/architecture.md draws: every import points downwards."""
+"""Imports against the layers that docs/architecture.md draws: every import points downwards."""
 
 import ast
 import re
@@ -15,11 +15,8 @@ def layers():
     text = (ROOT / "docs" / "architecture.md").read_text()
     block = re.search(r"<!-- layers -->\n```\w*\n(.*?)```", text, re.DOTALL).group(1)
     lines = [line for line in block.splitlines() if line.strip()]
-    return {
-        name: level
-        for level, line in enumerate(lines)
-        for name in re.split(r"  +", line.strip())[0].split()
-    }
+    names = [re.split(r"  +", line.strip())[0].split() for line in lines]
+    return {name: level for level, layer in enumerate(names) for name in layer}
 
 
 def modules():
@@ -39,22 +36,33 @@ def imports():
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                assert node.level == 0, f"{file}: relative import"
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{file}: relative import"
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
                 names = [name if name in known else node.module for name in names]
             pairs |= {(module, name) for name in names if name in known and name != "selfrag_jax"}
     return pairs
 
 
-def room(module):
+def package_names():
+    """(module, name) pairs of every `from selfrag_jax import name` that imports no module."""
+    known, pairs = modules(), set()
+    for module, file in known.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "selfrag_jax":
+                names = {alias.name for alias in node.names}
+                pairs |= {(module, n) for n in names if f"selfrag_jax.{n}" not in known}
+    return pairs
+
+
+def part(module):
     """The folder or top-level module that a dotted name belongs to."""
     return module.split(".")[1]
 
 
 def test_every_folder_and_module_is_drawn():
-    rooms = {room(m) for m in modules() if "." in m} - {"__main__"}
-    assert rooms == set(layers())
+    parts = {part(m) for m in modules() if "." in m} - {"__main__"}
+    assert parts == set(layers())
 
 
 def test_imports_point_downwards():
@@ -63,30 +71,35 @@ def test_imports_point_downwards():
         f"{module} imports {imported}"
         for module, imported in sorted(imports())
         if module not in ("selfrag_jax", "selfrag_jax.__main__")
-        and room(module) != room(imported)
-        and level[room(module)] >= level[room(imported)]
+        and part(module) != part(imported)
+        and level[part(module)] >= level[part(imported)]
     ]
     assert not wrong
 
 
-def test_only_commands_and_the_base_model_know_the_world():
-    users = {room(m) for m, imported in imports() if room(imported) == "world"}
-    assert users - {"world"} <= {"commands", "base_model"}
+def test_the_package_imports_nothing_through_its_public_names():
+    # They point at modules further down, so an import through them would hide its direction.
+    assert {name for _, name in package_names()} <= {"__version__"}
+
+
+def test_only_commands_and_the_base_model_import_the_world():
+    importing = {part(m) for m, imported in imports() if part(imported) == "world"}
+    assert importing - {"world"} <= {"commands", "base_model"}
 
 
 def test_no_modules_import_each_other():
-    below = {}
+    imports_of = {}
     for module, imported in imports():
-        below.setdefault(module, set()).add(imported)
+        imports_of.setdefault(module, set()).add(imported)
+    checked = set()
 
-    def visit(module, path):
+    def check(module, path):
         if module in path:
             pytest.fail(" imports ".join([*path[path.index(module) :], module]))
-        if module not in done:
-            for imported in below.get(module, ()):
-                visit(imported, [*path, module])
-            done.add(module)
+        if module not in checked:
+            for imported in imports_of.get(module, ()):
+                check(imported, [*path, module])
+            checked.add(module)
 
-    done = set()
-    for module in below:
-        visit(module, [])
+    for module in imports_of:
+        check(module, [])
