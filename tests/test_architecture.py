@@ -2,9 +2,13 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from selfrag_jax.search.algorithms import ALGORITHMS
+from selfrag_jax.search.config import SCORERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "selfrag_jax"
@@ -85,6 +89,16 @@ def test_the_package_imports_nothing_through_its_public_names():
 def test_only_commands_and_the_base_model_import_the_world():
     importing = {part(m) for m, imported in imports() if part(imported) == "world"}
     assert importing - {"world"} <= {"commands", "base_model"}
+
+
+def test_no_two_classes_share_a_name():
+    trees = [ast.parse(file.read_text()) for file in modules().values()]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {name for name, times in Counter(names).items() if times > 1} == set()
+
+
+def test_every_scorer_has_its_search():
+    assert tuple(ALGORITHMS) == SCORERS
 
 
 def test_no_modules_import_each_other():

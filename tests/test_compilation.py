@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: counts checked by hand, and the real compilers on small programs."""
+"""Ahead-of-time compilation: hand-worked counts, and small programs through the real compilers."""
 
 import json
 import re

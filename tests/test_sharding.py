@@ -154,7 +154,7 @@ def test_gradient_accumulation_has_the_losses_of_whole_batches(trained, run):
 # ---- two processes -------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
-    """`selfrag train` on two hosts, one of which gets a SIGTERM during training.
+    """`selfrag train` runs on two hosts. One gets a SIGTERM during training, and both stop.
 
     Heads are split over both hosts, which works but is slow, so one of them warns.
     """

@@ -130,7 +130,7 @@ def _write_model(model: StoredModel, out: Path, form: str) -> None:
 
 
 def _write_manifest(model: StoredModel, out: Path, flags: dict[str, Any]) -> None:
-    # The hash tells this model from another one that was converted from the same path.
+    # Paths are no identity: the hash differs if another model was converted from the same path.
     content = model.content_hash.hexdigest()
     config = flags | {"tokenizer": model.tokenizer.mode, "content": content}
     counts = {"parameters": model.num_parameters}

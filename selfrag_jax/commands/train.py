@@ -79,7 +79,7 @@ def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     if is_main_process:
         _warn_of_tensor_over_hosts(role, mesh)
 
-    # 4. Train. One process takes the workdir; all of them check that it is theirs.
+    # 4. Train. One process locks the workdir; all check that it holds this same training.
     with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
         # Only the trainer holds the parameters, so that it can free them.

@@ -33,7 +33,7 @@ class CacheConfig(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass
 class Cache:
-    """Keys and values of past tokens. Entries may be in any order: `positions` tells them apart."""
+    """Keys and values of past tokens. Entries may be in any order; `positions` gives each one's."""
 
     k: Keys
     v: Values

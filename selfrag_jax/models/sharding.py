@@ -35,7 +35,7 @@ RULES: dict[str, PartitionSpec] = {
     "embed": PartitionSpec("tensor", "fsdp"),
     "head": PartitionSpec("fsdp", "tensor"),
 }
-# The same for a layer that is held by itself (see Model.per_layer).
+# The same for unstacked layers (see Model.per_layer), which have no layer axis.
 _RULES_PER_LAYER = {name: spec[1:] for name, spec in RULES.items()}
 
 
@@ -70,7 +70,7 @@ def make_mesh(
         raise UserError(f"{mesh} cannot be laid over {n} devices of this slice; use all of them")
     try:
         return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=auto)
-    except NotImplementedError as e:  # the links of the slice do not form these axes
+    except NotImplementedError as e:  # no way to lay these axes along the links of the slice
         raise UserError(
             f"{mesh} cannot be laid over this slice: "
             "each size must be the product of some of its sides"
