@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -374,6 +376,28 @@ def test_only_failed_tasks_of_others_are_logged(package, logged, caplog):
     asyncio.run(forget_a_task())
     gc.collect()
     assert ("Task exception was never retrieved" in caplog.text) == logged
+
+
+def test_what_nobody_awaited_after_a_failed_write_is_silent(caplog, recwarn, monkeypatch):
+    """Futures of tensorstore fail without a traceback; some coroutines of Orbax never run."""
+
+    async def forget_a_future():
+        asyncio.get_running_loop().create_future().set_exception(ValueError("File too large"))
+
+    async def never_run():
+        pass
+
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    asyncio.run(forget_a_future())
+    gc.collect()
+    assert "Future exception was never retrieved" in caplog.text
+    caplog.clear()
+    with warnings.catch_warnings():
+        orbax_errors.silence_secondary_errors()
+        asyncio.run(forget_a_future())
+        never_run()
+        gc.collect()
+    assert not caplog.text and not recwarn.list
 
 
 def test_a_full_disk_ends_the_log_with_an_error(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Silences Orbax's secondary errors.
 
 When a checkpoint cannot be read or written, Orbax raises one error, which is enough. Its threads
-also log their tracebacks, asyncio logs Orbax tasks that nobody awaited, and coroutines that find
-their event loop closed are printed: hundreds of lines around the one that matters.
+also log their tracebacks, asyncio logs tasks and futures of theirs that nobody awaited, coroutines
+that never ran are warned of, and those that find their event loop closed are printed: hundreds of
+lines around the one that matters. Which of them appear depends on timing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,14 +24,20 @@ def silence_secondary_errors() -> None:
     """Silences Orbax's secondary errors. They can arrive late, so the filter stays installed."""
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(_is_not_from_orbax)
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     if getattr(sys.unraisablehook, "func", None) is not _unraisable_hook:
         sys.unraisablehook = partial(_unraisable_hook, sys.unraisablehook)
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    """A logging filter: drops tracebacks that were logged by Orbax or pass through it."""
+    """A logging filter: drops errors that were logged by Orbax, pass through it, or come from C++.
+
+    The error of a tensorstore future is made in C++, so that it has no traceback.
+    """
     if not record.exc_info:
         return True
+    if record.name == "asyncio" and record.exc_info[2] is None:
+        return False
     frames = traceback.walk_tb(record.exc_info[2])
     files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
     return not any(_ORBAX in file for file in files)
