@@ -1,10 +1,12 @@
 """Ahead-of-time compilation: hand-worked counts, and small programs through the real compilers."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +24,11 @@ from selfrag_jax.engine.shapes import Shapes
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
+from selfrag_jax.models.encoder import BertConfig, Encoder
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.lora import LoraConfig
 from selfrag_jax.models.params import flatten
+from selfrag_jax.retrieval.device_search import padded_rows
 from selfrag_jax.training import optimizer, step
 from selfrag_jax.training.config import MeshConfig, TrainConfig
 from selfrag_jax.training.optimizer import OptimizerConfig
@@ -109,6 +113,18 @@ def test_the_loop_over_generated_tokens_counts_once():
     marked = PROGRAM.replace(loop, loop + ', metadata={op_name="jit(decode)/while"}')
     once = count_collectives(marked)
     assert once["all-gather"] == (1, 8 * 4 * 2 * 7 // 8) and once["collective-permute"][0] == 4
+
+
+def test_collectives_of_shard_map_share_a_channel_and_all_count():
+    gather = "all-gather(%a), channel_id=1, replica_groups={}, dimensions={0}"
+    hlo = f"""HloModule jit_search, num_partitions=4
+ENTRY %main (a: f32[2,8]) -> f32[8,8] {{
+  %scores = f32[8,8]{{1,0:T(8,128)S(1)}} {gather}
+  %rows = s32[8,8]{{1,0:T(8,128)S(1)}} {gather}
+  ROOT %scores.done = f32[8,8]{{1,0:T(8,128)}} {gather}
+}}
+"""
+    assert count_collectives(hlo) == {"all-gather": (2, 2 * 8 * 8 * 4 * 3 // 4)}
 
 
 def test_notation_of_groups_that_is_unknown_raises():
@@ -238,6 +254,40 @@ def test_recomputed_flops_of_llama2_7b_with_lora():
     assert flops == pytest.approx(6 * frozen + 8 * adapters + 8 * head + 4 * attention, rel=1e-9)
 
 
+def multiply_adds(jaxpr) -> int:
+    """Counts the multiply-adds of matrix products; those in a scan with its trip count."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [p.jaxpr for p in eqn.params.values() if hasattr(p, "jaxpr")]
+        total += eqn.params.get("length", 1) * sum(map(multiply_adds, inner))
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
+            total += eqn.outvars[0].aval.size * math.prod(sizes)
+    return total
+
+
+def test_flops_of_an_encoder_are_its_counted_multiply_adds():
+    """Bert's layers do nothing else with matrices: 2 FLOPs for each multiply-add."""
+    c = BertConfig(
+        vocab_size=50,
+        embed_dim=16,
+        mlp_dim=40,
+        num_layers=3,
+        num_heads=4,
+        max_length=24,
+        num_types=2,
+        norm_eps=1e-12,
+        activation="gelu",
+        dtype="bfloat16",
+    )
+    encoder, (B, T) = Encoder(c), (5, 24)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((B, T), (B,)))
+    embed = partial(encoder.embed, pooling="mean", normalize=False)
+    counted = multiply_adds(jax.make_jaxpr(embed)(encoder.shapes(), tokens, lengths).jaxpr)
+    assert roofline.encoder_flops_per_token(c, T) == 2 * counted / (B * T)
+
+
 def test_chips_are_known_by_their_device_kind():
     assert roofline.chip("TPU v5 lite").name == "v5e"
     assert roofline.chip("NVIDIA H200").memory == 141e9
@@ -278,6 +328,7 @@ def test_shipped_configs_name_slices_that_they_fit(name):
         (["--topology=h100:16"], "GPUs of a host, like h100:8 (a100, h100, h200; 1 to 8)"),
         (["--topology=v5e:4x4", "--program=serve"], "--program=serve: must be one of train"),
         (["--topology=v5e:4x4", "--config=tiny"], "no architecture to compile"),
+        (["--topology=v5e:4x4", "--program=search"], "no corpus and encoder to compile"),
         (["--topology=v5e:4x4", "--config.architecture=llama2"], "must be one of llama2_7b"),
         (
             ["--topology=v5e:4x4", "--config.generator.mesh.fsdp=5"],
@@ -422,6 +473,39 @@ def test_answering_with_7b_and_13b_fits_as_the_readme_has_it(config, topology, g
     memories = [program["memory_per_chip"] for program in result["programs"].values()]
     largest = max(memory["arguments"] + memory["temporaries"] for memory in memories)
     assert largest / 1e9 == pytest.approx(gigabytes, rel=0.05)
+
+
+@pytest.mark.slow
+def test_retrieval_over_four_chips_gathers_only_what_was_found():
+    config = f"{ROOT / 'configs' / 'index.py'}:wikipedia"
+    sizes = dict(embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, vocab_size=992)
+    small = [f"--config.encoder_architecture.{name}={n}" for name, n in sizes.items()]
+    small += ["--config.corpus.passages=1000000", "--config.corpus.dim=256"]
+    done = run_compile(config, "v5e:2x2", "--program=search", *small)
+    assert done.returncode == 0, done.stderr
+    search = json.loads(done.stdout)
+    vector_bytes = padded_rows(1_000_000, 4) // 4 * 256 * 2
+    for program in search["programs"].values():
+        memory = program["memory_per_chip"]
+        assert vector_bytes < memory["arguments"] < vector_bytes + 1e6
+        assert memory["temporaries"] < 64 * 65_536 * 4 * 1.5  # scores of a block, at most
+        # Scores and rows of the 100 best of 64 queries, from the three other chips.
+        found = 2 * 64 * 100 * 4
+        assert program["collectives"] == {"all-gather": {"count": 2, "bytes_per_chip": 3 * found}}
+    assert search["fits"] and search["roofline_seconds"]["batch"] >= vector_bytes / 819e9
+
+    done = run_compile(config, "v5e:2x2", "--program=embed", *small)
+    assert done.returncode == 0, done.stderr
+    embed = json.loads(done.stdout)
+    # f32 weights on every chip; a chip's 170 texts of 192 tokens are small, and stay there.
+    layer = 4 * 256**2 + 2 * 256 * 512
+    weights = 2 * layer + (992 + 512 + 2) * 256  # and the embeddings
+    assert 4 * weights < embed["memory_per_chip"]["arguments"] < 1.01 * 4 * weights + 2e5
+    assert embed["fits"] and embed["batch"] == [4 * 170, 192] and embed["collectives"] == {}
+    flops = 2 * (2 * layer + 4 * 256 * 192)
+    assert embed["model_flops_per_token"] == flops
+    seconds = 1_000_000 * 140 * flops / (4 * 197e12)
+    assert embed["roofline_hours_for_corpus"] * 3600 == pytest.approx(seconds)
 
 
 @pytest.mark.slow

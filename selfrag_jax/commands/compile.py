@@ -32,7 +32,12 @@ COMMAND = Command(
             "a TPU slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8) or the GPUs of a host (h100:8)",
             required=True,
         ),
-        Flag("program", "train, or decode: answering (configs short_form and long_form)", "train"),
+        Flag(
+            "program",
+            "train; decode: answering (configs short_form and long_form); search: all vectors of a "
+            "corpus on the devices; embed: a corpus to vectors (both: config index:wikipedia)",
+            "train",
+        ),
         Flag("out", "JSON file to write as well"),
         config_flag("generator_7b", "; the compilers come with the extras `.[tpu]` and `.[gpu]`"),
     ),

@@ -2,46 +2,180 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag, config_flag, config_section
-from selfrag_jax.retrieval import corpus, encoders
+from selfrag_jax.commands.command import (
+    Command,
+    Flag,
+    config_flag,
+    config_section,
+    flags_of,
+    given,
+)
+from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_json
+from selfrag_jax.retrieval.corpus import Corpus
+from selfrag_jax.retrieval.embedding import (
+    ENCODER,
+    PASSAGES,
+    VECTORS,
+    EmbeddingWork,
+    missing_files,
+    num_passages,
+)
+from selfrag_jax.retrieval.encoders import EncoderConfig
+from selfrag_jax.retrieval.passages import COUNTS
+
+ENCODER_FLAGS = (
+    Flag("encoder", "hashed, or an encoder model: a folder or a hub name (default: the config's)"),
+    *flags_of(EncoderConfig),
+)
 
 
-def embed_corpus(passages: str | Path, config: encoders.EncoderConfig, out: str | Path) -> int:
-    """Writes embeddings.npy [n, dim] float32, encoder.json and the passages; returns n.
+def embed_corpus(
+    passages: str | Path,
+    config: EncoderConfig,
+    out: str | Path,
+    shard: tuple[int, int] = (0, 1),
+    pickles: str = "",
+    wait: bool = False,
+) -> int:
+    """Embeds a corpus into the folder `out`; returns the number of passages.
 
-    Does nothing if `out` is already finished.
+    Does nothing if `out` is already finished, and continues if it was interrupted. shard: (i, n):
+    writes every n-th file of vectors only; the last of n such runs finishes the folder. pickles: a
+    pattern of published embeddings (`passages_*`) to take the vectors from. wait: for the files of
+    other shards. Raises UserError as reading the corpus does, and if `out` is a folder of something
+    else or was begun with other settings.
     """
-    out, inputs = Path(out), {"passages": passages}
-    rows = corpus.read_corpus(passages)
-    if not artifacts.is_finished(out, "embed", config, inputs):
-        out.mkdir(parents=True, exist_ok=True)
-        encoders.write_embeddings(rows, config, out)
-        corpus.write_tsv(out / encoders.PASSAGES, rows)
-        artifacts.write_manifest(out, "embed", config, inputs, {"passages": len(rows)})
-    return len(rows)
+    out = Path(out)
+    corpus = Corpus(passages)
+    inputs: dict[str, str | Path] = {"passages": passages}
+    if Path(config.name).is_dir():
+        inputs["encoder"] = config.name
+    sources = sorted(map(Path, glob(pickles))) if pickles else []
+    if pickles and not sources:
+        raise UserError(f"--vectors={pickles}: no such file")
+    if pickles and shard != (0, 1):
+        raise UserError(
+            "--vectors: published embeddings are read by one process; leave --shard out"
+        )
+    inputs |= {f"vectors {source.name}": source for source in sources}
+    if artifacts.is_finished(out, "embed", config, inputs) and not missing_files(out):
+        return num_passages(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; `selfrag embed` writes a folder")
+    # Several processes may start at once: the first reads the corpus, the others wait.
+    with _only_if_ours(out), artifacts.exclusive_workdir(out, "reading the corpus"):
+        artifacts.require_own_or_empty(out, "embed")
+        if _failed_at_the_start(out):  # what was corrected since may have changed the settings
+            (out / artifacts.STARTED).unlink()
+            for name in (PASSAGES, ENCODER, VECTORS):
+                shutil.rmtree(out / name, ignore_errors=True)
+        artifacts.claim_workdir(out, "embed", config, inputs)
+        work = EmbeddingWork.start(out, corpus, config)
+        if sources and work.missing():
+            work.import_pickled(sources)
+    work.embed(shard)
+    if wait:
+        work.wait_for_others()
+    if missing := work.missing():
+        print(
+            f"{out}: shard {shard[0]}/{shard[1]} is finished; {len(missing)} of "
+            f"{work.layout.num_files} files of vectors are missing, from other shards"
+        )
+        return len(work.store)
+    artifacts.remove_temporary_files(out)
+    artifacts.write_manifest(out, "embed", config, inputs, work.counts())
+    return len(work.store)
+
+
+def _failed_at_the_start(out: Path) -> bool:
+    """Whether an earlier run failed while it held the lock, before there was any vector."""
+    if not (out / artifacts.STARTED).is_file() or any((out / VECTORS).glob("*.npy")):
+        return False
+    imported = any(
+        name.startswith("vectors ") for name in read_json(out / artifacts.STARTED)["inputs"]
+    )
+    return imported or not (out / PASSAGES / COUNTS).is_file() or not (out / ENCODER).is_dir()
+
+
+@contextmanager
+def _only_if_ours(out: Path) -> Iterator[None]:
+    """Removes the lock from a folder that turns out to be a stranger's, if the block fails."""
+    had_lock, existed = (out / artifacts.LOCK).exists(), out.exists()
+    try:
+        yield
+    except UserError:
+        if not had_lock and not (out / artifacts.STARTED).exists():
+            (out / artifacts.LOCK).unlink(missing_ok=True)
+            if not existed and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
+        raise
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match.group(1)) >= int(match.group(2)):
+        n = match.group(2) if match and match.group(2) != "0" else "4"
+        raise UserError(f"--shard={text}: expected i/n with i from 0 to n-1, such as 0/{n}")
+    return int(match.group(1)), int(match.group(2))
+
+
+def encoder_config(values: dict[str, Any]) -> EncoderConfig:
+    """The encoder that the config and the flags describe."""
+    config = config_section(values, EncoderConfig, "encoder")
+    changes = given(values, ENCODER_FLAGS)
+    if "encoder" in changes:
+        changes["name"] = changes.pop("encoder")
+    return replace(config, **changes)
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
-    config = config_section(values, encoders.EncoderConfig, "encoder")
-    config = replace(config, name=values["encoder"])
-    n = embed_corpus(values["passages"], config, values["out"])
-    print(f"{values['out']}: {n} passages")
+    shard = parse_shard(values["shard"])
+    if values["distributed"]:
+        import jax
+
+        from selfrag_jax.training.distributed import join_processes
+
+        join_processes(values["distributed"])
+        shard = (jax.process_index(), jax.process_count())
+    config, out = encoder_config(values), values["out"]
+    wait = bool(values["distributed"])  # a process that ends early would end the others
+    n = embed_corpus(values["passages"], config, out, shard, values["vectors"] or "", wait)
+    print(f"{out}: {n:,} passages")
 
 
 COMMAND = Command(
-    example="selfrag embed --passages=passages.tsv --out=W/embeddings",
+    example="selfrag embed --passages=psgs_w100.tsv.gz --encoder=facebook/contriever-msmarco "
+    "--out=embeddings",
     flags=(
         Flag(
-            "passages", ".tsv (columns id, text, title) or .jsonl (id, title, text)", required=True
+            "passages",
+            ".tsv (columns id, text, title) or .jsonl (id, title, text or contents), or .gz",
+            required=True,
         ),
-        Flag("encoder", "hashed: words and trigrams, no training", "hashed"),
+        *ENCODER_FLAGS,
+        Flag(
+            "vectors",
+            "published embeddings to take instead of computing them: pickles, like 'passages_*'",
+        ),
         Flag("out", "folder to write", required=True),
-        config_flag(),
+        Flag("shard", "i/n: every n-th file only, where n machines share a disk", "0/1"),
+        Flag(
+            "distributed",
+            "as --shard, for the processes of one job: auto, or HOST:PORT,PROCESSES,INDEX",
+        ),
+        config_flag("index", examples="index, index:wikipedia"),
     ),
     run=run,
 )

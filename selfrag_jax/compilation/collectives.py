@@ -61,7 +61,8 @@ def _collectives(
     """Yields executions, line and match of each collective that runs.
 
     The start and the end of an asynchronous collective may both spell it. They share a channel, so
-    each channel counts once.
+    each channel counts once. Under shard_map all collectives share channel 1; those that differ in
+    shape or dtype are told apart.
     """
     channels = set()
     for computation in computations.values():
@@ -70,11 +71,16 @@ def _collectives(
             channel = re.search(r"channel_id=(\d+)", line)
             if not match or not computation.executions:
                 continue
-            if channel and channel.group(1) in channels:
-                continue
             if channel:
-                channels.add(channel.group(1))
+                key = channel.group(1), match["kind"], _without_layout(match["shapes"])
+                if key in channels:
+                    continue
+                channels.add(key)
             yield computation.executions, line, match
+
+
+def _without_layout(shapes: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", shapes)
 
 
 def _parse_computations(hlo: str) -> tuple[dict[str, _Computation], str]:

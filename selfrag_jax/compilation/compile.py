@@ -1,7 +1,7 @@
 """Ahead-of-time compilation for TPU slices and GPUs that you need not have.
 
-It answers three questions before you rent them: does training or answering fit, how much is sent
-between chips, how fast can it be at best?
+It answers three questions before you rent them: does training, answering or retrieval fit, how much
+is sent between chips, how fast can it be at best?
 
 The compilers are the real ones (libtpu, extra `.[tpu]`; XLA's for GPUs, extra `.[gpu]`), run on a
 CPU host for a described topology such as `v5e:4x4` or `h100:8`. The memory that they report is what
@@ -22,17 +22,18 @@ from ml_collections import ConfigDict
 
 from selfrag_jax import config as configs
 from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.compilation import decode, gpu, train
+from selfrag_jax.compilation import decode, gpu, retrieval, train
 from selfrag_jax.compilation.collectives import count_collectives
 from selfrag_jax.compilation.topology import topology_devices
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
 from selfrag_jax.models.architectures import architecture
+from selfrag_jax.models.encoder import BertConfig
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.text import reflection
 from selfrag_jax.training.config import ROLES, TrainConfig
 
-PROGRAMS = ("train", "decode")
+PROGRAMS = ("train", "decode", "search", "embed")
 _GPUS = tuple(name.upper() for name in gpu.CARDS)  # as roofline.CHIPS names them
 _ATTENTION_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\$fmha\w*)"')
 _BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -42,11 +43,16 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
     """Compiles a config's program for a topology; returns what `selfrag compile` prints as JSON.
 
     program: "train" for the trainer's step; "decode" for what answering runs: reading prompts and
-    passages, generating segments. "fits" tells whether the memory is enough. Raises UserError for
-    an unknown program or topology, a config without an architecture, and a missing compiler.
+    passages, generating segments; "search" for search on the devices; "embed" for the encoder of
+    passages. "fits" tells whether the memory is enough. Raises UserError for an unknown program or
+    topology, a config without the sizes that the program needs, and a missing compiler.
     """
     if program not in PROGRAMS:
         raise UserError(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
+    if program == "search":
+        return _compile_search(c, topology)
+    if program == "embed":
+        return _compile_embedding(c, topology)
     sections = ROLES if program == "train" else ("answer",)
     section = next((name for name in sections if name in c), None)
     if section is None or "architecture" not in c:
@@ -109,9 +115,6 @@ def _compile_answering(c: ConfigDict, name: str, topology: str) -> dict[str, Any
             program["fits"] = memory["total"] <= memory["hbm"]
 
     # 3. Report the program that needs most memory, and all of them.
-    def total_memory(program: dict[str, Any]) -> float:
-        return program["memory_per_chip"].get("total", float("inf"))
-
     shapes = decode.answering_shapes(section)
     sizes = {
         "questions": section.batch,
@@ -122,11 +125,64 @@ def _compile_answering(c: ConfigDict, name: str, topology: str) -> dict[str, Any
     return (
         _header(c, "decode", topology, mesh)
         | sizes
-        | max(programs.values(), key=total_memory)
+        | max(programs.values(), key=_total_memory)
         | {"programs": programs}
         | decode.roofline_times(section, base, mesh, chip)
         | {"fits": all(program["fits"] for program in programs.values())}
     )
+
+
+def _compile_search(c: ConfigDict, topology: str) -> dict[str, Any]:
+    # 1. What is searched, and on which devices.
+    corpus = _corpus_size(c, "search")
+    devices = topology_devices(topology)
+    mesh, chip = sharding.make_mesh(data=-1, devices=devices), _chip(devices)
+
+    # 2. Compile exact and approximate search; report the one that needs more memory, and both.
+    lowered = retrieval.lower_search(corpus, mesh)
+    programs = {label: _compile(program, chip) for label, program in lowered.items()}
+    return (
+        _header(c, "search", topology, mesh)
+        | {"passages": corpus.passages, "queries": retrieval.QUERIES, "k": retrieval.K}
+        | max(programs.values(), key=_total_memory)
+        | {"programs": programs}
+        | retrieval.search_roofline_times(corpus, mesh, chip)
+        | {"fits": all(program["fits"] for program in programs.values())}
+    )
+
+
+def _compile_embedding(c: ConfigDict, topology: str) -> dict[str, Any]:
+    # 1. What embeds, and on which devices.
+    corpus = _corpus_size(c, "embed")
+    fields = dict(c.encoder_architecture.items()) | {"dtype": c.encoder.dtype}
+    base = configs.build(BertConfig, fields, "encoder_architecture")
+    if base.embed_dim != corpus.dim:
+        raise UserError(
+            f"config: corpus.dim={corpus.dim} differs from "
+            f"encoder_architecture.embed_dim={base.embed_dim}"
+        )
+    devices = topology_devices(topology)
+    mesh, chip = sharding.make_mesh(data=-1, devices=devices), _chip(devices)
+
+    # 2. Compile one batch. How fast can it be at best?
+    result = _header(c, "embed", topology, mesh)
+    result |= {
+        "passages": corpus.passages,
+        "batch": [retrieval.batch_rows(mesh), retrieval.ROW_TOKENS],
+    }
+    result |= _compile(retrieval.lower_embed(base, mesh), chip)
+    fits = result.pop("fits")  # comes last
+    return result | retrieval.embed_roofline_times(corpus, base, mesh, chip) | {"fits": fits}
+
+
+def _corpus_size(c: ConfigDict, program: str) -> retrieval.CorpusSize:
+    """Returns the corpus of a config. Raises UserError if the config lacks what is compiled."""
+    if "corpus" not in c or "encoder_architecture" not in c:
+        raise UserError(
+            f"this config has no corpus and encoder to compile for --program={program}; "
+            "index:wikipedia has"
+        )
+    return configs.build(retrieval.CorpusSize, c.corpus, "corpus")
 
 
 def _model_config(c: ConfigDict, dtype: str | None) -> LlamaConfig:
@@ -194,6 +250,11 @@ def _compile(lowered: jax.stages.Lowered, chip: roofline.Chip) -> dict[str, Any]
         },
         "fits": total <= hbm,
     }
+
+
+def _total_memory(result: dict[str, Any]) -> float:
+    """Returns the bytes that a program needs on a chip; infinity if the compiler did not say."""
+    return result["memory_per_chip"].get("total", float("inf"))
 
 
 def _usable_memory(chip: roofline.Chip) -> int:

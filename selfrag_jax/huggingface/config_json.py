@@ -5,6 +5,8 @@ Each field is honoured, known not to affect what the model computes, or refused 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,43 @@ from selfrag_jax.models.rope import RopeScaling
 
 # Fields that do not affect what the model computes, or only how transformers runs or prints it.
 # tokenizer.py passes on the ids of control tokens.
-_NEUTRAL = frozenset(
+NEUTRAL = frozenset(
     "_attn_implementation_autoset _name_or_path architectures bos_token_id chunk_size_feed_forward "
     "dtype eos_token_id gradient_checkpointing id2label initializer_range label2id max_length "
     "max_sequence_length output_attentions output_hidden_states pad_token_id pretraining_tp "
     "problem_type return_dict torch_dtype transformers_version unk_token_id use_cache".split()
 )
-# Fields of which only one value is supported.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "is_encoder_decoder": False,
-    "partial_rotary_factor": 1.0,
-}
-_REQUIRED = tuple(
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "rms_norm_eps".split()
-)
-_OPTIONAL = frozenset(
-    "head_dim max_position_embeddings num_key_value_heads rope_theta rope_scaling rope_parameters "
-    "tie_word_embeddings attention_bias mlp_bias sliding_window use_sliding_window "
-    "layer_types".split()
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """What is known about the fields of some model types' config.json."""
+
+    model_types: tuple[str, ...]
+    required: tuple[str, ...]  # model_type is, too
+    optional: tuple[str, ...]
+    fixed: dict[str, Any]  # fields of which only one value is supported
+    neutral: frozenset[str]  # fields that do not affect what the model computes
+
+
+_LLAMA = ConfigFields(
+    model_types=("llama", "mistral"),
+    required=tuple(
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "rms_norm_eps".split()
+    ),
+    optional=tuple(
+        "head_dim max_position_embeddings num_key_value_heads rope_theta rope_scaling "
+        "rope_parameters tie_word_embeddings attention_bias mlp_bias sliding_window "
+        "use_sliding_window layer_types".split()
+    ),
+    fixed={
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "is_encoder_decoder": False,
+        "partial_rotary_factor": 1.0,
+    },
+    neutral=NEUTRAL,
 )
 _COUNTS = tuple(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -89,7 +107,7 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
 
     Raises UserError naming a field that is missing, unknown or unsupported.
     """
-    row = _read_fields(path)
+    row = read_fields(path, _LLAMA)
     _check_values(path, row)
     heads = row["num_attention_heads"]
     sliding_window = _sliding_window(path, row)
@@ -125,47 +143,55 @@ def config_from_json(path: str | Path, dtype: str = "float32") -> LlamaConfig:
         raise UserError(f"{path}: {e}") from None
 
 
-def _read_fields(path: str | Path) -> dict[str, Any]:
+def read_fields(path: str | Path, known: ConfigFields) -> dict[str, Any]:
     """The fields that affect what the model computes. Raises UserError for an unsupported one."""
     row = read_json(path)
     if not isinstance(row, dict):
         raise UserError(f"{path}: expected the fields of a model, found a {type(row).__name__}")
-    row = {k: v for k, v in row.items() if k not in _NEUTRAL}
-    if missing := [n for n in _REQUIRED if n not in row]:
-        raise UserError(f"{path}: lacks {', '.join(missing)}")
-    if row["model_type"] not in ("llama", "mistral"):
+    row = {k: v for k, v in row.items() if k not in known.neutral}
+    required = ("model_type", *known.required)
+    # The type first: another type's fields have other names.
+    if "model_type" in row and row["model_type"] not in known.model_types:
         raise UserError(
-            f"{path}: model_type={row['model_type']!r} is not supported; llama and mistral are"
+            f"{path}: model_type={row['model_type']!r} is not supported; "
+            f"{' and '.join(known.model_types)} {'are' if known.model_types[1:] else 'is'}"
         )
-    for field, supported in _FIXED.items():
+    if missing := [n for n in required if n not in row]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}")
+    for field, supported in known.fixed.items():
         if row.get(field) not in (None, supported):
             raise UserError(f"{path}: {field}={row[field]!r} is not supported; only {supported!r}")
-    known = {*_REQUIRED, *_FIXED, *_OPTIONAL}
-    for field in sorted(row.keys() - known):
+    for field in sorted(row.keys() - {*required, *known.fixed, *known.optional}):
         if row[field] is not None:  # to transformers, null means that the field is absent
             raise UserError(
                 f"{path}: {field}={row[field]!r} is not supported: its effect is not known here"
             )
+    for field in required:
+        if row[field] is None:
+            raise UserError(f"{path}: {field} is null")
     return row
+
+
+def check_counts(path: str | Path, row: dict[str, Any], fields: Sequence[str]) -> None:
+    """Raises UserError for a field that is there and not a whole number above 0."""
+    for field in fields:
+        if row.get(field) is not None and not (type(row[field]) is int and row[field] > 0):
+            raise UserError(f"{path}: {field}={row[field]!r}: must be a whole number above 0")
 
 
 def _check_values(path: str | Path, row: dict[str, Any]) -> None:
     """Raises UserError for a number, truth value or null where another type is expected."""
-    for field in _COUNTS:
-        if row.get(field) is not None and not (type(row[field]) is int and row[field] > 0):
-            raise UserError(f"{path}: {field}={row[field]!r}: must be a whole number above 0")
+    check_counts(path, row, _COUNTS)
     for field in ("rms_norm_eps", "rope_theta"):
         if field in row:
-            _positive(path, field, row[field])
+            positive(path, field, row[field])
     for field in (*_BIASES, "tie_word_embeddings"):
         if not isinstance(row.get(field) or False, bool):
             raise UserError(f"{path}: {field}={row[field]!r}: must be true or false")
-    for field in _REQUIRED:
-        if row[field] is None:
-            raise UserError(f"{path}: {field} is null")
 
 
-def _positive(path: str | Path, field: str, value: Any) -> float:
+def positive(path: str | Path, field: str, value: Any) -> float:
+    """The number as a float. Raises UserError for anything else."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < float("inf"):
         raise UserError(f"{path}: {field}={value!r}: must be a number above 0")
@@ -198,7 +224,7 @@ def _sliding_window(path: str | Path, row: dict[str, Any]) -> int | None:
 def _rope(path: str | Path, row: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of the rotary embedding."""
     given = _rope_fields(path, row)
-    theta = _positive(path, "rope_theta", given.pop("rope_theta", _EARLY_ROPE_THETA))
+    theta = positive(path, "rope_theta", given.pop("rope_theta", _EARLY_ROPE_THETA))
     kind = given.pop("rope_type", None) or "default"
     if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
         supported = ", ".join(_ROPE_PARAMETERS)
@@ -216,7 +242,7 @@ def _rope(path: str | Path, row: dict[str, Any]) -> tuple[float, RopeScaling | N
     if kind == "default":
         return theta, None
     for name in needed:
-        _positive(path, f"rope_scaling.{name}", given[name])
+        positive(path, f"rope_scaling.{name}", given[name])
     low, high, original = (given.get(n, 0) for n in _ROPE_PARAMETERS["llama3"][1:])
     try:
         scaling = RopeScaling(kind, float(given["factor"]), float(low), float(high), int(original))

@@ -1,10 +1,11 @@
-"""Finds the folder of a model: a local one, or a model of the Hugging Face hub."""
+"""Finds the folder of a model or encoder: a local one, or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,7 +14,13 @@ from selfrag_jax.errors import UserError
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
 # Not consolidated.safetensors, which is a second copy of the weights.
 _DOWNLOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+# "*.json" is of subfolders, too: 1_Pooling/config.json.
+_DOWNLOADED_FILES_OF_ENCODERS = ["model*.safetensors", "*.json", "vocab.txt"]
 _PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+_NO_PICKLES = (
+    ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make "
+    "safetensors of it, where torch and transformers are installed:"
+)
 
 
 def model_folder(name: str | Path) -> Path:
@@ -21,16 +28,32 @@ def model_folder(name: str | Path) -> Path:
 
     Raises UserError when there is neither, or when there is no network and no earlier download.
     """
+    return _find(name, _DOWNLOADED_FILES, torch_conversion_hint)
+
+
+def encoder_folder(name: str | Path) -> Path:
+    """The same for an encoder of texts, which has other files."""
+    return _find(name, _DOWNLOADED_FILES_OF_ENCODERS, encoder_conversion_hint, "pytorch_model.bin")
+
+
+def _find(
+    name: str | Path, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
+) -> Path:
     path = Path(name)
     if path.exists() or not re.fullmatch(_HUB_NAME, str(name)) or ".." in str(name):
         if not path.is_dir():
             problem = "is a file" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
-    return _download(str(name))
+    return _download(str(name), patterns, hint, fallback)
 
 
-def _download(name: str) -> Path:
+def _download(
+    name: str, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
+) -> Path:
+    """hint: what to do about a model without weights that are read. fallback: a file to take where
+    there are no safetensors.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -41,13 +64,16 @@ def _download(name: str) -> Path:
 
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
-        folder = Path(
-            snapshot_download(name, allow_patterns=_DOWNLOADED_FILES, local_files_only=offline)
-        )
-        if not any(folder.glob("model*.safetensors")):
-            raise UserError(
-                f"{name}: the hub has no safetensors of it{torch_conversion_hint(name)}"
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        if not any(folder.glob("model*.safetensors")) and fallback:
+            patterns = [*patterns, fallback]
+            folder = Path(
+                snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
             )
+        if not any(folder.glob("model*.safetensors")) and not (
+            fallback and (folder / fallback).is_file()
+        ):
+            raise UserError(f"{name}: the hub has no safetensors of it{hint(name)}")
         return folder
     except HFValidationError as e:
         raise UserError(
@@ -81,11 +107,26 @@ def hub_is_reachable() -> bool:
 
 def torch_conversion_hint(source: str | Path) -> str:
     """What to do about a model whose weights are only in torch's own format."""
-    out = f"{Path(source).name}-safetensors"
+    out = _converted_name(source)
     return (
-        ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make "
-        "safetensors of it, where torch and transformers are installed: "
+        f"{_NO_PICKLES} "
         'python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", "
         "and copy its tokenizer files there"
     )
+
+
+def encoder_conversion_hint(source: str | Path) -> str:
+    """The same for an encoder of texts."""
+    out = _converted_name(source)
+    return (
+        f"{_NO_PICKLES} "
+        'python -c "from transformers import AutoModel as M, AutoTokenizer as T; '
+        f"M.from_pretrained('{source}').save_pretrained('{out}'); "
+        f"T.from_pretrained('{source}').save_pretrained('{out}')\", "
+        "and copy its modules.json and 1_Pooling/ there, if it has them"
+    )
+
+
+def _converted_name(source: str | Path) -> str:
+    return f"{Path(source).name}-safetensors"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
@@ -62,7 +62,10 @@ class WeightFiles:
     Raises UserError naming the file at fault: no weights, a missing shard, a truncated file.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(
+        self, folder: str | Path, conversion_hint: Callable[[Path], str] = torch_conversion_hint
+    ):
+        """conversion_hint: what to do if the weights are only in torch's own format."""
         self.folder = Path(folder)
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         weight_map: dict[str, str] = {}  # tensor -> shard
@@ -76,7 +79,7 @@ class WeightFiles:
         elif not single.is_file():
             raise UserError(
                 f"{self.folder}: no weights here; expected {WEIGHTS}, or {INDEX} with its shards"
-                f"{_torch_hint(self.folder)}"
+                f"{_torch_hint(self.folder, conversion_hint)}"
             )
         shards = sorted(set(weight_map.values())) or [WEIGHTS]
         if missing := [n for n in shards if not (self.folder / n).is_file()]:
@@ -157,12 +160,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _torch_hint(folder: Path) -> str:
+def _torch_hint(folder: Path, conversion_hint: Callable[[Path], str]) -> str:
     """What to do when the weights are only in torch's own format, as in some published folders."""
     torch_files = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
     if not torch_files:
         return ""
-    return f" (there is {torch_files[0]}){torch_conversion_hint(folder)}"
+    return f" (there is {torch_files[0]}){conversion_hint(folder)}"
 
 
 def _open(file: Path):

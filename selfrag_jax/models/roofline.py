@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from selfrag_jax.models.encoder import BertConfig
 from selfrag_jax.models.llama import LlamaConfig
 
 
@@ -91,6 +92,17 @@ def train_flops_per_token(c: LlamaConfig, length: int, targets: float = 1.0) -> 
         return 6.0 * (head + c.num_layers * num_layer_weights(c)) + attention
     frozen = c.num_layers * num_layer_weights(c)
     return 6.0 * (head + c.num_layers * num_adapter_weights(c)) + 4.0 * frozen + attention
+
+
+def encoder_flops_per_token(c: BertConfig, length: int) -> float:
+    """Returns the FLOPs of embedding one token of a row of `length` tokens.
+
+    2 per weight of a layer's matrices, 4 * D^2 + 2 * D * F weights, and 4 * D per key for
+    attention, which sees the whole row. Embeddings are lookups; pooling is left out.
+    """
+    D = c.embed_dim
+    weights = 4 * D * D + 2 * D * c.mlp_dim
+    return float(c.num_layers * (2 * weights + 4 * D * length))
 
 
 def recomputed_flops_per_token(c: LlamaConfig, length: int, loss_chunk: bool) -> float:

@@ -1,20 +1,32 @@
-"""Passages on disk: DPR's tab-separated format (header `id text title`, quoted) or JSON lines.
+"""Corpus files: streamed, in any of the published layouts, never read into memory.
 
-A corpus is read into memory as records. Ids are kept as the file has them and must be unique.
+- TSV with a header: `id text title`, quoted as Python's csv module does it (DPR's psgs_w100.tsv).
+- JSON lines: an id (any of records.PASSAGE_ID_FIELDS), `text` or `contents`, and `title`, as BEIR,
+  Pyserini, FlashRAG and Tevatron have them.
+
+Both may be compressed (.gz). Ids are kept as the file has them.
 """
 
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import atomic_write
-from selfrag_jax.records import Passage, passage_from, read_rows
+from selfrag_jax.files import atomic_write, open_text
+from selfrag_jax.records import (
+    PASSAGE_ID_FIELDS,
+    PASSAGE_TEXT_FIELDS,
+    Passage,
+    read_rows,
+    text_field,
+)
 
 COLUMNS = ("id", "text", "title")
+# A longer field is taken for an unclosed quote, which would swallow the rest of the file.
+_MAX_FIELD = 1 << 22  # characters
 
 
 def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
@@ -29,63 +41,98 @@ def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
     return n
 
 
-def read_corpus(path: str | Path) -> list[Passage]:
-    """Returns all passages of a .tsv, .jsonl or .json file.
+class Corpus:
+    """A corpus file as a stream of passages.
 
-    Raises UserError naming file and line for a missing column or field, an empty text, a duplicate
-    id, and for an empty corpus.
+    Passages with neither title nor text are left out and counted in `num_empty`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; expected passages as .tsv (columns id, text, title) or .jsonl"
-        )
-    rows = _read_json(path) if path.suffix in (".jsonl", ".json") else _read_tsv(path)
-    passages: list[Passage] = []
-    seen: dict[str, str] = {}
-    for where, p in rows:
-        if not p.text.strip():
-            raise UserError(f"{where}: the passage has no text")
-        if p.id in seen:
-            raise UserError(f"{where}: id {p.id!r} was already used at {seen[p.id]}")
-        seen[p.id] = where
-        passages.append(p)
-    if not passages:
-        raise UserError(f"{path}: holds no passages")
-    return passages
 
+    def __init__(self, path: str | Path):
+        """Raises UserError if there is no such file."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            what = "is a folder; expected one file" if self.path.is_dir() else "no such file"
+            raise UserError(
+                f"{path}: {what} of passages: .tsv (columns id, text, title) or .jsonl, or .gz"
+            )
+        self.num_bytes = self.path.stat().st_size
+        self.bytes_read = 0  # so far, on disk
+        self.num_empty = 0
 
-def _read_tsv(path: Path) -> Iterable[tuple[str, Passage]]:
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.reader(f, delimiter="\t", strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
-                return
-            missing = [c for c in ("id", "text") if c not in header]
-            if missing:
-                raise UserError(
-                    f"{path}:1: the header lacks {' and '.join(missing)}; "
-                    "expected the columns id, text, title"
-                )
-            for row in reader:
-                if not row:
-                    continue
-                where = f"{path}:{reader.line_num}"
-                if len(row) != len(header):
+    def __iter__(self) -> Iterator[tuple[str, Passage]]:
+        """Yields ("file:line", passage).
+
+        A JSON row without an id gets its row number. Raises UserError naming file and line for a
+        missing column or field and for an empty id.
+        """
+        self.bytes_read = self.num_empty = 0
+        name = self.path.name.removesuffix(".gz")
+        is_json = name.endswith((".jsonl", ".json", ".ndjson"))
+        for where, passage in self._read_json() if is_json else self._read_tsv():
+            if passage.text.strip() or passage.title.strip():
+                yield where, passage
+            else:
+                self.num_empty += 1
+        self.bytes_read = self.num_bytes
+
+    def _read_tsv(self) -> Iterator[tuple[str, Passage]]:
+        path = self.path
+        csv.field_size_limit(_MAX_FIELD)
+        with open_text(path, newline="") as (f, raw):
+            reader = csv.reader(f, delimiter="\t", strict=True)
+            line = 1  # where the row begins
+            try:
+                header = next(reader, None)
+                if header is None:
+                    return
+                missing = [c for c in ("id", "text") if c not in header]
+                if missing:
                     raise UserError(
-                        f"{where}: {len(row)} columns, but the header has {len(header)}; "
-                        "quote fields that contain tabs"
+                        f"{path}:1: the header lacks {' and '.join(missing)}; "
+                        "expected the columns id, text, title"
                     )
-                fields = dict(zip(header, row, strict=True))
-                yield where, Passage(fields["id"], fields.get("title", ""), fields["text"])
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
-        except csv.Error as e:
-            raise UserError(f"{path}:{reader.line_num}: {e}") from None
+                id_column, text_column = header.index("id"), header.index("text")
+                title_column = header.index("title") if "title" in header else None
+                line = reader.line_num + 1
+                for row in reader:
+                    if row:
+                        where = f"{path}:{line}"
+                        if len(row) != len(header):
+                            raise UserError(
+                                f"{where}: {len(row)} columns, but the header has {len(header)}; "
+                                "quote fields that contain tabs"
+                            )
+                        title = "" if title_column is None else row[title_column]
+                        if not row[id_column]:
+                            raise UserError(f"{where}: the id is empty")
+                        self.bytes_read = raw.tell()
+                        yield where, Passage(row[id_column], title, row[text_column])
+                    line = reader.line_num + 1
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}: not UTF-8 after line {line - 1} ({e.reason})") from None
+            except csv.Error as e:
+                hint = "; is a quote not closed?" if "limit" in str(e) or "end" in str(e) else ""
+                raise UserError(f"{path}:{line}: {e}{hint}") from None
+
+    def _read_json(self) -> Iterator[tuple[str, Passage]]:
+        def at(position: int) -> None:
+            self.bytes_read = position
+
+        for number, (where, row) in enumerate(read_rows(self.path, at)):
+            yield where, _passage(where, row, number)
 
 
-def _read_json(path: Path) -> Iterable[tuple[str, Passage]]:
-    for i, (where, row) in enumerate(read_rows(path)):
-        yield where, passage_from(where, row, i)
+def _passage(where: str, row: dict[str, Any], number: int) -> Passage:
+    """A passage from a JSON row. `number` is the id of a row without one."""
+    if not any(name in row for name in PASSAGE_TEXT_FIELDS):
+        text_field(where, row, PASSAGE_TEXT_FIELDS)  # raises: a corpus of titles alone is a mistake
+    text = text_field(where, row, PASSAGE_TEXT_FIELDS, "")
+    title = text_field(where, row, "title", "")
+    first, newline, rest = text.partition("\n")
+    # FlashRAG and Pyserini put the title into `contents`, as a quoted first line.
+    if "title" not in row and "text" not in row and newline and first[:1] == first[-1:] == '"':
+        title, text = first[1:-1], rest
+    id_ = text_field(where, row, PASSAGE_ID_FIELDS, str(number))
+    if not id_:
+        raise UserError(f"{where}: the id is empty")
+    return Passage(id_, title, text)

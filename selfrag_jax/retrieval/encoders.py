@@ -1,93 +1,120 @@
-"""Encoders from text to unit vectors, and the embeddings of a corpus on disk.
+"""Encoders from text to vectors: how one is configured, made, saved and opened.
 
-`hashed` is a lexical encoder: it hashes words and character trigrams, weighted by their rarity in
-the corpus, into a few hundred signed dimensions. It needs no training and suits small corpora and
-names. Its one fitted part, the document frequency of each hash bucket, is stored next to the
-embeddings, so that queries are encoded in the same way.
+    hashed            words and trigrams, no training (hashed.py)
+    a folder or name  a BERT-family model: Contriever, MiniLM, E5, BGE... (sentence_encoder.py)
+
+The encoder is stored beside the vectors that it made, weights included, so that an index is whole
+by itself and always asked by the encoder of its passages.
 """
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Float32
 
+from selfrag_jax.config import setting
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import atomic_write, read_json, write_json
-from selfrag_jax.progress import progress
+from selfrag_jax.files import read_object
 from selfrag_jax.records import Passage
+from selfrag_jax.retrieval import hashed
+from selfrag_jax.retrieval.passages import PassageStore
+from selfrag_jax.retrieval.vectors import DTYPES
 
-EMBEDDINGS, ENCODER, PASSAGES = "embeddings.npy", "encoder.json", "passages.tsv"
-_BUCKETS = 1 << 16
-_BATCH = 512  # passages encoded at once
+HASHED = "hashed"
+POOLINGS = ("mean", "cls")
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    name: str  # "hashed"
-    dim: int
-    word_weight: float  # of whole words relative to trigrams
+    """Section `encoder` of a config. None: as the model's folder says."""
+
+    name: str  # "hashed", a folder, or a name on the Hugging Face hub
+    dim: int = 384  # of the hashed encoder
+    word_weight: float = 2.0  # of the hashed encoder: of whole words relative to trigrams
+    pooling: str | None = setting("mean or cls (default: as the model says)", default=None)
+    normalize: bool | None = setting("unit vectors (default: as the model says)", default=None)
+    query_prefix: str | None = setting("text before each query, e.g. 'query: '", default=None)
+    passage_prefix: str | None = setting("text before each passage", default=None)
+    max_length: int | None = setting("tokens; longer texts are cut", default=None)
+    dtype: str = "float32"  # of activations; bfloat16 on TPUs
+    batch_tokens: int | None = None  # in a batch, on each device; None: 1k on a CPU, else 32k
+    vector_dtype: str = "float16"  # on disk
+    rows_per_file: int = 65_536  # passages between two savings
 
     def __post_init__(self):
-        if self.name != "hashed":
-            raise UserError(f"--encoder={self.name!r}: unknown; available: hashed")
-        if self.dim < 8:
+        if self.name == HASHED and self.dim < 8:
             raise UserError(f"encoder dim={self.dim}: must be at least 8")
+        if self.pooling not in (None, *POOLINGS):
+            raise UserError(f"pooling={self.pooling!r}: must be one of {', '.join(POOLINGS)}")
+        if self.vector_dtype not in DTYPES:
+            raise UserError(
+                f"vector_dtype={self.vector_dtype!r}: must be one of {', '.join(DTYPES)}"
+            )
+        for name in ("max_length", "batch_tokens", "rows_per_file"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"encoder {name}={value}: must be at least 1")
+        if self.max_length is not None and self.max_length < 3:
+            raise UserError(f"max_length={self.max_length}: two tokens frame a text; at least 3")
 
 
-class HashedEncoder:
-    """Signed feature hashing of words and trigrams with inverse document frequencies."""
+class TextEncoder(Protocol):
+    """Turns texts into vectors; their inner product says how well a passage fits a query."""
 
-    def __init__(self, config: EncoderConfig, idf: Float32[np.ndarray, " buckets"]):
-        self.config, self.idf = config, idf
+    dim: int
 
-    @classmethod
-    def fit(cls, config: EncoderConfig, texts: Iterable[str]) -> HashedEncoder:
-        """Computes the document frequencies of a corpus."""
-        seen, n = np.zeros(_BUCKETS, np.int64), 0
-        for text in texts:
-            seen[list({h % _BUCKETS for h, _ in _features(text, config.word_weight)})] += 1
-            n += 1
-        return cls(config, np.log((n + 1) / (seen + 1)).astype(np.float32) + 0.05)
+    def prepare(self, texts: Sequence[str], query: bool) -> tuple[Any, int]:
+        """Tokenizes texts; returns what `embed` takes, and how many of them were cut."""
+        ...
 
-    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dim"]:
-        """Returns one unit vector per text; a text without letters gets a fixed one."""
-        out = np.zeros((len(texts), self.config.dim), np.float32)
-        for row, text in zip(out, texts, strict=True):
-            for h, weight in _features(text, self.config.word_weight):
-                sign = 1.0 if h & (1 << 31) else -1.0
-                row[(h >> 3) % self.config.dim] += sign * weight * self.idf[h % _BUCKETS]
-        norm = np.linalg.norm(out, axis=1, keepdims=True)
-        out[norm[:, 0] == 0, 0] = 1.0
-        return out / np.where(norm == 0, 1.0, norm)
+    def embed(
+        self, prepared: Any, out: Float[np.ndarray, "n dim"], advance: Callable[[int], None]
+    ) -> None:
+        """Writes the vectors of prepared texts into `out`; reports how many are done."""
+        ...
 
     def save(self, folder: Path) -> None:
-        default = self.idf.max()  # of all buckets that the corpus never hit
-        idf = {str(i): round(float(v), 5) for i, v in enumerate(self.idf) if v != default}
-        row = {"config": vars(self.config), "default": float(default), "idf": idf}
-        write_json(folder / ENCODER, row)
-
-    @classmethod
-    def load(cls, folder: Path) -> HashedEncoder:
-        row = read_json(folder / ENCODER)
-        idf = np.full(_BUCKETS, row["default"], np.float32)
-        for i, v in row["idf"].items():
-            idf[int(i)] = v
-        return cls(EncoderConfig(**row["config"]), idf)
+        """Writes all that `open_encoder` needs to `folder`."""
+        ...
 
 
-def _features(text: str, word_weight: float) -> Iterable[tuple[int, float]]:
-    """Yields (hash, weight) of the words and trigrams of `text`."""
-    for word in re.findall(r"\w+", text.lower()):
-        yield zlib.crc32(f"w:{word}".encode()), word_weight
-        marked = f"^{word}$"
-        for i in range(len(marked) - 2):
-            yield zlib.crc32(f"t:{marked[i : i + 3]}".encode()), 1.0
+def fit_hashed(config: EncoderConfig, store: PassageStore) -> TextEncoder:
+    """Fits the hashed encoder to the passages."""
+    texts = (indexed_text(p) for p in store)
+    return hashed.HashedEncoder.fit(config.dim, config.word_weight, texts)
+
+
+def load_model(config: EncoderConfig) -> TextEncoder:
+    """Loads the model of a config. Raises UserError if it is missing or not supported."""
+    from selfrag_jax.retrieval.sentence_encoder import SentenceEncoder
+
+    if "/" not in config.name and not Path(config.name).exists():
+        raise UserError(
+            f"--encoder={config.name}: no such folder; expected {HASHED!r}, the folder of a model, "
+            "or a name on the Hugging Face hub (owner/model)"
+        )
+    names = ("pooling", "normalize", "query_prefix", "passage_prefix", "max_length")
+    changes = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
+    return SentenceEncoder.from_model(config.name, changes, config.dtype, config.batch_tokens)
+
+
+def open_encoder(folder: Path, batch_tokens: int | None = None) -> TextEncoder:
+    """Opens an encoder that was saved beside embeddings or an index.
+
+    batch_tokens: as in EncoderConfig. Raises UserError if a file of it is missing.
+    """
+    kind = read_object(folder / hashed.ENCODER, ("kind",))["kind"]
+    if kind not in (HASHED, "bert"):
+        raise UserError(f"{folder / hashed.ENCODER}: kind={kind!r} is unknown; is it damaged?")
+    if kind == HASHED:
+        return hashed.HashedEncoder.load(folder)
+    from selfrag_jax.retrieval.sentence_encoder import SentenceEncoder
+
+    return SentenceEncoder.load(folder, batch_tokens)
 
 
 def indexed_text(p: Passage) -> str:
@@ -95,20 +122,11 @@ def indexed_text(p: Passage) -> str:
     return f"{p.title} {p.text}" if p.title else p.text
 
 
-def write_embeddings(passages: Sequence[Passage], config: EncoderConfig, out: Path) -> None:
-    """Fits an encoder to a corpus; writes it and embeddings.npy [n, dim] float32 to `out`."""
-    encoder = HashedEncoder.fit(config, (indexed_text(p) for p in passages))
-    vectors = []
-    with progress("embed", len(passages), "passages") as bar:
-        for i in range(0, len(passages), _BATCH):
-            batch = passages[i : i + _BATCH]
-            vectors.append(encoder.encode([indexed_text(p) for p in batch]))
-            bar.advance(len(batch))
-    with atomic_write(out / EMBEDDINGS, "wb") as f:
-        np.save(f, np.concatenate(vectors))
-    encoder.save(out)
-
-
-def read_embeddings(folder: Path) -> Float[np.ndarray, "n dim"]:
-    """Returns the vectors of an `embed` artifact, memory-mapped."""
-    return np.load(folder / EMBEDDINGS, mmap_mode="r")
+def encode_queries(
+    encoder: TextEncoder, texts: Sequence[str]
+) -> tuple[Float32[np.ndarray, "n dim"], int]:
+    """Returns the vectors of queries, and how many queries were cut to the encoder's length."""
+    out = np.empty((len(texts), encoder.dim), np.float32)
+    prepared, num_cut = encoder.prepare(texts, True)
+    encoder.embed(prepared, out, lambda n: None)
+    return out, num_cut
