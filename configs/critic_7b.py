@@ -1,6 +1,13 @@
-"""Trains the critic: Llama-2-7B on a teacher's critiques (paper, Section 3.2.1 and Appendix B).
+r"""Trains the critic: Llama-2-7B on a teacher's critiques (paper, Section 3.2.1 and Appendix B).
 
-    selfrag train --config=critic_7b --role=critic --data=critic_data.jsonl --workdir=critic
+    # Collect critic data from a teacher (add --dry_run to see tokens and cost first):
+    selfrag collect --config=critic_7b --teacher_model=MODEL --input=in.jsonl --out=data.jsonl
+    selfrag train --config=critic_7b --role=critic --data=data.jsonl --workdir=critic
+    selfrag label --config=critic_7b --critic=critic --index=index --input=instructions.jsonl \
+        --out=generator_data.jsonl
+    # With retrieval where the generator's own base does not know the answer:
+    selfrag label --config=critic_7b --critic=critic --index=index --input=instructions.jsonl \
+        --retrieve_labels=self --self_model=meta-llama/Llama-2-7b-hf --out=generator_data.jsonl
     # Does it fit? Check before you rent the slice:
     selfrag compile --config=critic_7b --topology=v5e:4x4
 
@@ -14,6 +21,34 @@ Agreement with GPT-4 to expect (paper, Appendix): Retrieve 93.8, IsSup 93.5, IsR
 """
 
 from ml_collections import ConfigDict
+
+
+def _collect() -> dict:
+    """Returns the section of `selfrag collect`."""
+    return dict(
+        seed=0,
+        teacher="openai",
+        teacher_error_rate=0.0,  # of the rule teacher
+        share=(("retrieve", 1.0), ("isrel", 1.0), ("issup", 1.0), ("isuse", 1.0)),
+        passages=5,
+        # The published numbers (paper, Appendix D).
+        per_group=(("retrieve", 12_600), ("isrel", 19_300), ("issup", 11_200), ("isuse", 3_800)),
+        balance=5.0,  # no label more than five times as often as its group's rarest
+        dev_share=0.1,
+        max_characters=20_000,
+        endpoint=dict(
+            concurrency=16,
+            temperature=0.0,
+            max_tokens=300,
+            structured=True,
+            timeout=120.0,
+            retries=6,
+            backoff=1.0,
+            max_backoff=60.0,
+            poll=60.0,
+        ),
+        local=dict(batch=8, length_bucket=128, brief=False),
+    )
 
 
 def get_config() -> ConfigDict:
@@ -54,5 +89,26 @@ def get_config() -> ConfigDict:
         keep_last=2,  # checkpoints
         keep_best=1,
     )
-    c.label = dict(critic=dict(brief=False))  # full prompts
+    c.collect = _collect()
+    c.label = dict(
+        seed=0,
+        critic=dict(batch=64, length_bucket=64, brief=False, min_shared=16),  # full prompts
+        passages=5,
+        variants=1,
+        best_rate=0.8,
+        chunk=512,
+        retrieve_labels="critic",  # or teacher, or self (critic/needs.py)
+        needs=dict(
+            seed=0,
+            shots=4,
+            max_new_tokens=32,
+            short_tokens=16,  # names, numbers, choices: longer outputs are compared by likelihood
+            passages=5,
+            dev_share=0.1,
+            batch=16,
+            length_bucket=64,
+            max_length=2048,
+            threshold=None,
+        ),
+    )
     return c

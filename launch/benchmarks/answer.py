@@ -185,10 +185,10 @@ def curves(args) -> None:
         return timed(answer, search, questions)[1]
 
     print("passages K, 4 questions: seconds for a question")
-    for k in (1, 2, 5, 10, 20):
+    for k in (k for k in (1, 2, 5, 10, 20) if k <= args.largest):
         print(f"  K={k:<3} {seconds(4, k) / 4:.3f}")
     print("questions at once, K=5: questions a second")
-    for n in (1, 2, 4, 8, 16, 32):
+    for n in (n for n in (1, 2, 4, 8, 16, 32) if n <= args.largest):
         print(f"  {n:<3} {n / seconds(n, 5):.3f}")
     print("most memory beside the weights, 16 questions, K=10, by the compiler: GB")
     for name, shared in (("shared", True), ("copied", False)):
@@ -380,6 +380,9 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3, help="runs of ours; the median counts")
     p.add_argument(
         "--curves", action="store_true", help="ours alone: time over passages and batch; memory"
+    )
+    p.add_argument(
+        "--largest", type=int, default=32, help="of the numbers of passages and questions in curves"
     )
     p.add_argument(
         "--retrieval",

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import Command, Flag, config_flag, config_section
-from selfrag_jax.errors import UserError
+from selfrag_jax.commands.embed import parse_shard
+from selfrag_jax.commands.model_flags import config_for
+from selfrag_jax.commands.retrieve_labels import (
+    NEEDS_FLAGS,
+    label_settings,
+    passage_finder,
+    retrieve_needs,
+    with_flags,
+)
+from selfrag_jax.data.instructions import (
+    checked_instructions,
+    instruction_of,
+    instruction_rows,
+    require_passages,
+)
+from selfrag_jax.errors import StageFailed, UserError
+from selfrag_jax.files import read_json, read_object, write_json
 from selfrag_jax.progress import progress
 from selfrag_jax.records import (
+    GeneratorExample,
     Instruction,
     generator_example_from,
-    instruction_from,
-    read_records,
     read_rows,
     write_jsonl,
 )
 
 if TYPE_CHECKING:
-    from selfrag_jax.critic.labelling import LabelConfig
+    from selfrag_jax.critic.labelling import FindPassages, LabelConfig, QueryJudge
+
+_WAIT = 2.0  # seconds between two looks for the chunks of other processes
+_MERGING = "merging the chunks"
 
 
 def label_file(
@@ -30,69 +52,286 @@ def label_file(
     out: str | Path,
     index: str | Path | None = None,
     k: int | None = None,
+    needs: Mapping[str, str] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    wait: bool = False,
 ) -> int:
     """Labels all rows of `input_path` and writes generator data in the published format.
 
-    index: where to find k passages for rows without ctxs. Returns the number of examples; 0 if it
-    is finished already. An interrupted run continues after the last finished chunk. Raises
-    UserError if no row has passages.
-    """
-    from selfrag_jax.checkpoints import loading
-    from selfrag_jax.critic.critic import Critic
-    from selfrag_jax.critic.labelling import label_rows
+    index: where to find k passages for every segment that retrieves; without it, the rows' ctxs
+    serve. needs: [Retrieval] or [No Retrieval] by row id, instead of the critic's decision about
+    the instruction. shard: (i, n): labels every n-th chunk only; whichever of n such runs finds all
+    chunks there merges them. wait: for the chunks of other shards.
 
-    made = asdict(config) | ({"k": k} if index else {})
+    Rows that cannot be labelled go to OUT.failed.jsonl with the reason. OUT.stats.json and
+    OUT.stats.svg say what the data consists of. Judgements are kept beside `out`, so no later run
+    asks for one again. An interrupted run continues after the last finished chunk.
+
+    Returns the number of examples; 0 if it is finished already, or if other shards are not. Raises
+    UserError for a malformed row, for two rows with one id, and if no row has passages; StageFailed
+    if no row could be labelled.
+    """
+    from selfrag_jax.critic.critic import check_wording
+
+    out = Path(out)
+    made = label_settings(config, needs) | ({"k": k} if index else {})
     inputs = {"critic": critic_path, "input": input_path} | ({"index": index} if index else {})
     artifacts.require_finished(critic_path, "train", "critic")
-    if artifacts.is_finished(out, "label", made, inputs):
+    check_wording(critic_path, config.critic.brief)
+    all_parts = out.with_name(out.name + ".parts")
+    # A file without a manifest is moved aside, but not from another shard that is writing both.
+    merging = artifacts.exclusive_workdir(all_parts, _MERGING)
+    with merging if all_parts.is_dir() else nullcontext():
+        finished = artifacts.is_finished(out, "label", made, inputs, _beside(out))
+    if finished:
+        artifacts.remove_parts(all_parts)
         return 0
-    rows = _with_passages(read_records(input_path, instruction_from), index, k)
-    if not any(r.ctxs for r in rows):
-        raise UserError(
-            f"{input_path}: no row has passages (ctxs); give --index, "
-            "or run `selfrag retrieve` on it first"
-        )
-    critic = Critic(loading.load(critic_path), config.critic)
+    num_rows = _check_rows(input_path, has_index=index is not None)
     # Named by critic, config and input: chunks of another run are never continued.
-    all_chunks = Path(out).with_name(Path(out).name + ".parts")
-    chunks = all_chunks / artifacts.identity("label", made, inputs)
-    files = []
-    with progress("label", len(rows), "instructions") as bar:
-        for i in range(0, len(rows), config.chunk):
-            chunk = rows[i : i + config.chunk]
-            files.append(chunks / f"{i:08d}.jsonl")
-            if files[-1].is_file():
-                bar.skip(len(chunk))
-            else:
-                write_jsonl(files[-1], label_rows(critic, chunk, config))
-                bar.advance(len(chunk))
-    examples = [generator_example_from(*row) for file in files for row in read_rows(file)]
-    n = write_jsonl(out, examples)
-    artifacts.write_manifest(out, "label", made, inputs, {"examples": n})
-    artifacts.remove_parts(all_chunks)
+    chunks = _Chunks(
+        all_parts / artifacts.identity("label", made, inputs), Path(input_path), config, num_rows
+    )
+    mine = [c for c in range(chunks.number) if c % shard[1] == shard[0]]
+    # Else two runs of one shard would judge everything twice.
+    with artifacts.exclusive_workdir(chunks.folder / f"shard-{shard[0]}-of-{shard[1]}"):
+        left = [c for c in mine if not chunks.file(c).is_file()]
+        if left and not artifacts.manifest_path(out).is_file():
+            _label_chunks(chunks, mine, left, critic_path, (index, k), needs, shard, out)
+    while not artifacts.manifest_path(out).is_file() and (missing := chunks.missing()):
+        if not wait and not artifacts.manifest_path(out).is_file():
+            print(
+                f"{out}: shard {shard[0]}/{shard[1]} is finished; {len(missing)} of "
+                f"{chunks.number} chunks are missing, from other shards"
+            )
+            return 0
+        time.sleep(_WAIT)
+    n = 0
+    with artifacts.exclusive_workdir(all_parts, _MERGING):
+        if not artifacts.manifest_path(out).is_file():
+            counts = _merge(chunks, out)
+            artifacts.write_manifest(out, "label", made, inputs, counts)
+            n = counts["examples"]
+    artifacts.remove_parts(all_parts)
     return n
 
 
-def _with_passages(
-    rows: list[Instruction], index: str | Path | None, k: int | None
-) -> list[Instruction]:
-    from selfrag_jax.retrieval.retriever import OnlineRetriever
+# ---- rows and chunks -----------------------------------------------------------------------------
+def _check_rows(path: str | Path, has_index: bool) -> int:
+    """Reads the rows once, before any work, and returns their number."""
+    num_rows, has_passages = 0, has_index
+    for _, row in checked_instructions(path):
+        has_passages = has_passages or bool(row.ctxs)
+        num_rows += 1
+    require_passages(path, has_passages)
+    return num_rows
 
-    if index is None or k is None:
-        return rows
-    queries = [r.full_instruction for r in rows]
-    found = OnlineRetriever(index).passages([r.ctxs for r in rows], queries, k)
-    return [replace(r, ctxs=r.ctxs or tuple(ps)) for r, ps in zip(rows, found, strict=True)]
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The rows of the input, a fixed number at a time, and the file of each such chunk.
+
+    A chunk's record is written before its file of examples, which marks it as finished.
+    """
+
+    folder: Path
+    input: Path
+    config: LabelConfig
+    num_rows: int
+
+    @property
+    def number(self) -> int:
+        return -(-self.num_rows // self.config.chunk)
+
+    def size(self, c: int) -> int:
+        return min(self.config.chunk, self.num_rows - c * self.config.chunk)
+
+    def file(self, c: int) -> Path:
+        return self.folder / f"{c * self.config.chunk:08d}.jsonl"
+
+    def record(self, c: int) -> Path:
+        return self.file(c).with_suffix(".json")
+
+    def missing(self) -> list[int]:
+        return [c for c in range(self.number) if not self.file(c).is_file()]
+
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, dict[str, Instruction]]]:
+        """Yields (number, rows by their place in the file) of the chunks `wanted`, in order."""
+        left, rows = set(wanted), {}
+        for i, (where, row) in enumerate(instruction_rows(self.input, announce=False)):
+            c = i // self.config.chunk
+            if c in left:
+                rows[where] = instruction_of(where, row)
+                if len(rows) == self.size(c):
+                    yield c, rows
+                    rows = {}
+
+    def examples(self) -> Iterator[GeneratorExample]:
+        for c in range(self.number):
+            yield from (generator_example_from(*row) for row in read_rows(self.file(c)))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        for c in range(self.number):
+            yield read_object(self.record(c), ("failed", "evidence_cut", "nothing_found"))
+
+
+def _label_chunks(
+    chunks: _Chunks,
+    mine: list[int],
+    left: list[int],
+    critic_path: str | Path,
+    index_and_k: tuple[str | Path | None, int | None],
+    needs: Mapping[str, str] | None,
+    shard: tuple[int, int],
+    out: Path,
+) -> None:
+    """Labels the chunks `left` of those that are `mine`, and writes their files."""
+    from selfrag_jax.checkpoints import loading
+    from selfrag_jax.critic.critic import Critic
+    from selfrag_jax.critic.judgements import (
+        FOLDER,
+        JudgementStore,
+        StoredCritic,
+        critic_digest,
+    )
+
+    find_passages = passage_finder(*index_and_k)
+    loaded = loading.load(critic_path)
+    critic = Critic(loaded, chunks.config.critic)
+    store = JudgementStore(out.parent / FOLDER, critic_digest(loaded), shard)
+    stored, num_failed = StoredCritic(critic, store), 0
+    sizes = {c: chunks.size(c) for c in mine}
+    done = sum(sizes.values()) - sum(sizes[c] for c in left)
+    with progress("label", sum(sizes.values()), "instructions", done) as bar:
+        for c, rows in chunks.read(left):
+            cut_before = critic.num_cut
+            examples, record = _label_rows(stored, rows, chunks.config, needs, find_passages)
+            num_failed += len(record["failed"])
+            record["evidence_cut"] = critic.num_cut - cut_before
+            write_json(chunks.record(c), record)
+            write_jsonl(chunks.file(c), examples)
+            bar.advance(len(rows), f"{num_failed} failed" if num_failed else "")
+    store.close()
+    if stored.num_found:
+        print(
+            f"{stored.num_asked:,} judgements; {stored.num_found:,} more were already stored",
+            file=sys.stderr,
+        )
+
+
+def _label_rows(
+    critic: QueryJudge,
+    rows: Mapping[str, Instruction],
+    config: LabelConfig,
+    needs: Mapping[str, str] | None,
+    find_passages: FindPassages | None,
+) -> tuple[list[GeneratorExample], dict[str, Any]]:
+    """Labels a chunk; returns its examples, and a record of failed rows and missing passages."""
+    from selfrag_jax.critic.labelling import label_rows
+
+    place = {row.id: where for where, row in rows.items()}
+    record: dict[str, Any] = {"failed": [], "nothing_found": 0}
+
+    def on_failure(row: Instruction, reason: str) -> None:
+        record["failed"].append({"id": row.id, "where": place[row.id], "reason": reason})
+
+    def on_nothing_found(row: Instruction) -> None:
+        record["nothing_found"] += 1
+
+    examples = label_rows(
+        critic, list(rows.values()), config, needs, find_passages, on_failure, on_nothing_found
+    )
+    return examples, record
+
+
+# ---- merging -------------------------------------------------------------------------------------
+def statistics_path(out: str | Path) -> Path:
+    return Path(out).with_name(Path(out).name + ".stats.json")
+
+
+def plot_path(out: str | Path) -> Path:
+    return Path(out).with_name(Path(out).name + ".stats.svg")
+
+
+def _beside(out: Path) -> tuple[Path, ...]:
+    return failed_path(out), statistics_path(out), plot_path(out)
+
+
+def failed_path(out: str | Path) -> Path:
+    return Path(out).with_name(Path(out).name + ".failed.jsonl")
+
+
+def _merge(chunks: _Chunks, out: Path) -> dict[str, int]:
+    """Writes all files but the manifest, the examples last. Returns what the manifest counts."""
+    from selfrag_jax.critic.label_statistics import LabelStatistics, write_plot
+
+    failed, num_cut, num_without = failed_path(out), 0, 0
+    reasons = []
+    for record in chunks.records():
+        reasons += record["failed"]
+        num_cut += record["evidence_cut"]
+        num_without += record["nothing_found"]
+    if reasons:
+        write_jsonl(failed, reasons)
+        print(
+            f"{len(reasons):,} of {chunks.num_rows:,} rows could not be labelled; the first, "
+            f"{reasons[0]['where']}: {reasons[0]['reason']}. All are in {failed}",
+            file=sys.stderr,
+        )
+    if num_cut:
+        print(f"evidence was cut to the critic's context in {num_cut:,} prompts", file=sys.stderr)
+    if num_without:
+        print(
+            f"{num_without:,} rows need retrieval, but no passage was there; they are labelled "
+            "[No Retrieval]",
+            file=sys.stderr,
+        )
+    if len(reasons) == chunks.num_rows:
+        raise StageFailed(f"{out}: no row could be labelled; {failed} says why")
+    statistics = LabelStatistics()
+    for example in chunks.examples():
+        statistics.add(example)
+    write_json(statistics_path(out), statistics.to_json())
+    write_plot(statistics.to_json(), plot_path(out))
+    n = write_jsonl(out, chunks.examples())
+    counts = {"examples": n, "failed": len(reasons), "evidence_cut": num_cut}
+    return counts | {"nothing_found": num_without}
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
+    from selfrag_jax.critic.label_statistics import table
     from selfrag_jax.critic.labelling import LabelConfig
 
-    config = config_section(values, LabelConfig, "label")
+    shard = parse_shard(values["shard"])
+    if values["distributed"]:
+        import jax
+
+        from selfrag_jax.training.distributed import join_processes
+
+        join_processes(values["distributed"])
+        shard = (jax.process_index(), jax.process_count())
+    if values["config"] is None:
+        artifacts.require_finished(values["critic"], "train", "critic")
+        values = values | {"config": config_for(values["critic"], "critic_7b")}
+    config, out = with_flags(config_section(values, LabelConfig, "label"), values), values["out"]
+    if values["index"] and values["k"] < 1:
+        raise UserError(f"--k={values['k']}: must be at least 1")
+    artifacts.require_finished(values["critic"], "train", "critic")
+    # Before what takes long: `self` asks a model about all rows.
+    artifacts.check_output(out, "label", {"input": values["input"]}, _beside(Path(out)))
     label_file(
-        values["critic"], values["input"], config, values["out"], values["index"], values["k"]
+        values["critic"],
+        values["input"],
+        config,
+        out,
+        values["index"],
+        values["k"],
+        retrieve_needs(values, config),
+        shard,
+        wait=bool(values["distributed"]),  # a process that ends early would end the others
     )
-    print(values["out"])
+    if artifacts.manifest_path(out).is_file() and statistics_path(out).is_file():
+        print(table(read_json(statistics_path(out))))
+        print(out)
 
 
 COMMAND = Command(
@@ -105,10 +344,29 @@ COMMAND = Command(
             "instructions with outputs, and with ctxs unless --index is given",
             required=True,
         ),
-        Flag("index", "made by `selfrag index`: finds passages for rows without ctxs"),
-        Flag("k", "passages for each row, from the index", 5, type=int),
-        Flag("out", "generator data in the published format (JSON lines)", required=True),
-        config_flag(),
+        Flag(
+            "index",
+            "made by `selfrag index`: finds passages for each segment that needs some (default: "
+            "the rows' ctxs, for all of their segments)",
+        ),
+        Flag("k", "passages for each segment, from the index", 5, type=int),
+        *NEEDS_FLAGS,
+        Flag(
+            "out",
+            "generator data in the published format (JSON lines); its statistics and the rows that "
+            "failed are written beside it",
+            required=True,
+        ),
+        Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
+        Flag(
+            "distributed",
+            "as --shard, for the processes of one job: auto, or HOST:PORT,PROCESSES,INDEX",
+        ),
+        config_flag(
+            None,
+            " (default: tiny for critics of the synthetic world, else critic_7b)",
+            "tiny, critic_7b",
+        ),
     ),
     run=run,
 )

@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int8, Int32
@@ -47,6 +47,15 @@ class Source(Protocol):
     size: int  # examples per epoch; 0: unbounded, every index has its own example
 
     def example(self, i: int) -> Example: ...
+
+
+@runtime_checkable
+class OrderedSource(Source, Protocol):
+    """A source that says itself in which order its examples come."""
+
+    def row_at(self, i: int, seed: int) -> int:
+        """Returns the row of the i-th example in training order, counted over all epochs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Packer:
         self.source, self.rows, self.length, self.max_targets = source, rows, length, max_targets
         self.seed, self.state, self.packed = seed, state, packed
         self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self._ordered = source if isinstance(source, OrderedSource) else None
 
     def _epoch_order(self, epoch: int) -> list[int]:
         order = list(range(self.source.size))
@@ -125,6 +135,8 @@ class Packer:
         return [self._source_row(i) for i in range(first, end)]
 
     def _source_row(self, i: int) -> int:
+        if self._ordered is not None:
+            return self._ordered.row_at(i, self.seed)
         if not self.source.size:
             return i
         epoch, i_in_epoch = divmod(i, self.source.size)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.data.batches import Example, Span, build_example
+from selfrag_jax.data.published_files import Faults
+from selfrag_jax.data.released import is_released_critic, read_released_critic
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import CriticExample, critic_example_from, read_records
 from selfrag_jax.text import prompts, reflection
@@ -35,20 +37,36 @@ class CriticSource:
 
     @classmethod
     def read(
-        cls, path: str | Path, tokenizer: Tokenizer, brief: bool, group_weights: dict[str, float]
+        cls,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        brief: bool,
+        group_weights: dict[str, float],
+        released: bool = False,
+        faults: Faults | None = None,
     ) -> CriticSource:
-        """Reads a file of critic data.
-
-        Raises UserError with file and line if a row has an unknown task, or a label of another
-        group.
-        """
-        return cls(read_records(path, _checked_example), tokenizer, brief, group_weights)
+        """Reads a file of critic data, as `read_critic_examples` does."""
+        return cls(read_critic_examples(path, released, faults), tokenizer, brief, group_weights)
 
     def example(self, i: int) -> Example:
         row = self.rows[i]
         prompt = prompts.critique(critique_query(row), self.brief)
         spans: list[Span] = [(prompt, 0.0), ([Control(row.output)], 1.0)]
         return build_example(self.tokenizer, spans, self.group_weights)
+
+
+def read_critic_examples(
+    path: str | Path, released: bool = False, faults: Faults | None = None
+) -> list[CriticExample]:
+    """Returns the rows of a file of critic data.
+
+    released: the file is in the published layout; malformed rows are left out, reported, and noted
+    in `faults`. Without it, raises UserError with file and line if a row has an unknown task, lacks
+    its evidence, or has a label of another group.
+    """
+    if released:
+        return read_released_critic(path, faults)
+    return read_records(path, _checked_example)
 
 
 def critique_query(row: CriticExample) -> prompts.CritiqueQuery:
@@ -62,10 +80,13 @@ def _checked_example(where: str, row: dict[str, Any]) -> CriticExample:
     example = critic_example_from(where, row)
     if example.task not in reflection.GROUPS:
         groups = ", ".join(reflection.GROUPS)
-        raise UserError(f"{where}: task {example.task!r} must be one of {groups}")
+        hint = "; read published files with --format=released" if is_released_critic(row) else ""
+        raise UserError(f"{where}: task {example.task!r} must be one of {groups}{hint}")
     if example.output not in reflection.GROUPS[example.task]:
         known = ", ".join(reflection.GROUPS[example.task])
         raise UserError(
             f"{where}: output {example.output!r} must be one of the {example.task} tokens: {known}"
         )
+    if example.task in ("isrel", "issup") and example.evidence is None:
+        raise UserError(f"{where}: missing field 'evidence': {example.task} judges a passage")
     return example

@@ -25,7 +25,7 @@ from selfrag_jax.engine.requests import (
     SegmentsFinal,
 )
 from selfrag_jax.engine.segments import GeneratedSegments, TokenRules
-from selfrag_jax.engine.shapes import Shapes
+from selfrag_jax.engine.shapes import Shapes, padded
 from selfrag_jax.models.llama import Cache, Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.models.sharding import platform
@@ -89,7 +89,8 @@ class Engine:
                     before = self.prefix_lengths[slot, np.asarray(job.parents)]
                 new_lengths[slot] = before + [len(row) for row in job.tokens]
             self._grow_prefixes(max(lengths.max() for lengths in new_lengths.values()))
-            tokens, valid = self._padded([row for _, job in batch for row in job.tokens], length)
+            new = [row for _, job in batch for row in job.tokens]
+            tokens, valid = padded(new, (len(new), length), self.rules.pad)
             self.prefixes, result = self._run(
                 programs.read,
                 self.model,
@@ -129,7 +130,7 @@ class Engine:
                 for beam in job.branches
                 for row in [*beam, *[[]] * (P - len(beam))]
             ]
-            tokens, valid = self._padded(rows, length)
+            tokens, valid = padded(rows, (len(rows), length), self.rules.pad)
             keys = [no_keys if job.keys is None else job.keys for _, job in batch]
             branches = self._run(
                 programs.start_branches,
@@ -258,14 +259,6 @@ class Engine:
             programs.resize_branches, branches.cache, self.fed_capacity, fed, generated
         )
         self.branches = replace(branches, cache=cache, fed_capacity=fed)
-
-    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, valid), [rows, length] each."""
-        tokens = np.full((len(rows), length), self.rules.pad, np.int32)
-        valid = np.zeros((len(rows), length), bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], valid[i, : len(row)] = row, True
-        return tokens, valid
 
     def _run(self, program, *args):
         """Calls a program. Logs its compilation, if it has not run with these shapes before."""

@@ -201,7 +201,7 @@ def _append(prefix: Cache, other: Cache) -> Cache:
     return replace(new, valid=at < other.valid.sum(1)[:, None])
 
 
-def _read_tokens(
+def read_tokens(
     model: Model,
     params: Params,
     prefix: Cache | None,
@@ -252,7 +252,7 @@ def read(
     if after_nothing:
         rows = replace(rows, valid=jnp.zeros_like(rows.valid))
     prefix = None if after_nothing else rows
-    hidden, cache = _read_tokens(model, params, prefix, tokens, valid, start)
+    hidden, cache = read_tokens(model, params, prefix, tokens, valid, start)
     prefixes = _put_rows(prefixes, slots, _append(rows, cache), beam_width)
     if rules.reflection is None:
         return prefixes, None
@@ -283,7 +283,7 @@ def start_branches(
     w, stride = tokens.shape[0] // (n * P), branches.beam_width * P
     beams = (slots[:, None] * branches.beam_width + jnp.arange(w)).reshape(-1)
     prefix = _rows(prefixes, beams)
-    hidden, fed = _read_tokens(model, params, prefix, tokens, valid, start)
+    hidden, fed = read_tokens(model, params, prefix, tokens, valid, start)
     # The columns after the fed ones become invalid: they are of the slot's last question.
     rest = branches.cache.valid.shape[1] - valid.shape[1]
     fed = replace(fed, valid=jnp.pad(fed.valid, [(0, 0), (0, rest)]))

@@ -115,8 +115,9 @@ class TokenRules:
     ) -> tuple[GeneratedSegments, Bool[Array, " B"]]:
         """`seg` with the group distributions of this step, each from the position where it counts.
 
-        issup_seen: whether an IsSup token was generated before this step; returned updated. If
-        none is generated, IsSup is read where the segment ends, or at its last token if it is cut.
+        issup_seen: whether an IsSup token was generated before this step; returned updated. The
+        first one counts, as in the released scripts. If none is generated, IsSup is read where the
+        segment ends, or at its last token if it is cut.
         """
         r = self.reflection
         if r is None:
@@ -126,7 +127,7 @@ class TokenRules:
         seg = replace(
             seg,
             isrel=_read(seg.isrel, step.live & (step.steps_since_fed == 0), step.logits, r.isrel),
-            issup=_read(seg.issup, says_issup | (ends & ~issup_seen), step.logits, r.issup),
+            issup=_read(seg.issup, (says_issup | ends) & ~issup_seen, step.logits, r.issup),
             isuse=_read(seg.isuse, ends, step.logits, r.isuse),
             retrieve=_read(seg.retrieve, ends, step.logits, r.retrieve),
         )

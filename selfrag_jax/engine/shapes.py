@@ -7,8 +7,11 @@ in steps. The engine and the ahead-of-time compiler both take them from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int32
 
 FIRST_GENERATED_CAPACITY = 128  # where segments may be longer; most are not
 BATCH_TOKENS = 4096  # in one call: enough to be bound by arithmetic, few enough to be short
@@ -26,6 +29,16 @@ def bucket(n: int, least: int) -> int:
     while 8 * step < n:
         step *= 2
     return -(-n // step) * step
+
+
+def padded(
+    rows: Sequence[Sequence[int]], shape: tuple[int, int], pad: int
+) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Returns rows of token ids as an array of `shape`, and which of its places they fill."""
+    tokens, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], valid[i, : len(row)] = row, True
+    return tokens, valid
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,25 @@ def instruction(text: str, input_text: str = "") -> list[Part]:
 
 
 def question_text(q: Question) -> str:
-    """The instruction that asks a question, followed by its choices if it has any."""
+    """The instruction that asks a question: its task's wording, or the question and its choices."""
+    if q.prompt:
+        return q.prompt
     if not q.choices:
         return q.question
     return q.question + " " + " ".join(f"{label}: {text}" for label, text in q.choices)
 
 
 def retrieval_query(instruction_text: str, preceding: Sequence[str]) -> str:
-    """The retrieval query of a segment: the input, and the previous segment if there is one.
+    """The retrieval query of a segment: the question with its input, and the previous segment.
 
-    See Section 3.3 of the paper.
+    The first segment has none before it. See Section 3.3 of the paper.
     """
     return instruction_text if not preceding else f"{instruction_text} {preceding[-1]}"
+
+
+def question_prompt(q: Question) -> list[Part]:
+    """The prompt of a question: its text and choices, and its input if it has one."""
+    return instruction(question_text(q), q.input)
 
 
 # ---- passages and training outputs --------------------------------------------------------------
@@ -65,6 +72,12 @@ def parse_output(text: str) -> list[Part]:
         in_passage = match.group() == reflection.PARAGRAPH_OPEN
         at = match.end()
     return parts + _text_parts(text[at:], False)
+
+
+def closes_paragraphs(parts: Sequence[Part]) -> bool:
+    """Whether each `<paragraph>` is followed by its own `</paragraph>` before the next."""
+    markup = [p.token for p in parts if isinstance(p, Control) and p.token in reflection.MARKUP]
+    return markup == list(reflection.MARKUP) * (len(markup) // 2)
 
 
 def _text_parts(text: str, in_passage: bool) -> list[Part]:
@@ -105,6 +118,7 @@ class CritiqueTemplate:
     question: str
     brief: str  # the question for small models
     fields: tuple[str, ...]
+    optional: tuple[str, ...] = ()  # fields that published data has
 
 
 CRITIQUES: dict[str, CritiqueTemplate] = {
@@ -115,6 +129,7 @@ CRITIQUES: dict[str, CritiqueTemplate] = {
         "too, [Continue to Use Evidence].",
         "retrieval?",
         ("instruction", "preceding", "evidence"),
+        ("output",),
     ),
     "isrel": CritiqueTemplate(
         "Given an instruction and a piece of evidence, decide whether the evidence is relevant to "
@@ -154,7 +169,7 @@ def critique(query: CritiqueQuery, brief: bool) -> list[Part]:
         body += [Control(NEWLINE), "Evidence: ", *evidence]
     if "preceding" in template.fields and query.preceding:
         body += [Control(NEWLINE), "Preceding sentences: ", query.preceding]
-    if "output" in template.fields:
+    if _shows_output(template, query):
         body += [Control(NEWLINE), "Output: ", query.output]
     return [Control(INSTRUCTION), template.question, Control(INPUT), *body, Control(RESPONSE)]
 
@@ -166,6 +181,10 @@ def _brief_critique(template: CritiqueTemplate, query: CritiqueQuery) -> list[Pa
         parts += passage(query.evidence)
     if "preceding" in template.fields and query.preceding:
         parts.append(query.preceding)
-    if "output" in template.fields:
+    if _shows_output(template, query):
         parts.append(query.output)
     return parts
+
+
+def _shows_output(template: CritiqueTemplate, query: CritiqueQuery) -> bool:
+    return "output" in template.fields or ("output" in template.optional and bool(query.output))

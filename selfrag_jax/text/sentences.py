@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-
-@cache
-def _segmenter():
-    import pysbd
-
-    return pysbd.Segmenter(language="en", clean=False)
-
 
 def split_sentences(text: str) -> list[str]:
-    """Returns the stripped sentences of `text`; the list is empty only for blank text."""
-    text = text.strip()
-    if not any(c in text[:-1] for c in ".!?\n"):  # a single sentence, as most short answers are
-        return [text] if text else []
-    return [s for part in _segmenter().segment(text) if (s := part.strip())]
+    """Splits a text into sentences that, joined, are the text: no character is ever lost.
+
+    A sentence keeps the white space after it. Pieces without a letter or digit ("..", "♬") belong
+    to the sentence before them, or to the first one. Returns [] only for blank text.
+    """
+    if not text.strip():
+        return []
+    sentences: list[str] = []
+    for piece in _pieces(text):
+        start = len(piece) - len(piece.lstrip())
+        if sentences and start:
+            sentences[-1] += piece[:start]
+            piece = piece[start:]
+        if sentences and not (_has_word(piece) and _has_word(sentences[-1])):
+            sentences[-1] += piece
+        else:
+            sentences.append(piece)
+    return sentences
+
+
+def _pieces(text: str) -> list[str]:
+    if not any(c in text.rstrip()[:-1] for c in ".!?\n。！？।؟"):
+        return [text]  # a single sentence, as most short answers are; nothing is imported
+    import sentencex
+
+    pieces = list(sentencex.segment("en", text))
+    return pieces if "".join(pieces) == text else [text]
+
+
+def _has_word(text: str) -> bool:
+    return any(map(str.isalnum, text))

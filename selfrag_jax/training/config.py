@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from selfrag_jax.data.generator_examples import MASKS
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import sharding
 from selfrag_jax.models.attention_kernels import KERNELS, choose_kernel
@@ -63,6 +65,9 @@ class TrainConfig:
     # Further checkpoints, those with the lowest training loss since the checkpoint before
     # (`selfrag convert --step=best`).
     keep_best: int = 1
+    # What of a generator's output has no loss: "each" passage, or as the released script did,
+    # everything between the first and the last (data/generator_examples.py).
+    mask: str = "each"
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -84,6 +89,8 @@ class TrainConfig:
                 "dtype='float16': small gradients would underflow, as losses are not scaled; "
                 "use bfloat16, which has the range of float32"
             )
+        if self.mask not in MASKS:
+            raise UserError(f"mask={self.mask!r}: must be one of {', '.join(MASKS)}")
         self._check_split_of_batches()
         if self.remat not in REMAT:
             raise UserError(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}")
@@ -102,6 +109,16 @@ class TrainConfig:
                 f"rows_per_device={self.rows_per_device}: must be at least 1, "
                 "and needs max_targets=None"
             )
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """Returns the fields as a manifest has them.
+
+        `mask` is left out at its default: trainings from before there was a choice go on.
+        """
+        values = asdict(self)
+        if self.mask == MASKS[0]:
+            del values["mask"]
+        return values
 
     def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Returns the mesh over `devices` (None: all).

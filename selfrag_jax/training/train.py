@@ -82,8 +82,8 @@ def train(
     # ---- 4. Data and log -------------------------------------------------------------------------
     packer = _make_packer(config, source, position["example"])
     truncated = position["truncated"]
-    peak_seconds = _peak_seconds_per_token(config, model.config, mesh)
-    log = TrainingLog(workdir, peak_seconds, position.get("loss", (0.0, 0.0)))
+    peak = _peak_seconds_per_token(config, model.config, mesh)
+    log = TrainingLog(workdir, peak, position.get("loss", (0.0, 0.0)))
 
     # ---- 5. Loop ---------------------------------------------------------------------------------
     # A step's metrics are read when the next step has been dispatched, so the device never waits.
@@ -114,11 +114,8 @@ def train(
                 pending_metrics = None
             bar.advance(note=log.report(done) if reports else "")
             if interval_ends or stopping:
-                # A SIGTERM checkpoint covers too few steps for its loss to compete for "best"; the
-                # interval continues when training resumes.
-                loss = log.loss_since_save() if interval_ends else workdirs.NO_LOSS
-                position = {"example": packer.state, "truncated": truncated, "loss": log.since_save}
-                saving.save_checkpoint(manager, done, state, position, loss)
+                position = {"example": packer.state, "truncated": truncated}
+                _save(manager, done, state, position, log, interval_ends)
             if stopping:
                 break
 
@@ -130,6 +127,21 @@ def train(
     if is_main_process and truncated:
         _warn_of_truncation(name, truncated, packer.state)
     return {"params": _all_params(state), **counts}
+
+
+def _save(
+    manager: ocp.CheckpointManager,
+    done: int,
+    state: dict[str, Any],
+    position: dict[str, Any],
+    log: TrainingLog,
+    interval_ends: bool,
+) -> None:
+    # A SIGTERM checkpoint covers too few steps for its loss to compete for "best"; the interval
+    # continues when training resumes.
+    loss = log.loss_since_save() if interval_ends else workdirs.NO_LOSS
+    # Read after `loss_since_save`, which begins a new interval.
+    saving.save_checkpoint(manager, done, state, position | {"loss": log.since_save}, loss)
 
 
 def _num_steps(config: TrainConfig, source: Source) -> int:
