@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
         log_every=10,
         keep_last=2,  # checkpoints
         keep_best=1,
+        mask="each",  # passages have no loss; "released": as the authors' script masked
     )
     c.label = dict(critic=dict(brief=False))  # full prompts
     return c

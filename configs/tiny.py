@@ -138,10 +138,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.kind = "quickstart"
     c.seed = 0
     c.world = _world(pick)
-    c.encoder = dict(name="hashed", dim=384, word_weight=2.0)
-    c.index = dict(
-        brute_force_below=20_000, leaves_search_fraction=0.2, dimensions_per_block=2, reorder=100
-    )
+    c.encoder = dict(name="hashed", dim=384, word_weight=2.0, vector_dtype="float32")
+    c.index = dict(structure="exact")
     c.retrieve_k = 5
     c.collect = dict(
         seed=0,
@@ -149,6 +147,10 @@ def get_config(variant: str = "full") -> ConfigDict:
         teacher_error_rate=0.02,
         share=(("retrieve", 1.0), ("isrel", 0.25), ("issup", 0.4), ("isuse", 0.6)),
         passages=5,
+        per_group=(),
+        balance=None,
+        dev_share=0.0,
+        max_characters=20_000,
     )
     # The small Llama that ships with the package; or "scratch", or the path of another model.
     c.base = "embedded"
@@ -162,17 +164,31 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.critic = _train(pick(280, 6), rows=12, max_targets=128, seed=1, save_every=pick(100, 2))
     # The baselines are trained with the generator's section.
     c.generator = _train(pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2))
+    c.generator.mask = "each"  # passages have no loss
     c.label = dict(
         seed=0,
-        critic=dict(batch=64, length_bucket=32, brief=True),
+        critic=dict(batch=64, length_bucket=32, brief=True, min_shared=16),
         passages=3,
         variants=2,
         best_rate=0.5,
         chunk=pick(300, 40),
+        retrieve_labels="critic",
+        needs=dict(
+            seed=0,
+            shots=0,  # a base of the synthetic world answers only what it was fine-tuned to answer
+            max_new_tokens=pick(24, 8),
+            short_tokens=24,
+            passages=3,
+            dev_share=0.2,
+            batch=pick(50, 8),
+            length_bucket=32,
+            max_length=192,
+            threshold=None,
+        ),
     )
     c.answer = _answer(pick)
     c.plain = dict(
         batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64
     )
-    c.report = dict(seed=0, examples=6)
+    c.report = dict(seed=0, examples=2000)  # answers in the page, the wrong ones first
     return c

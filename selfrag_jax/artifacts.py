@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import read_json, write_json
+from selfrag_jax.files import read_json, read_object, write_json
 
 STARTED = "started.json"
 LOCK = ".lock"  # a separate file: one that is rewritten and renamed would lose its lock
@@ -35,17 +35,21 @@ MODEL_FILE_PATTERNS = (
     "tokenizer*",
     "added_tokens.json",
     "special_tokens_map.json",
+    "pytorch_model.bin",
 )
-FILE_STAGES = ("collect", "retrieve", "label", "answer")  # stages whose artifact is a file
+# Stages whose artifact is a file.
+FILE_STAGES = ("collect", "retrieve", "label", "answer", "export")
+_OTHER = {"stage": "another stage", "config": "another config", "inputs": "other inputs"}
+FOLDER_STAGES = ("embed", "index", "prepare")
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
 # ---- locks --------------------------------------------------------------------------------------
-def lock_file(file: IO, what: str | Path) -> None:
+def lock_file(file: IO, what: str | Path, wait_for: str = "") -> None:
     """Takes an exclusive lock on `file` until close or exit.
 
-    Raises UserError, which calls it `what`, if another process holds the lock. A no-op on systems
-    and file systems without locks.
+    Raises UserError, which calls it `what`, if another process holds the lock; with `wait_for`,
+    what the other one does, it waits instead. A no-op on systems and file systems without locks.
     """
     try:
         import fcntl
@@ -54,6 +58,10 @@ def lock_file(file: IO, what: str | Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if wait_for:
+            print(f"{what}: waits for another process, which is {wait_for}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return
         raise UserError(
             f"{what}: another process is writing it; wait until it ends, or choose another name"
         ) from None
@@ -62,15 +70,15 @@ def lock_file(file: IO, what: str | Path) -> None:
 
 
 @contextmanager
-def exclusive_workdir(folder: str | Path) -> Iterator[None]:
+def exclusive_workdir(folder: str | Path, wait_for: str = "") -> Iterator[None]:
     """Holds an exclusive lock on a folder, which is created if missing, within the block.
 
-    Raises UserError if another process holds the lock, as `lock_file` does.
+    Raises UserError if another process holds the lock, or waits for it, as `lock_file` does.
     """
     path = Path(folder) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as f:
-        lock_file(f, folder)
+        lock_file(f, folder, wait_for)
         yield
 
 
@@ -154,6 +162,8 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     Raises UserError if the artifact is missing, unfinished or made by another stage.
     """
     path = Path(path)
+    if path.is_file() and stage in FOLDER_STAGES:
+        raise UserError(f"{path}: is a file; expected a folder made by `selfrag {stage}`")
     if not manifest_path(path).is_file():
         state = "is unfinished" if path.exists() else "does not exist"
         raise UserError(
@@ -169,6 +179,19 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     if role and found != role:
         raise UserError(f"{path}: is a {found}; expected a {role}")
     return path
+
+
+def require_own_or_empty(folder: Path, stage: str) -> None:
+    """Raises UserError if a folder holds anything that this stage did not begin."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; `selfrag {stage}` writes a folder")
+    if folder.is_dir() and any(p.name != LOCK for p in folder.iterdir()):
+        made = folder / STARTED
+        if not made.is_file() or read_json(made).get("stage") != stage:
+            raise UserError(
+                f"{folder}: is not empty and was not made by `selfrag {stage}`; "
+                "choose another --out"
+            )
 
 
 def claim_workdir(
@@ -188,42 +211,88 @@ def claim_workdir(
         if write:
             write_json(path, new)
     elif (old := read_json(path)) != new:
+        for name, path_of_input in inputs.items():
+            if name in old.get("inputs", {}) and old["inputs"][name] != new["inputs"][name]:
+                raise UserError(
+                    f"{folder}: was started with another {name}: {path_of_input} is another file, "
+                    f"or has changed since; remove {folder} to begin again"
+                )
         raise UserError(
             f"{folder}: was started with other settings ({_difference(old, new)}); "
             "remove it or choose another"
         )
 
 
-def is_finished(
-    artifact: str | Path, stage: str, config: Any, inputs: Mapping[str, str | Path]
-) -> bool:
-    """Returns whether this stage already made `artifact` from this config and these inputs.
-
-    A file without a manifest is moved aside. Raises UserError naming the first difference if the
-    artifact was made from something else, and if it is one of its own inputs.
-    """
+def check_output(
+    artifact: str | Path,
+    stage: str,
+    inputs: Mapping[str, str | Path],
+    beside: Iterable[str | Path] = (),
+) -> None:
+    """Raises UserError if a stage cannot write `artifact`, or the files `beside` it, there."""
     artifact = Path(artifact)
+    if stage in FOLDER_STAGES and artifact.is_file():
+        raise UserError(f"{artifact}: is a file; `selfrag {stage}` writes a folder")
     if stage in FILE_STAGES and artifact.is_dir():
         raise UserError(
             f"{artifact}: is a folder; --out is a file, {artifact}/{stage}.jsonl for example"
         )
-    for name, given in inputs.items():
-        if artifact.exists() and Path(given).exists() and artifact.samefile(given):
-            raise UserError(f"{artifact}: is both the output and the {name}; choose another --out")
+    if stage in FILE_STAGES and artifact.suffix == ".gz":
+        raise UserError(f"{artifact}: is written as plain text; leave .gz out of --out")
+    if (parent := next(p for p in artifact.absolute().parents if p.exists())) and parent.is_file():
+        raise UserError(f"{artifact}: {parent} is a file; choose another --out")
+    for written in (artifact, *map(Path, beside)):
+        if written is not artifact and written.is_dir():
+            raise UserError(f"{written}: is a folder; `selfrag {stage}` writes a file there")
+        for name, given in inputs.items():
+            if written.exists() and Path(given).exists() and written.samefile(given):
+                what = "the output" if written is artifact else "a file beside the output"
+                raise UserError(f"{written}: is both {what} and the {name}; choose another --out")
+
+
+def is_finished(
+    artifact: str | Path,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str | Path],
+    beside: Iterable[str | Path] = (),
+) -> bool:
+    """Returns whether this stage already made `artifact` from this config and these inputs.
+
+    beside: other files that the stage writes with it. Files without a manifest are moved aside.
+    Raises UserError naming the first difference if the artifact was made from something else, and
+    as `check_output` does.
+    """
+    artifact, others = Path(artifact), [Path(b) for b in beside]
+    check_output(artifact, stage, inputs, others)
     path = manifest_path(artifact)
     if not path.is_file() or not artifact.exists():
-        if artifact.is_file():
-            _move_aside(artifact, stage)
+        for file in (artifact, *others):
+            if file.is_file():
+                _move_aside(file, stage)
         return False
-    old, new = read_json(path), _made_from(stage, config, inputs)
+    old, new = read_object(path, ()), _made_from(stage, config, inputs)
     for part in ("stage", "config", "inputs"):
         if old.get(part) != new[part]:
             raise UserError(
-                f"{artifact}: is already there, made with another {part} "
+                f"{artifact}: is already there, made with {_OTHER[part]} "
                 f"({_difference(old.get(part), new[part])}). "
                 "Choose another output, or remove it to make it again."
             )
     return True
+
+
+def claim_rewritten(file: str | Path, stage: str) -> None:
+    """Makes way for a file that a stage writes anew every time; a stranger's is moved aside.
+
+    Raises UserError if it was made by another stage.
+    """
+    file, manifest = Path(file), manifest_path(file)
+    if not manifest.is_file():
+        if file.is_file():
+            _move_aside(file, stage)
+    elif (made := read_object(manifest, ()).get("stage")) != stage:
+        raise UserError(f"{file}: was made by `selfrag {made}`; choose another --out")
 
 
 def _move_aside(file: Path, stage: str) -> None:
@@ -243,8 +312,13 @@ def write_manifest(
     inputs: Mapping[str, str | Path],
     counts: Mapping[str, Any],
 ) -> None:
-    """Writes the manifest, which marks the artifact as finished."""
-    manifest = _made_from(stage, config, inputs)
+    """Writes the manifest, which marks the artifact as finished.
+
+    The inputs of a claimed folder are recorded as they were when it was claimed.
+    """
+    started = Path(artifact) / STARTED
+    made = read_json(started) if started.is_file() else None
+    manifest = made or _made_from(stage, config, inputs)
     manifest["counts"] = dict(counts)
     manifest["versions"] = {name: _version(name) for name in _VERSIONS}
     manifest["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -256,6 +330,15 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def remove_temporary_files(folder: str | Path) -> None:
+    """Removes what killed writers left in a folder and below; nobody may be writing there."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove_parts(folder: str | Path) -> None:

@@ -96,18 +96,19 @@ def parse(
     except flags.Error as e:
         raise UserError(str(e)) from None
     values: dict[str, Any] = {f.name: parser[f.name].value for f in command.flags}
-    for flag, value in values.items():
-        if isinstance(value, str) and "://" in value:
+    for f in command.flags:
+        value = values[f.name]
+        if isinstance(value, str) and "://" in value and not f.is_url:
             raise UserError(
-                f"--{flag}={value}: cloud storage is not reached by address; "
+                f"--{f.name}={value}: cloud storage is not reached by address; "
                 "mount it (gcsfuse) or copy it here"
             )
     if missing := [f"--{f.name}" for f in command.flags if f.required and not values[f.name]]:
-        raise UserError(f"missing {', '.join(missing)}; for example: {command.example}")
+        raise UserError(f"missing {', '.join(missing)}; for example: {command.examples[0]}")
     if positional and not command.positional:
         raise UserError(
             f"unexpected argument {positional[0]!r}; flags start with --, "
-            f"for example: {command.example}"
+            f"for example: {command.examples[0]}"
         )
     for f in command.flags:
         if f.type is tuple and values[f.name] is not None:
@@ -141,7 +142,7 @@ def _overview() -> str:
 
 
 def _help(name: str, command: Command) -> str:
-    lines = [SUMMARIES[name], "", f"  {command.example}", ""]
+    lines = [SUMMARIES[name], "", *(f"  {example}" for example in command.examples), ""]
     width = max(len(f.name) for f in command.flags)
     for f in command.flags:
         note = "" if f.default is None else f" (default: {f.default})"

@@ -37,7 +37,7 @@ def load(spec: str) -> ConfigDict:
     """
     name, _, variant = spec.partition(":")
     path = _find(name, spec)
-    module = _import_file(path, spec)
+    module = import_file(path, spec)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no function get_config(variant)")
     try:
@@ -59,9 +59,9 @@ def _find(name: str, spec: str) -> Path:
     path = Path(name)
     may_be_installed = path.parent in (Path("."), Path("configs"))
     if not path.is_file() and may_be_installed:
-        path = _installed_folder() / f"{path.stem}.py"
+        path = installed_folder() / f"{path.stem}.py"
     if not path.is_file():
-        known = sorted(p.stem for p in _installed_folder().glob("*.py") if p.stem != "__init__")
+        known = sorted(p.stem for p in installed_folder().glob("*.py") if p.stem != "__init__")
         close = difflib.get_close_matches(Path(name).stem, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(
@@ -71,7 +71,7 @@ def _find(name: str, spec: str) -> Path:
     return path
 
 
-def _import_file(path: Path, spec: str) -> ModuleType:
+def import_file(path: Path, spec: str) -> ModuleType:
     module_spec = importlib.util.spec_from_file_location(f"selfrag_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {path} is not a Python file; its name must end in .py")
@@ -83,7 +83,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
     return module
 
 
-def _installed_folder() -> Path:
+def installed_folder() -> Path:
     try:
         import selfrag_jax.configs as installed
     except ImportError:  # run from a checkout without installation

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import io
 import json
 import os
+import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from selfrag_jax.errors import UserError
 
@@ -47,3 +52,57 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON: {e}") from None
+
+
+def read_object(path: str | Path, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Returns a JSON object of ours. Raises UserError if it is damaged or lacks a field."""
+    row = read_json(path)
+    if not isinstance(row, dict) or (missing := [f for f in fields if f not in row]):
+        what = f"lacks {missing[0]!r}" if isinstance(row, dict) else "is not an object"
+        raise UserError(f"{path}: {what}; it is damaged, make its folder again")
+    return row
+
+
+@contextmanager
+def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[TextIO, BinaryIO]]:
+    """Opens a UTF-8 text file, decompressed if its name ends in .gz.
+
+    Yields the text and the file below it, whose `tell` says how many bytes on disk were read.
+    Raises UserError if the file is missing, not UTF-8, or damaged; also while the block reads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder; expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}")
+    with open(path, "rb") as raw:
+        binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        try:
+            with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:
+                yield text, raw
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: not UTF-8 ({e.reason})") from None
+        except EOFError:
+            raise UserError(f"{path}: is cut off; copy or download it again") from None
+        except (gzip.BadGzipFile, zlib.error) as e:
+            raise UserError(f"{path}: not readable as gzip ({e})") from None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`: a hard link, or a copy across file systems."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+            raise
+        shutil.copyfile(source, target)
+
+
+def link_or_copy_tree(source: Path, target: Path) -> None:
+    """Makes the folder `target` hold the same files as `source`, as `link_or_copy` does."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        if path.is_dir():
+            (target / path.relative_to(source)).mkdir(parents=True, exist_ok=True)
+        else:
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, target / path.relative_to(source))

@@ -19,7 +19,7 @@ MOVED = {
     "aot_decode": ("compilation.decode",),
     "aot_gpu": ("compilation.gpu",),
     "critique": (),
-    "critique.collect": ("critic.collecting", "commands.collect"),
+    "critique.collect": ("critic.collecting", "critic.teachers.rule", "commands.collect"),
     "critique.label": ("critic.labelling", "critic.critic", "commands.label"),
     "critique.sentences": ("text.sentences",),
     "data.critic": ("data.critic_examples",),
@@ -38,7 +38,6 @@ MOVED = {
     "decoding.show": ("answering.terminal",),
     "decoding.slots": ("engine.programs",),
     "evaluation.evaluate": ("evaluation.scores", "commands.evaluate"),
-    "evaluation.tasks": ("data.questions",),
     "memory": ("allocator",),
     "models.checkpoints": (
         "checkpoints.loading", "checkpoints.saving", "checkpoints.workdirs",

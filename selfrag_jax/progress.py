@@ -14,6 +14,7 @@ _BAR_WIDTH, _LINE_WIDTH = 24, 110
 class Progress:
     """Counts units of work. `advance` redraws at most a few times a second.
 
+    total: 0 if it is not known.
     done: units that an earlier run finished; they do not count towards the rate.
     """
 
@@ -39,6 +40,10 @@ class Progress:
         self.advance(n)
 
     def _draw(self, now: float) -> None:
+        if not self.total and self.done:
+            end = "" if self.is_terminal else "\n"
+            self._print(f"{self.name:<22} {self.done} {self.unit}  {self.note}", end=end)
+            return
         rate = (self.done - self.skipped) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         filled = round(_BAR_WIDTH * (self.done / self.total if self.total else 1.0))

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import atomic_write
+from selfrag_jax.files import atomic_write, open_text
 
 T = TypeVar("T")
+
+PASSAGE_ID_FIELDS = ("id", "_id", "docid", "doc_id", "passage_id", "pid")
+ROW_ID_FIELDS = ("id", "_id", "qid", "question_id", "sample_id", "docid")
+PASSAGE_TEXT_FIELDS = ("text", "contents", "content")
 
 
 def __getattr__(name: str) -> Any:
@@ -67,6 +71,8 @@ class CriticExample:
     preceding: str = ""
     evidence: Passage | None = None
     segment: str = ""
+    id: str = ""  # of the instruction
+    explanation: str = ""  # the teacher's, if it gave one
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,15 @@ class Question:
     # The only possible answers: the labels of the choices, or a list in the file.
     options: tuple[str, ...] = ()
     task: str = ""
+    # What metrics need, under one name whatever the file calls it (see data/questions.py).
     extra: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""  # the instruction as a task words it; "": the question and its choices
+    input: str = ""  # the prompt's `### Input:` part
+
+    @property
+    def full_question(self) -> str:
+        """Question and input as one text, for retrieval."""
+        return f"{self.question} {self.input}" if self.input else self.question
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -114,18 +128,21 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
     return n
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: str | Path, on_position: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:line", row) from a JSON-lines file, or from a JSON file with a list of objects.
+
+    Either may be compressed (.gz). on_position: called before each line with the number of bytes of
+    the file on disk that were read.
 
     Raises UserError naming file and line if a row is not a JSON object.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file of JSON lines")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     number = 0
-    with open(path, encoding="utf-8-sig") as f:
+    with open_text(path) as (f, raw):
         try:
             head = f.read(1)
             while head.isspace():
@@ -133,22 +150,31 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f.seek(0)
             if head == "[":
                 for i, row in enumerate(json.load(f)):
-                    yield _checked_row(f"{path}: item {i + 1}", row)
+                    yield checked_row(f"{path}: item {i + 1}", row)
                 return
             for number, line in enumerate(f, 1):
+                if on_position:
+                    on_position(raw.tell())
                 if line.strip():
-                    yield _checked_row(f"{path}:{number}", json.loads(line), line)
+                    yield checked_row(f"{path}:{number}", json.loads(line), line)
+        except UserError:
+            raise
         except json.JSONDecodeError as e:
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
             raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+            raise UserError(f"{path}: not UTF-8 after line {number} ({e.reason})") from None
         except RecursionError:
             raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
 
 
-def _checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[str, Any]]:
-    """source: the row's JSON text, if known. Only an escape `\\ud...` can hold a lone surrogate."""
+def checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[str, Any]]:
+    """Returns `where` and `row`.
+
+    Raises UserError if the row is no object, or has text that cannot be written as UTF-8.
+
+    source: the row's JSON text, if known. Only an escape `\\ud...` can hold a lone surrogate.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if "\\ud" in source.lower():
@@ -156,9 +182,7 @@ def _checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
             lone = e.object[e.start]
-            raise UserError(
-                f"{where}: holds half of a character: {lone!r} is an unpaired surrogate"
-            ) from None
+            raise UserError(f"{where}: holds {lone!r}, an unpaired surrogate") from None
     return where, row
 
 
@@ -205,9 +229,9 @@ def passage_from(where: str, row: Any, number: int) -> Passage:
         except (TypeError, ValueError):
             raise UserError(f"{where}: field 'score' must be a number, found {score!r}") from None
     return Passage(
-        id=text_field(where, row, ("id", "passage_id"), str(number)),
+        id=text_field(where, row, PASSAGE_ID_FIELDS, str(number)),
         title=text_field(where, row, "title", ""),
-        text=text_field(where, row, ("text", "contents")),
+        text=text_field(where, row, PASSAGE_TEXT_FIELDS),
         score=score,
     )
 
@@ -224,7 +248,7 @@ def passages_from(where: str, row: dict[str, Any]) -> tuple[Passage, ...]:
 
 def instruction_from(where: str, row: dict[str, Any]) -> Instruction:
     return Instruction(
-        id=text_field(where, row, "id", where),
+        id=text_field(where, row, ROW_ID_FIELDS, where) or where,
         instruction=text_field(where, row, ("instruction", "question")),
         output=text_field(where, row, "output"),
         input=text_field(where, row, "input", ""),
@@ -242,6 +266,8 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
         preceding=text_field(where, row, "preceding", ""),
         evidence=None if evidence is None else passage_from(where, evidence, 0),
         segment=text_field(where, row, "segment", ""),
+        id=text_field(where, row, "id", ""),
+        explanation=text_field(where, row, "explanation", ""),
     )
 
 

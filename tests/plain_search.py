@@ -170,11 +170,11 @@ class PlainSearch:
             ends_answer = token == t.eos_id or token in r.isuse
             ends = ends_before or ends_answer or step + 1 == c.max_new_tokens
 
-            # Critiques: IsRel at the first position, IsSup where it is generated, the rest at the
-            # end; there IsSup too, if it was not generated.
+            # Critiques: IsRel at the first position, IsSup where it is first generated, the rest at
+            # the end; there IsSup too, if it was not generated.
             if isrel is None:
                 isrel = self.group(logits, r.isrel)
-            if token in r.issup or (ends and issup is None):
+            if issup is None and (ends or token in r.issup):
                 issup = self.group(logits, r.issup)
             if ends:
                 isuse, retrieve = self.group(logits, r.isuse), self.group(logits, r.retrieve)

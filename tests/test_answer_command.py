@@ -74,7 +74,7 @@ def test_failed_questions_are_reported_and_tried_again(talkative, tmp_path, caps
     passages = make_passages(np.random.default_rng(0), talkative.tokenizer, 2)
 
     class BrokenForMara:
-        def passages(self, static, queries, k):
+        def search(self, queries, k):
             if any("Mara" in q for q in queries):
                 raise RuntimeError("the index is gone")
             return [passages for _ in queries]
@@ -91,7 +91,7 @@ def test_failed_questions_are_reported_and_tried_again(talkative, tmp_path, caps
     before = rows_of(out)
     assert [bool(row["error"]) for row in before] == [False, True]
 
-    rag.retriever = SimpleNamespace(passages=lambda static, queries, k: [passages for _ in queries])
+    rag.retriever = SimpleNamespace(search=lambda queries, k: [passages for _ in queries])
     answer_file(rag, questions, out, None, changes)
     after = rows_of(out)
     assert after[0] == before[0]  # only the failed one was answered again

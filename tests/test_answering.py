@@ -190,7 +190,7 @@ def test_a_question_that_fails_leaves_the_others_alone(talkative):
     passages = make_passages(np.random.default_rng(0), talkative.tokenizer, 2)
 
     class BrokenForMara:
-        def passages(self, static, queries, k):
+        def search(self, queries, k):
             if any("Mara" in q for q in queries):
                 raise RuntimeError("the index is gone")
             return [passages for _ in queries]
@@ -231,6 +231,12 @@ def test_the_score_of_an_answer_is_what_paths_were_compared_by(talkative, accumu
         if accumulate == "product":
             scores = np.maximum(scores, 0)
         assert answer.score == pytest.approx(combine(scores), abs=1e-3)
+        running = answer.tree[answer.segments[-1].node]["total"]
+        expected = np.sum(scores) if accumulate == "mean" else answer.score
+        assert running == pytest.approx(expected, abs=1e-3)  # rows are rounded
+        for n in answer.tree:
+            no, yes, _ = n["retrieve"]
+            assert n["p_retrieve"] == pytest.approx(yes / (yes + no), abs=1e-3)
 
 
 def test_every_citation_points_into_the_answer(talkative):
@@ -255,6 +261,7 @@ def test_a_segment_without_text_cites_nothing(talkative):
             depth=0,
             action="retrieve",
             p_retrieve=1.0,
+            retrieve=(0.0, 1.0, 0.0),
             passage=passage,
             tokens=tuple(tokens),
             p_segment=1.0,

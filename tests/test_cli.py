@@ -1,6 +1,8 @@
 """The command line: help that teaches, and wrong flags, fields and files met with a remedy."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,7 +33,7 @@ def test_overview_and_help_name_every_command_and_flag(capsys):
     for name in SUMMARIES:
         command = load_command(name)
         code, out, _ = run(capsys, name, "--help")
-        assert code == 0 and command.example in out
+        assert code == 0 and all(example in out for example in command.examples)
         assert all(f"--{f.name}" in out for f in command.flags)
 
 
@@ -117,7 +119,7 @@ def test_a_mean_of_runs_needs_a_folder_to_write_to(tmp_path, capsys):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_question_without_an_answer_is_a_failure(capsys, monkeypatch, talkative, as_json):
     class Broken:
-        def passages(self, *_):
+        def search(self, *_):
             raise RuntimeError("the index is broken")
 
     rag = make_rag(talkative, ndocs=2)
@@ -162,6 +164,19 @@ def test_a_process_that_runs_a_model_keeps_freed_memory(monkeypatch, stage, keep
 
 
 # ---- configs -------------------------------------------------------------------------------------
+def test_help_of_no_command_waits_for_jax():
+    """Command files import what takes long inside functions (commands/__init__.py)."""
+    program = (
+        "import sys\n"
+        "from selfrag_jax.commands import SUMMARIES, load_command\n"
+        "for name in SUMMARIES:\n"
+        "    load_command(name)\n"
+        "    heavy = {'jax', 'flax', 'scann', 'pyarrow', 'orbax'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name}: {heavy}'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_config_of_another_kind_is_refused(capsys, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(
@@ -178,8 +193,8 @@ def test_a_config_of_another_kind_is_refused(capsys, tmp_path):
 def test_build_refuses_unknown_and_missing_fields():
     with pytest.raises(UserError, match="did you mean 'dim'"):
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
-    with pytest.raises(UserError, match="lacks dim"):
-        config.build(EncoderConfig, {"name": "hashed", "word_weight": 1.0}, "encoder")
+    with pytest.raises(UserError, match="lacks name"):
+        config.build(EncoderConfig, {"dim": 8, "word_weight": 1.0}, "encoder")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +227,11 @@ def test_both_variants_of_tiny_build_every_section():
         loaded = config.load(variant)
         for name, cls in sections.items():
             config.build(cls, loaded[name], name)
+
+
+def test_the_large_critic_labels_with_full_prompts():
+    label = config.build(LabelConfig, config.load("critic_7b").label, "label")
+    assert not label.critic.brief and label.passages == 5
 
 
 def test_reseeding_moves_every_seed():

@@ -182,7 +182,7 @@ def test_other_questions_generate_while_passages_are_looked_for(talkative, monke
         def __init__(self):
             self.num_queries: list[int] = []
 
-        def passages(self, static, queries, k):
+        def search(self, queries, k):
             self.num_queries.append(len(queries))
             return [
                 make_passages(np.random.default_rng(len(q)), talkative.tokenizer, 2)

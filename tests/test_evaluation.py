@@ -46,7 +46,7 @@ def test_published_question_formats_are_read(tmp_path):
     q = read_questions(write_rows(tmp_path / "mixed.jsonl", rows))
     assert q[0].answers == ("a", "b") and q[0].ctxs[0].score == 1.5
     assert q[1].ctxs[0].id == "3" and q[1].answers == ("x",)
-    assert q[2].choices[2] == ("3", "z") and q[2].answers == ("3",)
+    assert q[2].choices[2] == ("C", "z") and q[2].answers == ("C",)
     assert q[3].question == "Tell me about X." and q[3].extra["topic"] == "X"
     assert q[4].ctxs[0].title == "" and [x.id for x in q][:2] == ["0", "1"]
     as_list = tmp_path / "list.json"
@@ -99,7 +99,7 @@ def two_parts(*answers):
     ("question", "answer", "expected"),
     [
         (Question("1", "q", ("Quenport",)), "Mara was born in Quenport.", 1.0),
-        (Question("1", "q", ("Quen",)), "Mara was born in Quenport.", 0.0),  # whole words only
+        (Question("1", "q", ("Quen",)), "Mara was born in Quenport.", 1.0),  # a substring
         (Question("1", "q", ("The Hague",)), "in the hague", 1.0),
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "B.", 1.0),
         (Question("1", "q", ("B",), choices=(("A", "x"), ("B", "y"))), "A.", 0.0),
@@ -217,6 +217,9 @@ def test_report_shows_every_number_and_escapes_text(tmp_path):
     }
     node |= {"p_segment": 0.5, "score": 1.0, "chosen": True}
     example = {
+        "id": "1",
+        "system": "rag_top1",
+        "task": "long_tail",
         "question": "q?",
         "answer": "a",
         "p_retrieve": 0.7,
@@ -225,7 +228,8 @@ def test_report_shows_every_number_and_escapes_text(tmp_path):
     }
     report.write_report(rows, [example], tmp_path, "Title")
     page = (tmp_path / "index.html").read_text()
-    assert "50.0" in page and "<script>" not in page and "&lt;script&gt;" in page
+    assert "50.0" in page and "<script>alert" not in page
+    assert r"\u003cscript\u003ealert(1)\u003c/script\u003e" in page
     assert "| Standard RAG, top 1 | 50.0" in (tmp_path / "results.md").read_text()
 
 

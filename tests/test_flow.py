@@ -167,9 +167,13 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
     without_passages = f"--input={w}/world/instructions.jsonl"
     again = f"--out={w}/generator_data_2.jsonl"
     run("label", critic, without_passages, f"--index={w}/index", "--k=5", again)
-    assert (w / "generator_data_2.jsonl").read_bytes() == (w / "generator_data.jsonl").read_bytes()
+    # Searched for by segment: the first segments' passages are those that `retrieve` found.
+    both = [list(read_rows(w / f"generator_data{name}.jsonl")) for name in ("", "_2")]
+    pairs = [(a["output"], b["output"]) for (_, a), (_, b) in zip(*both, strict=True)]
+    single = [a == b for a, b in pairs if a.count("etrieval]") == 1]
+    assert len(single) > 100 and all(single)
     assert cli.main(["label", critic, without_passages, f"--out={w}/no.jsonl", SMOKE]) == 2
-    assert "give --index" in capsys.readouterr().err
+    assert "give `selfrag label` an --index" in capsys.readouterr().err
     run("train", "--role=generator", f"--data={w}/generator_data.jsonl", f"--workdir={w}/generator")
 
     # 3. Answers.
@@ -192,11 +196,12 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
     metrics = json.loads((w / answers).with_suffix(".metrics.json").read_text())["rows"]
     cell = ("selfrag_adaptive", "long_tail")
     expected = {r["metric"]: r["value"] for r in rows if (r["system"], r["task"]) == cell}
-    assert {r["metric"]: r["value"] for r in metrics} == expected
+    # The command has more metrics than the quickstart's report.
+    assert expected.items() <= {r["metric"]: r["value"] for r in metrics}.items()
     shutil.copytree(made, w / "finished")
     report = run("report", f"--workdir={w}/finished", f"--out={w}/report", "--examples=2")
     assert "Self-RAG, always" in report
-    assert (w / "report" / "index.html").read_text().count("class='card'") == 2
+    assert '"shown":2,' in (w / "report" / "index.html").read_text()
 
 
 def test_own_corpus_and_questions(quickstart, tmp_path, capsys):
@@ -215,7 +220,7 @@ def test_own_corpus_and_questions(quickstart, tmp_path, capsys):
     ]
     lines = [json.dumps(q, ensure_ascii=False) for q in questions]
     (tmp_path / "q.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    passages = [asdict(p) for p in corpus.read_corpus(tmp_path / "corpus.tsv")]
+    passages = [asdict(p) for _, p in corpus.Corpus(tmp_path / "corpus.tsv")]
     lines = [json.dumps(p) for p in passages]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
@@ -277,6 +282,11 @@ def test_ask_by_the_released_scripts_needs_no_other_flag(quickstart, capsys):
     weights = scoring.Weights(w_use=1.0)  # the scripts' own; 0.5 in the config
     expected = scores.released_score(first["p_segment"], *groups, weights)
     assert first["score"] == pytest.approx(expected, abs=1e-3)
+    given = "--config.answer.search.weights.w_use=0.25"  # counts as much as a flag
+    assert cli.main(["ask", *flags, given, flow.sample_question(workdir)]) == 0
+    [second, *_] = json.loads(capsys.readouterr().out)["tree"]
+    less = 0.75 * scoring.s_use(np.array(second["isuse"]))
+    assert second["score"] == pytest.approx(first["score"] - less, abs=1e-3)
     assert cli.main(["ask", *flags, "--accumulate=mean", "Where?"]) == 2
     assert "--accumulate=mean: the released scripts multiply" in capsys.readouterr().err
 

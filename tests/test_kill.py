@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from repetitions import some
+from test_corpus import contents
 
 SAVE_EVERY = 4
 # (kills, steps): more steps than any machine has time for between the kills.
-ALL_WEIGHTS, LORA = some((6, 180), (20, 600)), some((3, 110), (8, 600))
+ALL_WEIGHTS, LORA = some((5, 150), (20, 600)), some((2, 80), (8, 600))
 
 
 def program(workdir, form, num_steps):
@@ -119,3 +120,42 @@ def test_many_kills_change_nothing(tmp_path, form, kills, num_steps):
 
 if __name__ == "__main__":
     program(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+
+
+# ---- embedding and indexing ----------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_killed_index_ends_with_the_files_of_one_that_was_not(tmp_path):
+    """`selfrag index` from a corpus, killed at random while it reads, embeds and builds."""
+    words = [f"word{i}" for i in range(500)]
+    rng = random.Random(0)
+    with open(tmp_path / "p.tsv", "w") as f:
+        f.write("id\ttext\ttitle\n")
+        for i in range(5000):
+            f.write(f"{i}\t{' '.join(rng.choices(words, k=30))}\tTitle {i}\n")
+    settings = dict(dim=64, rows_per_file=500)
+    index = dict(part_size=2000, leaves=16, sample=1000, structure="codes", memory="4GB")
+    flags = [f"--config.encoder.{k}={v}" for k, v in settings.items()]
+    flags += [f"--config.index.{k}={v}" for k, v in index.items()]
+
+    def start(out):
+        command = [sys.executable, "-m", "selfrag_jax", "index", f"--passages={tmp_path}/p.tsv"]
+        return subprocess.Popen(
+            [*command, f"--out={out}", *flags],
+            stderr=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    took = time.monotonic() - began
+    for _ in range(some(3, 20)):
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.1, 0.9) * took)
+        process.kill()
+        process.wait()
+    process = start(tmp_path / "killed")
+    _, err = process.communicate()
+    assert process.returncode == 0, err.decode()[-2000:]
+    for suffix in ("", "_embeddings"):
+        whole, killed = (contents(tmp_path / f"{name}{suffix}") for name in ("whole", "killed"))
+        assert killed == whole and len(whole) > 5

@@ -310,9 +310,9 @@ def test_a_later_query_adds_the_previous_segment(talkative):
     passages = make_passages(np.random.default_rng(2), talkative.tokenizer, 3)
 
     class Index:
-        def passages(self, ctxs, texts, ndocs):
+        def search(self, texts, k):
             queries.extend(texts)
-            return [passages[:ndocs] for _ in texts]
+            return [passages[:k] for _ in texts]
 
     rag.retriever = Index()
     # Earlier passages are dropped, so no path continues with the one it has.

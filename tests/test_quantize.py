@@ -145,7 +145,8 @@ print(json.dumps([[a.answer, a.score, [n["score"] for n in a.tree]] for a in fou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ("", "int8"))
+# int8 has everything that plain weights have, and scales.
+@pytest.mark.parametrize("quantization", some(("int8",), ("", "int8")))
 def test_two_devices_answer_as_one(folder, quantization):
     """With layers stacked, as on TPUs, and per layer, as on GPUs; by both searches."""
     found = []

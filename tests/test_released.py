@@ -3,6 +3,7 @@
 test_released_quirks.py takes their quirks one by one.
 """
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -23,9 +24,12 @@ from plain_search import (
 from repetitions import some
 
 from selfrag_jax.answering.config import DEFAULT
+from selfrag_jax.answering.selfrag import SelfRAG
+from selfrag_jax.data.questions import read_questions
 from selfrag_jax.engine import engine
 from selfrag_jax.errors import UserError
-from selfrag_jax.records import Question
+from selfrag_jax.evaluation import tasks
+from selfrag_jax.records import Question, write_jsonl
 from selfrag_jax.search import scoring
 from selfrag_jax.search.released import scores
 from selfrag_jax.search.released.search import ReleasedSearch
@@ -297,6 +301,51 @@ def random_config(seed, is_long_form):
     )
 
 
+SCRIPT_TASKS = {  # the scripts' names -> ours; "" asks the bare question
+    False: {"": "popqa", "arc_c": "arc_challenge", "fever": "pubhealth"},
+    True: {"": "factscore_bio", "asqa": "asqa", "eli5": "eli5"},
+}
+INSTRUCTIONS = {name: f"{name}: what?" for name in ("arc_c", "fever", "asqa", "eli5")}
+
+
+def script_prompt(name, row):
+    """The instruction as run_short_form.py and run_long_form_static.py build it."""
+    if not name:
+        return row["question"]
+    if name != "arc_c":
+        blank = "" if name in ("asqa", "eli5") else "\n\n"
+        return f"{INSTRUCTIONS[name]}{blank}## Input:\n\n{row['question']}"
+    texts = dict.fromkeys("ABCD", "")
+    for label, text in zip(row["choices"]["label"], row["choices"]["text"], strict=True):
+        texts["ABCD"[int(label) - 1] if label in "1234" else label] = text
+    lines = "".join(f"\n{letter}: {text}" for letter, text in texts.items())
+    return f"{INSTRUCTIONS[name]}\n\n### Input:\n{row['question']}{lines}"
+
+
+def random_row(rng, name, question):
+    """A row of the task's published file: three options, four or five."""
+    if name != "arc_c":
+        return {"question": question, "answers": ["true"]}
+    n = int(rng.integers(3, 6))
+    labels = list("1234"[:n] if n < 5 and rng.random() < 0.5 else "ABCDE"[:n])
+    texts = [str(t) for t in rng.choice(["Quenport", "Lisford", "the ropemaker"], n)]
+    choices = {"label": labels, "text": texts}
+    return {"question": question, "choices": choices, "answerKey": labels[0]}
+
+
+def asked_by_task(rng, tmp_path, is_long_form, questions):
+    """(Question as our task asks it, the script's prompt) for each question; tasks go round."""
+    file, rows = tmp_path / "instructions.json", tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(INSTRUCTIONS))
+    names = list(SCRIPT_TASKS[is_long_form].items())
+    of_name = {n: tasks.with_instruction(tasks.load(f"{ours}:released"), file) for n, ours in names}
+    tasks_of = [names[i % len(names)][0] for i in range(len(questions))]
+    made = [random_row(rng, n, q) for n, q in zip(tasks_of, questions, strict=True)]
+    write_jsonl(rows, made)
+    read = zip(tasks_of, made, read_questions(rows), strict=True)
+    return [(of_name[n].ask(q), script_prompt(n, row)) for n, row, q in read]
+
+
 def random_questions(tokenizer, config, seed, n=5):
     """n prompts, and passages for each."""
     rng = np.random.default_rng(2000 + seed)
@@ -392,6 +441,54 @@ def test_the_long_form_equals_the_script(talkative):
             num_remapped += any(no_retrieval in n.tokens for n in tree.nodes)
         num_unknown += plain.num_unknown
     assert min(num_deep, num_stopped, num_remapped, num_unknown) > num_seeds / 4
+
+
+@pytest.mark.parametrize("is_long_form", [False, True])
+def test_prompts_equal_the_scripts(tmp_path, is_long_form):
+    """Of 500 random questions, with the instructions given."""
+    rng = np.random.default_rng(7)
+    words = ["where", "## Input:\n\n", "Ω", "the ropemaker", "\n", "A:", reflection.RETRIEVAL]
+    questions = [f"q{i} " + " ".join(rng.choice(words, 1 + i % 7)) for i in range(500)]
+    asked = asked_by_task(rng, tmp_path, is_long_form, questions)
+    assert [q.prompt for q, _ in asked] == [prompt for _, prompt in asked]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_long_form", [False, True])
+def test_answers_to_tasks_equal_the_scripts(talkative, tmp_path, is_long_form):
+    """From a row of each task's file to the answer's text: the same scores, vote and text."""
+    rng, num_retrieved = np.random.default_rng(11), 0
+    seeds = (1, 6, *range(7, 16))[: some(2, 11)]  # always, and adaptive
+    for seed in seeds:
+        config = random_config(seed, is_long_form)
+        words = ["where", "what", "who is Mara", "the ropemaker", "of Quenport"]
+        questions = [" ".join(rng.choice(words, 1 + i % 3)) for i in range(3)]
+        asked = asked_by_task(rng, tmp_path, is_long_form, questions)
+        passages = [make_passages(rng, talkative.tokenizer, config.ndocs) for _ in asked]
+        asked = [
+            (replace(q, id=str(i), ctxs=tuple(found)), prompt)
+            for i, ((q, prompt), found) in enumerate(zip(asked, passages, strict=True))
+        ]
+        rag = SelfRAG(talkative, None, replace(DEFAULT, search=config, batch=4, max_length=128))
+        plain = PlainScripts(talkative, config)
+        known = ReleasedSearch(talkative.model, talkative.params, talkative.tokenizer, config, 128)
+        plain.num_known = known.rules.num_known
+        for (q, prompt), answer in zip(asked, rag.answer([q for q, _ in asked]), strict=True):
+            assert not answer.error and not any("was cut from" in n for n in answer.notices)
+            ids = prompt_ids(talkative.tokenizer, prompt)
+            if is_long_form:
+                expected = plain.long_form(ids, q.ctxs)
+                task = q.task if q.task in ("asqa", "eli5") else "factscore"
+                text = plain.long_answer(expected, task)
+            else:
+                expected = plain.short_form(ids, q.ctxs)
+                text = plain.short_answer(expected, bool(q.options))
+            assert answer.retrieved == expected.retrieved and answer.answer == text
+            num_retrieved += expected.retrieved
+            if not is_long_form and expected.retrieved:
+                found = [node["score"] for node in answer.tree]
+                np.testing.assert_allclose(found, scores_of(expected), atol=1e-4)
+    assert num_retrieved > len(seeds)
 
 
 @pytest.mark.parametrize(

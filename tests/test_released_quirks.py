@@ -227,8 +227,10 @@ def read_critiques(talkative):
     t = talkative.tokenizer
     released = make_search(talkative, replace(DEFAULT.search, scorer="released")).rules
 
-    def read(*tokens, num_known=None, logits=None):
+    def read(*tokens, num_known=None, logits=None, paper=False):
         rules = replace(released, num_known=num_known or t.vocab_size)
+        if paper:
+            rules = make_search(talkative, DEFAULT.search).rules
         if logits is None:
             rng = np.random.default_rng(0)
             logits = rng.normal(size=(len(tokens), 1, t.vocab_size)).astype(np.float32)
@@ -258,6 +260,14 @@ def test_issup_and_isuse_are_read_where_they_are_first_generated(read_critiques,
     issup, isuse = readings.distribution(1, r.issup), readings.distribution(3, r.isuse)
     np.testing.assert_allclose(readings.segment.issup[0], issup, rtol=1e-5)
     np.testing.assert_allclose(readings.segment.isuse[0], isuse, rtol=1e-5)
+
+
+def test_the_first_issup_of_a_segment_counts_with_either_scorer(read_critiques, talkative):
+    r = talkative.tokenizer.reflection_ids()
+    for paper in (False, True):
+        readings = read_critiques(RELEVANT, NO_SUPPORT, "Mara", FULLY, paper=paper)
+        expected = readings.distribution(1, r.issup)
+        np.testing.assert_allclose(readings.segment.issup[0], expected, rtol=1e-5)
 
 
 def test_issup_and_isuse_that_are_never_generated_stay_zero(read_critiques):

@@ -90,7 +90,38 @@ def program(job, workdir, process=0, port=0):
         except KeyboardInterrupt:
             stop_after = None
         run((1, 2, 2), "moved")  # fewer devices, too
+        results["search"] = search_on_devices(workdir)
     print(json.dumps(results))
+
+
+def search_on_devices(workdir):
+    """Largest differences of search on 8 and on 3 devices from exact search: rows, scores."""
+    import jax
+
+    from selfrag_jax.retrieval.device_search import DeviceSearch
+    from selfrag_jax.retrieval.vectors import (
+        VectorFiles,
+        VectorLayout,
+        search_exactly,
+        write_vectors,
+    )
+
+    folder, rng = Path(workdir) / "vectors", np.random.default_rng(0)
+    layout = VectorLayout(1003, 24, "float16", 400)
+    layout.write(folder)
+    for i in range(layout.num_files):
+        first, after = layout.rows_of_file(i)
+        x = rng.standard_normal((after - first, 24)).astype(np.float16)
+        write_vectors(layout.file(folder, i), x, first)
+    vectors, queries = VectorFiles(folder), rng.standard_normal((70, 24)).astype(np.float32)
+    rows, scores = search_exactly(vectors, queries, 10, 100)
+    differences = []
+    for n in (8, 3):
+        found, found_scores = DeviceSearch([vectors], "float32", False, jax.devices()[:n]).search(
+            queries, 10
+        )
+        differences += [int((found != rows).sum()), float(np.abs(found_scores - scores).max())]
+    return differences
 
 
 def start(*arguments, devices):
@@ -133,6 +164,12 @@ def test_every_mesh_has_the_losses_of_one_device(trained, mesh):
     assert len(one["losses"]) == STEPS and one["losses"][-1] < one["losses"][0]
     np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-4, rtol=0)
     assert several["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_search_over_several_devices_equals_exact_search(trained):
+    rows_of_8, scores_of_8, rows_of_3, scores_of_3 = trained["search"]
+    assert rows_of_8 == rows_of_3 == 0 and max(scores_of_8, scores_of_3) < 1e-5
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfrag_jax import config
-from selfrag_jax.critic import collecting
+from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage, write_jsonl
 from selfrag_jax.text import reflection
@@ -284,7 +284,7 @@ def test_default_worlds_evaluate_no_training_question(seed):
 def test_teacher_errors_have_the_configured_rate_and_vary_by_row(tmp_path):
     write_jsonl(tmp_path / "teacher.jsonl", [{"entity": "Mara Tellock", "group": "known"}])
     judge = truth.read_truth(tmp_path / "teacher.jsonl")
-    teacher = collecting.RuleTeacher(judge, 0.02, 0)
+    teacher = RuleTeacher(judge, 0.02, 0)
     rates = []
     for i in range(40):
         query = CritiqueQuery("retrieve", f"Where was Mara Tell{i} born?")
@@ -293,6 +293,12 @@ def test_teacher_errors_have_the_configured_rate_and_vary_by_row(tmp_path):
         rates.append(sum(label != judge(query) for label in labels) / len(labels))
     assert 0.016 < sum(rates) / len(rates) < 0.024  # 8,000 labels: standard deviation 0.0016
     assert max(rates) < 0.08
+    # The last digits of a passage's score, which differ between machines, are of no account.
+    evidence = [Passage("1", "Mara", "Mara sings.", score) for score in (0.5, 0.5000001)]
+    for row in map(str, range(300)):
+        first, second = (CritiqueQuery("isrel", "Who sings?", evidence=e) for e in evidence)
+        wrong = RuleTeacher(lambda query: "[Relevant]", 0.5, 0)
+        assert wrong.judge(first, row) == wrong.judge(second, row)
 
 
 def test_a_world_that_exhausts_names_or_values_is_an_error(small_world):

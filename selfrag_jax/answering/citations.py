@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from selfrag_jax.records import Passage
-from selfrag_jax.search.tree import Node
 from selfrag_jax.text import reflection
+
+
+class Judged(Protocol):
+    """A segment, as far as citations go: a node of the search tree, or a row of its file."""
+
+    @property
+    def passage(self) -> Passage | None: ...
+    @property
+    def isrel(self) -> tuple[float, ...]: ...
+    @property
+    def issup(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Citation:
     support: str  # the most likely IsSup token
 
 
-def cite(path: Sequence[Node]) -> tuple[list[Passage], list[Citation]]:
+def cite(path: Sequence[Judged]) -> tuple[list[Passage], list[Citation]]:
     """The passages that a path's segments rest on, in order of first use, and the citations.
 
     A segment cites its passage unless the model judges the passage irrelevant, or the segment

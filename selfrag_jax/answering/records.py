@@ -136,6 +136,8 @@ def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]
         "id": node.id,
         "parent": node.parent,
         "action": node.action,
+        "p_retrieve": round(node.p_retrieve, 4),
+        "retrieve": _rounded(node.retrieve),
         "passage": passage,
         "text": search.text(node.tokens),
         "said": search.critiques(node.tokens),
@@ -145,6 +147,7 @@ def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]
         "issup": _rounded(node.issup),
         "isuse": _rounded(node.isuse),
         "score": round(node.score, 4),
+        "total": round(node.total, 4),
         "chosen": chosen,
     }
 

@@ -33,7 +33,7 @@ from selfrag_jax.engine.engine import place_params
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub
 from selfrag_jax.records import Passage, Question
-from selfrag_jax.retrieval.retriever import OnlineRetriever, Retriever, StaticRetriever
+from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever, search_passages
 from selfrag_jax.search.algorithms import ALGORITHMS
 from selfrag_jax.search.config import SearchConfig
 from selfrag_jax.search.paper import PaperSearch
@@ -60,14 +60,23 @@ class SelfRAG:
 
     @classmethod
     def load(
-        cls, model: str | Path, index: str | Path | None = None, config: AnswerConfig | None = None
+        cls,
+        model: str | Path,
+        index: str | Path | None = None,
+        config: AnswerConfig | None = None,
+        retriever: Retriever | None = None,
     ) -> SelfRAG:
         """Loads a training workdir, a Hugging Face folder or a hub name.
 
-        index: a folder made by `selfrag index`. config: default: DEFAULT (answering/config.py).
-        Raises UserError if either is missing or unfinished, or the tokenizer has no reflection
-        tokens.
+        index: a folder made by `selfrag index`. retriever: your own in its place, any object with
+        `search(queries, k)` (retrieval/retriever.py). config: default: DEFAULT
+        (answering/config.py). Raises UserError if model or index is missing or unfinished, if the
+        tokenizer has no reflection tokens, and if both an index and a retriever are given.
         """
+        if index and retriever is not None:
+            raise UserError("give either an index or a retriever, not both")
+        if retriever is not None and not callable(getattr(retriever, "search", None)):
+            raise UserError(f"retriever={retriever!r}: has no method search(queries, k)")
         folder = hub.model_folder(model)
         if (folder / workdirs.MODEL_FILE).is_file():
             artifacts.require_finished(folder, "train", "generator")
@@ -75,7 +84,7 @@ class SelfRAG:
         loaded.tokenizer.reflection_ids()  # raises before weights are put anywhere
         config = config or DEFAULT
         sources = {"model": folder} | ({"index": Path(index)} if index else {})
-        retriever = OnlineRetriever(index) if index else None
+        retriever = IndexRetriever(index) if index else retriever
         return cls(prepare_model(loaded, config), retriever, config, sources)
 
     def answer(
@@ -117,6 +126,10 @@ class SelfRAG:
         """Raises UserError if `changes`, as in `answer`, are wrong."""
         self._search(changes)
 
+    def search_config(self, changes: dict[str, Any]) -> SearchConfig:
+        """The settings of a search with `changes`; takes and raises what `check` does."""
+        return self._search(changes).config
+
     # ---- running the search ----------------------------------------------------------------------
     def _events(
         self, questions: list[Question], changes: dict[str, Any], total: int | None = None
@@ -140,7 +153,7 @@ class SelfRAG:
             [prompt_ids[i] for i in asked],
             find_passages,
             self._num_slots(total or len(questions), search),
-            seed_texts=[questions[i].question for i in asked],
+            seed_texts=[questions[i].full_question for i in asked],
             overlap=self.retriever is not None and not all(q.ctxs for q in questions),
         )
         while True:
@@ -192,11 +205,10 @@ class SelfRAG:
     def _prompt(self, q: Question, limit: int, notices: list[str]) -> list[int]:
         """Tokens up to the response heading; cut to `limit` of them, with a notice."""
 
-        def encode(text: str) -> list[int]:
-            parts = prompts.instruction(text)
+        def encode(parts: list[prompts.Part]) -> list[int]:
             return self.loaded.tokenizer.encode(parts, before_control=True)
 
-        tokens = [self.loaded.tokenizer.bos_id, *encode(prompts.question_text(q))]
+        tokens = [self.loaded.tokenizer.bos_id, *encode(prompts.question_prompt(q))]
         if len(tokens) <= limit:
             return tokens
         why = ""
@@ -204,7 +216,7 @@ class SelfRAG:
             why = f": the model's context has {self.loaded.model.config.max_length}"
         notices.append(f"the question was cut from {len(tokens)} to {limit} tokens{why}")
         # Keep the response heading: one token or, in published vocabularies, several.
-        heading = _common_suffix_length(tokens, encode(""))
+        heading = _common_suffix_length(tokens, encode(prompts.instruction("")))
         return [*tokens[: limit - heading], *tokens[len(tokens) - heading :]]
 
     def _find_passages(
@@ -225,12 +237,12 @@ class SelfRAG:
         self, queries: list[tuple[Question, list[str]]], ndocs: int
     ) -> list[list[Passage]]:
         """The question's own passages; for questions without any, the index's."""
-        texts = [prompts.retrieval_query(q.question, previous) for q, previous in queries]
-        passages = StaticRetriever().passages([q.ctxs for q, _ in queries], texts, ndocs)
+        passages = [list(q.ctxs[:ndocs]) for q, _ in queries]
         if self.retriever is None:
             return passages
+        texts = [prompts.retrieval_query(q.full_question, previous) for q, previous in queries]
         missing = [i for i, own in enumerate(passages) if not own]
-        found = self.retriever.passages([()] * len(missing), [texts[i] for i in missing], ndocs)
+        found = search_passages(self.retriever, [texts[i] for i in missing], ndocs)
         for i, one in zip(missing, found, strict=True):
             passages[i] = one
         return passages

@@ -121,7 +121,7 @@ def _train_stage(
         family_weights=families,
     )
     data = configs.build(BaseDataConfig, fields, "data")
-    made = {"model": c.model.to_dict(), "data": asdict(data), "train": asdict(section)}
+    made = {"model": c.model.to_dict(), "data": asdict(data), "train": section.manifest_fields()}
     inputs = {"previous": previous} if previous else {}
     if artifacts.is_finished(folder, "base", made, inputs):
         manifest = read_json(artifacts.manifest_path(folder))

@@ -20,32 +20,47 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation import tasks
+from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
 if TYPE_CHECKING:
+    from selfrag_jax.answering.config import AnswerConfig
     from selfrag_jax.answering.records import Answer
     from selfrag_jax.answering.selfrag import SelfRAG
 
+INSTRUCTIONS_FLAG = Flag(
+    "instructions",
+    "the tasks' instructions, in place of our wording: a JSON file of task and instruction, or the "
+    "released repository's retrieval_lm/utils.py, which is parsed and never run",
+)
+
 
 def answer_file(
-    rag: SelfRAG, input_path: str | Path, out: str | Path, task: str | None, changes: dict[str, Any]
+    rag: SelfRAG,
+    input_path: str | Path,
+    out: str | Path,
+    task: str | None,
+    changes: dict[str, Any],
+    prompt: Task | None = None,
 ) -> int:
     """Answers all questions of a file; returns their number.
 
-    changes: as SelfRAG.answer takes them. Answers are kept in `.{out}.*.partial` as they come; an
-    interrupted run answers the remaining questions only. Raises UserError for a file without
-    questions, for ids that occur twice, for questions without passages if there is no index, and
-    while another process answers the same into the same file.
+    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. Answers are
+    kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining questions
+    only. Raises UserError for a file without questions, for ids that occur twice, for questions
+    without passages if there is no index, and while another process answers the same into the same
+    file.
     """
     from selfrag_jax.engine import engine
 
     rag.check(changes)  # before anything is written
-    questions = read_questions(input_path, task or "")
-    _check_questions(rag, input_path, questions, changes)
+    mode = changes.get("mode", rag.config.search.mode)
+    questions = read_checked(input_path, prompt or task, rag.retriever is not None, mode)
     ids = [q.id for q in questions]
 
-    config = _identity(rag, task, changes)
+    config = answer_identity(rag.config, task, changes, prompt)
     inputs = {"input": input_path, **rag.sources}
     done: dict[str, dict[str, Any]] = {}
     if artifacts.is_finished(out, "answer", config, inputs):
@@ -77,33 +92,65 @@ def answer_file(
     return len(rows)
 
 
-def _check_questions(
-    rag: SelfRAG, input_path: str | Path, questions: list[Question], changes: dict[str, Any]
-) -> None:
+def read_checked(
+    input_path: str | Path, task: Task | str | None, has_retriever: bool, mode: str
+) -> list[Question]:
+    """The questions of a file, worded by `task` if it is a Task.
+
+    Raises UserError for ids that occur twice, for questions without passages where nothing
+    retrieves them, and as reading and Task.ask do.
+    """
+    if isinstance(task, Task):
+        questions = task.ask_all(read_questions(input_path, task.name), str(input_path))
+    else:
+        questions = read_questions(input_path, task or "")
     seen: set[str] = set()
     for q in questions:
         if q.id in seen:
             raise UserError(f"{input_path}: id {q.id!r} occurs more than once")
         seen.add(q.id)
-    mode = changes.get("mode", rag.config.search.mode)
-    needs_passages = rag.retriever is None and mode != "no_retrieval"
+    needs_passages = not has_retriever and mode != "no_retrieval"
     if needs_passages and (without := [q.id for q in questions if not q.ctxs]):
         raise UserError(
             f"{input_path}: question {without[0]!r} has no passages (ctxs); "
             "give --index, or --mode=no_retrieval"
         )
+    return questions
 
 
-def _identity(rag: SelfRAG, task: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+def answers_in_folder(
+    rag: SelfRAG, input_path: str | Path, folder: str | Path, changes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the answers with these settings, from a file in `folder` named after its inputs.
+
+    Answers what is not there yet. Raises UserError if a question failed, and as answer_file does.
+    """
+    inputs = {"input": input_path, **rag.sources}
+    name = artifacts.identity("answer", answer_identity(rag.config, None, changes), inputs)
+    file = Path(folder) / f"{name}.jsonl"
+    answer_file(rag, input_path, file, None, changes)
+    rows = [row for _, row in read_rows(file)]
+    if failed := [row for row in rows if row["error"]]:
+        raise UserError(
+            f"{file}: question {failed[0]['id']!r} failed ({failed[0]['error']}); "
+            "run the same command again to retry it"
+        )
+    return rows
+
+
+def answer_identity(
+    config: AnswerConfig, task: str | None, changes: dict[str, Any], prompt: Task | None = None
+) -> dict[str, Any]:
     """What identifies an answer file besides its inputs.
 
     Leaves out what changes memory and speed only: with less of it, a run that was too large for
     the device can continue.
     """
-    settings = json.loads(json.dumps(rag.config, default=vars))
+    settings = json.loads(json.dumps(config, default=vars))
     del settings["batch"], settings["tensor"], settings["search"]["length_bucket"]
     changes = {k: v for k, v in changes.items() if k != "length_bucket"}
-    return {"changes": changes, "task": task, "answer": settings}
+    identity = {"changes": changes, "task": task, "answer": settings}
+    return identity | ({"prompt": prompt.prompt_identity()} if prompt else {})
 
 
 def _answer_rest(
@@ -150,10 +197,34 @@ def _complete_rows(partial: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(partial)]
 
 
+def _prompt(values: dict[str, Any]) -> Task | None:
+    """The task that --task names, which words the questions; says on the screen who does.
+
+    A file's name never does, even if it is a task's.
+    """
+    given = values["task"] or ""
+    if tasks.is_known(given):
+        task = tasks.with_instruction(tasks.load(given), values["instructions"])
+        print(task.describe(values["instructions"]), file=sys.stderr)
+        return task
+    if values["instructions"]:
+        raise UserError(
+            f"--instructions: goes with --task=NAME{tasks.did_you_mean(given)}, which it words"
+        )
+    note = ""
+    if given:
+        note = f"; --task={given} is a name only{tasks.did_you_mean(given)}"
+    elif (stem := Path(values["input"]).name.partition(".")[0]) and tasks.is_known(stem):
+        note = f"; --task={stem} would ask as that task does"
+    print(f"prompt: the questions as they are{note}", file=sys.stderr)
+    return None
+
+
 def run(values: dict[str, Any], _: list[str]) -> None:
-    n = answer_file(
-        load_selfrag(values), values["input"], values["out"], values["task"], search_changes(values)
-    )
+    prompt = _prompt(values)
+    task = prompt.name if prompt else values["task"]
+    rag, changes = load_selfrag(values), search_changes(values)
+    n = answer_file(rag, values["input"], values["out"], task, changes, prompt)
     print(f"{values['out']}: {n} answers")
 
 
@@ -166,9 +237,11 @@ COMMAND = Command(
         Flag("out", "answers (JSON lines)", required=True),
         Flag(
             "task",
-            "name of the task; default: the input file's name. With --scorer=released, answers to "
-            "asqa and eli5 carry citation marks in the text",
+            "popqa, arc_challenge, ...: asks as that task does (its search settings come with "
+            "`selfrag evaluate`); another name only labels the answers; default: the input file's "
+            "name, as a label. With --scorer=released, asqa and eli5 get citation marks",
         ),
+        INSTRUCTIONS_FLAG,
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
         ANSWER_CONFIG_FLAG,

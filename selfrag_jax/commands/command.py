@@ -23,20 +23,27 @@ class Flag:
     default: str | int | float | bool | None = None  # None: optional, or `required`
     required: bool = False
     type: type = str  # str, int, float, bool, or tuple: text with commas
+    is_url: bool = False  # other flags are paths, which are no addresses
 
 
 @dataclass(frozen=True)
 class Command:
-    example: str
+    example: str  # several, one a line, where a command has several uses
     flags: tuple[Flag, ...]
     run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
     positional: str = ""  # what positional arguments are, if the command takes any
 
+    @property
+    def examples(self) -> list[str]:
+        return self.example.splitlines()
 
-def config_flag(default: str | None = "tiny", note: str = "") -> Flag:
+
+def config_flag(
+    default: str | None = "tiny", note: str = "", examples: str = "tiny, tiny:smoke"
+) -> Flag:
     return Flag(
         "config",
-        "an installed config (tiny, tiny:smoke) or a path; "
+        f"an installed config ({examples}) or a path; "
         f"--config.section.field=value changes a field{note}",
         default,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from selfrag_jax import artifacts
 from selfrag_jax.answering.config import AnswerConfig
 from selfrag_jax.commands.command import Flag, config_flag, config_section, flags_of, given
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_object
 from selfrag_jax.search.config import SearchConfig
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ MODEL_FLAGS = (
     Flag("model", "a training workdir, a Hugging Face folder, or a hub name (owner/model)"),
     Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
 )
+CALIBRATION = "calibration.json"  # in a model's folder
 SEARCH_FLAGS = flags_of(SearchConfig)
 LOADING_FLAGS = tuple(f for f in flags_of(AnswerConfig) if f not in SEARCH_FLAGS)
 ANSWER_CONFIG_FLAG = config_flag(
@@ -28,8 +31,28 @@ ANSWER_CONFIG_FLAG = config_flag(
 
 
 def search_changes(values: dict[str, Any]) -> dict[str, Any]:
-    """The search settings that the user gave."""
-    return given(values, SEARCH_FLAGS)
+    """The search settings that the user gave.
+
+    A scorer brings defaults of its own, so a weight or an accumulation that the user set in the
+    config has to count as given beside --scorer.
+    """
+    changes = given(values, SEARCH_FLAGS)
+    if "scorer" in changes:
+        for assignment in values["overrides"]:
+            key, _, text = assignment.partition("=")
+            section, _, name = key.rpartition(".")
+            if section == "answer.search.weights":
+                changes.setdefault(name, _weight(key, text))
+            elif key == "answer.search.accumulate":
+                changes.setdefault(name, text)
+    return changes
+
+
+def _weight(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--config.{key}={text}: expected a number") from None
 
 
 def require_quickstart(workdir: str | Path, *files: Path) -> None:
@@ -41,10 +64,23 @@ def require_quickstart(workdir: str | Path, *files: Path) -> None:
         )
 
 
-def load_selfrag(values: dict[str, Any]) -> SelfRAG:
-    """The model, index and config that the flags name."""
-    from selfrag_jax.answering.selfrag import SelfRAG
+def config_for(model: str | Path, otherwise: str) -> str:
+    """Returns the config to use where none is given: tiny for models of the synthetic world."""
     from selfrag_jax.checkpoints import loading
+    from selfrag_jax.huggingface import hub
+
+    mode = loading.read_tokenizer(hub.model_folder(model)).mode
+    return "tiny" if mode == "words" else otherwise
+
+
+def model_and_config(
+    values: dict[str, Any], calibrated: bool = True
+) -> tuple[Path, Path | None, AnswerConfig]:
+    """The model's folder, the index and the settings that the flags name; nothing is loaded.
+
+    calibrated: take the threshold that `selfrag calibrate` left in the model's folder, unless the
+    user gave one.
+    """
     from selfrag_jax.huggingface import hub
 
     model, index = values["model"], values["index"]
@@ -58,9 +94,48 @@ def load_selfrag(values: dict[str, Any]) -> SelfRAG:
             "give --model (a training workdir, a Hugging Face folder or a hub name) "
             "or --workdir of a finished quickstart"
         )
+    model = hub.model_folder(model)
     if values["config"] is None:
-        model = hub.model_folder(model)
-        of_tiny_world = loading.read_tokenizer(model).mode == "words"
-        values = values | {"config": "tiny" if of_tiny_world else "any_model"}
+        values = values | {"config": config_for(model, "any_model")}
     config = config_section(values, AnswerConfig, "answer")
-    return SelfRAG.load(model, index, replace(config, **given(values, LOADING_FLAGS)))
+    if calibrated and not _threshold_is_given(values):
+        threshold = _calibrated_threshold(model)
+        if threshold is not None:
+            config = replace(config, search=replace(config.search, threshold=threshold))
+    config = replace(config, **given(values, LOADING_FLAGS))
+    return model, Path(index) if index else None, config
+
+
+def load_from(model: Path, index: Path | None, config: AnswerConfig) -> SelfRAG:
+    from selfrag_jax.answering.selfrag import SelfRAG
+
+    return SelfRAG.load(model, index, config)
+
+
+def load_selfrag(values: dict[str, Any], calibrated: bool = True) -> SelfRAG:
+    """The model, index and config that the flags name; calibrated: as for model_and_config."""
+    return load_from(*model_and_config(values, calibrated))
+
+
+def _threshold_is_given(values: dict[str, Any]) -> bool:
+    """By flag or config; nor is one needed where the mode or the scorer does not use it."""
+    if values["threshold"] is not None or values["scorer"] == "released":
+        return True
+    if values["mode"] not in (None, "adaptive_retrieval"):
+        return True
+    return any(o.startswith("answer.search.threshold=") for o in values["overrides"])
+
+
+def _calibrated_threshold(folder: Path) -> float | None:
+    """The threshold in a model's folder. Raises UserError if it was chosen for another model."""
+    file = folder / CALIBRATION
+    if not file.is_file():
+        return None
+    made = read_object(file, ("threshold", "model"))
+    if made["model"] != artifacts.fingerprint(folder):
+        raise UserError(
+            f"{file}: was made for other weights than the folder has now; run `selfrag calibrate` "
+            "again, remove it, or give --threshold"
+        )
+    print(f"threshold {made['threshold']}, from {file}", file=sys.stderr)
+    return made["threshold"]

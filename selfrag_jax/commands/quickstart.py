@@ -24,9 +24,10 @@ from selfrag_jax.commands.label import label_file
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
-from selfrag_jax.critic.collecting import CollectConfig, RuleTeacher, critique_queries
+from selfrag_jax.critic.collecting import CollectConfig, critique_queries
+from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.data.questions import read_questions
-from selfrag_jax.files import write_json
+from selfrag_jax.files import read_json, write_json
 from selfrag_jax.progress import progress
 from selfrag_jax.records import (
     GeneratorExample,
@@ -37,7 +38,7 @@ from selfrag_jax.records import (
     write_jsonl,
 )
 from selfrag_jax.retrieval.encoders import EncoderConfig
-from selfrag_jax.retrieval.index import IndexConfig
+from selfrag_jax.retrieval.plan import IndexConfig
 from selfrag_jax.text.prompts import format_passage
 from selfrag_jax.world import questions, truth
 
@@ -76,6 +77,7 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     """Runs all stages; returns the rows of results.json."""
     from selfrag_jax.critic.labelling import LabelConfig
     from selfrag_jax.evaluation import report, tables
+    from selfrag_jax.evaluation.page.questions import PageLimits
 
     configs.require_kind(c, "quickstart", "configs/tiny.py")
     w, started = Path(workdir), time.monotonic()
@@ -117,9 +119,15 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
 
     _announce("9/9  report")
     write_json(w / "report" / "results.json", {"rows": rows})
-    shown = example_answers(w, c.report.examples)
-    differences = paired_differences([w], c.report.seed)
-    report.write_report(rows, shown, w / "report", tables.TITLE, differences)
+    report.write_report(
+        rows,
+        shown_answers(w),
+        w / "report",
+        tables.TITLE,
+        paired_differences([w], c.report.seed),
+        plots=training_plots(w),
+        limits=PageLimits(c.report.examples),
+    )
     _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")
     inputs, counts = {"predictions": w / "predictions"}, {"rows": len(rows)}
     artifacts.write_manifest(w / "report", "report", c.report.to_dict(), inputs, counts)
@@ -206,7 +214,8 @@ def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
     from selfrag_jax.checkpoints import loading
     from selfrag_jax.critic.critic import Critic
     from selfrag_jax.critic.labelling import LabelConfig
-    from selfrag_jax.evaluation.scores import critic_accuracy
+    from selfrag_jax.evaluation import critic_evaluation, critic_scores
+    from selfrag_jax.evaluation.critic_scores import BINS
 
     config = configs.build(CollectConfig, c.collect, "collect")
     teacher = RuleTeacher(truth.read_truth(w / "world" / "teacher.jsonl"), 0.0, config.seed)
@@ -217,8 +226,17 @@ def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
             kinds.append(row.dataset_name)
     labelling = configs.build(LabelConfig, c.label, "label")
     critic = Critic(loading.load(w / "critic"), labelling.critic)
-    right = [teacher.truth(q) for q in asked]
-    return critic_accuracy(critic, asked, right, kinds, c.report.seed)
+    judged = [q.group for q in asked], [teacher.truth(q) for q in asked], critic.judge(asked)
+    verdicts, seed = critic_evaluation.by_group(*judged), c.report.seed
+    bins = {
+        v.group: critic_scores.reliability_bins(v.confidence, v.correct, BINS).to_rows()
+        for v in verdicts.values()
+    }
+    write_json(w / "report" / "reliability.json", bins)
+    return [
+        *critic_evaluation.accuracy_by_kind(*judged, kinds, seed),
+        *critic_evaluation.calibration_rows(verdicts, "critic", seed, BINS),
+    ]
 
 
 # The differences that the report shows: one system, another, and the task.
@@ -265,12 +283,36 @@ def _accuracies(w: Path, system: str, task: str, asked) -> list[float]:
     return scores.score(asked, rows, judge=None, facts_of=None)["accuracy"]
 
 
-def example_answers(w: Path, n: int) -> list[Row]:
-    """The first answer of several tasks, n at most, for the report to show."""
-    tasks = ("long_tail", "two_part", "well_known", "no_need", "claims", "biography")
-    files = [w / "predictions" / "selfrag_adaptive" / f"{task}.jsonl" for task in tasks]
-    firsts = [next((row for _, row in read_rows(file)), None) for file in files]
-    return [row for row in firsts if row is not None][:n]
+# The systems whose answers the report shows; the ablations differ from the first in little.
+SHOWN_SYSTEMS = ("selfrag_adaptive", "rag_top1", "no_retrieval")
+
+
+def shown_answers(w: Path) -> list[Row]:
+    """The answers of SHOWN_SYSTEMS to all questions, with gold and accuracy, for the report."""
+    from selfrag_jax.evaluation import scores
+
+    shown = []
+    for system in SHOWN_SYSTEMS:
+        for task in questions.TASKS:
+            asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
+            answers = [row for _, row in read_rows(w / f"predictions/{system}/{task}.jsonl")]
+            scored = {row["id"]: row for row in scores.score_questions(asked, answers)}
+            for row in answers:
+                one = scored[str(row["id"])]
+                added = {"system": system, "task": task, "gold": one["gold"]}
+                shown.append(row | added | {"metrics": {"accuracy": one["metrics"]["accuracy"]}})
+    return shown
+
+
+def training_plots(w: Path):
+    """Plots of the critic: its reliability, where it is kept; and of all models' losses."""
+    from selfrag_jax.evaluation.page import plots_of_results
+    from selfrag_jax.training.event_files import read_scalars
+
+    file = w / "report" / "reliability.json"
+    bins = read_json(file) if file.is_file() else {}
+    scalars = {name: read_scalars(w / name) for name in ("critic", "generator", "rag", "closed")}
+    return [*plots_of_results.reliability(bins), *plots_of_results.training_losses(scalars)]
 
 
 def sample_question(w: Path) -> str:

@@ -1,4 +1,4 @@
-"""`selfrag report`: finished quickstarts in, their tables and page out."""
+"""`selfrag report`: finished quickstarts or evaluations in, their tables and page out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,37 @@ from selfrag_jax.commands.model_flags import require_quickstart
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 
+QUESTIONS = 2000
+
 
 def run(values: dict[str, Any], _: list[str]) -> None:
-    from selfrag_jax.commands.quickstart import example_answers, paired_differences
-    from selfrag_jax.evaluation import report, tables
+    if (values["workdir"] is None) == (values["run"] is None):
+        raise UserError("give --workdir, of a quickstart, or --run, the folder of an evaluation")
+    if values["sweep"] and values["workdir"]:
+        raise UserError("--sweep goes with --run")
+    if values["examples"] < 0:
+        raise UserError(f"--examples={values['examples']}: must be 0 or more")
+    out = _report_runs(values) if values["run"] else _report_quickstarts(values)
+    print(f"{out}/index.html")
 
-    workdirs = [Path(w) for w in values["workdir"].split(",")]
-    for w in workdirs:
+
+def _folders(values: dict[str, Any], flag: str) -> list[Path]:
+    folders = [Path(w) for w in values[flag].split(",")]
+    if len({w.resolve() for w in folders}) < len(folders):
+        raise UserError(f"--{flag}={values[flag]}: names a {flag} twice")
+    if len(folders) > 1 and not values["out"]:
+        raise UserError(f"several {flag}s: --out says where to write")
+    return folders
+
+
+def _report_quickstarts(values: dict[str, Any]) -> Path:
+    from selfrag_jax.commands.quickstart import paired_differences, shown_answers, training_plots
+    from selfrag_jax.evaluation import report, tables
+    from selfrag_jax.evaluation.page.questions import PageLimits
+
+    for w in (Path(w) for w in values["workdir"].split(",")):
         require_quickstart(w, w / "report" / "results.json")
-    if len({w.resolve() for w in workdirs}) < len(workdirs):
-        raise UserError(f"--workdir={values['workdir']}: names a workdir twice")
-    if len(workdirs) > 1 and not values["out"]:
-        raise UserError("several workdirs: --out says where to write their mean")
+    workdirs = _folders(values, "workdir")
     out = Path(values["out"]) if values["out"] else workdirs[0] / "report"
     runs = [tables.read_results(w / "report" / "results.json") for w in workdirs]
     rows, title = runs[0], tables.TITLE
@@ -29,18 +48,58 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         rows, title = tables.mean_over_seeds(runs), f"{tables.TITLE}: mean of {len(runs)} runs"
         write_json(out / "results.json", {"rows": rows})
     differences = paired_differences(workdirs, seed=0)
-    examples = example_answers(workdirs[0], values["examples"])
-    report.write_report(rows, examples, out, title, differences)
+    report.write_report(
+        rows,
+        shown_answers(workdirs[0]),
+        out,
+        title,
+        differences,
+        plots=training_plots(workdirs[0]),
+        limits=PageLimits(values["examples"]),
+    )
     print(tables.markdown(rows, differences))
-    print(f"{out}/index.html")
+    return out
+
+
+def _report_runs(values: dict[str, Any]) -> Path:
+    from selfrag_jax.evaluation import report, tables
+    from selfrag_jax.evaluation.page.plots_of_results import sweep_curves
+    from selfrag_jax.evaluation.page.questions import PageLimits
+    from selfrag_jax.evaluation.page.runs import named, read_run, read_sweep
+
+    folders = _folders(values, "run")
+    runs = [read_run(folder) for folder in folders]
+    cells = [(r["system"], r["task"], r["metric"]) for run in runs for r in run.rows]
+    if len(set(cells)) < len(cells):  # two runs of one system: the folder tells them apart
+        names = [str(f) for f in folders]
+        runs = [named(run, name) for run, name in zip(runs, names, strict=True)]
+    rows = [row for run in runs for row in run.rows]
+    paper = list({repr(row): row for run in runs for row in run.paper}.values())
+    out = Path(values["out"]) if values["out"] else folders[0] / "report"
+    report.write_report(
+        rows,
+        [q for run in runs for q in run.questions],
+        out,
+        f"Evaluation: {', '.join(dict.fromkeys(row['task'] for row in rows))}",
+        paper=paper,
+        plots=sweep_curves(read_sweep(values["sweep"])) if values["sweep"] else (),
+        limits=PageLimits(values["examples"]),
+    )
+    print(tables.markdown(rows))
+    return out
 
 
 COMMAND = Command(
-    example="selfrag report --workdir=W0,W1,W2 --out=mean",
+    example=(
+        "selfrag report --workdir=W0,W1,W2 --out=mean\n"
+        "selfrag report --run=popqa-adaptive,popqa-always --out=popqa"
+    ),
     flags=(
-        Flag("workdir", "of a finished quickstart; several with commas", required=True),
-        Flag("out", "folder to write; default: the workdir's report"),
-        Flag("examples", "questions to show", 6, type=int),
+        Flag("workdir", "of a finished quickstart; several with commas"),
+        Flag("run", "folder of a finished `selfrag evaluate --task`; several with commas"),
+        Flag("sweep", "folder of a `selfrag sweep`, whose curves the report of --run shows too"),
+        Flag("out", "folder to write; default: `report` in the first workdir or run"),
+        Flag("examples", "answers in the page at most, the wrong ones first", QUESTIONS, type=int),
     ),
     run=run,
 )

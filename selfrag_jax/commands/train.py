@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,12 @@ from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import write_json
+from selfrag_jax.records import read_rows
 from selfrag_jax.text import reflection
+
+if TYPE_CHECKING:
+    from selfrag_jax.training.config import TrainConfig
 
 # Fields of TrainConfig that change where or how fast a model is trained, but not what it learns:
 # a training may continue with other values.
@@ -23,41 +28,47 @@ RUNTIME_ONLY_FIELDS = (
     "keep_last", "keep_best",
 )  # fmt: skip
 
+FORMATS = ("own", "released")
+MALFORMED = "malformed_rows.json"  # in the workdir: all rows left out of a published file, by kind
 
-def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path, name: str) -> None:
+
+def train_model(
+    c: ConfigDict,
+    role: str,
+    data: str | Path,
+    workdir: str | Path,
+    name: str,
+    released: bool = False,
+) -> None:
     """Trains `role` ("critic" or "generator") on `data`. Does nothing if `workdir` is finished.
 
-    name: of the progress bar. Raises UserError for a role that the config has no section for, and
-    for data, mesh or base that do not fit.
+    name: of the progress bar. released: the data is a published file. Raises UserError for a role
+    that the config has no section for, and for data, mesh or base that do not fit.
     """
     import jax
 
     from selfrag_jax.checkpoints import workdirs
-    from selfrag_jax.training.config import ROLES, TrainConfig
+    from selfrag_jax.data.critic_examples import CriticSource
+    from selfrag_jax.data.generator_examples import GeneratorSource
+    from selfrag_jax.data.published_files import Faults
     from selfrag_jax.training.starting_model import base_folder, new_row_words, starting_model
     from selfrag_jax.training.train import train
 
     # 1. The config.
-    if role not in ROLES or role not in c:
-        known = ", ".join(r for r in ROLES if r in c) or "none in this config"
-        raise UserError(f"--role={role}: must be one of {known}")
+    section, weights = _checked_section(c, role), _group_weights(c, role)
     from_scratch = c.base == "scratch"
-    rows_of_new_tokens = "scratch" if from_scratch else "new_rows"
-    configs.require(
-        c, "base", "tokenizer", f"{role}_weights", "label.critic.brief", rows_of_new_tokens
-    )
-    section = configs.build(TrainConfig, c[role], role)
-    if section.steps == 0:
-        raise UserError(f"config {role}: steps=0 trains nothing")
-    weights = _group_weights(c, role)
 
     # 2. What identifies this training. Finished already?
     made: dict[str, Any] = {
         "role": role,
-        "train": {k: v for k, v in asdict(section).items() if k not in RUNTIME_ONLY_FIELDS},
+        "train": {
+            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
+        },
         "weights": weights,
         "brief": c.label.critic.brief,
     }
+    if released:
+        made["format"] = "released"
     inputs = {"data": data}
     if from_scratch:
         made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
@@ -72,7 +83,15 @@ def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     # With LoRA the frozen weights come from the base each time; else a checkpoint holds everything.
     load_params = section.lora is not None or not resumes
     start, num_new_tokens = starting_model(c, load_params)
-    source = _read_data(c, role, data, start.tokenizer, weights)
+    source: CriticSource | GeneratorSource
+    faults = Faults()  # malformed rows of a published file
+    if role == "critic":
+        brief = c.label.critic.brief
+        source = CriticSource.read(data, start.tokenizer, brief, weights, released, faults)
+    else:
+        source = GeneratorSource.read(
+            data, start.tokenizer, weights, released, section.mask, faults
+        )
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     is_main_process = jax.process_index() == 0
@@ -82,6 +101,8 @@ def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
     # 4. Train. One process locks the workdir; all check that it holds this same training.
     with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
+        if is_main_process and faults.total:
+            write_json(Path(workdir) / MALFORMED, faults.rows)
         # Only the trainer holds the parameters, so that it can free them.
         params = [start.params]
         start = replace(start, params=None)
@@ -93,13 +114,25 @@ def train_model(c: ConfigDict, role: str, data: str | Path, workdir: str | Path,
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
 
 
-def _read_data(c: ConfigDict, role: str, data: str | Path, tokenizer, weights: dict[str, float]):
-    from selfrag_jax.data.critic_examples import CriticSource
-    from selfrag_jax.data.generator_examples import GeneratorSource
+def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
+    """The settings of a role's training. Raises UserError if the config lacks what it needs."""
+    from selfrag_jax.training.config import ROLES, TrainConfig
 
-    if role == "critic":
-        return CriticSource.read(data, tokenizer, c.label.critic.brief, weights)
-    return GeneratorSource.read(data, tokenizer, weights)
+    if role not in ROLES or role not in c:
+        known = ", ".join(r for r in ROLES if r in c) or "none in this config"
+        raise UserError(f"--role={role}: must be one of {known}")
+    rows_of_new_tokens = "scratch" if c.base == "scratch" else "new_rows"
+    configs.require(
+        c, "base", "tokenizer", f"{role}_weights", "label.critic.brief", rows_of_new_tokens
+    )
+    section = configs.build(TrainConfig, c[role], role)
+    if section.steps == 0:
+        raise UserError(f"config {role}: steps=0 trains nothing")
+    if section.mask != "each" and role == "critic":
+        raise UserError(
+            f"config critic: mask={section.mask!r}: only a generator's data has passages"
+        )
+    return section
 
 
 def _warn_of_tensor_over_hosts(role: str, mesh) -> None:
@@ -131,22 +164,53 @@ def _group_weights(c: ConfigDict, role: str) -> dict[str, float]:
     return {k: float(v) for k, v in weights.items()}
 
 
+def is_released(name: str) -> bool:
+    """Whether --format names the published layout. Raises UserError for an unknown format."""
+    if name not in FORMATS:
+        raise UserError(f"--format={name}: must be one of {', '.join(FORMATS)}")
+    return name == "released"
+
+
+def _warn_of_plain_outputs(role: str, data: str) -> None:
+    """Says so if generator data look as before `selfrag label`."""
+    from selfrag_jax.data.generator_examples import print_plain_outputs
+
+    if role != "generator" or not Path(data).is_file():
+        return  # a folder says so itself
+    _, first = next(read_rows(data), ("", {}))
+    if not any(token in str(first.get("output")) for token in reflection.RETRIEVE):
+        print_plain_outputs(data)
+
+
 def run(values: dict[str, Any], _: list[str]) -> None:
     if values["distributed"]:
         from selfrag_jax.training.distributed import join_processes
 
         join_processes(values["distributed"])
-    train_model(
-        load_config(values), values["role"], values["data"], values["workdir"], values["role"]
-    )
+    released = is_released(values["format"])
+    role, data, workdir = values["role"], values["data"], values["workdir"]
+    _warn_of_plain_outputs(role, data)
+    train_model(load_config(values), role, data, workdir, role, released)
     print(values["workdir"])
 
 
 COMMAND = Command(
-    example="selfrag train --role=critic --data=W/critic_data.jsonl --workdir=W/critic",
+    example="selfrag train --role=critic --data=W/critic_data.jsonl --workdir=W/critic\n"
+    "selfrag train --config=generator_7b --role=generator --format=released --data=train.jsonl "
+    "--workdir=generator",
     flags=(
         Flag("role", "critic or generator", required=True),
-        Flag("data", "critic or generator data (JSON lines)", required=True),
+        Flag(
+            "data",
+            "critic or generator data (JSON lines); or generator data as a folder made by "
+            "`selfrag prepare`",
+            required=True,
+        ),
+        Flag(
+            "format",
+            "own; or released: the published files, whose malformed rows are left out and reported",
+            "own",
+        ),
         Flag(
             "workdir",
             "for checkpoints and logs; with several processes, a folder that all of them see",

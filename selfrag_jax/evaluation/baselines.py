@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from selfrag_jax.checkpoints.loading import LoadedModel
-from selfrag_jax.engine.engine import Engine, place_params, run_searches
-from selfrag_jax.engine.requests import Generate, ReadTokens
-from selfrag_jax.engine.segments import GeneratedSegments, TokenRules
-from selfrag_jax.engine.shapes import Shapes
+from selfrag_jax.engine.engine import place_params
+from selfrag_jax.engine.greedy import generate_greedily, text_of
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.text import prompts
 
@@ -35,30 +33,24 @@ def answer_plain(
     Returns rows of the `answer` format, with `p_sequence`: exp of the mean token log-probability.
     """
     tokenizer = loaded.tokenizer
-    rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
     ids = [_prompt(loaded, q, p, config) for q, p in zip(questions, passages, strict=True)]
-    shapes = Shapes(
-        num_slots=config.batch,
-        beam_width=1,
-        num_passages=1,
-        max_new_tokens=config.max_new_tokens,
-        length_bucket=config.length_bucket,
-        longest_prompt=max(map(len, ids), default=1),
-        prefix_grows=False,
+    continuations = generate_greedily(
+        loaded.model,
+        place_params(loaded.model, loaded.params),
+        tokenizer,
+        ids,
+        config.max_new_tokens,
+        config.batch,
+        config.length_bucket,
     )
-    engine = Engine(loaded.model, place_params(loaded.model, loaded.params), rules, shapes)
-    searches = ((i, _continue(p, config.max_new_tokens)) for i, p in enumerate(ids))
     rows: dict[int, dict[str, Any]] = {}
-    for i, segment in run_searches(engine, searches, lambda _: []):
-        if isinstance(segment, Exception):
-            raise segment
-        text = tokenizer.decode([t for t in segment.token_ids() if t != tokenizer.eos_id]).strip()
+    for i, segment in continuations:
         q = questions[i]
         rows[i] = {
             "id": q.id,
             "question": q.question,
             "task": q.task,
-            "answer": text,
+            "answer": text_of(segment, tokenizer),
             "segments": [],
             "citations": [],
             "passages": [],
@@ -70,19 +62,12 @@ def answer_plain(
     return [rows[i] for i in range(len(questions))]
 
 
-def _continue(prompt: list[int], limit: int) -> Generator[Any, Any, GeneratedSegments]:
-    """What the model generates after a prompt, as requests to the engine."""
-    yield ReadTokens([prompt[:-1]], [0])
-    segments = yield Generate([[[prompt[-1]]]], [len(prompt) - 1], limit)
-    return segments.at((0, 0))
-
-
 def _prompt(
     loaded: LoadedModel, q: Question, passages: Sequence[Passage], config: PlainConfig
 ) -> list[int]:
     """The prompt and as many of its passages, in order, as fit."""
     t = loaded.tokenizer
-    ids = [t.bos_id, *t.encode(prompts.instruction(prompts.question_text(q)))]
+    ids = [t.bos_id, *t.encode(prompts.question_prompt(q))]
     for p in passages:
         more = t.encode(prompts.passage(p))
         if len(ids) + len(more) > config.max_length:

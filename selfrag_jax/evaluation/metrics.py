@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation import alce, text_metrics
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.text.prompts import question_text
 
@@ -18,66 +17,108 @@ SupportJudge = Callable[[str, Passage, str], bool]
 # facts_of(text) -> (name, relation, value) of each fact that the text states
 FactReader = Callable[[str], list[tuple[str, str, str]]]
 
-
-def normalise(text: str) -> str:
-    """Lower-cases text and drops punctuation, articles and extra spaces, as SQuAD's evaluation."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def contains(answer: str, gold: Sequence[str]) -> float:
-    """Returns 1 if the output contains a gold answer as whole words, else 0.
-
-    This is the paper's accuracy for PopQA and TriviaQA.
-    """
-    text = f" {normalise(answer)} "
-    return float(any(f" {normalise(g)} " in text for g in gold if normalise(g)))
+_GOLD_FIELDS = ("qa_pairs", "facts", "answer_groups")
+_OF_ANSWERS = (
+    text_metrics.match,
+    text_metrics.word_match,
+    text_metrics.released_match,
+    text_metrics.exact_match,
+    text_metrics.f1,
+)
 
 
 def accuracy(q: Question, answer: str) -> float:
-    """Returns the task's accuracy for one answer, in [0, 1].
+    """Returns the task's main metric for one answer, in [0, 1].
 
-    - choices: 1 if the label is right
-    - options: 1 if the answer equals a gold answer
-    - qa_pairs: the share of parts answered (ALCE's str-em), ignoring citation marks
-    - facts: the share of the topic's facts that the answer states
-    - otherwise: 1 if the answer contains a gold answer
+    - choices and options: text_metrics.option_accuracy
+    - qa_pairs: alce.str_em
+    - facts: the share of the topic's facts whose value the answer has as whole words
+    - answer_groups (QAMPARI): F1 of the list, full recall with five answers
+    - otherwise: text_metrics.match
 
     Raises UserError if the question has no gold answer.
     """
-    if q.choices:
-        label = answer.strip().rstrip(".").split(" ")[0].strip("():.")
-        return float(label == _gold_answers(q)[0])
-    if q.options:
-        return float(normalise(answer) in map(normalise, _gold_answers(q)))
-    if "qa_pairs" in q.extra:
-        text = re.sub(r" ?\[\d+\]", "", answer)
-        parts = [contains(text, pair["short_answers"]) for pair in q.extra["qa_pairs"]]
-        return float(np.mean(parts))
-    if "facts" in q.extra:
-        return float(np.mean([contains(answer, [value]) for _, value in q.extra["facts"]]))
-    return contains(answer, _gold_answers(q))
-
-
-def _gold_answers(q: Question) -> tuple[str, ...]:
-    if not q.answers:
+    if not has_gold(q):
         raise UserError(
             f"question {q.id}: has no gold answer (answers, answer, output or answerKey)"
         )
-    return q.answers
+    if q.choices or q.options:
+        return text_metrics.option_accuracy(q, answer)
+    if q.extra.get("qa_pairs"):
+        return alce.str_em(answer, gold_parts(q))
+    if facts := q.extra.get("facts"):
+        return float(np.mean([text_metrics.word_match(answer, [value]) for _, value in facts]))
+    if groups := q.extra.get("answer_groups"):
+        return alce.list_scores(answer, groups)["list_f1_5"]
+    return text_metrics.match(answer, q.answers)
+
+
+def has_gold(q: Question) -> bool:
+    """Whether a question has anything that its answer can be compared with."""
+    if q.choices or q.options:
+        return bool(q.answers)
+    return bool(q.answers) or any(q.extra.get(name) for name in _GOLD_FIELDS)
+
+
+def gold_parts(q: Question) -> list[list[str]]:
+    """Returns the short answers of each part of a question with qa_pairs (ASQA)."""
+    return [list(map(str, pair["short_answers"])) for pair in q.extra["qa_pairs"]]
+
+
+def gold_metrics(q: Question, answer: str) -> dict[str, float]:
+    """Returns accuracy, and every other metric that the question's gold answers allow, by name.
+
+    ELI5 has no accuracy: its gold is a long text, for ROUGE, and claims, for a judge.
+    """
+    if q.extra.get("claims"):
+        return alce.rouge(answer, long_references(q))
+    values = {"accuracy": accuracy(q, answer)}
+    if q.choices or q.options:
+        values["option_accuracy"] = text_metrics.option_accuracy(q, answer)
+    # Beside parts or a list of answers, `answers` holds a long text, which no answer repeats.
+    if q.answers and not any(q.extra.get(name) for name in _GOLD_FIELDS):
+        for metric in _OF_ANSWERS:
+            values[metric.__name__] = metric(answer, q.answers)
+    if q.extra.get("qa_pairs"):
+        parts = gold_parts(q)
+        values |= {"str_em": alce.str_em(answer, parts), "str_hit": alce.str_hit(answer, parts)}
+        values["all_parts"] = values["str_hit"]
+    if groups := q.extra.get("answer_groups"):
+        values |= alce.list_scores(answer, groups)
+    if references := long_references(q):
+        values |= alce.rouge(answer, references)
+    return values
+
+
+def long_references(q: Question) -> list[str]:
+    """Returns the long answers that ROUGE and MAUVE compare with: ASQA's two, or ELI5's one."""
+    annotations = q.extra.get("annotations") or []
+    texts = [a["long_answer"] for a in annotations if isinstance(a, dict) and a.get("long_answer")]
+    if not texts and q.extra.get("claims"):
+        texts = list(q.answers[:1])
+    return texts[:2]
+
+
+def long_answer(q: Question) -> str:
+    """Returns the gold answer that MAUVE compares with: ALCE's field `answer`, or an annotation."""
+    if q.answers and q.extra.get("qa_pairs"):
+        return q.answers[0]
+    return next(iter(long_references(q)), "")
 
 
 def citation_scores(
     q: Question, row: dict[str, Any], judge: SupportJudge
 ) -> tuple[float | None, float | None]:
-    """Returns citation precision and recall of one answer (after ALCE, Gao et al., 2023).
+    """Returns citation precision and recall of one answer, by segments (the synthetic world's).
+
+    ALCE's own rules, with several passages a sentence and an NLI judge, are alce.citation_scores.
 
     Precision is the share of citations whose passage fully supports the citing segment; None
     without citations. Recall is the share of segments that have such a citation; None without
     segments.
     """
     instruction = question_text(q)
-    passages = [Passage(p["id"], p["title"], p["text"]) for p in row["passages"]]
+    passages = [Passage(p["id"], p.get("title", ""), p["text"]) for p in row["passages"]]
     supported: set[int] = set()
     for c in row["citations"]:
         if judge(instruction, passages[c["passage"]], row["segments"][c["segment"]]["text"]):

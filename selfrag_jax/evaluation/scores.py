@@ -2,61 +2,244 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import metrics
+from selfrag_jax.evaluation import alce, metrics
+from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
-from selfrag_jax.records import Question
+from selfrag_jax.records import Question, passage_from, read_rows
+from selfrag_jax.search import scoring
 from selfrag_jax.text import reflection
-from selfrag_jax.text.prompts import CritiqueQuery
-
-if TYPE_CHECKING:
-    from selfrag_jax.critic.critic import Critic
+from selfrag_jax.text.sentences import split_sentences
 
 Row = dict[str, Any]
+# What `score` returns, and the quickstart reports.
+MAIN_METRICS = (
+    "accuracy",
+    "retrieval_rate",
+    "all_parts",
+    "fact_precision",
+    "citation_precision",
+    "citation_recall",
+)
+# Counts, times and mean critiques; all other metrics are shares, shown in per cent.
+AMOUNTS = ("num_tokens", "num_passages", "seconds", "mean_isrel", "mean_issup", "mean_isuse")
+CRITIQUES = {
+    "isrel": (reflection.ISREL, scoring.s_rel),
+    "issup": (reflection.ISSUP, scoring.s_sup),
+    "isuse": (reflection.ISUSE, scoring.s_use),
+}
+_NEEDED = ("id", "answer", "retrieved", "segments", "citations", "passages")
 
 
-def score(
-    questions: Sequence[Question],
-    predictions: Sequence[Row],
-    judge: SupportJudge | None,
-    facts_of: FactReader | None,
-) -> dict[str, list[float]]:
-    """Returns each metric's values, one per question for which it is defined.
+# ---- predictions --------------------------------------------------------------------------------
+def read_predictions(path: str | Path) -> list[Row]:
+    """Returns the rows of a file of `selfrag answer`.
 
-    `judge` judges citations and `facts_of` reads the facts that an answer states; without them,
-    their metrics are left out. Raises UserError naming a question that has no prediction.
+    Raises UserError with file, line and field if a row lacks one, or if there are no rows.
     """
-    by_id = {str(row["id"]): row for row in predictions}
+    rows = []
+    for where, row in read_rows(path):
+        for name in _NEEDED:
+            if name not in row:
+                raise UserError(
+                    f"{where}: missing field {name!r}; expected a row of `selfrag answer`"
+                )
+        if not isinstance(row["answer"], str):
+            raise UserError(f"{where}: field 'answer' must be text")
+        if isinstance(row.get("score"), float) and not math.isfinite(row["score"]):
+            raise UserError(
+                f"{where}: field 'score' is {row['score']}: the model's probabilities were not "
+                "finite; answer the questions again, with intact weights"
+            )
+        _check_citations(where, row)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: holds no answers; write them with `selfrag answer`")
+    return rows
+
+
+def _check_citations(where: str, row: Row) -> None:
+    for name in ("segments", "citations", "passages"):
+        if not isinstance(row[name], list) or not all(isinstance(x, dict) for x in row[name]):
+            raise UserError(f"{where}: field {name!r} must be a list of objects")
+    for i, p in enumerate(row["passages"]):
+        passage_from(where, p, i)
+    if any("text" not in segment for segment in row["segments"]):
+        raise UserError(f"{where}: a segment has no text")
+    for c in row["citations"]:
+        for name in ("segment", "passage"):
+            if c.get(name) not in range(len(row[f"{name}s"])):
+                raise UserError(
+                    f"{where}: a citation names {name} {c.get(name)}, which is not there"
+                )
+
+
+def pair(questions: Sequence[Question], predictions: Sequence[Row]) -> list[tuple[Question, Row]]:
+    """Returns each question with its prediction.
+
+    Raises UserError if one is missing or superfluous, if an id stands twice, or if a prediction
+    answers another question under the same id: then it is of another file.
+    """
+    ids = [str(row["id"]) for row in predictions]
+    _require_single(ids, "predictions")
+    _require_single([q.id for q in questions], "questions")
+    by_id = dict(zip(ids, predictions, strict=True))
     missing = [q.id for q in questions if q.id not in by_id]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(questions)} questions have no prediction, "
-            f"e.g. id {missing[0]!r}"
+            f"e.g. id {missing[0]!r}; are the predictions of another file?"
         )
-    values: dict[str, list[float]] = {"accuracy": [], "retrieval_rate": []}
+    if superfluous := by_id.keys() - {q.id for q in questions}:
+        raise UserError(
+            f"{len(superfluous)} of {len(by_id)} predictions answer no question of the task, "
+            f"e.g. id {min(superfluous)!r}; are they of another file?"
+        )
+    pairs = [(q, by_id[q.id]) for q in questions]
+    for q, row in pairs:
+        asked = str(row.get("question") or q.question)
+        if asked.split() != q.question.split():
+            raise UserError(
+                f"id {q.id!r} asks {q.question[:80]!r} in the task and {asked[:80]!r} in the "
+                "predictions, which are of another file"
+            )
+    return pairs
 
-    def add(metric: str, value: float | None) -> None:
-        if value is not None:
-            values.setdefault(metric, []).append(value)
 
-    for q in questions:
-        row = by_id[q.id]
-        accuracy = metrics.accuracy(q, row["answer"])
-        add("accuracy", accuracy)
-        add("retrieval_rate", float(row["retrieved"]))
-        if "qa_pairs" in q.extra:
-            add("all_parts", float(accuracy == 1))
-        if "facts" in q.extra and facts_of:
-            add("fact_precision", _fact_precision(q, facts_of(row["answer"])))
-        if judge is not None and row["segments"]:
-            precision, recall = metrics.citation_scores(q, row, judge)
-            add("citation_precision", precision)
-            add("citation_recall", recall)
+def _require_single(ids: Sequence[str], what: str) -> None:
+    twice = [i for i, times in Counter(ids).items() if times > 1]
+    if twice:
+        raise UserError(f"{len(twice)} ids stand twice in the {what}, e.g. {twice[0]!r}")
+
+
+# ---- scores -------------------------------------------------------------------------------------
+def score_questions(
+    questions: Sequence[Question],
+    predictions: Sequence[Row],
+    judge: SupportJudge | EntailmentJudge | None = None,
+    facts_of: FactReader | None = None,
+) -> list[Row]:
+    """Returns one row of scores.jsonl for each question.
+
+    A metric that has no value for a question is not in its row: without gold answers, those that
+    need them are left out (`gold_notice` says so). judge: of citations; facts_of: reads the facts
+    that an answer states. Without them, their metrics are left out.
+
+    Raises UserError as `pair` does, and if a metric is not a number.
+    """
+    pairs = pair(questions, predictions)
+    cited: Iterable[tuple[float | None, float | None]]
+    claim_recalls: dict[str, float] = {}
+    if judge is None:
+        cited = [(None, None)] * len(pairs)
+    elif callable(judge):
+        cited = [
+            metrics.citation_scores(q, row, judge) if row["segments"] else (None, None)
+            for q, row in pairs
+        ]
+    else:
+        found = alce.citation_scores([_cited_answer(row) for _, row in pairs], judge)
+        cited = [scores or (None, None) for scores in found]
+        claim_recalls = _claim_recalls(pairs, judge)
+    rows = []
+    for (q, row), (precision, recall) in zip(pairs, cited, strict=True):
+        values: dict[str, float | None] = {
+            **(metrics.gold_metrics(q, row["answer"]) if metrics.has_gold(q) else {}),
+            "claim_recall": claim_recalls.get(q.id),
+            "citation_precision": precision,
+            "citation_recall": recall,
+            **_search_metrics(row),
+        }
+        if q.extra.get("facts") and facts_of:
+            values["fact_precision"] = _fact_precision(q, facts_of(row["answer"]))
+        rows.append(_score_row(q, row, values))
+    return rows
+
+
+def _score_row(q: Question, row: Row, values: dict[str, float | None]) -> Row:
+    known = {name: float(v) for name, v in values.items() if v is not None}
+    for name, value in known.items():
+        if not math.isfinite(value):
+            raise UserError(f"question {q.id}: {name} is {value}; its prediction is damaged")
+    scored = {
+        "id": q.id,
+        "question": q.question,
+        "gold": gold_texts(q),
+        "answer": row["answer"],
+        "retrieved": bool(row["retrieved"]),
+        "metrics": known,
+    }
+    popularity = q.extra.get("popularity")
+    return scored if popularity is None else scored | {"popularity": popularity}
+
+
+def gold_texts(q: Question) -> list[str]:
+    """Returns the right answers of a question, for a reader."""
+    if q.choices:
+        return [f"{label}: {text}" for label, text in q.choices if label in q.answers]
+    if q.extra.get("qa_pairs"):
+        return [" / ".join(parts) for parts in metrics.gold_parts(q)]
+    if groups := q.extra.get("answer_groups"):
+        return [" / ".join(map(str, group)) for group in groups]
+    if q.answers:
+        return list(q.answers)
+    return [str(value) for _, value in q.extra.get("facts") or ()]
+
+
+def _cited_answer(row: Row) -> alce.CitedSentences:
+    """A prediction as ALCE reads it: its own marks; those of its citations if it has segments.
+
+    A segment's citations belong to its last sentence.
+    """
+    documents = tuple(passage_from(row["id"], p, i) for i, p in enumerate(row["passages"]))
+    if not row["segments"]:
+        return alce.CitedSentences(alce.cited_sentences(row["answer"]), documents)
+    sentences = []
+    for i, segment in enumerate(row["segments"]):
+        marks = tuple(c["passage"] + 1 for c in row["citations"] if c["segment"] == i)
+        texts = [s.strip() for s in split_sentences(segment["text"])]
+        sentences += [alce.CitedSentence(text, ()) for text in texts[:-1]]
+        sentences += [alce.CitedSentence(text, marks) for text in texts[-1:]]
+    return alce.CitedSentences(tuple(sentences), documents)
+
+
+def _claim_recalls(
+    pairs: Sequence[tuple[Question, Row]], judge: EntailmentJudge
+) -> dict[str, float]:
+    having = [(q, row) for q, row in pairs if q.extra.get("claims")]
+    answers, claims = [row["answer"] for _, row in having], [q.extra["claims"] for q, _ in having]
+    found = alce.claim_recalls(answers, claims, judge)
+    return {q.id: value for (q, _), value in zip(having, found, strict=True)}
+
+
+def _search_metrics(row: Row) -> dict[str, float]:
+    """What the search did: retrieval, passages read, the mean critiques of the chosen segments.
+
+    isrel and issup are in [0, 1], isuse in [-1, 1] (search/scoring.py). Passages count once.
+    """
+    values = {"retrieval_rate": float(row["retrieved"])}
+    for name in ("num_tokens", "seconds"):
+        if isinstance(row.get(name), (int, float)):
+            values[name] = float(row[name])
+    if "tree" in row:
+        read = {str(node["passage"]["id"]) for node in row["tree"] if node.get("passage")}
+        values["num_passages"] = float(len(read))
+    for group, (tokens, equation) in CRITIQUES.items():
+        said = [s[group] for s in row["segments"] if s.get(group)]
+        if said:
+            p = np.array([[distribution[token] for token in tokens] for distribution in said])
+            # Rounded to four digits in the file, a distribution may be all zeros.
+            p = p[p.sum(1) > 0]
+            if len(p):
+                values[f"mean_{group}"] = float(np.mean(equation(p)))
     return values
 
 
@@ -69,6 +252,43 @@ def _fact_precision(q: Question, stated: list[tuple[str, str, str]]) -> float | 
     return float(np.mean(is_true))
 
 
+def gold_notice(questions: Sequence[Question]) -> str:
+    """Says how many questions have no gold answer; "" if all have one."""
+    without = [q for q in questions if not metrics.has_gold(q)]
+    if not without:
+        return ""
+    if len(without) == len(questions):
+        return "no question has a gold answer: accuracy and all that needs gold is left out"
+    return (
+        f"{len(without):,} of {len(questions):,} questions have no gold answer and are left out "
+        f"of accuracy and all that needs gold, e.g. id {without[0].id!r}"
+    )
+
+
+# ---- means --------------------------------------------------------------------------------------
+def score(
+    questions: Sequence[Question],
+    predictions: Sequence[Row],
+    judge: SupportJudge | EntailmentJudge | None,
+    facts_of: FactReader | None,
+) -> dict[str, list[float]]:
+    """Returns the values of MAIN_METRICS, one per question for which a metric is defined.
+
+    Arguments and errors: see `score_questions`.
+    """
+    values = columns(score_questions(questions, predictions, judge, facts_of))
+    return {name: values[name] for name in MAIN_METRICS if name in values}
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Returns each metric's values in rows of scores.jsonl, in the order of the rows."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row["metrics"].items():
+            values.setdefault(name, []).append(value)
+    return values
+
+
 def result_rows(system: str, task: str, values: dict[str, list[float]], seed: int) -> list[Row]:
     """Returns rows of results.json: mean, 95% bootstrap interval and count of each metric."""
     rows = []
@@ -78,22 +298,3 @@ def result_rows(system: str, task: str, values: dict[str, list[float]], seed: in
             value, low, high = metrics.interval(v, seed)
             rows.append(row | {"value": value, "low": low, "high": high, "n": len(v)})
     return rows
-
-
-def critic_accuracy(
-    critic: Critic,
-    queries: Sequence[CritiqueQuery],
-    truth: Sequence[str],
-    kinds: Sequence[str],
-    seed: int,
-) -> list[Row]:
-    """Returns rows of results.json: a critic's accuracy on the true tokens, per critique group.
-
-    There are rows for all queries (task `critic`) and for each kind of question in `kinds`.
-    """
-    values: dict[str, dict[str, list[float]]] = {"critic": {}}
-    for query, token, kind, p in zip(queries, truth, kinds, critic.judge(queries), strict=True):
-        right = float(reflection.GROUPS[query.group][int(np.argmax(p))] == token)
-        for task in ("critic", kind):
-            values.setdefault(task, {}).setdefault(f"{query.group}_accuracy", []).append(right)
-    return [row for task, v in values.items() for row in result_rows("critic", task, v, seed)]

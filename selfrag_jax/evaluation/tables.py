@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.scores import AMOUNTS
 from selfrag_jax.files import read_json
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ METRIC_TITLES = {
     "citation_recall": "Citation recall",
     "fact_precision": "Facts told that are true",
 }
+CRITIC_HEADER = ("group", "accuracy", "expected calibration error", "n")
 DIFFERENCE_HEADER = (
     "difference in accuracy, paired",
     "task",
@@ -90,8 +92,8 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
                 "task": task,
                 "metric": metric,
                 "value": mean,
-                "low": max(0.0, mean - half),
-                "high": min(1.0, mean + half),
+                "low": mean - half if metric in AMOUNTS else max(0.0, mean - half),
+                "high": mean + half if metric in AMOUNTS else min(1.0, mean + half),
                 "n": sum(rows[key]["n"] for rows in keyed),
             }
         )
@@ -101,31 +103,72 @@ def mean_over_seeds(runs: Sequence[Sequence[Row]]) -> list[Row]:
 def metric_table(
     rows: Sequence[Row], metric: str
 ) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
-    """Returns the systems and tasks that have results, and the row of each (system, task)."""
-    found = {(r["system"], r["task"]): r for r in rows if r["metric"] == metric}
-    systems = [s for s in SYSTEMS if any((s, t) in found for t in TASKS)]
-    return systems, [t for t in TASKS if any((s, t) in found for s in systems)], found
+    """Returns the systems and tasks that have results, and the row of each (system, task).
 
-
-def critic_rows(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Returns the critic's results over all queries: group, accuracy, number of queries."""
-    return [
-        (r["metric"].removesuffix("_accuracy"), percent(r), str(r["n"]))
+    Those of the synthetic world come in its order, others after them as in `rows`.
+    """
+    found = {
+        (r["system"], r["task"]): r
         for r in rows
-        if r["system"] == "critic" and r["task"] == "critic"
+        if r["metric"] == metric and r["system"] != "critic"
+    }
+    systems = _in_order([s for s, _ in found], SYSTEMS)
+    return systems, _in_order([t for _, t in found], TASKS), found
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Returns the metrics of answers in `rows`, in the order of METRIC_TITLES, others after."""
+    return _in_order([r["metric"] for r in rows if r["system"] != "critic"], tuple(METRIC_TITLES))
+
+
+def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:
+    return [n for n in order if n in names] + [n for n in dict.fromkeys(names) if n not in order]
+
+
+def system_title(system: str) -> str:
+    return SYSTEM_TITLES.get(system, system)
+
+
+def metric_heading(metric: str) -> str:
+    """Returns the title of a metric's table, with its unit."""
+    title = METRIC_TITLES.get(metric, metric.replace("_", " ").capitalize())
+    return title if metric in AMOUNTS else f"{title} (%)"
+
+
+def critic_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Returns the critic's results over all queries, in the order of CRITIC_HEADER."""
+    found = {r["metric"]: r for r in rows if r["system"] == "critic" and r["task"] == "critic"}
+    return [
+        (group, percent(r), percent(found.get(f"{group}_ece")), str(r["n"]))
+        for metric, r in found.items()
+        if (group := metric.removesuffix("_accuracy")) != metric
     ]
 
 
 def percent(row: Row | None) -> str:
-    return "" if row is None else f"{100 * row['value']:.1f}"
+    return "" if row is None else _number(row["metric"], row["value"], 1)
+
+
+def interval_text(row: Row, digits: int = 1, between: str = " to ") -> str:
+    return between.join(_number(row["metric"], row[end], digits) for end in ("low", "high"))
+
+
+def _number(metric: str, value: float, digits: int) -> str:
+    """Returns a share in per cent, an amount as it is, a mean critique with two more digits."""
+    if metric not in AMOUNTS:
+        return f"{100 * value:.{digits}f}"
+    return f"{value:.{digits + 2 * metric.startswith('mean_')}f}"
 
 
 def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
     """Returns the cells of each difference, in the order of DIFFERENCE_HEADER."""
-    titles = {system: title.removeprefix("– ") for system, title in SYSTEM_TITLES.items()}
+
+    def title(system: str) -> str:
+        return system_title(system).removeprefix("– ")
+
     return [
         (
-            f"{titles[d['system']]} over {titles[d['over']]}",
+            f"{title(d['system'])} over {title(d['over'])}",
             d["task"],
             f"{100 * d['value']:.1f}",
             f"{100 * d['low']:.1f} to {100 * d['high']:.1f}",
@@ -136,32 +179,31 @@ def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
-    """Returns all tables as Markdown, in per cent; long-tail results show their 95% interval.
+    """Returns all tables as Markdown, in per cent.
+
+    Long-tail results, and those of tasks outside the synthetic world, show their 95% interval.
 
     `differences` holds rows with system, over (the other system), task, value, low, high and n.
     """
     parts = []
-    for metric, title in METRIC_TITLES.items():
+    for metric in metrics_of(rows):
         systems, tasks, found = metric_table(rows, metric)
-        if systems:
-            body = [
-                (SYSTEM_TITLES[s], *(_cell(found.get((s, t)), t) for t in tasks)) for s in systems
-            ]
-            parts.append(_markdown_table(f"{title} (%)", ("system", *tasks), body))
+        body = [(system_title(s), *(_cell(found.get((s, t)), t) for t in tasks)) for s in systems]
+        parts.append(_markdown_table(metric_heading(metric), ("system", *tasks), body))
     if differences:
         body = difference_rows(differences)
         parts.append(_markdown_table("Differences", DIFFERENCE_HEADER, body))
     if critic := critic_rows(rows):
-        header = ("group", "accuracy", "n")
-        parts.append(_markdown_table("Critic accuracy (%)", header, critic))
+        parts.append(_markdown_table("Critic accuracy (%)", CRITIC_HEADER, critic))
         parts.append(_critic_by_kind(rows))
     return "\n\n".join(parts) + "\n"
 
 
 def _cell(row: Row | None, task: str) -> str:
-    if row is None or task != "long_tail":
+    if row is None or (task in TASKS and task != "long_tail"):
         return percent(row)
-    return f"{percent(row)} ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
+    digits = 1 if row["metric"] in AMOUNTS else 0
+    return f"{percent(row)} ({interval_text(row, digits, '–')})"
 
 
 def _critic_by_kind(rows: Sequence[Row]) -> str:

@@ -10,7 +10,8 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.search.scoring import Weights
 from selfrag_jax.text import reflection
 
-MODES = ("adaptive_retrieval", "always_retrieve", "no_retrieval")
+ADAPTIVE, ALWAYS, NEVER = "adaptive_retrieval", "always_retrieve", "no_retrieval"
+MODES = (ADAPTIVE, ALWAYS, NEVER)
 NORMALISE = ("yes_no", "all")
 ACCUMULATE = ("sum", "mean", "product")
 # The keys of algorithms.ALGORITHMS, which cannot be imported here: its classes import this module.

@@ -187,6 +187,7 @@ class PaperSearch(SegmentSearch):
             segment,
             action=e.action,
             p_retrieve=e.p_retrieve,
+            retrieve=e.beam.retrieve,
             passage=passage,
             isrel=isrel,
             score=score,
@@ -238,9 +239,9 @@ class PaperSearch(SegmentSearch):
     # ---- the answer ------------------------------------------------------------------------------
     def elect(self, tree: SearchTree, question: Question) -> Beam | None:
         first = [n for n in tree.nodes if n.depth == 0]
-        votes: dict[str, list[Node]] = {_bare(option): [] for option in question.options}
+        votes: dict[str, list[Node]] = {bare_option(option): [] for option in question.options}
         for node in [n for n in first if n.allowed] or first:  # as the search keeps them
-            option = _bare(self.text(node.tokens))
+            option = bare_option(self.text(node.tokens))
             if option in votes:
                 votes[option].append(node)
         return tree.vote_winner([nodes for nodes in votes.values() if nodes])
@@ -253,7 +254,8 @@ class PaperSearch(SegmentSearch):
         return beam, path, " ".join(t for t in texts if t)
 
 
-def _bare(option: str) -> str:
+def bare_option(option: str) -> str:
+    """What answers and options are compared by in a vote."""
     return option.strip().rstrip(".").lower()
 
 

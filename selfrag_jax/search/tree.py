@@ -21,6 +21,7 @@ class Node:
     depth: int
     action: str  # "retrieve", "continue" or "no_retrieval": the Retrieve token that was fed
     p_retrieve: float
+    retrieve: tuple[float, ...]  # the distribution that decided, in the order of RETRIEVE
     passage: Passage | None
     tokens: tuple[int, ...]  # generated ones, reflection tokens included
     p_segment: float
@@ -87,7 +88,7 @@ class SearchTree:
         )
         groups = dict(isrel=segment.isrel, issup=segment.issup, isuse=segment.isuse)
         values |= groups | fields
-        for name in groups:
+        for name in (*groups, "retrieve"):
             values[name] = tuple(map(float, values[name]))
         values["tokens"] = tuple(values["tokens"])
         node = Node(**values)

@@ -247,6 +247,7 @@ class ReleasedSearch(SegmentSearch):
             tokens=tokens,
             action=action,
             p_retrieve=float(scoring.p_retrieve(tree.beams[0].retrieve, self.config.normalise)),
+            retrieve=tree.beams[0].retrieve,
             passage=passage,
             score=score,
             total=total,

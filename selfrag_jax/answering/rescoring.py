@@ -1,0 +1,119 @@
+"""Answers under other weights or another threshold, from what was generated once.
+
+In an answer of one segment, weights decide only which branch is chosen, and the threshold only
+whether there is a passage: neither changes a token. So the rows of `selfrag answer` hold all that
+a sweep over them needs. They are rounded to four digits: where two branches are closer than that,
+a search may choose the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selfrag_jax.answering.citations import cite
+from selfrag_jax.errors import UserError
+from selfrag_jax.records import Passage
+from selfrag_jax.search import scoring
+from selfrag_jax.search.paper import bare_option
+from selfrag_jax.search.scoring import Weights
+from selfrag_jax.text.reflection import ISREL, ISSUP, ISUSE, RETRIEVAL, RETRIEVE
+
+Row = dict[str, Any]
+ROUNDING = 1e-4  # of the probabilities in a row
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What the citation of a tree's row is made from."""
+
+    passage: Passage | None
+    isrel: tuple[float, ...]
+    issup: tuple[float, ...]
+
+
+def rescored(row: Row, weights: Weights, options: Sequence[str] = ()) -> Row:
+    """Returns a row of `selfrag answer` as the paper's scorer answers with other weights.
+
+    options: of the question, if its passages vote. Raises UserError for an answer of several
+    segments, whose search would have gone another way, and for a row without a tree.
+    """
+    tree = row["tree"]
+    if not tree:
+        raise UserError(f"answer {row['id']!r}: holds no tree; it was not made by `selfrag answer`")
+    if any(n["parent"] >= 0 for n in tree):
+        raise UserError(
+            f"answer {row['id']!r}: has several segments; only answers of --max_depth=1 can be "
+            "scored again"
+        )
+    scores = [_score(n, weights) for n in tree]
+    tree = [n | {"score": s, "total": s} for n, s in zip(tree, scores, strict=True)]
+    best = _chosen(tree, options)
+    tree = [n | {"chosen": n["id"] == best["id"]} for n in tree]
+    return row | _as_answer(best) | {"score": best["score"], "tree": tree}
+
+
+def _score(node: Row, weights: Weights) -> float:
+    """f of a segment (search/scoring.py)."""
+    isrel, issup, isuse = (np.array(node[name]) for name in ("isrel", "issup", "isuse"))
+    has_passage = float(node["passage"] is not None)
+    p = node["p_segment"]
+    score = scoring.segment_score(p, isrel, issup, isuse, has_passage, weights)
+    return round(scoring.finite(score), 4)
+
+
+def _chosen(tree: Sequence[Row], options: Sequence[str]) -> Row:
+    """The best branch; with options, the best of those whose option wins the vote."""
+    allowed = [n for n in tree if n["allowed"]] or list(tree)
+    votes: dict[str, list[Row]] = {bare_option(option): [] for option in options}
+    for n in allowed:
+        if bare_option(n["text"]) in votes:
+            votes[bare_option(n["text"])].append(n)
+    groups = [nodes for nodes in votes.values() if nodes] or [allowed]
+    winner = max(groups, key=lambda nodes: sum(n["score"] for n in nodes))
+    return max(winner, key=lambda n: n["score"])
+
+
+def _as_answer(node: Row) -> Row:
+    """The fields of an answer that is this one segment."""
+    p = node["passage"]
+    passage = None if p is None else Passage(p["id"], p["title"], p["text"])
+    cited = passage if node["text"] else None
+    branch = _Branch(cited, tuple(node["isrel"]), tuple(node["issup"]))
+    passages, citations = cite([branch])
+    segment = {
+        "text": node["text"],
+        "passage": p,
+        "action": node["action"],
+        "p_retrieve": node["p_retrieve"],
+        "isrel": dict(zip(ISREL, node["isrel"], strict=True)) if p else {},
+        "issup": dict(zip(ISSUP, node["issup"], strict=True)) if p else {},
+        "isuse": dict(zip(ISUSE, node["isuse"], strict=True)),
+        "score": node["score"],
+        "node": node["id"],
+    }
+    return {
+        "answer": node["text"],
+        "segments": [segment],
+        "scores": [node["score"]],
+        "citations": [vars(c) for c in citations],
+        "passages": [{"id": q.id, "title": q.title, "text": q.text} for q in passages],
+        "retrieved": node["action"] == "retrieve",
+    }
+
+
+def at_threshold(always: Row, never: Row, threshold: float | None) -> Row:
+    """Returns the answer of adaptive retrieval, from those that always and never retrieve.
+
+    threshold: of p(retrieve); None takes the most likely Retrieve token. As PaperSearch decides
+    before a first segment.
+    """
+    if always["id"] != never["id"]:
+        raise UserError(f"answers {always['id']!r} and {never['id']!r}: are not of one question")
+    if threshold is None:
+        p = always["tree"][0]["retrieve"]
+        return always if RETRIEVE[p.index(max(p))] == RETRIEVAL else never
+    return always if always["p_retrieve"] > threshold else never

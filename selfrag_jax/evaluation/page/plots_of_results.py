@@ -1,0 +1,180 @@
+"""The plots that the results, the questions and the logs of a run give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from selfrag_jax.evaluation.page.figures import Curve, Plot, Point
+from selfrag_jax.evaluation.scores import AMOUNTS
+from selfrag_jax.evaluation.tables import (
+    Row,
+    metric_table,
+    metrics_of,
+    system_title,
+)
+
+_BINS = 10  # of confidence
+_FEWEST = 5  # answers in a bin that is drawn; fewer say nothing
+
+
+def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
+    """Returns a plot of each task with two systems or more: retrieval rate against accuracy."""
+    systems, tasks, accuracy = metric_table(rows, "accuracy")
+    _, _, rate = metric_table(rows, "retrieval_rate")
+    plots = []
+    for task in tasks:
+        found = [s for s in systems if (s, task) in accuracy and (s, task) in rate]
+        # The ablations all retrieve always: they would lie on top of each other.
+        found = [s for s in found if not s.startswith("ablation_")]
+        if len(found) > 1:
+            curves = tuple(
+                Curve(system_title(s), (_point(rate[s, task]["value"], accuracy[s, task]),))
+                for s in found
+            )
+            title = f"Retrieval rate and accuracy: {task.replace('_', ' ')}"
+            plots.append(
+                Plot(title, "retrieval rate (%)", "accuracy (%)", curves, False, share_x=True)
+            )
+    return plots
+
+
+def _point(x: float, row: Row) -> Point:
+    return x, row["value"], row["low"], row["high"]
+
+
+def accuracy_by_popularity(questions: Iterable[Row]) -> list[Plot]:
+    """Returns a plot of accuracy in each decade of popularity; none where rows have none."""
+    by_system: dict[str, dict[int, list[float]]] = {}
+    for q in questions:
+        popularity, accuracy = q.get("popularity"), q.get("metrics", {}).get("accuracy")
+        if popularity is None or accuracy is None:
+            continue
+        decade = math.floor(math.log10(max(float(popularity), 1)))
+        by_system.setdefault(q.get("system", ""), {}).setdefault(decade, []).append(accuracy)
+    if not by_system:
+        return []
+    curves = tuple(
+        Curve(
+            system_title(system) or "accuracy",
+            tuple(_mean_point(10 ** (d + 0.5), v) for d, v in sorted(decades.items())),
+        )
+        for system, decades in by_system.items()
+    )
+    note = "Questions in bins of one decade; the bars are 95% Wilson intervals."
+    return [
+        Plot("Accuracy by popularity", "popularity", "accuracy (%)", curves, log_x=True, note=note)
+    ]
+
+
+def _mean_point(x: float, values: Sequence[float]) -> Point:
+    low, high = wilson_interval(sum(values) / len(values), len(values))
+    return x, sum(values) / len(values), low, high
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Returns the 95% score interval of a share of n (Wilson, JASA 22, 1927)."""
+    z = 1.959963984540054
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def accuracy_by_support(questions: Iterable[Row]) -> list[Plot]:
+    """Returns a plot of accuracy against p(fully supported) of the answer's first passage.
+
+    It shows what the model's own critique is worth on this task.
+    """
+    bins: dict[str, list[list[float]]] = {}
+    for q in questions:
+        accuracy = q.get("metrics", {}).get("accuracy")
+        first = next((n for n in q.get("tree", ()) if n["chosen"] and n["passage"]), None)
+        if accuracy is None or first is None or not math.isfinite(first["issup"][0]):
+            continue
+        place = min(int(first["issup"][0] * _BINS), _BINS - 1)
+        bins.setdefault(q.get("task", ""), [[] for _ in range(_BINS)])[place].append(accuracy)
+    curves = []
+    for task, of_task in bins.items():
+        points = [
+            _mean_point((i + 0.5) / _BINS, v) for i, v in enumerate(of_task) if len(v) >= _FEWEST
+        ]
+        if points:
+            curves.append(Curve(task.replace("_", " ") or "accuracy", tuple(points)))
+    if not curves:
+        return []
+    title, x = "Accuracy by the answer's own critique", "p(fully supported) (%)"
+    note = f"Bins of {_FEWEST} answers or more; the bars are 95% Wilson intervals."
+    return [Plot(title, x, "accuracy (%)", tuple(curves), share_x=True, note=note)]
+
+
+def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Plot]:
+    """Returns the critic's reliability diagram.
+
+    bins: of each group, rows with n, confidence and accuracy (ReliabilityBins.to_rows).
+    """
+    curves = tuple(
+        Curve(group, tuple((b["confidence"], b["accuracy"], None, None) for b in of_group))
+        for group, of_group in bins.items()
+    )
+    if not curves:
+        return []
+    title = "Reliability of the critic"
+    return [Plot(title, "confidence (%)", "accuracy (%)", curves, share_x=True, diagonal=True)]
+
+
+def training_losses(scalars: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> list[Plot]:
+    """Returns one plot of each model's losses over its steps.
+
+    scalars: of each model, the points of each tag in its logs (training.event_files).
+    """
+    plots = []
+    for model, tags in scalars.items():
+        curves = tuple(
+            Curve(tag.removeprefix("loss/"), tuple((s, v, None, None) for s, v in points))
+            for tag, points in tags.items()
+            if tag.startswith("loss/")
+        )
+        if curves:
+            plots.append(Plot(f"Training loss: {model}", "step", "loss", curves, share_y=False))
+    return plots
+
+
+def sweep_curves(points: Sequence[Row]) -> list[Plot]:
+    """Returns a plot for each setting of a sweep with several values: metrics against the setting.
+
+    points: {"settings", "rows"} of each combination. The other settings have their first value.
+    """
+    plots = []
+    first = points[0]["settings"] if points else {}
+    for setting in first:
+        along = [
+            p
+            for p in points
+            if all(p["settings"][k] == v for k, v in first.items() if k != setting)
+        ]
+        along.sort(key=lambda p: p["settings"][setting])
+        metrics = [m for m in metrics_of(along[0]["rows"]) if m not in AMOUNTS]
+        curves = []
+        for metric in metrics:
+            found = [
+                _point(p["settings"][setting], r)
+                for p in along
+                for r in p["rows"]
+                if r["metric"] == metric
+            ]
+            curves.append(Curve(metric.replace("_", " "), tuple(found)))
+        if len(along) > 1:
+            others = ", ".join(f"{k}={v:g}" for k, v in first.items() if k != setting)
+            note = f"With {others}." if others else ""
+            plots.append(Plot(f"Sweep of {setting}", setting, "%", tuple(curves), note=note))
+    return plots
+
+
+def plots_of(rows: Sequence[Row], questions: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Returns the plots that need nothing but the results and the questions."""
+    return [
+        *accuracy_by_popularity(questions),
+        *accuracy_against_retrieval(rows),
+        *accuracy_by_support(questions),
+    ]
