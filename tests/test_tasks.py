@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from selfrag_jax import cli
 from selfrag_jax.answering.config import DEFAULT
 from selfrag_jax.answering.selfrag import SelfRAG
-from selfrag_jax.commands import answer, task_evaluation
+from selfrag_jax.commands import answer, task_runs
 from selfrag_jax.config import installed_folder
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import mauve_score, tasks
@@ -315,8 +315,8 @@ def test_mauve_of_a_task_stands_beside_the_papers(model, tmp_path, monkeypatch, 
         "citations": [], "passages": [], "error": "",
     }  # fmt: skip
 
-    def answers(task, input_path, out, *_):
-        write_jsonl(out / "answers.jsonl", [answered | {"id": str(i)} for i in range(8)])
+    def answers(self, run):
+        write_jsonl(run.folder / "answers.jsonl", [answered | {"id": str(i)} for i in range(8)])
         return [answered | {"id": str(i)} for i in range(8)]
 
     points = np.random.default_rng(0).normal(size=(8, 4))
@@ -325,7 +325,7 @@ def test_mauve_of_a_task_stands_beside_the_papers(model, tmp_path, monkeypatch, 
         assert folder == "gpt2" and len(texts) == 8
         return points
 
-    monkeypatch.setattr(task_evaluation, "_answered", answers)
+    monkeypatch.setattr(task_runs.Models, "answers", answers)
     monkeypatch.setattr(mauve_score, "features", features)
     files = f"--input={tmp_path / 'asqa.jsonl'}", f"--model={model}", f"--out={tmp_path / 'out'}"
     assert evaluate("--task=asqa", *files, "--mauve=gpt2") == 0

@@ -26,9 +26,10 @@ from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
 if TYPE_CHECKING:
+    from selfrag_jax.answering.answerer import Answerer
     from selfrag_jax.answering.config import AnswerConfig
+    from selfrag_jax.answering.plain import PlainConfig
     from selfrag_jax.answering.records import Answer
-    from selfrag_jax.answering.selfrag import SelfRAG
 
 INSTRUCTIONS_FLAG = Flag(
     "instructions",
@@ -38,7 +39,7 @@ INSTRUCTIONS_FLAG = Flag(
 
 
 def answer_file(
-    rag: SelfRAG,
+    rag: Answerer,
     input_path: str | Path,
     out: str | Path,
     task: str | None,
@@ -47,7 +48,7 @@ def answer_file(
 ) -> int:
     """Answers all questions of a file; returns their number.
 
-    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. Answers are
+    changes: as rag.answer takes them. prompt: the task that words the questions. Answers are
     kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining questions
     only. Raises UserError for a file without questions, for ids that occur twice, for questions
     without passages if there is no index, and while another process answers the same into the same
@@ -56,7 +57,7 @@ def answer_file(
     from selfrag_jax.engine import engine
 
     rag.check(changes)  # before anything is written
-    mode = changes.get("mode", rag.config.search.mode)
+    mode = rag.search_config(changes).mode
     questions = read_checked(input_path, prompt or task, rag.retriever is not None, mode)
     ids = [q.id for q in questions]
 
@@ -119,7 +120,7 @@ def read_checked(
 
 
 def answers_in_folder(
-    rag: SelfRAG, input_path: str | Path, folder: str | Path, changes: dict[str, Any]
+    rag: Answerer, input_path: str | Path, folder: str | Path, changes: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Returns the answers with these settings, from a file in `folder` named after its inputs.
 
@@ -139,7 +140,10 @@ def answers_in_folder(
 
 
 def answer_identity(
-    config: AnswerConfig, task: str | None, changes: dict[str, Any], prompt: Task | None = None
+    config: AnswerConfig | PlainConfig,
+    task: str | None,
+    changes: dict[str, Any],
+    prompt: Task | None = None,
 ) -> dict[str, Any]:
     """What identifies an answer file besides its inputs.
 
@@ -147,7 +151,9 @@ def answer_identity(
     the device can continue.
     """
     settings = json.loads(json.dumps(config, default=vars))
-    del settings["batch"], settings["tensor"], settings["search"]["length_bucket"]
+    for name in ("batch", "tensor", "length_bucket"):
+        settings.pop(name, None)
+        settings.get("search", {}).pop(name, None)
     changes = {k: v for k, v in changes.items() if k != "length_bucket"}
     identity = {"changes": changes, "task": task, "answer": settings}
     return identity | ({"prompt": prompt.prompt_identity()} if prompt else {})
@@ -155,7 +161,7 @@ def answer_identity(
 
 def _answer_rest(
     f: IO[str],
-    rag: SelfRAG,
+    rag: Answerer,
     questions: list[Question],
     done: dict[str, dict[str, Any]],
     changes: dict[str, Any],

@@ -11,7 +11,13 @@ from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import INSTRUCTIONS_FLAG
 from selfrag_jax.commands.asking_critic import AXES, CRITIC, evaluate_critic
 from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
-from selfrag_jax.commands.model_flags import LOADING_FLAGS, MODEL_FLAGS, SEARCH_FLAGS, config_for
+from selfrag_jax.commands.model_flags import (
+    LOADING_FLAGS,
+    MODEL_FLAGS,
+    SEARCH_FLAGS,
+    SYSTEM_FLAGS,
+    config_for,
+)
 from selfrag_jax.commands.train import is_released
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
@@ -33,20 +39,22 @@ from selfrag_jax.records import write_jsonl
 from selfrag_jax.world import truth
 
 if TYPE_CHECKING:
-    from selfrag_jax.commands.task_evaluation import Scoring
+    from selfrag_jax.commands.task_runs import Scoring
     from selfrag_jax.critic.critic import CriticConfig
     from selfrag_jax.evaluation.judges import EntailmentJudge
 
 JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": truth.fully_supports}
 SCORES = ".scores"  # the folder of a critic's evaluation
 TASK_EXAMPLE = "selfrag evaluate --task=popqa --input=popqa.jsonl --model=M --index=I"
+SYSTEMS_EXAMPLE = f"{TASK_EXAMPLE} --systems=selfrag,ablations"
 ANSWERS_EXAMPLE = "selfrag evaluate --task=questions.jsonl --predictions=answers.jsonl"
 CRITIC_EXAMPLE = "selfrag evaluate --task=critic --critic=W/critic --data=critic_data.dev.jsonl"
 
 # --seed is the bootstrap's; the sampling's is --config.answer.search.seed.
 TASK_SEARCH_FLAGS = tuple(f for f in SEARCH_FLAGS if f.name != "seed")
 ANSWERING = tuple(
-    f.name for f in (INSTRUCTIONS_FLAG, *MODEL_FLAGS, *TASK_SEARCH_FLAGS, *LOADING_FLAGS)
+    f.name
+    for f in (INSTRUCTIONS_FLAG, *SYSTEM_FLAGS, *MODEL_FLAGS, *TASK_SEARCH_FLAGS, *LOADING_FLAGS)
 )
 
 
@@ -165,7 +173,7 @@ def _run_tasks(values: dict[str, Any]) -> None:
 
 
 def _scoring(values: dict[str, Any]) -> Scoring:
-    from selfrag_jax.commands.task_evaluation import Scoring
+    from selfrag_jax.commands.task_runs import Scoring
 
     name = values["judge"] or "none"
     mauve_model = values["mauve"] or ""
@@ -238,7 +246,7 @@ def _refuse(values: dict[str, Any], names: Sequence[str], why: str) -> None:
 
 
 COMMAND = Command(
-    example=f"{TASK_EXAMPLE}\n{ANSWERS_EXAMPLE}\n{CRITIC_EXAMPLE}",
+    example=f"{TASK_EXAMPLE}\n{SYSTEMS_EXAMPLE}\n{ANSWERS_EXAMPLE}\n{CRITIC_EXAMPLE}",
     flags=(
         Flag(
             "task",
@@ -247,6 +255,7 @@ COMMAND = Command(
         ),
         Flag("input", "with a task: its questions, in a published format"),
         INSTRUCTIONS_FLAG,
+        *SYSTEM_FLAGS,
         Flag("all", "every task whose published file lies in the folder --data", False, type=bool),
         Flag("predictions", "the answers, written by `selfrag answer`"),
         Flag(

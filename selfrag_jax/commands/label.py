@@ -14,6 +14,7 @@ from selfrag_jax import artifacts
 from selfrag_jax.commands.command import Command, Flag, config_flag, config_section
 from selfrag_jax.commands.embed import parse_shard
 from selfrag_jax.commands.model_flags import config_for
+from selfrag_jax.commands.plain_data import KINDS, baseline_data
 from selfrag_jax.commands.retrieve_labels import (
     NEEDS_FLAGS,
     label_settings,
@@ -301,6 +302,11 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     from selfrag_jax.critic.label_statistics import table
     from selfrag_jax.critic.labelling import LabelConfig
 
+    if values["plain"]:
+        _write_plain(values)
+        return
+    if not values["critic"]:
+        raise UserError(f"missing --critic; for example: {EXAMPLE}")
     shard = parse_shard(values["shard"])
     if values["distributed"]:
         import jax
@@ -334,11 +340,33 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         print(out)
 
 
+def _write_plain(values: dict[str, Any]) -> None:
+    """--plain: outputs as they are, with or without passages in front; no critic judges."""
+    judged = ("critic", "index", "distributed", *(f.name for f in NEEDS_FLAGS))
+    if given := [name for name in judged if values[name] is not None]:
+        raise UserError(
+            f"--{given[0]}: does not go with --plain, which judges nothing and takes the rows' own "
+            "passages (`selfrag retrieve` adds some)"
+        )
+    n = baseline_data(values["input"], values["plain"], values["seed"], values["out"])
+    print(f"{values['out']}: {n} rows" if n else values["out"])
+
+
+EXAMPLE = (
+    "selfrag label --critic=W/critic --input=W/retrieved/instructions.jsonl "
+    "--out=W/generator_data.jsonl"
+)
+PLAIN_EXAMPLE = "selfrag label --plain=closed --input=instructions.jsonl --out=closed_data.jsonl"
 COMMAND = Command(
-    example="selfrag label --critic=W/critic --input=W/retrieved/instructions.jsonl "
-    "--out=W/generator_data.jsonl",
+    example=f"{EXAMPLE}\n{PLAIN_EXAMPLE}",
     flags=(
-        Flag("critic", "workdir of a trained critic", required=True),
+        Flag("critic", "workdir of a trained critic; needed unless --plain is given"),
+        Flag(
+            "plain",
+            "instead of a critic's labels, no reflection tokens: "
+            + "; ".join(f"{kind}, {what}" for kind, what in KINDS.items()),
+        ),
+        Flag("seed", "with --plain=rag: which rows get all passages", 0, type=int),
         Flag(
             "input",
             "instructions with outputs, and with ctxs unless --index is given",

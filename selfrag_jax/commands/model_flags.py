@@ -25,6 +25,27 @@ MODEL_FLAGS = (
 CALIBRATION = "calibration.json"  # in a model's folder
 SEARCH_FLAGS = flags_of(SearchConfig)
 LOADING_FLAGS = tuple(f for f in flags_of(AnswerConfig) if f not in SEARCH_FLAGS)
+SYSTEM_FLAGS = (
+    Flag(
+        "systems",
+        "with a task: what answers, several with commas: selfrag (default), modes, ablations, "
+        "baselines, all, or single ones (docs/evaluation.md). Each is a run of its own in "
+        "OUT/systems/NAME; the table is OUT/systems.json, .md and .csv",
+        type=tuple,
+    ),
+    Flag(
+        "plain_model",
+        "of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
+        "reflection tokens",
+    ),
+    Flag(
+        "plain_prompt",
+        "of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
+        "llama_chat_prompt (the released script's), or a JSON file of two templates",
+    ),
+    Flag("no_retriever_model", "of train_no_retriever: trained on `selfrag label --plain=closed`"),
+    Flag("no_critic_model", "of train_no_critic: trained on `selfrag label --plain=top1`"),
+)
 ANSWER_CONFIG_FLAG = config_flag(
     None, "; default: tiny for models of the synthetic world, else any_model, the paper's settings"
 )

@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,19 @@ from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
 from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.label import label_file
+from selfrag_jax.commands.plain_data import baseline_data
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
 from selfrag_jax.critic.collecting import CollectConfig, critique_queries
 from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.data.questions import read_questions
+from selfrag_jax.evaluation.systems import BY_NAME, EACH_PASSAGE, System
 from selfrag_jax.files import read_json, write_json
 from selfrag_jax.progress import progress
-from selfrag_jax.records import (
-    GeneratorExample,
-    Passage,
-    instruction_from,
-    read_records,
-    read_rows,
-    write_jsonl,
-)
+from selfrag_jax.records import instruction_from, read_records, read_rows, write_jsonl
 from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.retrieval.plan import IndexConfig
-from selfrag_jax.text.prompts import format_passage
 from selfrag_jax.world import questions, truth
 
 Row = dict[str, Any]
@@ -47,29 +42,36 @@ ABLATION_TASKS = ("long_tail", "well_known")
 LONG_FORM = ("two_part", "biography")  # several segments; other tasks take one, as in the paper
 
 
-def systems():
+@dataclass(frozen=True)
+class WorldRun:
+    """A system of the results table: the folder of its model in the workdir, and its tasks."""
+
+    system: System
+    folder: str
+    tasks: tuple[str, ...]
+
+
+def systems() -> tuple[WorldRun, ...]:
     """The rows of the results table."""
-    from selfrag_jax.evaluation.systems import EACH_PASSAGE, GENERATOR, System
 
-    def ablation(name: str, **changes):
-        changes = {"mode": "always_retrieve", **changes}
-        return System(f"ablation_{name}", GENERATOR, ABLATION_TASKS, tuple(changes.items()))
+    def listed(name: str, folder: str, tasks: tuple[str, ...] = questions.TASKS, **other: Any):
+        return WorldRun(replace(BY_NAME[name], **other), folder, tasks)
 
-    everything = questions.TASKS
+    def ablation(name: str) -> WorldRun:
+        changes = {"mode": "always_retrieve", **dict(BY_NAME[name].changes)}
+        return listed(name, "generator", ABLATION_TASKS, changes=tuple(changes.items()))
+
     return (
-        System("no_retrieval", "closed", everything),
-        System("rag_top1", "rag", everything, passages=1),
-        System("rag_topk", "rag", everything, passages=5),
-        System("selfrag_always", GENERATOR, everything, (("mode", "always_retrieve"),)),
-        System("selfrag_adaptive", GENERATOR, everything),
-        System("selfrag_never", GENERATOR, everything, (("mode", "no_retrieval"),)),
-        ablation("top1", ndocs=1),
-        ablation("no_isrel", w_rel=0.0),
-        ablation("no_issup", w_sup=0.0),
-        ablation("no_isuse", w_use=0.0),
-        ablation("no_seqscore", w_seq=0.0),
-        System("train_no_critic", "rag", ABLATION_TASKS, passages=EACH_PASSAGE),
-        System("train_no_retriever", "closed", ABLATION_TASKS, passages=1),
+        listed("no_retrieval", "closed"),
+        listed("rag_top1", "rag"),
+        listed("rag_topk", "rag", passages=5),
+        listed("selfrag_always", "generator"),
+        listed("selfrag_adaptive", "generator", changes=()),
+        listed("selfrag_never", "generator"),
+        *map(ablation, ("ablation_top1", "ablation_no_isrel", "ablation_no_issup")),
+        *map(ablation, ("ablation_no_isuse", "ablation_no_seqscore")),
+        listed("train_no_critic", "rag", ABLATION_TASKS, passages=EACH_PASSAGE),
+        listed("train_no_retriever", "closed", ABLATION_TASKS, passages=1),
     )
 
 
@@ -138,36 +140,15 @@ def _announce(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def baseline_data(input_path: Path, kind: str, seed: int, out: Path) -> None:
-    """Training rows of a baseline, without reflection tokens.
-
-    kind: "closed" has outputs alone. "rag" has passages in front of the output: the top one in four
-    of five rows, all that were retrieved in the others.
-    """
-    config, inputs = {"kind": kind, "seed": seed}, {"input": input_path}
-    if artifacts.is_finished(out, "baseline_data", config, inputs):
-        return
-    rows = []
-    for row in read_records(input_path, instruction_from):
-        rng = random.Random(f"{kind}-{seed}-{row.id}")
-        ctxs: tuple[Passage, ...] = ()
-        if kind == "rag":
-            ctxs = row.ctxs if rng.random() < 0.2 else row.ctxs[:1]
-        output = "".join(map(format_passage, ctxs)) + row.output
-        rows.append(GeneratorExample(row.id, row.instruction, output, row.input, row.dataset_name))
-    n = write_jsonl(out, rows)
-    artifacts.write_manifest(out, "baseline_data", config, inputs, {"rows": n})
-
-
 def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
     """Metrics of every system on every task.
 
     Predictions are kept as files, so that an interrupted evaluation continues.
     """
     from selfrag_jax.answering.config import AnswerConfig
+    from selfrag_jax.answering.plain import PlainConfig
     from selfrag_jax.evaluation import scores
-    from selfrag_jax.evaluation.baselines import PlainConfig
-    from selfrag_jax.evaluation.systems import GENERATOR, Answerers
+    from selfrag_jax.evaluation.answerers import Answerers
 
     answerers = Answerers(
         w,
@@ -179,22 +160,25 @@ def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
     rows: list[Row] = []
     total = sum(len(tasks[t]) for s in systems() for t in s.tasks)
     with progress("evaluate", total, "answers") as bar:
-        for system in systems():
-            for task in system.tasks:
+        for run in systems():
+            system = run.system
+            for task in run.tasks:
                 out = w / "predictions" / system.name / f"{task}.jsonl"
                 made: dict[str, Any] = {
                     "system": system.name,
                     "changes": dict(system.changes),
-                    "passages": system.passages,
+                    "passages": system.passages or 0,
                 }
-                section = "answer" if system.model == GENERATOR else "plain"
+                section = "answer" if system.is_search else "plain"
                 made[section] = c[section].to_dict()
-                inputs = {"model": w / system.model, "questions": files[task]}
+                inputs = {"model": w / run.folder, "questions": files[task]}
                 if artifacts.is_finished(out, "answer", made, inputs):
                     bar.skip(len(tasks[task]))
                 else:
                     one_step = {} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1}
-                    predictions = answerers.answer(system, tasks[task], one_step, bar.advance)
+                    predictions = answerers.answer(
+                        system, run.folder, tasks[task], one_step, bar.advance
+                    )
                     n = write_jsonl(out, predictions)
                     artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
                 predictions = [row for _, row in read_rows(out)]

@@ -1,54 +1,70 @@
-"""`selfrag evaluate --task=NAME --input=FILE`: answers a benchmark, scores it, compares figures.
+"""`selfrag evaluate --task=NAME --input=FILE`: answers benchmarks, scores them, compares figures.
 
-Called by commands/evaluate.py, which has the flags.
+Called by commands/evaluate.py, which has the flags. task_runs.py does one system on one task.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.commands.answer import answer_file, answer_identity, read_checked
-from selfrag_jax.commands.model_flags import (
-    load_from,
-    model_and_config,
-    search_changes,
+from selfrag_jax.commands.answer import read_checked
+from selfrag_jax.commands.task_runs import (
+    SCORES,
+    SYSTEMS_FOLDER,
+    Models,
+    Planner,
+    Scoring,
+    SystemRun,
+    TaskFile,
+    run_system,
 )
 from selfrag_jax.errors import StageFailed, UserError
-from selfrag_jax.evaluation import mauve_score, scores, tables, tasks
-from selfrag_jax.evaluation.judges import EntailmentJudge
-from selfrag_jax.evaluation.metrics import FactReader, SupportJudge, has_gold
+from selfrag_jax.evaluation import mauve_score, reproduction, system_tables, systems, tasks
+from selfrag_jax.evaluation.metrics import has_gold
+from selfrag_jax.evaluation.system_tables import SystemResult
+from selfrag_jax.evaluation.systems import FULL, System
 from selfrag_jax.evaluation.tasks import Task
-from selfrag_jax.files import write_json
-from selfrag_jax.records import Question, read_rows, write_jsonl
+from selfrag_jax.files import atomic_write, write_json, write_text
+from selfrag_jax.records import Question, read_rows
+from selfrag_jax.search.config import ALWAYS, NEVER
 
 Row = dict[str, Any]
-ANSWERS, SCORES, METRICS = "answers.jsonl", "scores.jsonl", "metrics.json"
-SIZES = ("7b", "13b")  # of the paper's models
+REPRODUCTION = "reproduction"
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """Who judges citations and reads facts, the model of MAUVE, and the seed of the bootstrap."""
+@dataclass
+class _Outcome:
+    """What came out of all runs: results in the order of tasks and systems, and what failed."""
 
-    judge_name: str
-    judge: SupportJudge | EntailmentJudge | None
-    facts_of: FactReader | None
-    mauve_model: str  # the folder of a language model; "" for none
-    seed: int
+    results: list[SystemResult] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def metrics(self, name: str) -> list[tuple[Task, Sequence[Row]]]:
+        return [(r.task, r.metrics) for r in self.results if r.system.name == name]
 
 
 def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
-    """`selfrag evaluate --task=NAME`: prints the table."""
+    """`selfrag evaluate --task=NAME`: prints the table, of one system or of several."""
+    asked, named = systems.chosen(values["systems"] or (FULL,))
     task = _worded(tasks.load(values["task"]), values)
     out = Path(values["out"] or default_folder(values["input"], task))
-    rows = run_task(task, values, values["input"], out, how)
-    print(f"{table_text(rows)}\n{out}")
+    where, planner = TaskFile(task, Path(values["input"]), out), Planner(values)
+    runs = _plan(planner, where, asked, named)
+    if not runs:
+        raise UserError("--systems: none of these systems can be run as asked; see above")
+    outcome = _Outcome()
+    _run_all(runs, how, outcome, stop_at_errors=len(runs) == 1)
+    if len(runs) == 1 and not outcome.failed:
+        print(f"{reproduction.table_text(outcome.results[0].metrics)}\n{runs[0].folder}")
+    if outcome.results and [s.name for s in asked] != [FULL]:
+        _write_systems(outcome, asked, values, out, how.seed)
+    _raise_failures(outcome, "systems")
 
 
 def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
@@ -58,21 +74,30 @@ def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
     """
     if not values["data"]:
         raise UserError("missing --data, the folder of the tasks' files")
-    results, failed = [], []
+    asked, _ = systems.chosen(values["systems"] or (FULL,))
+    planner, outcome, runs = Planner(values), _Outcome(), []
+    root = Path(values["out"] or values["data"])
     for task, file in find_files(values["data"]):
         try:
             task = _worded(task, values)
-            out = Path(values["out"] or values["data"]) / default_folder(file, task).name
-            results.append((task, run_task(task, values, file, out, how)))
-        except (UserError, StageFailed) as e:
-            failed.append(f"{task.name}: {e}")
-            print(failed[-1], file=sys.stderr)
-    if results:
-        for size in SIZES:
-            print(comparison_text(results, size) + "\n")
-        print("\n".join(line for task, rows in results for line in causes(task, values, rows)))
-    if failed:
-        raise StageFailed(f"{len(failed)} tasks were not evaluated; the first, {failed[0]}")
+            where = TaskFile(task, file, root / default_folder(file, task).name)
+            runs += _plan(planner, where, asked, set())
+        except UserError as e:
+            outcome.failed.append(f"{task.name}: {e}")
+            print(outcome.failed[-1], file=sys.stderr)
+    _run_all(runs, how, outcome, stop_at_errors=False)
+    if outcome.metrics(FULL):
+        _write_reproduction(outcome, asked, values, root)
+    if outcome.results and [s.name for s in asked] != [FULL]:
+        _write_systems(outcome, asked, values, root, how.seed)
+    _raise_failures(outcome, "tasks")
+
+
+def _raise_failures(outcome: _Outcome, what: str) -> None:
+    if outcome.failed:
+        raise StageFailed(
+            f"{len(outcome.failed)} {what} were not evaluated; the first, {outcome.failed[0]}"
+        )
 
 
 def _worded(task: Task, values: dict[str, Any]) -> Task:
@@ -88,120 +113,74 @@ def default_folder(input_path: str | Path, task: Task) -> Path:
     return path.with_name(f"{path.name.partition('.')[0]}-{task.spec.replace(':', '-')}")
 
 
-def run_task(
-    task: Task, values: dict[str, Any], input_path: str | Path, out: str | Path, how: Scoring
-) -> list[Row]:
-    """Answers and scores one file; returns the rows of OUT/metrics.json.
+# ---- the runs ------------------------------------------------------------------------------------
+def _plan(
+    planner: Planner, where: TaskFile, asked: Sequence[System], named: set[str]
+) -> list[SystemRun]:
+    """The runs of a task. Of a group, systems that cannot be run are left out, with a notice.
 
-    values: of the command's flags. Answers that are there already are kept, and the model is loaded
-    only if some are missing. Raises UserError before the model is loaded if the file lacks what the
-    task asks or scores with, and StageFailed if no question could be answered.
+    named: systems that the user named singly. Raises UserError, before a model is loaded, if one of
+    them cannot be run, and if the file lacks what the task asks or scores with.
     """
-    out, changes = Path(out), task_changes(task, values)
-    model, index, config = model_and_config(values, calibrated=False)
-    questions = read_checked(input_path, task, index is not None, changes["mode"])
-    _require_gold(input_path, task, questions)
-    if how.mauve_model:
-        mauve_score.long_answers(questions)
-    artifacts.check_output(out, "evaluate", {})
-    answers = _answered(task, input_path, out, changes, (model, index, config))
-    failed = [row for row in answers if row["error"]]
-    if len(failed) == len(answers):
-        raise StageFailed(
-            f"{input_path}: no question could be answered; the first, {failed[0]['id']!r}: "
-            f"{failed[0]['error']}"
-        )
-    if failed:
-        print(
-            f"{len(failed)} of {len(answers)} answers are missing and count as wrong; the same "
-            "command tries them again",
-            file=sys.stderr,
-        )
-    rows = scores.score_questions(questions, answers, how.judge, how.facts_of)
-    write_jsonl(out / SCORES, rows)
-    results = scores.result_rows("selfrag", task.spec, scores.columns(rows), how.seed)
-    if how.mauve_model:
-        mauve = mauve_score.mauve_of_answers(questions, answers, how.mauve_model, how.seed)
-        results.append({"system": "selfrag", "task": task.spec, **mauve})
-    for row in results:
-        if figure := task.figure(row["metric"]):
-            row["paper"] = {size: percent / 100 for size, percent in figure.items()}
-    judged = {} if how.judge is None else {"judge": how.judge_name}
-    metrics = {"rows": results, "seed": how.seed, **judged, "failed": len(failed)}
-    write_json(out / METRICS, metrics)
-    inputs: dict[str, str | Path] = {"input": input_path, "answers": out / ANSWERS}
-    made = {"task": asdict(task), "judge": how.judge_name, "seed": how.seed}
-    artifacts.write_manifest(out, "evaluate", made, inputs, {"questions": len(rows)})
-    return results
+    runs = []
+    for system in asked:
+        if why := planner.refusal(where, system):
+            if system.name in named:
+                raise UserError(f"--systems={system.name}: {why}")
+            print(f"{where.task.spec}: leaves out {system.name}: {why}", file=sys.stderr)
+        else:
+            runs.append(planner.run(where, system))
+    if runs:
+        questions = _questions(where, runs)
+        _require_gold(where, questions)
+        if planner.values["mauve"]:
+            mauve_score.long_answers(questions)
+        for run in runs:
+            artifacts.check_output(run.folder, "evaluate", {})
+    return runs
 
 
-def task_changes(task: Task, values: dict[str, Any]) -> dict[str, Any]:
-    """The search's settings: the task's, then --config.answer.search.x=, then the search's flags.
-
-    A setting that the user changed in the config is left to it.
-    """
-    given = {k: v for k, v in search_changes(values).items() if k != "seed"}  # the bootstrap's
-    in_config = {
-        assignment.partition("=")[0].rpartition(".")[2]
-        for assignment in values["overrides"]
-        if assignment.startswith("answer.search.")
-    }
-    settings = task.settings(given.get("scorer", ""))
-    return {k: v for k, v in settings.items() if k not in in_config} | given
+def _questions(where: TaskFile, runs: Sequence[SystemRun]) -> list[Question]:
+    mode = ALWAYS if any(run.reads_passages for run in runs) else NEVER
+    return read_checked(where.input, where.task, runs[0].index is not None, mode)
 
 
-def _answered(
-    task: Task,
-    input_path: str | Path,
-    out: Path,
-    changes: dict[str, Any],
-    model: tuple[Path, Path | None, AnswerConfig],
-) -> list[Row]:
-    """The rows of OUT/answers.jsonl, answered if they are not there yet."""
-    folder, index, config = model
-    identity = answer_identity(config, task.name, changes, task)
-    inputs: dict[str, str | Path] = {"input": input_path, "model": folder}
-    if index:
-        inputs["index"] = index
-    file, is_done = out / ANSWERS, False
-    if artifacts.is_finished(file, "answer", identity, inputs):
-        is_done = not any(row["error"] for _, row in read_rows(file))
-    if not is_done:
-        answer_file(load_from(*model), input_path, file, task.name, changes, task)
-    return [row for _, row in read_rows(file)]
-
-
-def _require_gold(input_path: str | Path, task: Task, questions: Sequence[Question]) -> None:
+def _require_gold(where: TaskFile, questions: Sequence[Question]) -> None:
     without = [q.id for q in questions if not has_gold(q)]
-    if without and task.needs_gold:
+    if without and where.task.needs_gold:
         raise UserError(
-            f"{input_path}: {len(without)} of {len(questions)} questions have no gold answer, "
-            f"{without[0]!r} first, so --task={task.name} cannot score them; `selfrag answer` "
-            "answers files without"
+            f"{where.input}: {len(without)} of {len(questions)} questions have no gold answer, "
+            f"{without[0]!r} first, so --task={where.task.name} cannot score them; "
+            "`selfrag answer` answers files without"
         )
 
 
-# ---- the table -----------------------------------------------------------------------------------
-def table_text(rows: Sequence[Row]) -> str:
-    """Metric, ours with its interval, and the paper's figures, in percent."""
-    lines = [("metric", "ours", "95% interval", "n", *(f"paper {size}" for size in SIZES))]
-    for row in rows:
-        value, interval = tables.percent(row), tables.interval_text(row, between="–")
-        paper = row.get("paper", {})
-        figures = (f"{100 * paper[size]:.1f}" if size in paper else "" for size in SIZES)
-        lines.append((row["metric"], value, interval, f"{row['n']:,}", *figures))
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def _run_all(
+    runs: Sequence[SystemRun], how: Scoring, outcome: _Outcome, stop_at_errors: bool
+) -> None:
+    """Runs all, those of one model together; adds results, in the order of `runs`, and failures."""
+    by_model: dict[Path, dict[str, list[SystemRun]]] = {}
+    for run in runs:
+        by_model.setdefault(run.model, {}).setdefault(run.where.task.spec, []).append(run)
+    models, found = Models(), {}
+    for of_task in by_model.values():
+        for some in of_task.values():
+            questions = _questions(some[0].where, some)
+            for run in some:
+                name = f"{run.where.task.name}, {run.system.name}" if len(runs) > 1 else ""
+                if name:
+                    print(name, file=sys.stderr)
+                try:
+                    rows = run_system(run, questions, models, how)
+                except (UserError, StageFailed) as e:
+                    if stop_at_errors:
+                        raise
+                    outcome.failed.append(f"{name or run.where.task.name}: {e}")
+                    print(outcome.failed[-1], file=sys.stderr)
+                    continue
+                scored = [row for _, row in read_rows(run.folder / SCORES)]
+                found[run.folder] = SystemResult(run.where.task, run.system, rows, scored)
+    outcome.results += [found[run.folder] for run in runs if run.folder in found]
 
 
 # ---- all tasks of a folder -----------------------------------------------------------------------
@@ -224,34 +203,59 @@ def find_files(data: str | Path) -> list[tuple[Task, Path]]:
     return found
 
 
-def comparison_text(results: Sequence[tuple[Task, Sequence[Row]]], size: str) -> str:
-    """Task, metric, the paper's figure, ours and the difference, in percent."""
-    lines = [("task", "metric", f"paper {size}", "ours", "difference", "95% interval")]
-    for task, rows in results:
-        named = {row["metric"] for row in rows}
-        for row in rows:
-            metric = row["metric"]
-            if metric == "accuracy" and task.metric in named:
-                continue  # the same number
-            figure = row.get("paper", {}).get(size)
-            if figure is None and metric not in (task.metric, "accuracy"):
-                continue
-            value, low, high = (100 * row[name] for name in ("value", "low", "high"))
-            paper = "" if figure is None else f"{100 * figure:.1f}"
-            gap = "" if figure is None else f"{value - 100 * figure:+.1f}"
-            lines.append((task.spec, metric, paper, f"{value:.1f}", gap, f"{low:.1f}–{high:.1f}"))
-    return _aligned(lines)
+# ---- tables --------------------------------------------------------------------------------------
+def _causes(outcome: _Outcome, asked: Sequence[System], values: dict[str, Any]) -> list[str]:
+    computed: dict[str, set[str]] = {}
+    for r in outcome.results:
+        computed.setdefault(r.task.spec, set()).update(row["metric"] for row in r.metrics)
+    by_spec = {r.task.spec: r.task for r in outcome.results}
+    return [
+        line
+        for spec, task in by_spec.items()
+        for line in reproduction.causes(task, asked, values, computed[spec])
+    ]
 
 
-def causes(task: Task, values: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    """The known reasons for a gap between the paper's figure and ours, one line each."""
-    found = []
-    if task.instruction and task.script_name and not values["instructions"]:
-        found.append("prompt: our wording of the instruction; --instructions takes the released")
-    if values["scorer"] != "released" and task.variant == "paper":
-        found.append("scorer: the paper's equations; the paper's figures come from its scripts'")
-    if values["index"]:
-        found.append("passages: of the index where a question has none of its own")
-    if task.metric not in {row["metric"] for row in rows}:
-        found.append(f"metric: {task.metric} was not computed; it takes a judge or another program")
-    return [f"{task.spec}: {line}" for line in found]
+def _write_reproduction(
+    outcome: _Outcome, asked: Sequence[System], values: dict[str, Any], root: Path
+) -> None:
+    """Prints Table 2 beside ours and why they differ; writes both to ROOT/reproduction.*."""
+    rows = reproduction.comparison(outcome.metrics(FULL))
+    reasons = _causes(outcome, asked, values)
+    for size in reproduction.SIZES:
+        print(reproduction.aligned(reproduction.comparison_lines(rows, size)) + "\n")
+    print("\n".join(reasons))
+    text = reproduction.markdown(rows, reasons)
+    _write_tables(root / REPRODUCTION, rows, reasons, text, reproduction.COLUMNS)
+
+
+def _write_systems(
+    outcome: _Outcome, asked: Sequence[System], values: dict[str, Any], out: Path, seed: int
+) -> None:
+    """Prints the table of systems; writes it to OUT/systems.*."""
+    rows = system_tables.system_rows(outcome.results, seed)
+    reasons = _causes(outcome, asked, values)
+    print("\n" + system_tables.text(rows))
+    if not outcome.metrics(FULL) or not values["all"]:
+        print("\n" + "\n".join(reasons))
+    text = system_tables.markdown(rows, reasons)
+    _write_tables(out / SYSTEMS_FOLDER, rows, reasons, text, system_tables.COLUMNS)
+    print(f"{out / SYSTEMS_FOLDER}.md")
+
+
+def _write_tables(
+    stem: Path, rows: Sequence[Row], reasons: Sequence[str], text: str, columns: Sequence[str]
+) -> None:
+    """Writes STEM.json, .md and .csv anew; a stranger's file of that name is moved aside."""
+    main, others = stem.with_name(f"{stem.name}.json"), (".md", ".csv")
+    if not artifacts.manifest_path(main).is_file():
+        for ending in others:
+            artifacts.claim_rewritten(stem.with_name(stem.name + ending), "evaluate")
+    artifacts.claim_rewritten(main, "evaluate")
+    write_text(stem.with_name(f"{stem.name}.md"), text)
+    with atomic_write(stem.with_name(f"{stem.name}.csv")) as f:
+        table = csv.DictWriter(f, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    write_json(main, {"rows": list(rows), "causes": list(reasons)})
+    artifacts.write_manifest(main, "evaluate", {}, {}, {"rows": len(rows)})

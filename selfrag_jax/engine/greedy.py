@@ -23,10 +23,30 @@ def generate_greedily(
     batch: int,
     length_bucket: int,
 ) -> Iterator[tuple[int, GeneratedSegments]]:
+    """Like `continue_prompts`, but raises what a continuation raises."""
+    args = (model, params, tokenizer, prompts, max_new_tokens, batch, length_bucket)
+    for i, segment in continue_prompts(*args):
+        if isinstance(segment, Exception):
+            raise segment
+        yield i, segment
+
+
+def continue_prompts(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch: int,
+    length_bucket: int,
+) -> Iterator[tuple[int, GeneratedSegments | Exception]]:
     """Yields (index of the prompt, its continuation) as continuations end, in any order.
 
-    params: as `place_params` returns them. batch: prompts continued at once.
+    params: as `place_params` returns them. batch: prompts continued at once. A prompt that fails
+    yields its exception.
     """
+    if not prompts:
+        return
     rules = TokenRules(tokenizer.eos_id, tokenizer.pad_id, None)
     shapes = Shapes(
         num_slots=batch,
@@ -34,15 +54,12 @@ def generate_greedily(
         num_passages=1,
         max_new_tokens=max_new_tokens,
         length_bucket=length_bucket,
-        longest_prompt=max(map(len, prompts), default=1),
+        longest_prompt=max(map(len, prompts)),
         prefix_grows=False,
     )
     engine = Engine(model, params, rules, shapes)
     searches = ((i, _continue(p, max_new_tokens)) for i, p in enumerate(prompts))
-    for i, segment in run_searches(engine, searches, lambda _: []):
-        if isinstance(segment, Exception):
-            raise segment
-        yield i, segment
+    yield from run_searches(engine, searches, lambda _: [])
 
 
 def text_of(segment: GeneratedSegments, tokenizer: Tokenizer) -> str:

@@ -18,12 +18,15 @@ from selfrag_jax.files import read_json
 Row = dict[str, Any]
 TITLE = "Self-RAG in the synthetic world"
 SYSTEM_TITLES = {
+    "selfrag": "Self-RAG",
     "no_retrieval": "No retrieval",
     "rag_top1": "Standard RAG, top 1",
     "rag_topk": "Standard RAG, top K",
     "selfrag_always": "Self-RAG, always",
     "selfrag_adaptive": "Self-RAG, adaptive",
     "selfrag_never": "Self-RAG, never",
+    "ablation_no_retrieval": "– no retrieval at test time",
+    "ablation_hard_constraints": "– the Retrieve token alone decides",
     "ablation_top1": "– own top passage only",
     "ablation_no_isrel": "– without IsRel",
     "ablation_no_issup": "– without IsSup",
@@ -189,12 +192,12 @@ def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
     for metric in metrics_of(rows):
         systems, tasks, found = metric_table(rows, metric)
         body = [(system_title(s), *(_cell(found.get((s, t)), t) for t in tasks)) for s in systems]
-        parts.append(_markdown_table(metric_heading(metric), ("system", *tasks), body))
+        parts.append(markdown_table(metric_heading(metric), ("system", *tasks), body))
     if differences:
         body = difference_rows(differences)
-        parts.append(_markdown_table("Differences", DIFFERENCE_HEADER, body))
+        parts.append(markdown_table("Differences", DIFFERENCE_HEADER, body))
     if critic := critic_rows(rows):
-        parts.append(_markdown_table("Critic accuracy (%)", CRITIC_HEADER, critic))
+        parts.append(markdown_table("Critic accuracy (%)", CRITIC_HEADER, critic))
         parts.append(_critic_by_kind(rows))
     return "\n\n".join(parts) + "\n"
 
@@ -217,10 +220,11 @@ def _critic_by_kind(rows: Sequence[Row]) -> str:
         (m.removesuffix("_accuracy"), *(percent(found.get((m, t))) for t in tasks))
         for m in dict.fromkeys(m for m, _ in found)
     ]
-    return _markdown_table("Critic accuracy by kind of question (%)", ("group", *tasks), body)
+    return markdown_table("Critic accuracy by kind of question (%)", ("group", *tasks), body)
 
 
-def _markdown_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown below its title."""
     lines = [f"### {title}", "", _markdown_row(header), "|---" * len(header) + "|"]
     return "\n".join(lines + [_markdown_row(cells) for cells in body])
 

@@ -71,6 +71,11 @@ class Task:
         found: dict[str, Any] = {"scorer": scorer} | {n: getattr(self, n) for n in names}
         return found | dict(self.released if scorer == "released" else self.weights)
 
+    @property
+    def answer_tokens(self) -> int:
+        """Maximum number of tokens in a whole answer: what the scripts take, not a segment's."""
+        return dict(self.released).get("max_new_tokens", self.max_new_tokens)
+
     def figure(self, metric: str) -> dict[str, float]:
         """The paper's figures for a metric, by model size; `accuracy` is the main metric."""
         return self.figures.get(self.metric if metric == "accuracy" else metric, {})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.tables import Row, read_results
+from selfrag_jax.evaluation.tables import Row, read_results, system_title
 from selfrag_jax.files import read_object
 from selfrag_jax.records import read_rows
 
@@ -67,9 +67,14 @@ def read_run(folder: str | Path) -> EvaluatedRun:
 
 
 def _published(rows: list[Row]) -> list[Row]:
-    """The paper's figures that stand beside ours, as rows of the models by their size."""
+    """The paper's figures that stand beside ours, as rows of the systems by their models' size."""
     return [
-        {"system": f"Self-RAG {size.upper()}", "task": r["task"], "metric": r["metric"], "value": v}
+        {
+            "system": f"{system_title(r['system'])} {size.upper()}",
+            "task": r["task"],
+            "metric": r["metric"],
+            "value": v,
+        }
         for r in rows
         for size, v in r.get("paper", {}).items()
     ]
