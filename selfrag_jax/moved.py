@@ -37,6 +37,7 @@ MOVED = {
     "decoding.segments": ("engine.segments",),
     "decoding.show": ("answering.terminal",),
     "decoding.slots": ("engine.programs",),
+    "evaluation.baselines": ("answering.plain",),
     "evaluation.evaluate": ("evaluation.scores", "commands.evaluate"),
     "memory": ("allocator",),
     "models.checkpoints": (

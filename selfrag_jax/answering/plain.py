@@ -89,8 +89,8 @@ class PlainModel:
     ) -> list[Answer]:
         """Returns the answers in the order of the questions.
 
-        on_answer: as in SelfRAG.answer. total: not used, all slots always are. changes: `passages` and `max_new_tokens`. A question
-        that fails has its error in its answer.
+        on_answer: as in SelfRAG.answer. total: unused, since all slots are used for any number.
+        changes: `passages` and `max_new_tokens`. A question that fails has its error in its answer.
         """
         config = self.search_config(changes)
         answers: dict[int, Answer] = {}

@@ -102,11 +102,15 @@ class Planner:
         self._searchable: set[Path] = set()  # models that have the reflection tokens
 
     def refusal(self, where: TaskFile, system: System) -> str:
-        """Why the system cannot be run on this task as it was asked for; "" if it can."""
+        """Why the system cannot be run on this task as it was asked for; "" if it can.
+
+        Raises UserError if its model is missing.
+        """
         if system.model not in (MODEL, PLAIN) and not self.values[system.model]:
             return f"needs a model of its own; give --{system.model}"
-        settings = task_changes(where.task, self.values)
-        return system.refusal(settings["scorer"], settings.get("max_depth", 1))
+        search, settings = self._model(system)[2].search, task_changes(where.task, self.values)
+        scorer = settings.get("scorer", search.scorer)
+        return system.refusal(scorer, settings.get("max_depth", search.max_depth))
 
     def run(self, where: TaskFile, system: System) -> SystemRun:
         """Raises UserError if the model is missing, or has no reflection tokens for a search."""

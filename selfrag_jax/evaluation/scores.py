@@ -230,7 +230,9 @@ def _search_metrics(row: Row) -> dict[str, float]:
         if isinstance(row.get(name), (int, float)):
             values[name] = float(row[name])
     if "tree" in row:
-        read = {str(node["passage"]["id"]) for node in row["tree"] if node.get("passage")}
+        # Baselines have no tree; their passages are those in the prompt.
+        nodes = row["tree"] or [{"passage": p} for p in row["passages"]]
+        read = {str(node["passage"]["id"]) for node in nodes if node.get("passage")}
         values["num_passages"] = float(len(read))
     for group, (tokens, equation) in CRITIQUES.items():
         said = [s[group] for s in row["segments"] if s.get(group)]
