@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.systems import BY_NAME, FULL
 from selfrag_jax.evaluation.tables import Row, read_results, system_title
 from selfrag_jax.files import read_object
 from selfrag_jax.records import read_rows
@@ -67,17 +68,19 @@ def read_run(folder: str | Path) -> EvaluatedRun:
 
 
 def _published(rows: list[Row]) -> list[Row]:
-    """The paper's figures that stand beside ours, as rows of the systems by their models' size."""
-    return [
-        {
-            "system": f"{system_title(r['system'])} {size.upper()}",
-            "task": r["task"],
-            "metric": r["metric"],
-            "value": v,
-        }
-        for r in rows
-        for size, v in r.get("paper", {}).items()
-    ]
+    """The paper's figures that stand beside ours, as rows of the systems by their models' size.
+
+    Those of baselines and ablations carry their titles; all others are of Self-RAG itself.
+    """
+    found = []
+    for r in rows:
+        listed = BY_NAME.get(r["system"], BY_NAME[FULL])
+        is_other = listed.name != FULL and (listed.table2 or listed.table3)
+        title = system_title(listed.name) if is_other else "Self-RAG"
+        for size, value in r.get("paper", {}).items():
+            row = {"system": f"{title} {size.upper()}", "task": r["task"], "metric": r["metric"]}
+            found.append(row | {"value": value})
+    return found
 
 
 def read_sweep(folder: str | Path) -> list[Row]:
