@@ -83,7 +83,8 @@ def best_of(per_passage: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, A
 
     Its `num_tokens` counts those of all of them.
     """
-    return [
-        max(rows, key=lambda r: r["p_sequence"]) | {"num_tokens": sum(r["num_tokens"] for r in rows)}
-        for rows in zip(*per_passage, strict=True)
-    ]
+    best = []
+    for rows in zip(*per_passage, strict=True):
+        num_tokens = sum(row["num_tokens"] for row in rows)
+        best.append(max(rows, key=lambda r: r["p_sequence"]) | {"num_tokens": num_tokens})
+    return best
