@@ -210,7 +210,7 @@ def test_an_alce_item_takes_over_the_references():
         {"title": "Port", "text": "It is old."},
         {"title": "Inn", "text": "It is new."},
     ]
-    assert item["answer"] == "x" and item["answers"] == [["x", "X"]]
+    assert item["answer"] == "very" and item["answers"] == [["x", "X"]]
     assert all(item[name] == extra[name] for name in ("annotations", "qa_pairs", "claims"))
 
 
@@ -437,7 +437,7 @@ OTHER_QUESTION = {"id": "a", "question": "Who is Mara?", "answers": ["x"]}
         ("alce", [], None, "holds no answers"),
         ("alce", [{"id": "a"}], None, r":1: missing field 'answer'"),
         ("alce", [answer_row()] * 2, None, r":2: id 'a' occurs more than once"),
-        ("alce", [answer_row(id="z")], None, r":1: its id is not in the question file"),
+        ("alce", [answer_row(id="z")], None, r"answers\.jsonl: id 'z' is not in the question file"),
         ("alce", [answer_row()], [OTHER_QUESTION], "question 'a' is 'Who is Mara"),
         (
             "alce",

@@ -16,14 +16,13 @@ from selfrag_jax.commands.train import is_released
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
+from selfrag_jax.evaluation.answer_rows import pair, read_predictions
 from selfrag_jax.evaluation.critic_scores import BINS
 from selfrag_jax.evaluation.metrics import SupportJudge
 from selfrag_jax.evaluation.scores import (
     Row,
     columns,
     gold_notice,
-    pair,
-    read_predictions,
     result_rows,
     score_questions,
 )
