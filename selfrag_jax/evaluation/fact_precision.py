@@ -23,6 +23,7 @@ from selfrag_jax.evaluation.alce import premise
 from selfrag_jax.evaluation.answer_rows import Row, retrieved_passages
 from selfrag_jax.evaluation.citation_marks import remove_marks
 from selfrag_jax.evaluation.judges import EntailmentJudge, Verdicts
+from selfrag_jax.evaluation.metrics import FactReader
 from selfrag_jax.records import Passage, Question, read_rows, text_field
 from selfrag_jax.text.normalising import normalise
 from selfrag_jax.text.sentences import split_sentences
@@ -103,6 +104,15 @@ class FactVerifier:
                 f"--facts: has no row for {len(missing)} of {len(told)} answers, e.g. id "
                 f"{missing[0]!r}; give the facts of these answers"
             )
+
+
+def verified_by(
+    verifier: FactReader | FactVerifier | None, results: Sequence[Row]
+) -> dict[str, str]:
+    """Returns {"verifier": its name}, to stand beside the fact precision among `results`, or {}."""
+    if not any(row["metric"] == "fact_precision" for row in results):
+        return {}
+    return {"verifier": verifier.judge.name if isinstance(verifier, FactVerifier) else "world"}
 
 
 def _topic(q: Question) -> str:

@@ -222,6 +222,15 @@ def columns(rows: Sequence[Row]) -> dict[str, list[float]]:
     return values
 
 
+def seconds_row(system: str, task: str, seconds: float, timed: int) -> Row:
+    """Returns the row of results.json for the time of `timed` questions; it has no interval.
+
+    Questions are answered together, so this is the time of all divided by their number.
+    """
+    row = {"system": system, "task": task, "metric": SECONDS, "value": seconds / timed}
+    return row | {"low": None, "high": None, "n": timed}
+
+
 def result_rows(system: str, task: str, values: dict[str, list[float]], seed: int) -> list[Row]:
     """Returns rows of results.json: mean, 95% bootstrap interval and count of each metric."""
     rows = []
