@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from selfrag_jax import artifacts, cli
 from selfrag_jax.commands.export import export_file
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import exports
+from selfrag_jax.evaluation import exports, metrics
 from selfrag_jax.evaluation.citation_marks import marked_text, remove_marks
 from selfrag_jax.evaluation.cited_answers import CitedAnswer, read_answers
 from selfrag_jax.records import Passage, Question, write_jsonl
@@ -215,8 +215,10 @@ def test_an_alce_item_takes_over_the_references():
 
 
 def test_a_single_annotation_becomes_the_answer():
-    item = exports.alce_item(cited_answer(extra={"annotations": [{"long_answer": "long"}]}))
+    cited = cited_answer(extra={"annotations": [{"long_answer": "long"}], "qa_pairs": [{}]})
+    item = exports.alce_item(cited)
     assert item["answer"] == "long" and "annotations" not in item
+    assert metrics.long_answer(cited.question) == "long"  # MAUVE compares with the same text
 
 
 def test_kilt_and_ragchecker_rows():
