@@ -214,6 +214,8 @@ class PlainModel:
             tree=(),
             notices=a.notices,
             task=a.question.task,
+            num_tokens=int(segment.length),
+            num_answer_tokens=int(segment.length),
         )
 
 

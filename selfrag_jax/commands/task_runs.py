@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.answer import answer_file, answer_identity
+from selfrag_jax.commands.answer import answer_file, answer_identity, answering_time
 from selfrag_jax.commands.model_flags import load_from, model_and_config, search_changes
 from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.evaluation import mauve_score, reproduction, scores
+from selfrag_jax.evaluation.answer_rows import pair
+from selfrag_jax.evaluation.fact_precision import FactVerifier, verified_by
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
 from selfrag_jax.evaluation.systems import FULL, MODEL, NDOCS, PLAIN, System
@@ -43,7 +45,7 @@ class Scoring:
 
     judge_name: str
     judge: SupportJudge | EntailmentJudge | None
-    facts_of: FactReader | None
+    facts_of: FactReader | FactVerifier | None
     mauve_model: str  # the folder of a language model; "" for none
     seed: int
 
@@ -192,8 +194,8 @@ class Models:
         self._retriever: Retriever | None = None
         self._answered: dict[str, Path] = {}  # identity -> a finished file of answers
 
-    def answers(self, run: SystemRun) -> list[Row]:
-        """The rows of the run's answers, made if they are not there yet.
+    def answers(self, run: SystemRun, questions: Sequence[Question]) -> list[Row]:
+        """The rows of the run's answers to the questions of its file, made if they are missing.
 
         Two systems with the same settings (always retrieving, where the task does) are answered
         once.
@@ -211,7 +213,9 @@ class Models:
         if not is_done or any(row["error"] for _, row in read_rows(file)):
             answerer = self._answerer(run)
             task = run.where.task
-            answer_file(answerer, run.where.input, file, task.name, run.changes, task)
+            answer_file(
+                answerer, run.where.input, file, task.name, run.changes, task, list(questions)
+            )
         rows = [row for _, row in read_rows(file)]
         if not any(row["error"] for row in rows):
             self._answered[key] = file
@@ -256,11 +260,18 @@ def run_system(
     Raises StageFailed if no question could be answered.
     """
     out, task, name = run.folder, run.where.task, run.system.name
-    answers = models.answers(run)
+    answers = models.answers(run, questions)
     failed = _num_failed(run, answers)
+    if isinstance(how.facts_of, FactVerifier) and (
+        notice := how.facts_of.notice(pair(questions, answers))
+    ):
+        print(f"{run.where.input}: {notice}", file=sys.stderr)
     rows = scores.score_questions(questions, answers, how.judge, how.facts_of)
     write_jsonl(out / SCORES, rows)
     results = scores.result_rows(name, task.spec, scores.columns(rows), how.seed)
+    seconds, timed = answering_time(out / ANSWERS)
+    if timed:
+        results.append(scores.seconds_row(name, task.spec, seconds, timed))
     if how.mauve_model:
         mauve = mauve_score.mauve_of_answers(questions, answers, how.mauve_model, how.seed)
         results.append({"system": name, "task": task.spec, **mauve})
@@ -268,6 +279,7 @@ def run_system(
         if figures := reproduction.published(task, run.system, row["metric"]):
             row["paper"] = {size: percent / 100 for size, percent in figures.items()}
     judged = {} if how.judge is None else {"judge": how.judge_name}
+    judged |= verified_by(how.facts_of, results)
     write_json(out / METRICS, {"rows": results, "seed": how.seed, **judged, "failed": failed})
     inputs: dict[str, str | Path] = {"input": run.where.input, "answers": out / ANSWERS}
     made = {"task": asdict(task), "judge": how.judge_name, "seed": how.seed}

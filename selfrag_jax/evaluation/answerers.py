@@ -57,8 +57,7 @@ class Answerers:
             single = [replace(q, ctxs=q.ctxs[i : i + 1]) for q in questions]
             on_answer = (lambda _: advance()) if i == 0 else None
             per_passage.append(_rows(model.answer(single, on_answer, passages=1)))
-        # The most probable of a question's answers: all one has without critiques.
-        return [max(rows, key=lambda r: r["score"]) for rows in zip(*per_passage, strict=True)]
+        return _most_probable(per_passage)
 
     def _selfrag(self) -> SelfRAG:
         if self._rag is None:
@@ -73,6 +72,18 @@ class Answerers:
                 loading.load(self.workdir / name), None, self.plain_config
             )
         return self._plain[name]
+
+
+def _most_probable(per_passage: Sequence[Sequence[Row]]) -> list[Row]:
+    """The most probable of a question's answers: all one has without critiques.
+
+    Its `num_tokens` counts those of all of them.
+    """
+    best = []
+    for rows in zip(*per_passage, strict=True):
+        num_tokens = sum(row["num_tokens"] for row in rows)
+        best.append(max(rows, key=lambda r: r["score"]) | {"num_tokens": num_tokens})
+    return best
 
 
 def _rows(answers: Sequence[Answer]) -> list[Row]:
