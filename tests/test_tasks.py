@@ -326,7 +326,7 @@ def test_mauve_of_a_task_stands_beside_the_papers(model, tmp_path, monkeypatch, 
         "citations": [], "passages": [], "error": "",
     }  # fmt: skip
 
-    def answers(self, run):
+    def answers(self, run, questions):
         write_jsonl(run.folder / "answers.jsonl", [answered | {"id": str(i)} for i in range(8)])
         return [answered | {"id": str(i)} for i in range(8)]
 

@@ -55,11 +55,12 @@ def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
     task = _worded(tasks.load(values["task"]), values)
     out = Path(values["out"] or default_folder(values["input"], task))
     where, planner = TaskFile(task, Path(values["input"]), out), Planner(values)
-    runs = _plan(planner, where, asked, named)
+    read = _Questions()
+    runs = _plan(planner, where, asked, named, read)
     if not runs:
         raise UserError("--systems: none of these systems can be run as asked; see above")
     outcome = _Outcome()
-    _run_all(runs, how, outcome, stop_at_errors=len(runs) == 1)
+    _run_all(runs, how, outcome, read, stop_at_errors=len(runs) == 1)
     if len(runs) == 1 and not outcome.failed:
         print(f"{reproduction.table_text(outcome.results[0].metrics)}\n{runs[0].folder}")
     if outcome.results and [s.name for s in asked] != [FULL]:
@@ -76,16 +77,17 @@ def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
         raise UserError("missing --data, the folder of the tasks' files")
     asked, _ = systems.chosen(values["systems"] or (FULL,))
     planner, outcome, runs = Planner(values), _Outcome(), []
+    read = _Questions()
     root = Path(values["out"] or values["data"])
     for task, file in find_files(values["data"]):
         try:
             task = _worded(task, values)
             where = TaskFile(task, file, root / default_folder(file, task).name)
-            runs += _plan(planner, where, asked, set())
+            runs += _plan(planner, where, asked, set(), read)
         except UserError as e:
             outcome.failed.append(f"{task.name}: {e}")
             print(outcome.failed[-1], file=sys.stderr)
-    _run_all(runs, how, outcome, stop_at_errors=False)
+    _run_all(runs, how, outcome, read, stop_at_errors=False)
     if outcome.metrics(FULL):
         _write_reproduction(outcome, asked, values, root)
     if outcome.results and [s.name for s in asked] != [FULL]:
@@ -115,7 +117,11 @@ def default_folder(input_path: str | Path, task: Task) -> Path:
 
 # ---- the runs ------------------------------------------------------------------------------------
 def _plan(
-    planner: Planner, where: TaskFile, asked: Sequence[System], named: set[str]
+    planner: Planner,
+    where: TaskFile,
+    asked: Sequence[System],
+    named: set[str],
+    read: _Questions,
 ) -> list[SystemRun]:
     """The runs of a task. Of a group, systems that cannot be run are left out, with a notice.
 
@@ -131,7 +137,7 @@ def _plan(
         else:
             runs.append(planner.run(where, system))
     if runs:
-        questions = _questions(where, runs)
+        questions = read.of(where, runs)
         _require_gold(where, questions)
         if planner.values["mauve"]:
             mauve_score.long_answers(questions)
@@ -140,9 +146,20 @@ def _plan(
     return runs
 
 
-def _questions(where: TaskFile, runs: Sequence[SystemRun]) -> list[Question]:
-    mode = ALWAYS if any(run.reads_passages for run in runs) else NEVER
-    return read_checked(where.input, where.task, runs[0].index is not None, mode)
+class _Questions:
+    """The questions of the file that was read last; of several files, one is held at a time."""
+
+    def __init__(self) -> None:
+        self._last: tuple[TaskFile, str] | None = None
+        self._questions: list[Question] = []
+
+    def of(self, where: TaskFile, runs: Sequence[SystemRun]) -> list[Question]:
+        """Raises UserError as read_checked does: for questions without passages, if one is read."""
+        mode = ALWAYS if any(run.reads_passages for run in runs) else NEVER
+        if self._last not in ((where, mode), (where, ALWAYS)):
+            self._questions = read_checked(where.input, where.task, runs[0].index is not None, mode)
+            self._last = where, mode
+        return self._questions
 
 
 def _require_gold(where: TaskFile, questions: Sequence[Question]) -> None:
@@ -156,7 +173,11 @@ def _require_gold(where: TaskFile, questions: Sequence[Question]) -> None:
 
 
 def _run_all(
-    runs: Sequence[SystemRun], how: Scoring, outcome: _Outcome, stop_at_errors: bool
+    runs: Sequence[SystemRun],
+    how: Scoring,
+    outcome: _Outcome,
+    read: _Questions,
+    stop_at_errors: bool,
 ) -> None:
     """Runs all, those of one model together; adds results, in the order of `runs`, and failures."""
     by_model: dict[Path, dict[str, list[SystemRun]]] = {}
@@ -165,7 +186,7 @@ def _run_all(
     models, found = Models(), {}
     for of_task in by_model.values():
         for some in of_task.values():
-            questions = _questions(some[0].where, some)
+            questions = read.of(some[0].where, some)
             for run in some:
                 name = f"{run.where.task.name}, {run.system.name}" if len(runs) > 1 else ""
                 if name:
