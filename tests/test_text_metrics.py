@@ -172,7 +172,7 @@ def test_without_any_gold_the_rest_is_computed():
         ([{"id": "0"}], "missing field 'answer'"),
         ([prediction(0, passages=["x"])], "'passages' must be a list of objects"),
         ([prediction(0, passages=[{"title": "x"}])], "passage 1: missing field 'text'"),
-        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "segment 0, which is not"),
+        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "names segment 0 of 0"),
     ],
 )
 def test_bad_predictions_are_named(tmp_path, rows, message):

@@ -24,7 +24,7 @@ from selfrag_jax.evaluation import mauve_score, scores, tables, tasks
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge, has_gold
 from selfrag_jax.evaluation.tasks import Task
-from selfrag_jax.files import write_json
+from selfrag_jax.files import read_object, write_json
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
 Row = dict[str, Any]
@@ -103,7 +103,7 @@ def run_task(
     _require_gold(input_path, task, questions)
     if how.mauve_model:
         mauve_score.long_answers(questions)
-    artifacts.check_output(out, "evaluate", {})
+    check_folder(out, model, index)
     answers = _answered(task, input_path, out, changes, (model, index, config))
     failed = [row for row in answers if row["error"]]
     if len(failed) == len(answers):
@@ -132,7 +132,28 @@ def run_task(
     inputs: dict[str, str | Path] = {"input": input_path, "answers": out / ANSWERS}
     made = {"task": asdict(task), "judge": how.judge_name, "seed": how.seed}
     artifacts.write_manifest(out, "evaluate", made, inputs, {"questions": len(rows)})
+    artifacts.remove_temporary_files(out)
     return results
+
+
+def check_folder(out: Path, model: Path, index: Path | None) -> None:
+    """Raises UserError if an evaluation cannot be written to the folder `out`, or replaces others'.
+
+    answers.jsonl is not looked at: what is no answer of ours is moved aside.
+    """
+    inputs = {"model": model} | ({"index": index} if index else {})
+    scored = [out / SCORES, out / METRICS]
+    artifacts.check_output(out, "evaluate", inputs, scored)
+    if out.is_file():
+        raise UserError(f"{out}: is a file; a task's --out is a folder")
+    manifest = out / "manifest.json"
+    for file in (manifest, out / artifacts.STARTED):
+        if file.is_file() and (made := read_object(file, ()).get("stage")) != "evaluate":
+            raise UserError(f"{out}: was made by `selfrag {made}`; choose another --out")
+    # Killed before its manifest was written, an evaluation has left that of its answers.
+    begun = manifest.is_file() or artifacts.manifest_path(out / ANSWERS).is_file()
+    if not begun and (found := [p for p in scored if p.exists()]):
+        raise UserError(f"{found[0]}: was not made by `selfrag evaluate`; choose another --out")
 
 
 def task_changes(task: Task, values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import alce, metrics
+from selfrag_jax.evaluation.answer_checks import check_answer
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
 from selfrag_jax.records import Question, passage_from, read_rows
@@ -52,34 +53,16 @@ def read_predictions(path: str | Path) -> list[Row]:
                 raise UserError(
                     f"{where}: missing field {name!r}; expected a row of `selfrag answer`"
                 )
-        if not isinstance(row["answer"], str):
-            raise UserError(f"{where}: field 'answer' must be text")
         if isinstance(row.get("score"), float) and not math.isfinite(row["score"]):
             raise UserError(
                 f"{where}: field 'score' is {row['score']}: the model's probabilities were not "
                 "finite; answer the questions again, with intact weights"
             )
-        _check_citations(where, row)
+        check_answer(where, row)
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: holds no answers; write them with `selfrag answer`")
     return rows
-
-
-def _check_citations(where: str, row: Row) -> None:
-    for name in ("segments", "citations", "passages"):
-        if not isinstance(row[name], list) or not all(isinstance(x, dict) for x in row[name]):
-            raise UserError(f"{where}: field {name!r} must be a list of objects")
-    for i, p in enumerate(row["passages"]):
-        passage_from(where, p, i)
-    if any("text" not in segment for segment in row["segments"]):
-        raise UserError(f"{where}: a segment has no text")
-    for c in row["citations"]:
-        for name in ("segment", "passage"):
-            if c.get(name) not in range(len(row[f"{name}s"])):
-                raise UserError(
-                    f"{where}: a citation names {name} {c.get(name)}, which is not there"
-                )
 
 
 def pair(questions: Sequence[Question], predictions: Sequence[Row]) -> list[tuple[Question, Row]]:
