@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from page_rows import Parsed, answer, results
+from page_rows import Parsed, answer, node, results
 
 from selfrag_jax import cli
 from selfrag_jax.errors import UserError
@@ -60,6 +60,10 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
     run = write_run(tmp_path / "run")
     assert cli.main(["report", f"--run={run}", f"--sweep={tmp_path}"]) == 0
     assert "Sweep of threshold" in (run / "report" / "index.html").read_text()
+    for damaged in ({}, [5], [{"settings": {"threshold": "x"}, "rows": []}]):
+        (tmp_path / "sweep.json").write_text(json.dumps({"points": damaged}))
+        with pytest.raises(UserError, match=r"sweep\.json: is damaged"):
+            runs.read_sweep(tmp_path)
     with pytest.raises(UserError, match="holds no finished sweep"):
         runs.read_sweep(run)
 
@@ -70,6 +74,10 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
         ({"id": "other"}, r"answers\.jsonl:2: id 'q1' is not in scores\.jsonl"),
         ({"metrics": {"f1": float("nan")}}, r"scores\.jsonl:2: metric f1 must be a finite number"),
         ({"popularity": "high"}, r"scores\.jsonl:2: popularity must be a finite number"),
+        ({"metrics": {"f1": 10**400}}, r"scores\.jsonl:2: metric f1 must be a finite number"),
+        ({"metrics": [1]}, r"scores\.jsonl:2: field 'metrics' must be an object"),
+        ({"gold": 5}, r"scores\.jsonl:2: field 'gold' must be a list"),
+        ({"id": "q0"}, r"scores\.jsonl:2: id 'q0' stands twice"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(tmp_path, change, message):
@@ -82,11 +90,55 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path, change, message):
     [
         ({"tree": [{"text": "x"}]}, "tree node 1 lacks chosen, isuse, p_segment, passage, score"),
         ({"citations": [{"segment": 0, "passage": 3}]}, "a citation names passage 3 of 1"),
+        ({"citations": [{"segment": 0}]}, "a citation names passage None of 1"),
+        ({"citations": None}, "field 'citations' must be a list of objects"),
+        ({"tree": ["x"]}, "field 'tree' must be a list of objects"),
+        ({"tree": [node(0, "x") | {"issup": [0.1]}]}, "tree node 1: field 'issup' must be 3 numb"),
+        ({"tree": [node(0, "x") | {"passage": "p"}]}, "tree node 1: passage must be an object"),
+        ({"passages": ["x"]}, "field 'passages' must be a list of objects"),
+        ({"segments": [{"text": 5}]}, "segment 1: field 'text' must be text"),
+        ({"answer": 5}, "field 'answer' must be text, found '5'"),
+        ({"p_retrieve": "x"}, "field 'p_retrieve' must be a number"),
+        ({"score": 10**400}, "field 'score' must be a number"),
+        ({"id": "q0"}, "id 'q0' stands twice"),
     ],
 )
 def test_answers_of_another_form_are_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=r"answers\.jsonl:2: " + message):
         runs.read_run(write_run(tmp_path / "run", changed_answer=change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "is not an object"),
+        ({"rows": {}}, "holds no results"),
+        ({"rows": ["x"]}, "row 1 lacks high"),
+        ({"rows": [results()[0] | {"value": float("nan")}]}, "row 1: value must be a finite"),
+        ({"rows": [results()[0] | {"n": "many"}]}, "row 1: n must be a finite number"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, content, message):
+    (write_run(tmp_path / "run") / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"metrics\.json: " + message):
+        runs.read_run(tmp_path / "run")
+
+
+def test_a_report_replaces_only_a_report(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    for _ in range(2):  # a report is written anew
+        assert cli.main(["report", f"--run={run}", f"--out={out}"]) == 0
+    for name in ("index.html", "results.csv"):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        assert cli.main(["report", f"--run={run}", f"--out={tmp_path / 'mine'}"]) == 2
+        assert f"{name}: was not made by `selfrag report`" in capsys.readouterr().err
+        assert [p.read_text() for p in mine.parent.iterdir()] == ["mine"]
+        mine.unlink()
+    for taken in (run / "metrics.json", run / "metrics.json" / "x"):
+        assert cli.main(["report", f"--run={run}", f"--out={taken}"]) == 2
+        assert "is a file" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_named(tmp_path):
