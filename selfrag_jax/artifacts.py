@@ -38,9 +38,9 @@ MODEL_FILE_PATTERNS = (
     "pytorch_model.bin",
 )
 # Stages whose artifact is a file.
-FILE_STAGES = ("collect", "retrieve", "label", "answer", "export")
+FILE_STAGES = ("collect", "retrieve", "label", "answer", "export", "compare", "calibrate")
 _OTHER = {"stage": "another stage", "config": "another config", "inputs": "other inputs"}
-FOLDER_STAGES = ("embed", "index", "prepare")
+FOLDER_STAGES = ("embed", "index", "prepare", "report")
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
@@ -183,6 +183,7 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
 
 def require_own_or_empty(folder: Path, stage: str) -> None:
     """Raises UserError if a folder holds anything that this stage did not begin."""
+    _require_folders_above(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; `selfrag {stage}` writes a folder")
     if folder.is_dir() and any(p.name != LOCK for p in folder.iterdir()):
@@ -192,6 +193,11 @@ def require_own_or_empty(folder: Path, stage: str) -> None:
                 f"{folder}: is not empty and was not made by `selfrag {stage}`; "
                 "choose another --out"
             )
+
+
+def _require_folders_above(path: Path) -> None:
+    if (parent := next(p for p in path.absolute().parents if p.exists())).is_file():
+        raise UserError(f"{path}: {parent} is a file; choose another --out")
 
 
 def claim_workdir(
@@ -239,8 +245,7 @@ def check_output(
         )
     if stage in FILE_STAGES and artifact.suffix == ".gz":
         raise UserError(f"{artifact}: is written as plain text; leave .gz out of --out")
-    if (parent := next(p for p in artifact.absolute().parents if p.exists())) and parent.is_file():
-        raise UserError(f"{artifact}: {parent} is a file; choose another --out")
+    _require_folders_above(artifact)
     for written in (artifact, *map(Path, beside)):
         if written is not artifact and written.is_dir():
             raise UserError(f"{written}: is a folder; `selfrag {stage}` writes a file there")

@@ -24,6 +24,7 @@ _DEVICE_IS_FULL = (
     "too, but starts answering again, since it changes the answers. `selfrag compile` tells "
     "beforehand what fits"
 )
+MAX_SEED = 2**31  # what JAX, NumPy and torch all take
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +114,9 @@ def parse(
     for f in command.flags:
         if f.type is tuple and values[f.name] is not None:
             values[f.name] = tuple(t.strip() for t in values[f.name].split(",") if t.strip())
+        is_seed = f.name.endswith("seed") and values[f.name] is not None
+        if is_seed and not 0 <= values[f.name] < MAX_SEED:
+            raise UserError(f"--{f.name}={values[f.name]}: must be from 0 to {MAX_SEED - 1:,}")
     values["overrides"] = [a.removeprefix("--config.") for a in overrides]
     return values, positional
 

@@ -60,6 +60,7 @@ def test_overview_and_help_name_every_command_and_flag(capsys):
             "did you mean --threshold",
         ),
         (["index", "--out=I"], "either --embeddings"),
+        (["evaluate", "--task=popqa", "--seed=-1"], "--seed=-1: must be from 0 to 2,147,483,647"),
         (["embed", "--passages=none.tsv", "--out=E"], "none.tsv: no such file"),
         (["label", "--critic=none", "--input=x", "--out=y"], "does not exist"),
         (

@@ -302,7 +302,10 @@ def test_published_layouts_are_read(tmp_path, row, expected):
         assert got == Question(**{"id": "0", "task": "t"} | fields)
 
 
-@pytest.mark.parametrize("name", question_fields.ID)
+@pytest.mark.parametrize(
+    "name",
+    sorted({"id", "_id", "docid", "qid", "question_id", "sample_id", *question_fields.ID}),
+)
 def test_ids_are_kept(tmp_path, name):
     rows = [{"question": "q", name: "é/1"}, {"question": "q", name: 7}, {"question": "q"}]
     got = read_questions(write_rows(tmp_path / "t.jsonl", rows))

@@ -86,6 +86,8 @@ def test_wrong_settings_and_folders_are_refused_before_anything_is_written(asked
     assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"questions\.jsonl is a file; choose another"):
+        sweep_command.sweep(rag, file, file / "out", {"w_sup": [1.0]}, {}, 0)
     with pytest.raises(UserError, match="was not made by `selfrag sweep`"):
         sweep_command.sweep(rag, file, tmp_path / "mine", {"w_sup": [1.0]}, {}, 0)
 
@@ -129,6 +131,31 @@ def test_intervals_hold_their_value_and_equal_probabilities_are_refused():
     assert found == calibrate(p, always, never, 0.3, 0) != calibrate(p, always, never, 0.3, 1)
     with pytest.raises(UserError, match="is the same for all 60 questions"):
         calibrate(np.full(60, 0.5), always, never, 0.3, 0)
+
+
+def test_a_calibration_replaces_only_a_calibration(tmp_path):
+    check, file = calibrate_command._check_out, tmp_path / "q.jsonl"
+    file.write_text("mine")
+    check(tmp_path / "new.json", file)
+    for out, message in (
+        (file, "is both the output and the input"),
+        (tmp_path, "is a folder"),
+        (file / "c.json", "is a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(out, file)
+    with pytest.raises(UserError, match="was not made by `selfrag calibrate`"):
+        check(file, tmp_path / "other.jsonl")
+    (tmp_path / "c.json").write_text('{"threshold": 0.5, "model": "x"}')
+    check(tmp_path / "c.json", file)
+
+
+def test_questions_without_gold_are_named_before_they_are_answered(asked, tmp_path):
+    rag, _ = asked
+    write_jsonl(tmp_path / "q.jsonl", [{"id": "7", "question": "Where?"}])
+    with pytest.raises(UserError, match="1 of 1 questions have no gold answer, '7' first"):
+        calibrate_command.calibrate_file(rag, tmp_path / "q.jsonl", tmp_path / "w", 0.5, {}, 0)
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_threshold_gives_the_wanted_rate(asked, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfrag_jax import cli
+from selfrag_jax import artifacts, cli
 from selfrag_jax.answering.config import DEFAULT
 from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.commands import answer, task_runs
@@ -390,6 +390,27 @@ def test_wrong_input_is_named_before_the_model_is_loaded(
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
     assert len(list(folder.iterdir())) == len(rows)
+
+
+@pytest.mark.parametrize("holds", ["a model", "an index", "metrics", "a file"])
+def test_an_evaluation_replaces_only_an_evaluation(model, tmp_path, holds):
+    out, message = tmp_path / "out", "was not made by `selfrag evaluate`"
+    if holds == "a file":
+        out.write_text("mine")
+        message = "is a file"
+    elif holds == "a model":
+        out, message = model, "is both the output and the model"
+    elif holds == "metrics":
+        write_jsonl(out / "metrics.json", [{"mine": 1}])
+    else:
+        write_jsonl(out / "manifest.json", [{"stage": "index"}])
+        message = "was made by `selfrag index`"
+    with pytest.raises(UserError, match=message):
+        task_runs.check_folder(out, model, None)
+    if holds == "metrics":  # killed after its answers, before its manifest
+        (out / "answers.jsonl").write_text("{}")
+        artifacts.write_manifest(out / "answers.jsonl", "answer", {}, {}, {})
+        task_runs.check_folder(out, model, None)
 
 
 @pytest.mark.parametrize(

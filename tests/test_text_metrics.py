@@ -175,9 +175,16 @@ def test_without_any_gold_the_rest_is_computed():
         ([prediction(0, question="Please: q0")], "'Please: q0' in the answers"),
         ([prediction(0, answer=None)], "field 'answer' must be text"),
         ([{"id": "0"}], "missing field 'answer'"),
+        ([prediction(0, retrieved="yes")], "field 'retrieved' must be true or false"),
+        ([prediction(0, seconds=10**400)], "field 'seconds' must be a number"),
+        ([prediction(0, tree=[{"passage": 5}])], "tree node 1: passage must be an object"),
+        (
+            [prediction(0, segments=[{"text": "x", "isrel": {"[Relevant]": 1}}])],
+            "segment 1: field 'isrel' must hold a finite number for each of",
+        ),
         ([prediction(0, passages=["x"])], "'passages' must be a list of objects"),
         ([prediction(0, passages=[{"title": "x"}])], "passage 1: missing field 'text'"),
-        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "segment 0 must be one of its"),
+        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "names segment 0 of 0"),
     ],
 )
 def test_bad_predictions_are_named(tmp_path, rows, message):
@@ -186,6 +193,19 @@ def test_bad_predictions_are_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         evaluate.evaluate_file(task, answers, "none", out, 0)
     assert not out.exists()
+
+
+def test_the_files_of_others_are_not_replaced_by_scores(tmp_path, capsys):
+    task = write_rows(tmp_path / "t.jsonl", [{"id": "0", "question": "q0", "answers": ["x"]}])
+    answers = write_rows(tmp_path / "a.jsonl", [prediction(0)])
+    (tmp_path / "a.scores.jsonl").write_text("mine")
+    flags = f"--task={task}", f"--predictions={answers}"
+    assert cli.main(["evaluate", *flags]) == 0
+    assert cli.main(["evaluate", *flags]) == 0  # its own are written anew
+    assert [p.read_text() for p in tmp_path.glob("*.old-*")] == ["mine"]
+    for out, message in ((tmp_path, "is a folder"), (answers / "m.json", "is a file")):
+        assert cli.main(["evaluate", *flags, f"--out={out}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_metric_that_is_no_number_is_refused():
@@ -261,11 +281,16 @@ def test_the_compare_command(tmp_path, capsys):
     assert cli.main(["compare", *files, f"--out={out}"]) == 0
     assert of_scores.strip() in capsys.readouterr().out
     assert json.loads(out.read_text())["differences"][0]["only_first"] == ["0", "3"]
+    huge = write_rows(tmp_path / "c", [{"id": "0", "metrics": {"accuracy": 10**400}}])
     for arguments, message in (
         ([a], "two runs are compared, found 1"),
         ([a, a], "is both runs"),
         ([a, str(tmp_path / "none")], "no such file"),
         (files[:2], "predictions need --task"),
+        ([a, b, f"--out={a}"], "is a folder"),
+        ([a, b, f"--out={b}/x"], "is a file"),
+        ([a, b, "--seed=-1"], "--seed=-1: must be from 0 to"),
+        ([a, str(huge)], "metric 'accuracy' must be a number"),
     ):
         assert cli.main(["compare", *arguments]) == 2
         assert message in capsys.readouterr().err

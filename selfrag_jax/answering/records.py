@@ -57,8 +57,11 @@ class Answer:
     num_answer_tokens: int = 0
 
     def to_row(self) -> dict[str, Any]:
-        """The record that `selfrag answer` writes."""
-        row = asdict(self)
+        """The record that `selfrag answer` writes.
+
+        Probabilities and scores have four digits: the others depend on what was computed beside.
+        """
+        row = asdict(self) | {"score": round(self.score, 4)}
         row["scores"] = [s["score"] for s in row["segments"]]
         row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
         return json.loads(json.dumps(row))  # tuples become lists, as in a file

@@ -16,6 +16,7 @@ from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     CALIBRATION,
+    CALIBRATION_FIELDS,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -24,8 +25,9 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.metrics import has_gold
 from selfrag_jax.evaluation.scores import score
-from selfrag_jax.files import write_json
+from selfrag_jax.files import read_object, write_json
 from selfrag_jax.records import Question
 from selfrag_jax.search.config import ALWAYS, NEVER
 
@@ -59,6 +61,11 @@ def calibrate_file(
             "of p(retrieve) means nothing; calibrate with --scorer=paper"
         )
     questions, work = read_questions(input_path), Path(work)
+    if no_gold := [q.id for q in questions if not has_gold(q)]:
+        raise UserError(
+            f"{input_path}: {len(no_gold)} of {len(questions)} questions have no gold answer, "
+            f"{no_gold[0]!r} first; a threshold is chosen by accuracy"
+        )
     artifacts.require_own_or_empty(work, "calibrate")
     with artifacts.exclusive_workdir(work):
         artifacts.claim_workdir(work, "calibrate", {}, {})
@@ -67,6 +74,18 @@ def calibrate_file(
     p = np.array([row["p_retrieve"] for row in always])
     with_, without = (_accuracies(questions, rows) for rows in (always, never))
     return calibrate(p, with_, without, rate, seed)
+
+
+def _check_out(out: Path, input_path: str | Path) -> None:
+    """Raises UserError if `out` cannot be written, or is there and no calibration."""
+    artifacts.check_output(out, "calibrate", {"input": input_path})
+    if out.is_file():
+        try:
+            read_object(out, CALIBRATION_FIELDS)
+        except UserError:
+            raise UserError(
+                f"{out}: was not made by `selfrag calibrate`; choose another --out"
+            ) from None
 
 
 def _accuracies(questions: Sequence[Question], rows: Sequence[Row]) -> np.ndarray:
@@ -82,6 +101,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     folder = Path(rag.sources["model"])
     out = Path(values["out"] or folder / CALIBRATION)
     work = Path(values["work"] or out.with_suffix(".answers"))
+    _check_out(out, values["input"])
     seed = values["bootstrap_seed"]
     changes = json.loads(json.dumps(search_changes(values | {"threshold": None, "mode": None})))
     found = calibrate_file(rag, values["input"], work, values["rate"], changes, seed)

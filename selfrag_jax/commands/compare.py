@@ -31,18 +31,17 @@ def compare_files(
     files = [_file(first, task), _file(second, task)]
     if files[0].samefile(files[1]):
         raise UserError(f"{files[0]}: is both runs; give the scores of two")
+    inputs: dict[str, str | Path] = {"first": files[0], "second": files[1]}
+    if task:
+        inputs["task"] = task
+    if out:
+        artifacts.check_output(out, "compare", inputs)
     runs = [_scores(file, task) for file in files]
     try:
         differences = comparison.compare(runs[0], runs[1], seed)
     except UserError as e:
         raise UserError(f"{files[0]} and {files[1]}: {e}") from None
     if out:
-        inputs: dict[str, str | Path] = {"first": files[0], "second": files[1]}
-        if task:
-            inputs["task"] = task
-        for name, path in inputs.items():
-            if Path(out).exists() and Path(path).samefile(out):
-                raise UserError(f"{out}: is both --out and the {name}; choose another --out")
         artifacts.claim_rewritten(out, "compare")
         write_json(out, {"differences": [asdict(d) for d in differences], "seed": seed})
         counts = {"questions": len(runs[0])}
@@ -65,6 +64,7 @@ def _file(run: str | Path, task: str | Path | None) -> Path:
 def _scores(file: Path, task: str | Path | None) -> list[dict[str, Any]]:
     from selfrag_jax.data.questions import read_questions
     from selfrag_jax.evaluation import answer_rows, scores
+    from selfrag_jax.evaluation.answer_checks import is_number, require_text
 
     if task:
         try:
@@ -79,8 +79,9 @@ def _scores(file: Path, task: str | Path | None) -> list[dict[str, Any]]:
                 f"{where}: missing field 'id' or 'metrics'; expected a row of scores.jsonl, which "
                 "`selfrag evaluate` writes; predictions need --task as well"
             )
+        require_text(where, row, "question")
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise UserError(f"{where}: metric {name!r} must be a number, found {value!r}")
         rows.append(row)
     if not rows:

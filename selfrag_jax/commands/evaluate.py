@@ -85,6 +85,10 @@ def evaluate_file(
     for path in (task_file, predictions):
         if Path(out).exists() and path.exists() and path.samefile(out):
             raise UserError(f"{out}: would be overwritten by its own scores; choose another --out")
+    if Path(out).is_dir():
+        raise UserError(f"{out}: is a folder; --out is a file, {out}/metrics.json for example")
+    inputs: dict[str, str | Path] = {"task": task_file, "predictions": predictions}
+    artifacts.check_output(out, "evaluate", inputs, [scores_path(out)])
     questions, answered = read_questions(task_file), read_predictions(predictions)
     try:
         pairs = pair(questions, answered)  # before a judge is loaded
@@ -105,14 +109,14 @@ def evaluate_file(
 
         mauve = mauve_of_answers(questions, answered, mauve_model, seed)
         results.append({"system": "selfrag", "task": task_file.stem, **mauve})
+    if not artifacts.manifest_path(out).is_file():
+        artifacts.claim_rewritten(scores_path(out), "evaluate")
     artifacts.claim_rewritten(out, "evaluate")
     write_jsonl(scores_path(out), rows)
     named = {} if judge == "none" else {"judge": Path(judge).name}
     named |= verified_by(verifier, results)
     write_json(out, {"rows": results, "seed": seed, **named})
-    config = {"seed": seed, **named, "judge": judge}
-    inputs = {"task": task_file, "predictions": predictions}
-    artifacts.write_manifest(out, "evaluate", config, inputs, {})
+    artifacts.write_manifest(out, "evaluate", {"seed": seed, **named, "judge": judge}, inputs, {})
     return results
 
 

@@ -23,6 +23,7 @@ MODEL_FLAGS = (
     Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
 )
 CALIBRATION = "calibration.json"  # in a model's folder
+CALIBRATION_FIELDS = ("threshold", "model")
 SEARCH_FLAGS = flags_of(SearchConfig)
 LOADING_FLAGS = tuple(f for f in flags_of(AnswerConfig) if f not in SEARCH_FLAGS)
 SYSTEM_FLAGS = (
@@ -152,7 +153,7 @@ def _calibrated_threshold(folder: Path) -> float | None:
     file = folder / CALIBRATION
     if not file.is_file():
         return None
-    made = read_object(file, ("threshold", "model"))
+    made = read_object(file, CALIBRATION_FIELDS)
     if made["model"] != artifacts.fingerprint(folder):
         raise UserError(
             f"{file}: was made for other weights than the folder has now; run `selfrag calibrate` "

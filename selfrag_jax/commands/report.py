@@ -25,7 +25,9 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
 
 def _folders(values: dict[str, Any], flag: str) -> list[Path]:
-    folders = [Path(w) for w in values[flag].split(",")]
+    folders = [Path(w.strip()) for w in values[flag].split(",") if w.strip()]
+    if not folders:
+        raise UserError(f"--{flag}={values[flag]}: names no folder")
     if len({w.resolve() for w in folders}) < len(folders):
         raise UserError(f"--{flag}={values[flag]}: names a {flag} twice")
     if len(folders) > 1 and not values["out"]:
@@ -38,10 +40,11 @@ def _report_quickstarts(values: dict[str, Any]) -> Path:
     from selfrag_jax.evaluation import report, tables
     from selfrag_jax.evaluation.page.questions import PageLimits
 
-    for w in (Path(w) for w in values["workdir"].split(",")):
-        require_quickstart(w, w / "report" / "results.json")
     workdirs = _folders(values, "workdir")
+    for w in workdirs:
+        require_quickstart(w, w / "report" / "results.json")
     out = Path(values["out"]) if values["out"] else workdirs[0] / "report"
+    report.require_own(out)
     runs = [tables.read_results(w / "report" / "results.json") for w in workdirs]
     rows, title = runs[0], tables.TITLE
     if len(runs) > 1:
@@ -68,6 +71,8 @@ def _report_runs(values: dict[str, Any]) -> Path:
     from selfrag_jax.evaluation.page.runs import named, read_run, read_sweep
 
     folders = _folders(values, "run")
+    out = Path(values["out"]) if values["out"] else folders[0] / "report"
+    report.require_own(out)
     runs = [read_run(folder) for folder in folders]
     cells = [(r["system"], r["task"], r["metric"]) for run in runs for r in run.rows]
     if len(set(cells)) < len(cells):  # two runs of one system: the folder tells them apart
@@ -75,7 +80,6 @@ def _report_runs(values: dict[str, Any]) -> Path:
         runs = [named(run, name) for run, name in zip(runs, names, strict=True)]
     rows = [row for run in runs for row in run.rows]
     paper = list({repr(row): row for run in runs for row in run.paper}.values())
-    out = Path(values["out"]) if values["out"] else folders[0] / "report"
     report.write_report(
         rows,
         [q for run in runs for q in run.questions],

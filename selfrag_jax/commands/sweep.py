@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.scores import result_rows, score
+from selfrag_jax.evaluation.scores import gold_notice, result_rows, score
 from selfrag_jax.files import atomic_write, write_json
 from selfrag_jax.records import Question
 from selfrag_jax.search.config import ADAPTIVE, ALWAYS, NEVER
@@ -68,6 +69,8 @@ def sweep(
         rag.check({**changes, **point})
     artifacts.require_own_or_empty(out, "sweep")
     questions = read_questions(input_path)
+    if notice := gold_notice(questions):
+        print(f"{input_path}: {notice}", file=sys.stderr)
     read: dict[str, list[Row]] = {}
 
     def answer(settings: dict[str, Any]) -> list[Row]:

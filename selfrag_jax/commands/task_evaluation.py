@@ -22,6 +22,7 @@ from selfrag_jax.commands.task_runs import (
     Scoring,
     SystemRun,
     TaskFile,
+    check_folder,
     run_system,
 )
 from selfrag_jax.errors import StageFailed, UserError
@@ -142,7 +143,7 @@ def _plan(
         if planner.values["mauve"]:
             mauve_score.long_answers(questions)
         for run in runs:
-            artifacts.check_output(run.folder, "evaluate", {})
+            check_folder(run.folder, run.model, run.index)
     return runs
 
 

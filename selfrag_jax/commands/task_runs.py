@@ -22,7 +22,7 @@ from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
 from selfrag_jax.evaluation.systems import FULL, MODEL, NDOCS, PLAIN, System
 from selfrag_jax.evaluation.tasks import Task
-from selfrag_jax.files import link_or_copy, read_json, write_json
+from selfrag_jax.files import link_or_copy, read_json, read_object, write_json
 from selfrag_jax.records import Question, read_rows, write_jsonl
 from selfrag_jax.search.config import NEVER
 from selfrag_jax.text import plain_prompts
@@ -286,6 +286,7 @@ def run_system(
     if name != FULL:
         made["system"] = asdict(run.system)
     artifacts.write_manifest(out, "evaluate", made, inputs, {"questions": len(rows)})
+    artifacts.remove_temporary_files(out)
     return results
 
 
@@ -303,3 +304,23 @@ def _num_failed(run: SystemRun, answers: Sequence[Row]) -> int:
             file=sys.stderr,
         )
     return len(failed)
+
+
+def check_folder(out: Path, model: Path, index: Path | None) -> None:
+    """Raises UserError if an evaluation cannot be written to the folder `out`, or replaces others'.
+
+    answers.jsonl is not looked at: what is no answer of ours is moved aside.
+    """
+    inputs = {"model": model} | ({"index": index} if index else {})
+    scored = [out / SCORES, out / METRICS]
+    artifacts.check_output(out, "evaluate", inputs, scored)
+    if out.is_file():
+        raise UserError(f"{out}: is a file; a task's --out is a folder")
+    manifest = out / "manifest.json"
+    for file in (manifest, out / artifacts.STARTED):
+        if file.is_file() and (made := read_object(file, ()).get("stage")) != "evaluate":
+            raise UserError(f"{out}: was made by `selfrag {made}`; choose another --out")
+    # Killed before its manifest was written, an evaluation has left that of its answers.
+    begun = manifest.is_file() or artifacts.manifest_path(out / ANSWERS).is_file()
+    if not begun and (found := [p for p in scored if p.exists()]):
+        raise UserError(f"{found[0]}: was not made by `selfrag evaluate`; choose another --out")

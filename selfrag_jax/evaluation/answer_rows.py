@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.answer_checks import check_answer
 from selfrag_jax.records import Passage, Question, passage_from, read_rows, text_field
 
 Row = dict[str, Any]
@@ -44,27 +45,12 @@ def _check(where: str, row: Row, needed: Sequence[str]) -> None:
     for name in needed:
         if name not in row:
             raise UserError(f"{where}: missing field {name!r}; expected a row of `selfrag answer`")
-    if not isinstance(row["answer"], str):
-        raise UserError(f"{where}: field 'answer' must be text")
     try:
         require_finite(where, row)
     except UserError as e:
         raise UserError(f"{e}; answer the questions again, with intact weights") from None
-    for name in ("segments", "citations", "passages", "tree"):  # baselines have no tree
-        value = row.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-            raise UserError(f"{where}: field {name!r} must be a list of objects")
+    check_answer(where, row)
     retrieved_passages(row, where)
-    for i, segment in enumerate(row["segments"], 1):
-        text_field(f"{where}: segment {i}", segment, "text")
-    for i, c in enumerate(row["citations"], 1):
-        for name in ("segment", "passage"):
-            limit = len(row[f"{name}s"])
-            if type(c.get(name)) is not int or not 0 <= c[name] < limit:
-                raise UserError(
-                    f"{where}: citation {i}: {name} {c.get(name)!r} must be one of its row's "
-                    f"{limit} {name}s, counted from 0"
-                )
 
 
 def require_finite(where: str, row: Row) -> None:

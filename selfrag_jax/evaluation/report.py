@@ -6,6 +6,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfrag_jax import artifacts
+from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.page.figures import Plot
 from selfrag_jax.evaluation.page.page import build_page
 from selfrag_jax.evaluation.page.plots_of_results import plots_of
@@ -13,7 +15,24 @@ from selfrag_jax.evaluation.page.questions import PageLimits
 from selfrag_jax.evaluation.tables import Row, markdown
 from selfrag_jax.files import atomic_write, write_text
 
+PAGE, TABLES, FIGURES = FILES = ("index.html", "results.md", "results.csv")
 _COLUMNS = ("system", "task", "metric", "value", "low", "high", "n")
+_OURS = '<meta name="generator" content="selfrag_jax">'  # in the page's template
+
+
+def require_own(out: str | Path) -> None:
+    """Raises UserError if a report cannot be written to `out`, or would replace others' files.
+
+    A folder with results.json is a quickstart's, or the mean of several.
+    """
+    out = Path(out)
+    artifacts.check_output(out, "report", {}, [out / name for name in FILES])
+    if not any((out / name).exists() for name in FILES) or (out / "results.json").is_file():
+        return
+    page = out / PAGE
+    if not page.is_file() or _OURS not in page.read_text(encoding="utf-8", errors="replace"):
+        found = next(out / name for name in FILES if (out / name).exists())
+        raise UserError(f"{found}: was not made by `selfrag report`; choose another --out")
 
 
 def write_report(
@@ -26,7 +45,7 @@ def write_report(
     plots: Sequence[Plot] = (),
     limits: PageLimits | None = None,
 ) -> None:
-    """Writes results.md, results.csv and index.html to the folder `out`.
+    """Writes index.html, results.md and results.csv to the folder `out`; see `require_own`.
 
     rows: of results.json.
     questions: rows of `selfrag answer` for the page to show, with `system` and `task` added and,
@@ -37,11 +56,12 @@ def write_report(
     limits: how many questions go into the page.
     """
     out = Path(out)
-    write_text(out / "results.md", f"# {title}\n\n{markdown(rows, differences)}")
-    with atomic_write(out / "results.csv") as f:
+    require_own(out)
+    every = [*plots_of(rows, questions), *plots]
+    page = build_page(title, rows, questions, differences, paper, every, limits)
+    write_text(out / PAGE, page)  # first: it says that the folder is ours
+    write_text(out / TABLES, f"# {title}\n\n{markdown(rows, differences)}")
+    with atomic_write(out / FIGURES) as f:
         table = csv.DictWriter(f, _COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    every = [*plots_of(rows, questions), *plots]
-    page = build_page(title, rows, questions, differences, paper, every, limits)
-    write_text(out / "index.html", page)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.answer_checks import is_finite
 from selfrag_jax.evaluation.scores import AMOUNTS
-from selfrag_jax.files import read_json
+from selfrag_jax.files import read_object
 
 Row = dict[str, Any]
+INTERVAL = ("value", "low", "high")
 TITLE = "Self-RAG in the synthetic world"
 SYSTEM_TITLES = {
     "selfrag": "Self-RAG",
@@ -58,14 +60,25 @@ DIFFERENCE_HEADER = (
 def read_results(path: str | Path) -> list[Row]:
     """Returns the rows of a results.json.
 
-    Raises UserError naming the file if it has no rows or a row lacks a field.
+    Raises UserError naming the file if it has no rows, or a row lacks a field or a finite number.
     """
-    rows = read_json(path).get("rows")
-    if not rows:
+    rows = read_object(path, ()).get("rows")
+    if not rows or not isinstance(rows, list):
         raise UserError(f"{path}: holds no results")
+    names = ("system", "task", "metric")
     for i, row in enumerate(rows):
-        if missing := {"system", "task", "metric", "value", "low", "high", "n"} - set(row):
+        present = set(row) if isinstance(row, dict) else set()
+        if missing := {*names, *INTERVAL, "n"} - present:
             raise UserError(f"{path}: row {i + 1} lacks {', '.join(sorted(missing))}")
+        # A time has no interval: low and high are null.
+        ends = ("low", "high") if (row["low"], row["high"]) != (None, None) else ()
+        for field in ("value", *ends, "n"):
+            if not is_finite(row[field]):
+                raise UserError(
+                    f"{path}: row {i + 1}: {field} must be a finite number, found {row[field]!r}"
+                )
+        if not all(isinstance(row[name], str) for name in names):
+            raise UserError(f"{path}: row {i + 1}: {', '.join(names)} must be texts")
     return rows
 
 

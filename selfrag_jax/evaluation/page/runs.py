@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.answer_checks import (
+    check_answer,
+    is_finite,
+    is_number,
+    require_number,
+    require_text,
+)
 from selfrag_jax.evaluation.systems import BY_NAME, FULL
-from selfrag_jax.evaluation.tables import Row, read_results, system_title
+from selfrag_jax.evaluation.tables import INTERVAL, Row, read_results, system_title
 from selfrag_jax.files import read_object
 from selfrag_jax.records import read_rows
 
 _NODE_FIELDS = frozenset({"passage", "text", "p_segment", "isuse", "score", "chosen"})
-_CRITIQUES = frozenset({"isrel", "issup"})  # of a node with a passage
+# The critiques of a node, and how many probabilities each has; all but isuse need a passage.
+_CRITIQUES = {"isuse": 5, "isrel": 2, "issup": 3}
 
 
 @dataclass(frozen=True)
@@ -33,35 +40,28 @@ def read_run(folder: str | Path) -> EvaluatedRun:
     finite number.
     """
     folder = Path(folder)
-    missing = [n for n in ("metrics.json", "answers.jsonl", "scores.jsonl") if not _file(folder, n)]
+    missing = [
+        n for n in ("metrics.json", "answers.jsonl", "scores.jsonl") if not (folder / n).is_file()
+    ]
     if missing:
         raise UserError(
             f"{folder}: holds no finished evaluation ({', '.join(missing)} missing); "
             f"run `selfrag evaluate --task=TASK --input=FILE --model=M --out={folder}` first"
         )
     rows = read_results(folder / "metrics.json")
-    for i, row in enumerate(rows):
-        # A time has no interval: low and high are null.
-        ends = () if row["low"] is None and row["high"] is None else ("low", "high")
-        for field in ("value", *ends):
-            if not _finite(row[field]):
-                raise UserError(
-                    f"{folder / 'metrics.json'}: row {i + 1}: {field} must be a finite number, "
-                    f"found {row[field]!r}"
-                )
     systems, tasks = ({r[name] for r in rows} for name in ("system", "task"))
     common = {
         "system": next(iter(systems)) if len(systems) == 1 else "",
         "task": next(iter(tasks)) if len(tasks) == 1 else "",
     }
-    scores = {
-        str(_field(where, row, "id")): (where, row)
-        for where, row in read_rows(folder / "scores.jsonl")
-    }
-    questions = [
-        _question(where, row, scores, common) for where, row in read_rows(folder / "answers.jsonl")
-    ]
-    if len(questions) != len(scores):
+    scores: dict[str, tuple[str, Row]] = {}
+    for where, row in read_rows(folder / "scores.jsonl"):
+        _add_once(scores, where, row)
+    answers: dict[str, tuple[str, Row]] = {}
+    for where, row in read_rows(folder / "answers.jsonl"):
+        _add_once(answers, where, row)
+    questions = [_question(where, row, scores, common) for where, row in answers.values()]
+    if not questions or len(questions) != len(scores):
         raise UserError(
             f"{folder}: answers.jsonl has {len(questions)} rows and scores.jsonl {len(scores)}; "
             f"they are not of one evaluation"
@@ -90,7 +90,25 @@ def read_sweep(folder: str | Path) -> list[Row]:
     file = Path(folder) / "sweep.json"
     if not file.is_file():
         raise UserError(f"{folder}: holds no finished sweep; run `selfrag sweep --out={folder}`")
-    return read_object(file, ("points",))["points"]
+    points = read_object(file, ("points",))["points"]
+    if not isinstance(points, list) or not all(map(_is_point, points)):
+        raise UserError(f"{file}: is damaged; make it again with `selfrag sweep`")
+    return points
+
+
+def _is_point(point: Any) -> bool:
+    """Whether it is a combination of a sweep: numbers as settings, and rows of results."""
+    if not isinstance(point, dict) or not isinstance(point.get("settings"), dict):
+        return False
+    rows = point.get("rows")
+    return (
+        all(map(is_finite, point["settings"].values()))
+        and isinstance(rows, list)
+        and all(
+            isinstance(r, dict) and "metric" in r and all(is_finite(r.get(k)) for k in INTERVAL)
+            for r in rows
+        )
+    )
 
 
 def named(run: EvaluatedRun, system: str) -> EvaluatedRun:
@@ -102,53 +120,55 @@ def named(run: EvaluatedRun, system: str) -> EvaluatedRun:
     )
 
 
-def _file(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
+def _add_once(rows: dict[str, tuple[str, Row]], where: str, row: Row) -> None:
+    if "id" not in row:
+        raise UserError(f"{where}: missing field 'id'")
+    if (key := str(row["id"])) in rows:
+        raise UserError(f"{where}: id {key!r} stands twice")
+    rows[key] = where, row
 
 
 def _question(
     where: str, row: Row, scores: dict[str, tuple[str, Row]], common: dict[str, str]
 ) -> Row:
     """Returns an answer with its scores. Raises UserError where it has none."""
-    key = str(_field(where, row, "id"))
+    key = str(row["id"])
     if key not in scores:
         raise UserError(f"{where}: id {key!r} is not in scores.jsonl; evaluate the answers again")
     for name in ("question", "answer"):
-        _field(where, row, name)
-    _check_tree(where, row)
+        if name not in row:
+            raise UserError(f"{where}: missing field {name!r}")
+    check_answer(where, row)
+    for i, node in enumerate(row.get("tree", ())):
+        _check_node(f"{where}: tree node {i + 1}", node)
     at, scored = scores[key]
-    metrics = scored.get("metrics", {})
+    metrics, gold = scored.get("metrics", {}), scored.get("gold") or []
+    if not isinstance(metrics, dict):
+        raise UserError(f"{at}: field 'metrics' must be an object")
+    if not isinstance(gold, list):
+        raise UserError(f"{at}: field 'gold' must be a list")
     for name, value in metrics.items():
-        if not _finite(value):
+        if not is_finite(value):
             raise UserError(f"{at}: metric {name} must be a finite number, found {value!r}")
     popularity = scored.get("popularity")
-    if popularity is not None and not _finite(popularity):
+    if popularity is not None and not is_finite(popularity):
         raise UserError(f"{at}: popularity must be a finite number, found {popularity!r}")
     both = {
         "system": scored.get("system") or common["system"],
         "task": scored.get("task") or common["task"] or row.get("task", ""),
     }
-    added = {"gold": scored.get("gold") or (), "metrics": metrics, "popularity": popularity}
-    return row | both | added
+    return row | both | {"gold": gold, "metrics": metrics, "popularity": popularity}
 
 
-def _check_tree(where: str, row: Row) -> None:
-    """Raises UserError if a node of the tree lacks a field, or a citation its passage."""
-    for i, n in enumerate(row.get("tree", ())):
-        needed = _NODE_FIELDS | (_CRITIQUES if n.get("passage") else frozenset())
-        if lacking := needed - set(n):
-            raise UserError(f"{where}: tree node {i + 1} lacks {', '.join(sorted(lacking))}")
-    count = len(row.get("passages", ()))
-    for c in row.get("citations", ()):
-        if not 0 <= c["passage"] < count:
-            raise UserError(f"{where}: a citation names passage {c['passage']} of {count}")
-
-
-def _field(where: str, row: Row, name: str) -> Any:
-    if name not in row:
-        raise UserError(f"{where}: missing field {name!r}")
-    return row[name]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _check_node(where: str, node: Row) -> None:
+    """Raises UserError if a node of the tree lacks a field, or if one has another form."""
+    critiques = {n: k for n, k in _CRITIQUES.items() if n == "isuse" or node.get("passage")}
+    if lacking := (_NODE_FIELDS | set(critiques)) - set(node):
+        raise UserError(f"{where} lacks {', '.join(sorted(lacking))}")
+    require_text(where, node, "text")
+    for name in ("p_segment", "score"):
+        require_number(where, node, name)
+    for name, count in critiques.items():
+        values = node[name]
+        if not isinstance(values, list) or len(values) != count or not all(map(is_number, values)):
+            raise UserError(f"{where}: field {name!r} must be {count} numbers")
