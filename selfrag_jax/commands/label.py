@@ -338,7 +338,7 @@ COMMAND = Command(
     example="selfrag label --critic=W/critic --input=W/retrieved/instructions.jsonl "
     "--out=W/generator_data.jsonl",
     flags=(
-        Flag("critic", "workdir of a trained critic", required=True),
+        Flag("critic", "workdir of a trained critic", required=True, in_place=True),
         Flag(
             "input",
             "instructions with outputs, and with ctxs unless --index is given",
@@ -356,6 +356,7 @@ COMMAND = Command(
             "generator data in the published format (JSON lines); its statistics and the rows that "
             "failed are written beside it",
             required=True,
+            writes=True,
         ),
         Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
         Flag(

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 MODEL_FLAGS = (
     Flag("workdir", "of a finished quickstart: stands for --model=W/generator --index=W/index"),
-    Flag("model", "a training workdir, a Hugging Face folder, or a hub name (owner/model)"),
+    Flag(
+        "model",
+        "a training workdir, a Hugging Face folder, or a hub name (owner/model)",
+        in_place=True,
+    ),
     Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
 )
 CALIBRATION = "calibration.json"  # in a model's folder
