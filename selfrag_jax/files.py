@@ -81,11 +81,11 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
     Yields the text and the file below it, whose `tell` says how many bytes on disk were read.
     Raises UserError if the file is missing, not UTF-8, or damaged; also while the block reads.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         what = "is a folder; expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:

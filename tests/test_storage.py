@@ -14,26 +14,6 @@ from selfrag_jax.storage.mirror import Mirror
 GS = f"gs://{buckets.NAME}"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with buckets.running() as running:
-        yield running
-
-
-@pytest.fixture
-def bucket(server, tmp_path, monkeypatch):
-    """The bucket, with an empty cache of copies on this machine and quick repetitions."""
-    import gcsfs.core
-
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    gcsfs.core.GCSFileSystem.clear_instance_cache()
-    yield server
-    server.recover()
-    gcsfs.core.GCSFileSystem.clear_instance_cache()
-
-
 def put(name, text):
     paths.as_path(f"{GS}/{name}").write_text(text)
 
