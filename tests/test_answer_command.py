@@ -9,7 +9,7 @@ import pytest
 from plain_search import make_passages, make_rag
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.answer import answer_file
+from selfrag_jax.commands.answer import answer_file, answering_time
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import write_jsonl
 
@@ -48,6 +48,7 @@ def test_an_interrupted_answer_file_is_continued(talkative, tmp_path):
         answer_file(rag, questions, out, None, dict(changes))
     assert len(set(answered)) == 5
     [partial] = tmp_path.glob(".a.jsonl.*.partial")
+    first_part = sum(row["seconds"] for row in rows_of(partial))
     with open(partial, "a") as f:
         f.write('{"id": "4", "ans')  # as left by a kill in the middle of a line
     assert not out.exists()
@@ -68,6 +69,9 @@ def test_an_interrupted_answer_file_is_continued(talkative, tmp_path):
     assert sorted(answered) == [str(i) for i in range(10)]  # none twice
     assert not partial.exists()
     assert rows_of(out) == [rounded(row) for row in rows_of(whole)]
+    # Both parts' seconds are in the manifest, and in no row.
+    seconds, timed = answering_time(out)
+    assert timed == 10 and seconds > first_part > 0 and "seconds" not in rows_of(out)[0]
 
 
 def test_failed_questions_are_reported_and_tried_again(talkative, tmp_path, capsys):
@@ -90,10 +94,13 @@ def test_failed_questions_are_reported_and_tried_again(talkative, tmp_path, caps
     assert "retrieved for 1 of 1 questions (100.0%)" in printed
     before = rows_of(out)
     assert [bool(row["error"]) for row in before] == [False, True]
+    took, timed = answering_time(out)
+    assert timed == 1 and took > 0
 
     rag.retriever = SimpleNamespace(search=lambda queries, k: [passages for _ in queries])
     answer_file(rag, questions, out, None, changes)
     after = rows_of(out)
+    assert answering_time(out)[0] > took and answering_time(out)[1] == 2
     assert after[0] == before[0]  # only the failed one was answered again
     assert after[1]["segments"] and not after[1]["error"]
 

@@ -246,6 +246,9 @@ def test_every_citation_points_into_the_answer(talkative):
         for c in a.citations:
             assert c.passage < len(a.passages) and c.segment < len(a.segments)
             assert a.segments[c.segment].passage == a.passages[c.passage]
+        on_path = [a.tree[s.node]["num_tokens"] for s in a.segments]
+        assert a.num_answer_tokens == sum(on_path) > 0
+        assert a.num_tokens == sum(n["num_tokens"] for n in a.tree) > a.num_answer_tokens
 
 
 def test_a_segment_without_text_cites_nothing(talkative):
@@ -264,6 +267,7 @@ def test_a_segment_without_text_cites_nothing(talkative):
             retrieve=(0.0, 1.0, 0.0),
             passage=passage,
             tokens=tuple(tokens),
+            num_tokens=len(tokens),
             p_segment=1.0,
             isrel=(0.1, 0.9),
             issup=(0.9, 0.1, 0.0),

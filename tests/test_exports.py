@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from selfrag_jax import artifacts, cli
 from selfrag_jax.commands.export import export_file
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import exports
+from selfrag_jax.evaluation import exports, metrics
 from selfrag_jax.evaluation.citation_marks import marked_text, remove_marks
 from selfrag_jax.evaluation.cited_answers import CitedAnswer, read_answers
 from selfrag_jax.records import Passage, Question, write_jsonl
@@ -210,13 +210,15 @@ def test_an_alce_item_takes_over_the_references():
         {"title": "Port", "text": "It is old."},
         {"title": "Inn", "text": "It is new."},
     ]
-    assert item["answer"] == "x" and item["answers"] == [["x", "X"]]
+    assert item["answer"] == "very" and item["answers"] == [["x", "X"]]
     assert all(item[name] == extra[name] for name in ("annotations", "qa_pairs", "claims"))
 
 
 def test_a_single_annotation_becomes_the_answer():
-    item = exports.alce_item(cited_answer(extra={"annotations": [{"long_answer": "long"}]}))
+    cited = cited_answer(extra={"annotations": [{"long_answer": "long"}], "qa_pairs": [{}]})
+    item = exports.alce_item(cited)
     assert item["answer"] == "long" and "annotations" not in item
+    assert metrics.long_answer(cited.question) == "long"  # MAUVE compares with the same text
 
 
 def test_kilt_and_ragchecker_rows():
@@ -437,7 +439,7 @@ OTHER_QUESTION = {"id": "a", "question": "Who is Mara?", "answers": ["x"]}
         ("alce", [], None, "holds no answers"),
         ("alce", [{"id": "a"}], None, r":1: missing field 'answer'"),
         ("alce", [answer_row()] * 2, None, r":2: id 'a' occurs more than once"),
-        ("alce", [answer_row(id="z")], None, r":1: its id is not in the question file"),
+        ("alce", [answer_row(id="z")], None, r"answers\.jsonl: id 'z' is not in the question file"),
         ("alce", [answer_row()], [OTHER_QUESTION], "question 'a' is 'Who is Mara"),
         (
             "alce",

@@ -131,13 +131,26 @@ def test_tables_show_intervals_and_the_papers_figures(tmp_path):
 
 
 def test_counts_and_times_are_no_per_cents(tmp_path):
-    values = {"seconds": [2.0, 3.0], "mean_isuse": [-0.5, 0.25]}  # IsUse is from -1 to 1
+    values = {"num_tokens": [2.0, 3.0], "mean_isuse": [-0.5, 0.25]}  # IsUse is from -1 to 1
     rows = scores.result_rows("selfrag_adaptive", "popqa", values, 0)
     report.write_report(rows, [], tmp_path, "T")
-    assert "### Seconds\n" in (tmp_path / "results.md").read_text()
+    assert "### Num tokens\n" in (tmp_path / "results.md").read_text()
     assert "### Mean isuse\n" in (tmp_path / "results.md").read_text()
     page = (tmp_path / "index.html").read_text()
     assert ">2.5</span>" in page and ">-0.125</span>" in page
+
+
+def test_a_time_without_an_interval_is_shown(tmp_path):
+    row = scores.seconds_row("selfrag", "popqa", 1.0, 8)
+    report.write_report([row], [], tmp_path / "report", "T")
+    assert "| selfrag | 0.125 |" in (tmp_path / "report" / "results.md").read_text()
+    assert "seconds_per_question,0.125,,,8" in (tmp_path / "report" / "results.csv").read_text()
+    assert "<span title='n = 8'>0.125</span>" in (tmp_path / "report" / "index.html").read_text()
+    folder = write_run(tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["rows"].append(row)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert runs.read_run(folder).rows[-1] == row
 
 
 @given(st.text(), st.text())
@@ -277,7 +290,7 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
         {"settings": {"threshold": t, "w_sup": w}, "rows": scores.result_rows("x", "t", values, 0)}
         for w in (1.0, 0.0)
         for t in (0.8, 0.2)
-        for values in [{"accuracy": [w, t], "seconds": [1.0]}]
+        for values in [{"accuracy": [w, t], "num_tokens": [1.0]}]
     ]
     by_threshold, by_weight = plots_of_results.sweep_curves(points)
     assert [(c.name, [p[:2] for p in c.points]) for c in by_threshold.curves] == [

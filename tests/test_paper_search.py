@@ -104,6 +104,7 @@ def test_the_search_equals_the_plain_one(talkative, seeds):
             expected = plain.search(prompt, found)
             assert structure(tree) == structure(expected)
             np.testing.assert_allclose(scores_of(tree), scores_of(expected), atol=1e-5, rtol=0)
+            assert tree.num_tokens == sum(len(n.tokens) for n in expected.nodes)
             paths = [tuple(n.tokens for n in tree.path(b)) for b in tree.beams]
             assert paths == [b.path for b in expected.beams]
             np.testing.assert_allclose(

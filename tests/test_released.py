@@ -78,6 +78,7 @@ class PlainScripts(PlainSearch):
 
     num_known = 5_000  # most likely tokens whose log-probabilities the scripts get to see
     num_unknown = 0  # tokens whose probability was asked for in vain
+    num_generated = 0  # by all searches; the short form's gate reads a distribution only
     almost_0 = np.exp(-100)
 
     # ---- generation and scores ----
@@ -91,6 +92,7 @@ class PlainScripts(PlainSearch):
             tokens.append(int(logits.argmax()))
             if tokens[-1] == self.tokenizer.eos_id:
                 break
+        self.num_generated += len(tokens) if limit > 1 else 0
         return tokens, log_probs
 
     def known_probability(self, log_probs, token, unknown=almost_0):
@@ -386,7 +388,9 @@ def test_the_short_form_equals_the_script(talkative):
         search, plain = search_and_scripts(talkative, config, seed)
         trees = search.run(all_prompts, own_passages(passages))
         for prompt, found, tree in zip(all_prompts, passages, trees, strict=True):
+            before = plain.num_generated
             expected = plain.short_form(prompt, found)
+            assert tree.num_tokens == plain.num_generated - before
             assert (tree.nodes[0].action == "retrieve") == expected.retrieved
             assert [n.tokens for n in tree.nodes] == [n.tokens for n in expected.nodes]
             np.testing.assert_allclose(scores_of(tree), scores_of(expected), atol=1e-5)
@@ -425,7 +429,9 @@ def test_the_long_form_equals_the_script(talkative):
         search, plain = search_and_scripts(talkative, config, seed)
         trees = search.run(all_prompts, own_passages(passages))
         for prompt, found, tree in zip(all_prompts, passages, trees, strict=True):
+            before = plain.num_generated
             expected = plain.long_form(prompt, found)
+            assert tree.num_tokens == plain.num_generated - before
             assert (tree.nodes[0].action == "retrieve") == expected.retrieved
             assert structure(tree) == structure(expected)
             np.testing.assert_allclose(

@@ -10,7 +10,7 @@ from selfrag_jax.answering.rescoring import ROUNDING, at_threshold, rescored
 from selfrag_jax.errors import UserError
 from selfrag_jax.search.scoring import Weights
 
-SAME = ("id", "answer", "segments", "citations", "passages", "retrieved")
+SAME = ("id", "answer", "segments", "citations", "passages", "num_answer_tokens", "retrieved")
 WEIGHTS = (
     Weights(),
     Weights(w_rel=0.0),

@@ -247,7 +247,10 @@ def test_a_task_is_answered_scored_and_compared(model, popqa, tmp_path, capsys, 
     """Interrupted and continued; finished, the model is not loaded again."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     flags = ("--task=popqa", f"--input={popqa}", f"--model={model}")
+    reads, read = [], answer.read_questions
+    monkeypatch.setattr(answer, "read_questions", lambda *a: reads.append(a) or read(*a))
     assert evaluate(*flags, f"--out={whole}") == 0
+    assert len(reads) == 1  # scoring and answering take the same questions
     printed = capsys.readouterr()
     assert "prompt: task popqa: the question alone" in printed.err
     assert re.search(r"^metric +ours +95% interval +n +paper 7b +paper 13b$", printed.out, re.M)
@@ -282,8 +285,16 @@ def test_a_task_is_answered_scored_and_compared(model, popqa, tmp_path, capsys, 
         patched.setattr(SelfRAG, "_answer", recording_answer)
         assert evaluate(*flags, f"--out={out}") == 0
     assert sorted(answered) == ["q0", "q1", "q2", "q3"]
-    for name in ("metrics.json", "scores.jsonl"):
+    for name in ("answers.jsonl", "scores.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text()
+    ours, uninterrupted = (
+        json.loads((folder / "metrics.json").read_text())["rows"] for folder in (out, whole)
+    )
+    assert [r for r in ours if r["metric"] != "seconds_per_question"] == uninterrupted[:-1]
+    for last in (ours[-1], uninterrupted[-1]):
+        assert last["metric"] == "seconds_per_question" and last["n"] == 4 and last["value"] > 0
+        assert last["low"] is last["high"] is None
+    assert re.search(r"^seconds_per_question +\d+\.\d{3} +4$", printed.out, re.M)
 
     monkeypatch.setattr(SelfRAG, "load", lambda *_: pytest.fail("loaded again"))
     assert evaluate(*flags, f"--out={out}") == 0

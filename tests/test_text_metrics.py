@@ -137,13 +137,17 @@ def test_scores_and_metrics_are_written(tmp_path, capsys):
         [{"id": "0", "question": "q0", "answers": ["x"]}, {"id": "1", "question": "q1"}],
     )
     said = {"isrel": {"[Irrelevant]": 0.25, "[Relevant]": 0.75}, "text": "x"}
-    tree = [{"passage": {"id": i}} for i in ("a", "b", "a")] + [{"passage": None}]
-    rows = [prediction(0, segments=[said], tree=tree), prediction(1)]
+    # An id may be that of a page: what was read is told apart by its text.
+    read = [{"id": i, "text": t} for i, t in (("a", "x"), ("b", "x"), ("a", "x"), ("b", "y"))]
+    tree = [{"passage": p} for p in [*read, None]]
+    counted = {"num_tokens": 12, "num_answer_tokens": 3}
+    rows = [prediction(0, segments=[said], tree=tree, **counted), prediction(1, error="x")]
     answers = write_rows(tmp_path / "a.jsonl", rows)
     assert cli.main(["evaluate", f"--task={task}", f"--predictions={answers}"]) == 0
     assert "1 of 2 questions have no gold answer" in capsys.readouterr().err
     first, second = map(json.loads, (tmp_path / "a.scores.jsonl").read_text().splitlines())
-    assert first["gold"] == ["x"] and first["metrics"]["num_passages"] == 2
+    assert first["gold"] == ["x"] and first["metrics"]["num_passages"] == 3
+    assert first["metrics"]["num_tokens"] == 12 and first["metrics"]["num_answer_tokens"] == 3
     assert first["metrics"]["mean_isrel"] == 0.75 and first["metrics"]["accuracy"] == 1
     assert second["metrics"] == {"retrieval_rate": 1.0}
     written = json.loads((tmp_path / "a.metrics.json").read_text())
@@ -164,15 +168,16 @@ def test_without_any_gold_the_rest_is_computed():
     [
         ([], "holds no answers"),
         ([prediction(0, score=float("nan"))], r"a\.jsonl:1: field 'score' is nan"),
-        ([prediction(0), prediction(0)], "1 ids stand twice in the predictions, e.g. '0'"),
-        ([prediction(7)], "1 of 1 questions have no prediction, e.g. id '0'"),
-        ([prediction(0), prediction(7)], "answer no question of the task, e.g. id '7'"),
-        ([prediction(0, question="Who?")], "asks 'q0' in the task and 'Who\\?' in the predictions"),
+        ([prediction(0), prediction(0)], r"a\.jsonl:2: id '0' occurs more than once"),
+        ([prediction(7)], r"a\.jsonl: id '7' is not in the question file \(1 of 1 answers\)"),
+        ([prediction(0), prediction(7)], r"id '7' is not in the question file \(1 of 2 answers\)"),
+        ([prediction(0, question="Who?")], "'q0' in the question file and 'Who\\?' in the answers"),
+        ([prediction(0, question="Please: q0")], "'Please: q0' in the answers"),
         ([prediction(0, answer=None)], "field 'answer' must be text"),
         ([{"id": "0"}], "missing field 'answer'"),
         ([prediction(0, passages=["x"])], "'passages' must be a list of objects"),
         ([prediction(0, passages=[{"title": "x"}])], "passage 1: missing field 'text'"),
-        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "segment 0, which is not"),
+        ([prediction(0, citations=[{"segment": 0, "passage": 0}])], "segment 0 must be one of its"),
     ],
 )
 def test_bad_predictions_are_named(tmp_path, rows, message):
@@ -184,8 +189,8 @@ def test_bad_predictions_are_named(tmp_path, rows, message):
 
 
 def test_a_metric_that_is_no_number_is_refused():
-    row = prediction(0, seconds=float("nan"))
-    with pytest.raises(UserError, match="question 0: seconds is nan"):
+    row = prediction(0, num_tokens=float("nan"))
+    with pytest.raises(UserError, match="question 0: num_tokens is nan"):
         scores.score_questions([Question("0", "q0", ("x",))], [row])
 
 

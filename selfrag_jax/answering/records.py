@@ -34,6 +34,10 @@ class Answer:
     """An answered question.
 
     `passages` are those that `citations` point to; `tree` holds every segment that was generated.
+    num_tokens: all tokens generated for the question, over all branches: what the search cost.
+        Reflection tokens, the end of text, and what the released long form generates to decide on
+        retrieval count; prompts, passages and the tokens fed before a segment do not.
+    num_answer_tokens: those of the segments on the answer's path, counted in the same way.
     """
 
     id: str
@@ -49,6 +53,8 @@ class Answer:
     notices: tuple[str, ...] = ()
     task: str = ""
     error: str = ""  # why there is no answer
+    num_tokens: int = 0
+    num_answer_tokens: int = 0
 
     def to_row(self) -> dict[str, Any]:
         """The record that `selfrag answer` writes."""
@@ -94,6 +100,8 @@ def make_answer(
         tree=tuple(_tree_row(search, n, chosen=n in path) for n in tree.nodes),
         notices=(*notices, *dict.fromkeys(tree.notices), *_doubts(path, citations)),
         task=question.task,
+        num_tokens=tree.num_tokens,
+        num_answer_tokens=sum(n.num_tokens for n in whole_path),
     )
 
 
@@ -140,6 +148,7 @@ def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]
         "retrieve": _rounded(node.retrieve),
         "passage": passage,
         "text": search.text(node.tokens),
+        "num_tokens": node.num_tokens,
         "said": search.critiques(node.tokens),
         "allowed": node.allowed,
         "p_segment": round(node.p_segment, 4),

@@ -84,6 +84,8 @@ def _as_answer(node: Row) -> Row:
     cited = passage if node["text"] else None
     branch = _Branch(cited, tuple(node["isrel"]), tuple(node["issup"]))
     passages, citations = cite([branch])
+    # Answers that were written before tokens were counted have no number.
+    counted = {"num_answer_tokens": node["num_tokens"]} if "num_tokens" in node else {}
     segment = {
         "text": node["text"],
         "passage": p,
@@ -102,6 +104,7 @@ def _as_answer(node: Row) -> Row:
         "citations": [vars(c) for c in citations],
         "passages": [{"id": q.id, "title": q.title, "text": q.text} for q in passages],
         "retrieved": node["action"] == "retrieve",
+        **counted,
     }
 
 

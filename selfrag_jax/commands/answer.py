@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
 from selfrag_jax.evaluation.tasks import Task
+from selfrag_jax.files import read_object
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from selfrag_jax.answering.records import Answer
     from selfrag_jax.answering.selfrag import SelfRAG
 
+_SECONDS = "seconds"  # in the rows of an unfinished file: since the answer before
 INSTRUCTIONS_FLAG = Flag(
     "instructions",
     "the tasks' instructions, in place of our wording: a JSON file of task and instruction, or the "
@@ -44,29 +47,36 @@ def answer_file(
     task: str | None,
     changes: dict[str, Any],
     prompt: Task | None = None,
+    questions: list[Question] | None = None,
 ) -> int:
     """Answers all questions of a file; returns their number.
 
-    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. Answers are
-    kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining questions
-    only. Raises UserError for a file without questions, for ids that occur twice, for questions
-    without passages if there is no index, and while another process answers the same into the same
-    file.
+    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. questions: the
+    file's, if they were read already (`read_checked`). The manifest's counts have the seconds that
+    answering took, without compiling, and of how many questions (`answering_time`).
+
+    Answers are kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining
+    questions only. Raises UserError for a file without questions, for ids that occur twice, for
+    questions without passages if there is no index, and while another process answers the same into
+    the same file.
     """
     from selfrag_jax.engine import engine
 
     rag.check(changes)  # before anything is written
     mode = changes.get("mode", rag.config.search.mode)
-    questions = read_checked(input_path, prompt or task, rag.retriever is not None, mode)
+    if questions is None:
+        questions = read_checked(input_path, prompt or task, rag.retriever is not None, mode)
     ids = [q.id for q in questions]
 
     config = answer_identity(rag.config, task, changes, prompt)
     inputs = {"input": input_path, **rag.sources}
     done: dict[str, dict[str, Any]] = {}
+    seconds, timed = 0.0, 0
     if artifacts.is_finished(out, "answer", config, inputs):
         done = {row["id"]: row for _, row in read_rows(out) if not row["error"]}
         if len(done) == len(questions):
             return len(questions)
+        seconds, timed = answering_time(out)
 
     name = f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial"
     partial = Path(out).with_name(name)
@@ -77,8 +87,14 @@ def answer_file(
         # Questions that failed are tried again.
         done |= {row["id"]: row for row in _complete_rows(partial) if not row.get("error")}
         _answer_rest(f, rag, questions, done, changes)
+        for row in _complete_rows(partial):
+            seconds += row.get(_SECONDS, 0.0)
+            timed += not row["error"] and _SECONDS in row
+    for row in done.values():
+        row.pop(_SECONDS, None)
     rows = [done[i] for i in ids]
-    print(_summary(rows, engine.compiled[compiled_before:]), file=sys.stderr)
+    summary = _summary(rows, engine.compiled[compiled_before:])
+    print(summary + (f"; {seconds / timed:.3g} s a question" if timed else ""), file=sys.stderr)
     if failed := [row["id"] for row in rows if row["error"]]:
         print(
             f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; "
@@ -87,6 +103,7 @@ def answer_file(
         )
     write_jsonl(out, rows)
     counts = {"answers": len(rows), "retrieved": sum(row["retrieved"] for row in rows)}
+    counts |= {"seconds": round(seconds, 3), "timed": timed}
     artifacts.write_manifest(out, "answer", config, inputs, counts)
     partial.unlink(missing_ok=True)
     return len(rows)
@@ -116,6 +133,17 @@ def read_checked(
             "give --index, or --mode=no_retrieval"
         )
     return questions
+
+
+def answering_time(answers: str | Path) -> tuple[float, int]:
+    """Returns the seconds that a finished file of answers took, and of how many questions.
+
+    Compiling the search's programs is left out, and so is what was lost when a run was killed.
+    (0.0, 0) where nothing was measured.
+    """
+    manifest = artifacts.manifest_path(answers)
+    counts = read_object(manifest, ()).get("counts", {}) if manifest.is_file() else {}
+    return float(counts.get("seconds", 0.0)), int(counts.get("timed", 0))
 
 
 def answers_in_folder(
@@ -160,17 +188,39 @@ def _answer_rest(
     done: dict[str, dict[str, Any]],
     changes: dict[str, Any],
 ) -> None:
-    """Answers the questions that are not in `done`; adds each to `done` and to the file at once."""
+    """Answers the questions that are not in `done`; adds each to `done` and to the file at once.
+
+    In the file, a row has the seconds since the answer before it. They are no part of the answer:
+    equal runs write equal files.
+    """
+    watch = _Stopwatch()
     with progress("answer", len(questions), "questions", len(done)) as bar:
 
         def keep(answer: Answer) -> None:
             done[answer.id] = answer.to_row()
-            f.write(json.dumps(done[answer.id], ensure_ascii=False) + "\n")
+            line = done[answer.id] | {_SECONDS: watch.lap()}
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
             bar.advance()
 
         rest = [q for q in questions if q.id not in done]
         rag.answer(rest, on_answer=keep, total=len(questions), **changes)
+
+
+class _Stopwatch:
+    """Measures the seconds between calls of `lap`, without those that compiling took."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    def _now(self) -> float:
+        from selfrag_jax.engine import engine
+
+        return time.perf_counter() - sum(seconds for _, seconds in engine.compiled)
+
+    def lap(self) -> float:
+        last, self._last = self._last, self._now()
+        return self._last - last
 
 
 def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:

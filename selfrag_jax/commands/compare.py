@@ -64,11 +64,11 @@ def _file(run: str | Path, task: str | Path | None) -> Path:
 
 def _scores(file: Path, task: str | Path | None) -> list[dict[str, Any]]:
     from selfrag_jax.data.questions import read_questions
-    from selfrag_jax.evaluation import scores
+    from selfrag_jax.evaluation import answer_rows, scores
 
     if task:
         try:
-            return scores.score_questions(read_questions(task), scores.read_predictions(file))
+            return scores.score_questions(read_questions(task), answer_rows.read_predictions(file))
         except UserError as e:
             raise UserError(f"{file}: {e}") from None
     rows = []

@@ -11,19 +11,20 @@ from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import INSTRUCTIONS_FLAG
 from selfrag_jax.commands.asking_critic import AXES, CRITIC, evaluate_critic
 from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.judging import JUDGING_FLAGS, open_judge, open_verifier
 from selfrag_jax.commands.model_flags import LOADING_FLAGS, MODEL_FLAGS, SEARCH_FLAGS, config_for
 from selfrag_jax.commands.train import is_released
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
+from selfrag_jax.evaluation.answer_rows import pair, read_predictions
 from selfrag_jax.evaluation.critic_scores import BINS
-from selfrag_jax.evaluation.metrics import SupportJudge
+from selfrag_jax.evaluation.fact_precision import FactVerifier, verified_by
+from selfrag_jax.evaluation.metrics import FactReader
 from selfrag_jax.evaluation.scores import (
     Row,
     columns,
     gold_notice,
-    pair,
-    read_predictions,
     result_rows,
     score_questions,
 )
@@ -35,9 +36,7 @@ from selfrag_jax.world import truth
 if TYPE_CHECKING:
     from selfrag_jax.commands.task_evaluation import Scoring
     from selfrag_jax.critic.critic import CriticConfig
-    from selfrag_jax.evaluation.judges import EntailmentJudge
 
-JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": truth.fully_supports}
 SCORES = ".scores"  # the folder of a critic's evaluation
 TASK_EXAMPLE = "selfrag evaluate --task=popqa --input=popqa.jsonl --model=M --index=I"
 ANSWERS_EXAMPLE = "selfrag evaluate --task=questions.jsonl --predictions=answers.jsonl"
@@ -58,11 +57,13 @@ def evaluate_file(
     out: str | Path,
     seed: int,
     mauve_model: str = "",
+    verifier: FactReader | FactVerifier | None = truth.stated_facts,
 ) -> list[Row]:
     """Scores a predictions file of `selfrag answer`; returns the rows of metrics.json.
 
     Writes them to `out`, and each question's scores beside it (`scores_path`). judge: a name in
-    JUDGES, or the folder of an NLI model; mauve_model: the folder of a language model, "" for none.
+    JUDGES, or the folder of an NLI model; mauve_model: the folder of a language model, "" for none;
+    verifier: see `open_verifier`.
 
     Raises UserError on an unknown judge, and on predictions that lack a field or a question, or are
     of another file.
@@ -78,14 +79,16 @@ def evaluate_file(
             raise UserError(f"{out}: would be overwritten by its own scores; choose another --out")
     questions, answered = read_questions(task_file), read_predictions(predictions)
     try:
-        pair(questions, answered)  # before a judge is loaded
+        pairs = pair(questions, answered)  # before a judge is loaded
     except UserError as e:
         raise UserError(f"{predictions}: {e}") from None
     asked = open_judge(judge)
     if notice := gold_notice(questions):
         print(f"{task_file}: {notice}", file=sys.stderr)
+    if isinstance(verifier, FactVerifier) and (notice := verifier.notice(pairs)):
+        print(f"{task_file}: {notice}", file=sys.stderr)
     try:
-        rows = score_questions(questions, answered, asked, truth.stated_facts)
+        rows = score_questions(questions, answered, asked, verifier)
     except UserError as e:
         raise UserError(f"{predictions}: {e}") from None
     results = result_rows("selfrag", task_file.stem, columns(rows), seed)
@@ -97,23 +100,12 @@ def evaluate_file(
     artifacts.claim_rewritten(out, "evaluate")
     write_jsonl(scores_path(out), rows)
     named = {} if judge == "none" else {"judge": Path(judge).name}
+    named |= verified_by(verifier, results)
     write_json(out, {"rows": results, "seed": seed, **named})
-    config, inputs = {"judge": judge, "seed": seed}, {"task": task_file, "predictions": predictions}
+    config = {"seed": seed, **named, "judge": judge}
+    inputs = {"task": task_file, "predictions": predictions}
     artifacts.write_manifest(out, "evaluate", config, inputs, {})
     return results
-
-
-def open_judge(name: str) -> SupportJudge | EntailmentJudge | None:
-    """The judge of citations called so: one of JUDGES, or an NLI model's folder."""
-    if name in JUDGES:
-        return JUDGES[name]
-    from selfrag_jax.evaluation.judges import NliJudge
-
-    if "/" not in name and not Path(name).is_dir():
-        raise UserError(
-            f"--judge={name!r}: must be one of {', '.join(JUDGES)}, or the folder of an NLI model"
-        )
-    return NliJudge(name)
 
 
 def scores_path(out: str | Path) -> Path:
@@ -169,7 +161,11 @@ def _scoring(values: dict[str, Any]) -> Scoring:
 
     name = values["judge"] or "none"
     mauve_model = values["mauve"] or ""
-    return Scoring(name, open_judge(name), truth.stated_facts, mauve_model, values["seed"])
+    return Scoring(name, open_judge(name), _verifier(values), mauve_model, values["seed"])
+
+
+def _verifier(values: dict[str, Any]) -> FactReader | FactVerifier | None:
+    return open_verifier(values["verifier"] or "world", values["facts"] or "")
 
 
 def _run_answers(values: dict[str, Any]) -> None:
@@ -186,8 +182,8 @@ def _run_answers(values: dict[str, Any]) -> None:
         )
     out = values["out"] or Path(values["predictions"]).with_suffix(".metrics.json")
     judge = values["judge"] or "none"
-    files = values["task"], values["predictions"]
-    for row in evaluate_file(*files, judge, out, values["seed"], values["mauve"] or ""):
+    files, mauve = (values["task"], values["predictions"]), values["mauve"] or ""
+    for row in evaluate_file(*files, judge, out, values["seed"], mauve, _verifier(values)):
         interval = interval_text(row, between="–")
         print(f"{row['metric']:<20} {percent(row)}  ({interval}, n = {row['n']})")
     print(out)
@@ -199,7 +195,7 @@ def _run_critic(values: dict[str, Any]) -> None:
     _refuse(values, ("input", *ANSWERING), "goes with a task's name")
     _refuse(
         values,
-        ("predictions", "judge", "mauve"),
+        ("predictions", "judge", "mauve", "verifier", "facts"),
         "is of answers; --task=critic asks the critic itself",
     )
     if missing := [f"--{name}" for name in ("critic", "data") if not values[name]]:
@@ -249,11 +245,7 @@ COMMAND = Command(
         INSTRUCTIONS_FLAG,
         Flag("all", "every task whose published file lies in the folder --data", False, type=bool),
         Flag("predictions", "the answers, written by `selfrag answer`"),
-        Flag(
-            "judge",
-            "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
-            "(the synthetic world's truth)",
-        ),
+        *JUDGING_FLAGS,
         Flag("mauve", "the local folder of a language model (gpt2-large): MAUVE is computed"),
         Flag(
             "critic",

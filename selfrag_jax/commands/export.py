@@ -11,7 +11,8 @@ from selfrag_jax import artifacts
 from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.cited_answers import CitedAnswer, Item, read_answers
+from selfrag_jax.evaluation.cited_answers import CitedAnswer, read_answers
+from selfrag_jax.evaluation.export_checks import Item
 from selfrag_jax.evaluation.exports import FORMATS
 
 EXAMPLE = "selfrag export --for=alce --answers=answers.jsonl --task=questions.jsonl --out=alce.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.commands.answer import answer_file, answer_identity, read_checked
+from selfrag_jax.commands.answer import answer_file, answer_identity, answering_time, read_checked
 from selfrag_jax.commands.model_flags import (
     load_from,
     model_and_config,
@@ -21,6 +21,8 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.evaluation import mauve_score, scores, tables, tasks
+from selfrag_jax.evaluation.answer_rows import pair
+from selfrag_jax.evaluation.fact_precision import FactVerifier, verified_by
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge, has_gold
 from selfrag_jax.evaluation.tasks import Task
@@ -38,7 +40,7 @@ class Scoring:
 
     judge_name: str
     judge: SupportJudge | EntailmentJudge | None
-    facts_of: FactReader | None
+    facts_of: FactReader | FactVerifier | None
     mauve_model: str  # the folder of a language model; "" for none
     seed: int
 
@@ -104,7 +106,7 @@ def run_task(
     if how.mauve_model:
         mauve_score.long_answers(questions)
     artifacts.check_output(out, "evaluate", {})
-    answers = _answered(task, input_path, out, changes, (model, index, config))
+    answers = _answered(task, input_path, out, changes, (model, index, config), questions)
     failed = [row for row in answers if row["error"]]
     if len(failed) == len(answers):
         raise StageFailed(
@@ -117,9 +119,16 @@ def run_task(
             "command tries them again",
             file=sys.stderr,
         )
+    if isinstance(how.facts_of, FactVerifier) and (
+        notice := how.facts_of.notice(pair(questions, answers))
+    ):
+        print(f"{input_path}: {notice}", file=sys.stderr)
     rows = scores.score_questions(questions, answers, how.judge, how.facts_of)
     write_jsonl(out / SCORES, rows)
     results = scores.result_rows("selfrag", task.spec, scores.columns(rows), how.seed)
+    seconds, timed = answering_time(out / ANSWERS)
+    if timed:
+        results.append(scores.seconds_row("selfrag", task.spec, seconds, timed))
     if how.mauve_model:
         mauve = mauve_score.mauve_of_answers(questions, answers, how.mauve_model, how.seed)
         results.append({"system": "selfrag", "task": task.spec, **mauve})
@@ -127,6 +136,7 @@ def run_task(
         if figure := task.figure(row["metric"]):
             row["paper"] = {size: percent / 100 for size, percent in figure.items()}
     judged = {} if how.judge is None else {"judge": how.judge_name}
+    judged |= verified_by(how.facts_of, results)
     metrics = {"rows": results, "seed": how.seed, **judged, "failed": len(failed)}
     write_json(out / METRICS, metrics)
     inputs: dict[str, str | Path] = {"input": input_path, "answers": out / ANSWERS}
@@ -156,6 +166,7 @@ def _answered(
     out: Path,
     changes: dict[str, Any],
     model: tuple[Path, Path | None, AnswerConfig],
+    questions: list[Question],
 ) -> list[Row]:
     """The rows of OUT/answers.jsonl, answered if they are not there yet."""
     folder, index, config = model
@@ -167,7 +178,7 @@ def _answered(
     if artifacts.is_finished(file, "answer", identity, inputs):
         is_done = not any(row["error"] for _, row in read_rows(file))
     if not is_done:
-        answer_file(load_from(*model), input_path, file, task.name, changes, task)
+        answer_file(load_from(*model), input_path, file, task.name, changes, task, questions)
     return [row for _, row in read_rows(file)]
 
 

@@ -7,12 +7,12 @@ nltk, whose models are a download; the two differ on few texts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from selfrag_jax.evaluation.judges import EntailmentJudge
+from selfrag_jax.evaluation.judges import EntailmentJudge, Verdicts
 from selfrag_jax.records import Passage
 from selfrag_jax.text.normalising import normalise
 from selfrag_jax.text.sentences import split_sentences
@@ -28,6 +28,11 @@ def first_line(text: str) -> str:
 def without_marks(text: str) -> str:
     """Removes citation marks and what is left of their brackets, as ALCE does."""
     return re.sub(r" ?\[\d+", "", text).replace(" |", "").replace("]", "")
+
+
+def premise(p: Passage) -> str:
+    """Returns a passage as a judge reads it."""
+    return f"Title: {p.title}\n{p.text}"
 
 
 # ---- correctness --------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def claim_recalls(
 ) -> list[float]:
     """Returns the share of each question's claims (ELI5) that its answer entails."""
     lines = [without_marks(first_line(answer)) for answer in answers]
-    verdicts = _Verdicts(judge)
+    verdicts = Verdicts(judge)
     verdicts.ask((text, claim) for text, own in zip(lines, claims, strict=True) for claim in own)
     return [
         sum(verdicts[text, claim] for claim in own) / len(own)
@@ -148,7 +153,7 @@ def citation_scores(
     """
     cited = [[_Support.of(s, a.documents) for s in a.sentences] for a in answers]
     every = [s for sentences in cited for s in sentences]
-    verdicts = _Verdicts(judge)
+    verdicts = Verdicts(judge)
     verdicts.ask(s.together for s in every if s.documents)
     several = [s for s in every if len(s.documents) > 1 and verdicts[s.together]]
     verdicts.ask(s.alone(i) for s in several for i in range(len(s.documents)))
@@ -172,7 +177,7 @@ class _Support:
         if not all(1 <= mark <= len(documents) for mark in sentence.marks):
             return cls(sentence.text, ())
         cited = (documents[mark - 1] for mark in sentence.marks[:MAX_CITATIONS])
-        return cls(sentence.text, tuple(f"Title: {p.title}\n{p.text}" for p in cited))
+        return cls(sentence.text, tuple(map(premise, cited)))
 
     @property
     def together(self) -> tuple[str, str]:
@@ -185,22 +190,7 @@ class _Support:
         return "\n".join(self.documents[:i] + self.documents[i + 1 :]), self.text
 
 
-class _Verdicts(dict[tuple[str, str], bool]):
-    """What a judge said of (premise, hypothesis) pairs; each is asked once."""
-
-    def __init__(self, judge: EntailmentJudge):
-        super().__init__()
-        self._judge = judge
-
-    def ask(self, pairs: Iterable[tuple[str, str]]) -> None:
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self]
-        if new:
-            self.update(zip(new, self._judge.entails(new), strict=True))
-
-
-def _precision_and_recall(
-    sentences: Sequence[_Support], verdicts: _Verdicts
-) -> tuple[float, float]:
+def _precision_and_recall(sentences: Sequence[_Support], verdicts: Verdicts) -> tuple[float, float]:
     supported, counting, marks = 0, 0, 0
     for s in sentences:
         marks += len(s.documents)

@@ -56,6 +56,8 @@ def answer_plain(
             "passages": [],
             "retrieved": bool(passages[i]),
             "p_sequence": segment.mean_probability(),
+            "num_tokens": int(segment.length),
+            "num_answer_tokens": int(segment.length),
         }
         if on_answer:
             on_answer()
@@ -77,5 +79,12 @@ def _prompt(
 
 
 def best_of(per_passage: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The most probable of a question's answers, one per passage: all one has without critiques."""
-    return [max(rows, key=lambda r: r["p_sequence"]) for rows in zip(*per_passage, strict=True)]
+    """The most probable of a question's answers, one per passage: all one has without critiques.
+
+    Its `num_tokens` counts those of all of them.
+    """
+    best = []
+    for rows in zip(*per_passage, strict=True):
+        num_tokens = sum(row["num_tokens"] for row in rows)
+        best.append(max(rows, key=lambda r: r["p_sequence"]) | {"num_tokens": num_tokens})
+    return best

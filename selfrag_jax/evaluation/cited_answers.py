@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.records import Passage, Question, passage_from, read_rows, text_field
-
-Item = dict[str, Any]
-_FIELDS_OF_ANSWER = ("id", "answer", "segments", "citations", "passages")
+from selfrag_jax.evaluation.answer_rows import (
+    Row,
+    cited_passages,
+    pair,
+    passage_key,
+    read_answer_rows,
+    retrieved_passages,
+)
+from selfrag_jax.records import Passage, Question, text_field
 
 
 @dataclass(frozen=True)
@@ -36,116 +38,34 @@ def read_answers(path: str | Path, questions: Sequence[Question] | None) -> list
     Raises UserError if a field is missing or wrong, if an id occurs twice, and if answers and
     questions are not of the same ids and texts.
     """
-    rows: dict[str, tuple[str, Item]] = {}
-    for where, row in read_rows(path):
-        for name in _FIELDS_OF_ANSWER:
-            if name not in row:
-                raise UserError(
-                    f"{where}: missing field {name!r}; expected a row of `selfrag answer`"
-                )
-        key = text_field(where, row, "id")
-        if key in rows:
-            raise UserError(f"{where}: id {key!r} occurs more than once")
-        require_finite(where, row)
-        rows[key] = where, row
-    if not rows:
-        raise UserError(f"{path}: holds no answers")
+    located = read_answer_rows(path)
     if questions is None:
-        asked = [Question(key, text_field(w, row, "question")) for key, (w, row) in rows.items()]
-        return [_cited_answer(*rows[q.id], q) for q in asked]
-    _require_same_ids(path, rows, questions)
-    return [_cited_answer(*rows[q.id], q) for q in questions]
+        return [
+            _cited_answer(where, row, Question(str(row["id"]), text_field(where, row, "question")))
+            for where, row in located
+        ]
+    places = {str(row["id"]): where for where, row in located}
+    try:
+        pairs = pair(questions, [row for _, row in located], instruction_around=True)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    return [_cited_answer(places[q.id], row, q) for q, row in pairs]
 
 
-def _require_same_ids(
-    path: str | Path, rows: dict[str, tuple[str, Item]], questions: Sequence[Question]
-) -> None:
-    ids = [q.id for q in questions]
-    known = set(ids)
-    remedy = "give the --task that these answers were made from"
-    if len(known) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise UserError(f"--task: id {twice!r} occurs more than once in the question file")
-    if foreign := [where for key, (where, _) in rows.items() if key not in known]:
-        raise UserError(
-            f"{foreign[0]}: its id is not in the question file ({len(foreign)} of {len(rows)} "
-            f"answers); {remedy}"
-        )
-    if missing := [key for key in ids if key not in rows]:
-        raise UserError(
-            f"{path}: {len(missing)} of {len(ids)} questions have no answer, e.g. id "
-            f"{missing[0]!r}; {remedy}"
-        )
-    for q in questions:
-        where, row = rows[q.id]
-        # Numbers as ids match any file; the texts tell. A task's instruction may be around one.
-        asked, known_as = (" ".join(t.split()) for t in (str(row.get("question", "")), q.question))
-        if asked not in known_as and known_as not in asked:
-            raise UserError(
-                f"{where}: answers {asked[:60]!r}, but question {q.id!r} is {known_as[:60]!r}; "
-                f"{remedy}"
-            )
-
-
-def _cited_answer(where: str, row: Item, question: Question) -> CitedAnswer:
-    segments = _objects(where, row, "segments")
-    own = _passages(where, row["passages"], "passages")
-    of_segments = [s["passage"] for s in segments if s.get("passage")]
-    of_tree = [n["passage"] for n in _objects(where, row, "tree") if n.get("passage")]
-    retrieved = [*_passages(where, of_tree, "tree"), *own]
-    retrieved += _passages(where, of_segments, "segments")
-    passages = {_key(p): p for p in (*own, *retrieved)}
+def _cited_answer(where: str, row: Row, question: Question) -> CitedAnswer:
+    own, retrieved = cited_passages(row, where), retrieved_passages(row, where)
+    passages = {passage_key(p): p for p in (*own, *retrieved)}
     place = {key: i for i, key in enumerate(passages)}
-    cited: list[list[int]] = [[] for _ in segments]
-    for i, c in enumerate(_objects(where, row, "citations"), 1):
-        for name, limit in (("segment", len(segments)), ("passage", len(own))):
-            if type(c.get(name)) is not int or not 0 <= c[name] < limit:
-                raise UserError(
-                    f"{where}: citation {i}: {name} {c.get(name)!r} must be one of its row's "
-                    f"{limit} {name}s, counted from 0"
-                )
-        cited[c["segment"]].append(place[_key(own[c["passage"]])])
-    failed = bool(row.get("error"))
+    cited: list[list[int]] = [[] for _ in row["segments"]]
+    for c in row["citations"]:
+        cited[c["segment"]].append(place[passage_key(own[c["passage"]])])
     return CitedAnswer(
         where=where,
         question=question,
-        text="" if failed else text_field(where, row, "answer").strip(),
-        segments=tuple(
-            text_field(f"{where}: segment {i}", s, "text") for i, s in enumerate(segments, 1)
-        ),
+        text="" if row.get("error") else row["answer"].strip(),
+        segments=tuple(str(s["text"]) for s in row["segments"]),
         cited=tuple(map(tuple, cited)),
         passages=tuple(passages.values()),
-        retrieved=tuple({_key(p): p for p in retrieved}.values()),
+        retrieved=tuple(retrieved),
         lacks_passages=bool(row.get("retrieved")) and not retrieved,
     )
-
-
-def _key(p: Passage) -> tuple[str, str, str]:
-    return p.id, p.title, p.text
-
-
-def _passages(where: str, rows: Any, name: str) -> list[Passage]:
-    if not isinstance(rows, list):
-        raise UserError(f"{where}: field {name!r} must be a list of passages")
-    return [passage_from(f"{where}: {name}", p, i) for i, p in enumerate(rows)]
-
-
-def _objects(where: str, row: Item, name: str) -> list[Item]:
-    """A list of objects; the answers of baselines have no `tree`."""
-    value = row.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise UserError(f"{where}: field {name!r} must be a list of objects")
-    return value
-
-
-def require_finite(where: str, row: Item) -> None:
-    """Raises UserError naming a NaN or infinite number, which JSON has not."""
-    rest: list[tuple[str, Any]] = [("", row)]
-    while rest:
-        at, value = rest.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: field {at!r} is {value}; expected a finite number")
-        if isinstance(value, dict):
-            rest += [(f"{at}.{key}" if at else key, v) for key, v in value.items()]
-        elif isinstance(value, list):
-            rest += [(f"{at}[{i}]", v) for i, v in enumerate(value)]

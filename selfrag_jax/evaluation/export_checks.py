@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.answer_rows import require_finite
 from selfrag_jax.evaluation.citation_marks import MARKS_PER_SENTENCE
-from selfrag_jax.evaluation.cited_answers import Item, require_finite
 from selfrag_jax.files import open_text
 from selfrag_jax.text.sentences import split_sentences
 
+Item = dict[str, Any]
 Placed = Sequence[tuple[str, Item]]  # rows, each with its place for errors
 _MARK = re.compile(r"\[(\d+)")
 _MARK_AFTER_STOP = re.compile(r"[.!?][\"'”’»)\]}]*\s*\[\d+")

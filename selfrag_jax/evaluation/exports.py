@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.citation_marks import marked_text, one_line, remove_marks
-from selfrag_jax.evaluation.cited_answers import CitedAnswer, Item
+from selfrag_jax.evaluation.cited_answers import CitedAnswer
 from selfrag_jax.evaluation.export_checks import (
+    Item,
     Placed,
     check_alce,
     check_factscore,
@@ -27,6 +27,7 @@ from selfrag_jax.evaluation.export_checks import (
     require_kilt,
     require_ragchecker,
 )
+from selfrag_jax.evaluation.metrics import long_annotations, long_answer
 from selfrag_jax.files import write_json
 from selfrag_jax.records import Question, write_jsonl
 
@@ -36,11 +37,11 @@ def alce_item(a: CitedAnswer) -> Item:
     """An item of ALCE's file; marks count its `docs` from 1."""
     q = a.question
     item: Item = {"id": q.id, "question": q.question}
-    annotations = q.extra.get("annotations") or []
-    if answer := _long_answer(q):
+    # Short answers of several parts are no long text, so these questions have none.
+    if answer := long_answer(q) or (_gold_text(q) if q.answers else ""):
         item["answer"] = answer
-    if len(annotations) > 1:  # with a single one eval.py fails; it reads `answer` then
-        item["annotations"] = annotations
+    if len(long_annotations(q)) > 1:  # with a single one eval.py fails; it reads `answer` then
+        item["annotations"] = q.extra["annotations"]
     for name in ("qa_pairs", "claims"):
         if q.extra.get(name):
             item[name] = q.extra[name]
@@ -95,21 +96,6 @@ def ragchecker_row(a: CitedAnswer) -> Item:
     }
 
 
-def _long_answer(q: Question) -> str:
-    """The reference text of ROUGE and MAUVE: the only annotation, or the file's answer.
-
-    Short answers of several parts are no such text, so these questions have none.
-    """
-    annotations = q.extra.get("annotations") or []
-    if annotations and (len(annotations) == 1 or not q.answers):
-        return _long_annotation(annotations[0])
-    return _gold_text(q) if q.answers else ""
-
-
-def _long_annotation(annotation: Any) -> str:
-    return str(annotation.get("long_answer") or "") if isinstance(annotation, dict) else ""
-
-
 def _gold_text(q: Question) -> str:
     """The gold answer as one text: a choice's text, all answers of a list, parts one by one."""
     if groups := q.extra.get("answer_groups"):
@@ -118,8 +104,8 @@ def _gold_text(q: Question) -> str:
         return dict(q.choices).get(q.answers[0], q.answers[0])
     if q.answers:
         return q.answers[0]
-    if text := next(filter(None, map(_long_annotation, q.extra.get("annotations") or [])), ""):
-        return text
+    if long := long_annotations(q):
+        return long[0]
     parts = [pair["short_answers"] for pair in q.extra.get("qa_pairs") or []]
     return "; ".join(str(part[0]) for part in parts if part) or " ".join(
         map(str, q.extra.get("claims") or [])

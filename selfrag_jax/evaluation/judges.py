@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,19 @@ class EntailmentJudge(Protocol):
 
     def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Returns, of each (premise, hypothesis), whether the premise entails the hypothesis."""
+
+
+class Verdicts(dict[tuple[str, str], bool]):
+    """What a judge said of (premise, hypothesis) pairs; each is asked once."""
+
+    def __init__(self, judge: EntailmentJudge):
+        super().__init__()
+        self._judge = judge
+
+    def ask(self, pairs: Iterable[tuple[str, str]]) -> None:
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self]
+        if new:
+            self.update(zip(new, self._judge.entails(new), strict=True))
 
 
 class NliJudge:

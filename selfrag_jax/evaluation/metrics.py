@@ -90,20 +90,32 @@ def gold_metrics(q: Question, answer: str) -> dict[str, float]:
     return values
 
 
-def long_references(q: Question) -> list[str]:
-    """Returns the long answers that ROUGE and MAUVE compare with: ASQA's two, or ELI5's one."""
+def long_annotations(q: Question) -> list[str]:
+    """Returns the long answers that annotators wrote (ASQA)."""
     annotations = q.extra.get("annotations") or []
-    texts = [a["long_answer"] for a in annotations if isinstance(a, dict) and a.get("long_answer")]
+    texts = (a.get("long_answer") for a in annotations if isinstance(a, dict))
+    return [str(text) for text in texts if text]
+
+
+def long_references(q: Question) -> list[str]:
+    """Returns the long answers that ROUGE compares with: ASQA's two, or ELI5's one."""
+    texts = long_annotations(q)
     if not texts and q.extra.get("claims"):
         texts = list(q.answers[:1])
     return texts[:2]
 
 
 def long_answer(q: Question) -> str:
-    """Returns the gold answer that MAUVE compares with: ALCE's field `answer`, or an annotation."""
-    if q.answers and q.extra.get("qa_pairs"):
+    """Returns the long gold answer that MAUVE compares with; "" if there is none.
+
+    ALCE's field `answer`; without it, or with a single annotation, which ALCE's eval.py cannot
+    read, the first annotation.
+    """
+    long = long_annotations(q)
+    has_long = q.extra.get("qa_pairs") or q.extra.get("claims")
+    if q.answers and has_long and len(long) != 1:
         return q.answers[0]
-    return next(iter(long_references(q)), "")
+    return next(iter(long), "")
 
 
 def citation_scores(

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import alce, metrics
+from selfrag_jax.evaluation.answer_rows import Row, cited_passages, pair, retrieved_passages
+from selfrag_jax.evaluation.fact_precision import FactVerifier
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
-from selfrag_jax.records import Question, passage_from, read_rows
+from selfrag_jax.records import Question
 from selfrag_jax.search import scoring
 from selfrag_jax.text import reflection
 from selfrag_jax.text.sentences import split_sentences
 
-Row = dict[str, Any]
 # What `score` returns, and the quickstart reports.
 MAIN_METRICS = (
     "accuracy",
@@ -29,95 +27,23 @@ MAIN_METRICS = (
     "citation_precision",
     "citation_recall",
 )
+SECONDS = "seconds_per_question"
 # Counts, times and mean critiques; all other metrics are shares, shown in per cent.
-AMOUNTS = ("num_tokens", "num_passages", "seconds", "mean_isrel", "mean_issup", "mean_isuse")
+AMOUNTS = (
+    "num_tokens",
+    "num_answer_tokens",
+    "num_passages",
+    "num_facts",
+    SECONDS,
+    "mean_isrel",
+    "mean_issup",
+    "mean_isuse",
+)
 CRITIQUES = {
     "isrel": (reflection.ISREL, scoring.s_rel),
     "issup": (reflection.ISSUP, scoring.s_sup),
     "isuse": (reflection.ISUSE, scoring.s_use),
 }
-_NEEDED = ("id", "answer", "retrieved", "segments", "citations", "passages")
-
-
-# ---- predictions --------------------------------------------------------------------------------
-def read_predictions(path: str | Path) -> list[Row]:
-    """Returns the rows of a file of `selfrag answer`.
-
-    Raises UserError with file, line and field if a row lacks one, or if there are no rows.
-    """
-    rows = []
-    for where, row in read_rows(path):
-        for name in _NEEDED:
-            if name not in row:
-                raise UserError(
-                    f"{where}: missing field {name!r}; expected a row of `selfrag answer`"
-                )
-        if not isinstance(row["answer"], str):
-            raise UserError(f"{where}: field 'answer' must be text")
-        if isinstance(row.get("score"), float) and not math.isfinite(row["score"]):
-            raise UserError(
-                f"{where}: field 'score' is {row['score']}: the model's probabilities were not "
-                "finite; answer the questions again, with intact weights"
-            )
-        _check_citations(where, row)
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no answers; write them with `selfrag answer`")
-    return rows
-
-
-def _check_citations(where: str, row: Row) -> None:
-    for name in ("segments", "citations", "passages"):
-        if not isinstance(row[name], list) or not all(isinstance(x, dict) for x in row[name]):
-            raise UserError(f"{where}: field {name!r} must be a list of objects")
-    for i, p in enumerate(row["passages"]):
-        passage_from(where, p, i)
-    if any("text" not in segment for segment in row["segments"]):
-        raise UserError(f"{where}: a segment has no text")
-    for c in row["citations"]:
-        for name in ("segment", "passage"):
-            if c.get(name) not in range(len(row[f"{name}s"])):
-                raise UserError(
-                    f"{where}: a citation names {name} {c.get(name)}, which is not there"
-                )
-
-
-def pair(questions: Sequence[Question], predictions: Sequence[Row]) -> list[tuple[Question, Row]]:
-    """Returns each question with its prediction.
-
-    Raises UserError if one is missing or superfluous, if an id stands twice, or if a prediction
-    answers another question under the same id: then it is of another file.
-    """
-    ids = [str(row["id"]) for row in predictions]
-    _require_single(ids, "predictions")
-    _require_single([q.id for q in questions], "questions")
-    by_id = dict(zip(ids, predictions, strict=True))
-    missing = [q.id for q in questions if q.id not in by_id]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(questions)} questions have no prediction, "
-            f"e.g. id {missing[0]!r}; are the predictions of another file?"
-        )
-    if superfluous := by_id.keys() - {q.id for q in questions}:
-        raise UserError(
-            f"{len(superfluous)} of {len(by_id)} predictions answer no question of the task, "
-            f"e.g. id {min(superfluous)!r}; are they of another file?"
-        )
-    pairs = [(q, by_id[q.id]) for q in questions]
-    for q, row in pairs:
-        asked = str(row.get("question") or q.question)
-        if asked.split() != q.question.split():
-            raise UserError(
-                f"id {q.id!r} asks {q.question[:80]!r} in the task and {asked[:80]!r} in the "
-                "predictions, which are of another file"
-            )
-    return pairs
-
-
-def _require_single(ids: Sequence[str], what: str) -> None:
-    twice = [i for i, times in Counter(ids).items() if times > 1]
-    if twice:
-        raise UserError(f"{len(twice)} ids stand twice in the {what}, e.g. {twice[0]!r}")
 
 
 # ---- scores -------------------------------------------------------------------------------------
@@ -125,13 +51,14 @@ def score_questions(
     questions: Sequence[Question],
     predictions: Sequence[Row],
     judge: SupportJudge | EntailmentJudge | None = None,
-    facts_of: FactReader | None = None,
+    facts_of: FactReader | FactVerifier | None = None,
 ) -> list[Row]:
     """Returns one row of scores.jsonl for each question.
 
     A metric that has no value for a question is not in its row: without gold answers, those that
     need them are left out (`gold_notice` says so). judge: of citations; facts_of: reads the facts
-    that an answer states. Without them, their metrics are left out.
+    that an answer states, to compare them with those of the question, or verifies them by passages.
+    Without them, their metrics are left out.
 
     Raises UserError as `pair` does, and if a metric is not a number.
     """
@@ -149,17 +76,21 @@ def score_questions(
         found = alce.citation_scores([_cited_answer(row) for _, row in pairs], judge)
         cited = [scores or (None, None) for scores in found]
         claim_recalls = _claim_recalls(pairs, judge)
+    verified: list[dict[str, float]] = [{}] * len(pairs)
+    if isinstance(facts_of, FactVerifier):
+        verified = facts_of.scores(pairs)
+    elif facts_of:
+        verified = [_true_facts(q, facts_of(row["answer"])) for q, row in pairs]
     rows = []
-    for (q, row), (precision, recall) in zip(pairs, cited, strict=True):
+    for (q, row), (precision, recall), facts in zip(pairs, cited, verified, strict=True):
         values: dict[str, float | None] = {
             **(metrics.gold_metrics(q, row["answer"]) if metrics.has_gold(q) else {}),
             "claim_recall": claim_recalls.get(q.id),
             "citation_precision": precision,
             "citation_recall": recall,
             **_search_metrics(row),
+            **facts,
         }
-        if q.extra.get("facts") and facts_of:
-            values["fact_precision"] = _fact_precision(q, facts_of(row["answer"]))
         rows.append(_score_row(q, row, values))
     return rows
 
@@ -199,7 +130,7 @@ def _cited_answer(row: Row) -> alce.CitedSentences:
 
     A segment's citations belong to its last sentence.
     """
-    documents = tuple(passage_from(row["id"], p, i) for i, p in enumerate(row["passages"]))
+    documents = tuple(cited_passages(row, str(row["id"])))
     if not row["segments"]:
         return alce.CitedSentences(alce.cited_sentences(row["answer"]), documents)
     sentences = []
@@ -221,17 +152,19 @@ def _claim_recalls(
 
 
 def _search_metrics(row: Row) -> dict[str, float]:
-    """What the search did: retrieval, passages read, the mean critiques of the chosen segments.
+    """What the search did: retrieval, what was read, the mean critiques of the chosen segments.
 
-    isrel and issup are in [0, 1], isuse in [-1, 1] (search/scoring.py). Passages count once.
+    Tokens are counted as in answering/records.py. num_passages: different passages that the model
+    read, in any branch. Failed answers, which count as wrong, say nothing of the cost. isrel and
+    issup are in [0, 1], isuse in [-1, 1] (search/scoring.py).
     """
     values = {"retrieval_rate": float(row["retrieved"])}
-    for name in ("num_tokens", "seconds"):
-        if isinstance(row.get(name), (int, float)):
-            values[name] = float(row[name])
-    if "tree" in row:
-        read = {str(node["passage"]["id"]) for node in row["tree"] if node.get("passage")}
-        values["num_passages"] = float(len(read))
+    if not row.get("error"):
+        for name in ("num_tokens", "num_answer_tokens", "num_passages"):
+            if isinstance(row.get(name), (int, float)):
+                values[name] = float(row[name])
+        if "tree" in row:
+            values["num_passages"] = float(len(retrieved_passages(row)))
     for group, (tokens, equation) in CRITIQUES.items():
         said = [s[group] for s in row["segments"] if s.get(group)]
         if said:
@@ -243,13 +176,13 @@ def _search_metrics(row: Row) -> dict[str, float]:
     return values
 
 
-def _fact_precision(q: Question, stated: list[tuple[str, str, str]]) -> float | None:
-    """Returns the share of stated facts that are true of the question's topic; None without any."""
-    if not stated:
-        return None
+def _true_facts(q: Question, stated: list[tuple[str, str, str]]) -> dict[str, float]:
+    """The share of stated facts that are among those of the question's topic; {} without any."""
+    if not stated or not q.extra.get("facts"):
+        return {}
     gold = {tuple(f) for f in q.extra["facts"]}
     is_true = [name == q.extra.get("topic") and (r, value) in gold for name, r, value in stated]
-    return float(np.mean(is_true))
+    return {"fact_precision": float(np.mean(is_true))}
 
 
 def gold_notice(questions: Sequence[Question]) -> str:
@@ -270,7 +203,7 @@ def score(
     questions: Sequence[Question],
     predictions: Sequence[Row],
     judge: SupportJudge | EntailmentJudge | None,
-    facts_of: FactReader | None,
+    facts_of: FactReader | FactVerifier | None,
 ) -> dict[str, list[float]]:
     """Returns the values of MAIN_METRICS, one per question for which a metric is defined.
 
@@ -287,6 +220,15 @@ def columns(rows: Sequence[Row]) -> dict[str, list[float]]:
         for name, value in row["metrics"].items():
             values.setdefault(name, []).append(value)
     return values
+
+
+def seconds_row(system: str, task: str, seconds: float, timed: int) -> Row:
+    """Returns the row of results.json for the time of `timed` questions; it has no interval.
+
+    Questions are answered together, so this is the time of all divided by their number.
+    """
+    row = {"system": system, "task": task, "metric": SECONDS, "value": seconds / timed}
+    return row | {"low": None, "high": None, "n": timed}
 
 
 def result_rows(system: str, task: str, values: dict[str, list[float]], seed: int) -> list[Row]:

@@ -150,14 +150,17 @@ def percent(row: Row | None) -> str:
 
 
 def interval_text(row: Row, digits: int = 1, between: str = " to ") -> str:
+    """Returns the ends of a row's interval; "" for one without (a time)."""
+    if row["low"] is None:
+        return ""
     return between.join(_number(row["metric"], row[end], digits) for end in ("low", "high"))
 
 
 def _number(metric: str, value: float, digits: int) -> str:
-    """Returns a share in per cent, an amount as it is, a mean critique with two more digits."""
+    """Returns a share in per cent, an amount as it is; critiques and times have two more digits."""
     if metric not in AMOUNTS:
         return f"{100 * value:.{digits}f}"
-    return f"{value:.{digits + 2 * metric.startswith('mean_')}f}"
+    return f"{value:.{digits + 2 * metric.startswith(('mean_', 'seconds'))}f}"
 
 
 def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -203,7 +206,8 @@ def _cell(row: Row | None, task: str) -> str:
     if row is None or (task in TASKS and task != "long_tail"):
         return percent(row)
     digits = 1 if row["metric"] in AMOUNTS else 0
-    return f"{percent(row)} ({interval_text(row, digits, '–')})"
+    ends = interval_text(row, digits, "–")
+    return f"{percent(row)} ({ends})" if ends else percent(row)
 
 
 def _critic_by_kind(rows: Sequence[Row]) -> str:

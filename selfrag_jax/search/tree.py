@@ -24,6 +24,7 @@ class Node:
     retrieve: tuple[float, ...]  # the distribution that decided, in the order of RETRIEVE
     passage: Passage | None
     tokens: tuple[int, ...]  # generated ones, reflection tokens included
+    num_tokens: int  # that were generated; the released search rewrites some of them
     p_segment: float
     isrel: tuple[float, ...]
     issup: tuple[float, ...]
@@ -71,6 +72,7 @@ class SearchTree:
     nodes: list[Node] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     num_final: int = 0  # segments that all beams share, which nothing can change any more
+    num_tokens: int = 0  # generated in all, kept or not
 
     def add(self, parent: Node | None, segment: GeneratedSegments, **fields: Any) -> Node:
         """Adds a branch's segment as a child of `parent`.
@@ -82,6 +84,7 @@ class SearchTree:
             parent=parent.id if parent else -1,
             depth=parent.depth + 1 if parent else 0,
             tokens=segment.token_ids(),
+            num_tokens=int(segment.length),
             p_segment=segment.mean_probability(),
             finished=bool(segment.finished),
             complete=bool(segment.complete),
@@ -93,6 +96,7 @@ class SearchTree:
         values["tokens"] = tuple(values["tokens"])
         node = Node(**values)
         self.nodes.append(node)
+        self.num_tokens += node.num_tokens
         return node
 
     def notice(self, text: str) -> None:

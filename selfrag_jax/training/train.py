@@ -115,8 +115,7 @@ def train(
                 pending_metrics = None
             bar.advance(note=log.report(done) if reports else "")
             if interval_ends or stopping:
-                position = {"example": packer.state, "truncated": truncated}
-                _save(manager, done, state, position, log, interval_ends)
+                _save(manager, done, state, (packer.state, truncated), log, interval_ends)
             if stopping:
                 break
 
@@ -124,25 +123,25 @@ def train(
     log.close()
     if stop.received:
         raise SystemExit(143)
-    counts = {"steps": steps, "examples": packer.state, "truncated": truncated}
-    if is_main_process and truncated:
-        _warn_of_truncation(name, truncated, packer.state)
-    return {"params": _all_params(state), **counts}
+    return _result(name, state, steps, packer.state, truncated)
 
 
 def _save(
     manager: ocp.CheckpointManager,
     done: int,
     state: dict[str, Any],
-    position: dict[str, Any],
+    position: tuple[int, int],
     log: TrainingLog,
     interval_ends: bool,
 ) -> None:
+    """Saves a checkpoint. position: the next example, and how many were truncated so far."""
     # A SIGTERM checkpoint covers too few steps for its loss to compete for "best"; the interval
     # continues when training resumes.
     loss = log.loss_since_save() if interval_ends else workdirs.NO_LOSS
     # Read after `loss_since_save`, which begins a new interval.
-    saving.save_checkpoint(manager, done, state, position | {"loss": log.since_save}, loss)
+    example, truncated = position
+    saved = {"example": example, "truncated": truncated, "loss": log.since_save}
+    saving.save_checkpoint(manager, done, state, saved, loss)
 
 
 def _num_steps(config: TrainConfig, source: Source) -> int:
@@ -245,11 +244,17 @@ def _all_params(state: TrainState) -> Params:
     return lora.join_trained(state["params"], state["frozen"])
 
 
-def _warn_of_truncation(name: str, truncated: int, examples: int) -> None:
-    print(
-        f"{name}: {truncated} of {examples} examples did not fit and were truncated",
-        file=sys.stderr,
-    )
+def _result(
+    name: str, state: TrainState, steps: int, examples: int, truncated: int
+) -> dict[str, Any]:
+    """Returns the parameters and the counts; says on stderr if examples were truncated."""
+    if truncated and jax.process_index() == 0:
+        print(
+            f"{name}: {truncated} of {examples} examples did not fit and were truncated",
+            file=sys.stderr,
+        )
+    counts = {"steps": steps, "examples": examples, "truncated": truncated}
+    return {"params": _all_params(state), **counts}
 
 
 @dataclass(frozen=True)

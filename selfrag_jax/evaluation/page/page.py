@@ -109,6 +109,8 @@ def _metric_table(rows: Sequence[Row], metric: str, paper: Sequence[Row]) -> str
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
+    if not interval_text(row):
+        return f"<span title='n = {row['n']}'>{percent(row)}</span>"
     tooltip = f"95% interval {interval_text(row)}, n = {row['n']}"
     ends = interval_text(row)
     return f"<span title='{tooltip}'>{percent(row)}</span> <span class='ci'>{ends}</span>"

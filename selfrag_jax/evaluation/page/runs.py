@@ -40,7 +40,9 @@ def read_run(folder: str | Path) -> EvaluatedRun:
         )
     rows = read_results(folder / "metrics.json")
     for i, row in enumerate(rows):
-        for field in ("value", "low", "high"):
+        # A time has no interval: low and high are null.
+        ends = () if row["low"] is None and row["high"] is None else ("low", "high")
+        for field in ("value", *ends):
             if not _finite(row[field]):
                 raise UserError(
                     f"{folder / 'metrics.json'}: row {i + 1}: {field} must be a finite number, "

@@ -145,6 +145,7 @@ class ReleasedSearch(SegmentSearch):
         if not self.is_long_form:
             return scores.released_gate(log_probs.astype(np.float64)) > c.threshold
         [segment] = yield from self._generate(tree, prompt, [[]], GATE_TOKENS)
+        tree.num_tokens += int(segment.length)
         looked_at = self.script_text.up_to_blank_line(segment.token_ids())
         says_retrieval = self.retrieval in looked_at
         return says_retrieval and scoring.p_retrieve(p, "yes_no") > c.threshold

@@ -1,0 +1,61 @@
+"""Who judges citations and verifies facts: the flags, and how their values are opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selfrag_jax.commands.command import Flag
+from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.fact_precision import FactVerifier, read_facts
+from selfrag_jax.evaluation.judges import EntailmentJudge, NliJudge
+from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
+from selfrag_jax.world import truth
+
+JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": truth.fully_supports}
+VERIFIERS: dict[str, FactReader | None] = {"none": None, "world": truth.stated_facts}
+JUDGING_FLAGS = (
+    Flag(
+        "judge",
+        "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
+        "(the synthetic world's truth)",
+    ),
+    Flag(
+        "verifier",
+        "of the facts in answers about a topic: none, the local folder of a Hugging Face NLI "
+        "model, or world (the synthetic world's truth, for its own files; default)",
+    ),
+    Flag(
+        "facts",
+        "with --verifier=FOLDER: a file of the answers' atomic facts, rows of id and facts (a "
+        "list of texts); default: their sentences",
+    ),
+)
+
+
+def open_judge(name: str) -> SupportJudge | EntailmentJudge | None:
+    """The judge of citations called so: one of JUDGES, or an NLI model's folder."""
+    if name in JUDGES:
+        return JUDGES[name]
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(
+            f"--judge={name!r}: must be one of {', '.join(JUDGES)}, or the folder of an NLI model"
+        )
+    return NliJudge(name)
+
+
+def open_verifier(name: str, facts: str) -> FactReader | FactVerifier | None:
+    """The verifier of facts called so: none, world, or an NLI model's folder.
+
+    facts: a file of the answers' facts; "" takes their sentences.
+    """
+    if facts and name in VERIFIERS:
+        raise UserError("--facts: goes with --verifier=FOLDER, the NLI model that verifies them")
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    given = read_facts(facts) if facts else None  # before a model is loaded
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(
+            f"--verifier={name!r}: must be one of {', '.join(VERIFIERS)}, or the folder of an NLI "
+            "model"
+        )
+    return FactVerifier(NliJudge(name), given)
