@@ -85,7 +85,7 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12", "gcsfs>=2025.5"],
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "judges": ["torch>=2.8", "transformers>=5", "mauve-text>=0.4"],
         "test": [
@@ -101,6 +101,8 @@ setup(
             "mauve-text>=0.4",
             "playwright>=1.50",
             "axe-playwright-python>=0.1.4",
+            "gcsfs>=2025.5",
+            "gcp-storage-emulator>=2025",
             "jax[tpu,cuda13]>=0.10,<0.12",
         ],
     },

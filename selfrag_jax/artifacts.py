@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, read_object, write_json
+from selfrag_jax.storage.paths import as_path, is_remote
 
 STARTED = "started.json"
 LOCK = ".lock"  # a separate file: one that is rewritten and renamed would lose its lock
@@ -75,7 +76,10 @@ def exclusive_workdir(folder: str | Path, wait_for: str = "") -> Iterator[None]:
 
     Raises UserError if another process holds the lock, or waits for it, as `lock_file` does.
     """
-    path = Path(folder) / LOCK
+    path = as_path(folder) / LOCK
+    if is_remote(path):  # a bucket has no locks
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as f:
         lock_file(f, folder, wait_for)
@@ -88,7 +92,7 @@ def manifest_path(artifact: str | Path) -> Path:
 
     An artifact that does not exist yet counts as a file if its name has a suffix.
     """
-    artifact = Path(artifact)
+    artifact = as_path(artifact)
     is_file = artifact.is_file() or (bool(artifact.suffix) and not artifact.is_dir())
     if is_file:
         return artifact.with_name(artifact.name + ".manifest.json")
@@ -101,9 +105,11 @@ def fingerprint(path: str | Path) -> str:
     For a folder in Hugging Face format, which other programs write too, the model's files are
     hashed and a manifest is ignored. Raises UserError if the path does not exist.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_file():
-        stat = path.stat()
+        stat: Any = path.stat()
+        if is_remote(path):
+            return _file_hash(path, stat.length, stat.mtime)
         return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
     manifest, is_model = manifest_path(path), (path / "config.json").is_file()
     if manifest.is_file() and not is_model:
@@ -120,8 +126,8 @@ def fingerprint(path: str | Path) -> str:
 
 
 @lru_cache(maxsize=4096)  # weights are large, so an unchanged file is read once
-def _file_hash(path: Path, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as f:
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
@@ -161,7 +167,7 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     role: of a trained model, "critic" or "generator"; a converted model may be either.
     Raises UserError if the artifact is missing, unfinished or made by another stage.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_file() and stage in FOLDER_STAGES:
         raise UserError(f"{path}: is a file; expected a folder made by `selfrag {stage}`")
     if not manifest_path(path).is_file():
@@ -212,7 +218,7 @@ def claim_workdir(
     write: False to check only, as all but one of several processes do.
     Raises UserError naming the first difference if the folder was started with other settings.
     """
-    path, new = Path(folder) / STARTED, _made_from(stage, config, inputs)
+    path, new = as_path(folder) / STARTED, _made_from(stage, config, inputs)
     if not path.is_file():
         if write:
             write_json(path, new)
@@ -236,7 +242,9 @@ def check_output(
     beside: Iterable[str | Path] = (),
 ) -> None:
     """Raises UserError if a stage cannot write `artifact`, or the files `beside` it, there."""
-    artifact = Path(artifact)
+    artifact = as_path(artifact)
+    if is_remote(artifact):
+        return
     if stage in FOLDER_STAGES and artifact.is_file():
         raise UserError(f"{artifact}: is a file; `selfrag {stage}` writes a folder")
     if stage in FILE_STAGES and artifact.is_dir():
@@ -268,7 +276,7 @@ def is_finished(
     Raises UserError naming the first difference if the artifact was made from something else, and
     as `check_output` does.
     """
-    artifact, others = Path(artifact), [Path(b) for b in beside]
+    artifact, others = as_path(artifact), [as_path(b) for b in beside]
     check_output(artifact, stage, inputs, others)
     path = manifest_path(artifact)
     if not path.is_file() or not artifact.exists():
@@ -292,7 +300,7 @@ def claim_rewritten(file: str | Path, stage: str) -> None:
 
     Raises UserError if it was made by another stage.
     """
-    file, manifest = Path(file), manifest_path(file)
+    file, manifest = as_path(file), manifest_path(file)
     if not manifest.is_file():
         if file.is_file():
             _move_aside(file, stage)
@@ -321,7 +329,7 @@ def write_manifest(
 
     The inputs of a claimed folder are recorded as they were when it was claimed.
     """
-    started = Path(artifact) / STARTED
+    started = as_path(artifact) / STARTED
     made = read_json(started) if started.is_file() else None
     manifest = made or _made_from(stage, config, inputs)
     manifest["counts"] = dict(counts)

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from selfrag_jax import allocator
-from selfrag_jax.commands import SUMMARIES, load_command
+from selfrag_jax.commands import SUMMARIES, load_command, remote_files
 from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import StageFailed, UserError
 
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             if name not in ("convert", "compile"):  # these run no model
                 allocator.keep_freed_memory()
-        command.run(values, positional)
+        with remote_files.local_copies(command, values, positional) as (values, positional):
+            command.run(values, positional)
     except UserError as e:
         print(f"selfrag {name}: {e}", file=sys.stderr)
         return 2
@@ -97,13 +98,6 @@ def parse(
     except flags.Error as e:
         raise UserError(str(e)) from None
     values: dict[str, Any] = {f.name: parser[f.name].value for f in command.flags}
-    for f in command.flags:
-        value = values[f.name]
-        if isinstance(value, str) and "://" in value and not f.is_url:
-            raise UserError(
-                f"--{f.name}={value}: cloud storage is not reached by address; "
-                "mount it (gcsfuse) or copy it here"
-            )
     if missing := [f"--{f.name}" for f in command.flags if f.required and not values[f.name]]:
         raise UserError(f"missing {', '.join(missing)}; for example: {command.examples[0]}")
     if positional and not command.positional:

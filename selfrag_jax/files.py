@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.storage.paths import as_path, is_remote
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a temporary file next to `path`; renames it to `path` if the block succeeds."""
-    path = Path(path)
+    """Opens a temporary file next to `path`; renames it to `path` if the block succeeds.
+
+    For an address the temporary file is on this machine: an object appears whole or not at all.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            with atomic_write(Path(folder) / "file", mode) as f:
+                yield f
+            path.write_bytes((Path(folder) / "file").read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +58,7 @@ def write_json(path: str | Path, data: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Returns the content of a JSON file. Raises UserError if it is missing or not valid JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -74,11 +85,11 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
     Yields the text and the file below it, whose `tell` says how many bytes on disk were read.
     Raises UserError if the file is missing, not UTF-8, or damaged; also while the block reads.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         what = "is a folder; expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:

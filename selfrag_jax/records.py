@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import atomic_write, open_text
+from selfrag_jax.storage.paths import as_path
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ def read_rows(
 
     Raises UserError naming file and line if a row is not a JSON object.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file of JSON lines")
     number = 0

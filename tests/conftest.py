@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace
 
+import bucket as buckets
 import jax
 import numpy as np
 import pytest
@@ -154,3 +155,23 @@ def quickstart(request, tmp_path_factory):
     if finished := request.config.getoption("quickstart"):
         shutil.copytree(finished, workdir, dirs_exist_ok=True)
     return workdir, flow.run_quickstart(config.load("tiny:smoke"), workdir)
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    with buckets.running() as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(bucket_server, tmp_path, monkeypatch):
+    """The bucket, with an empty cache of copies on this machine."""
+    import gcsfs.core
+
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gcsfs.core.GCSFileSystem.clear_instance_cache()
+    yield bucket_server
+    bucket_server.recover()
+    gcsfs.core.GCSFileSystem.clear_instance_cache()

@@ -80,8 +80,8 @@ def test_overview_and_help_name_every_command_and_flag(capsys):
             "vocabulary='klingon': must be base or world",
         ),
         (
-            ["train", "--role=critic", "--data=x", "--workdir=gs://bucket/w"],
-            "--workdir=gs://bucket/w: cloud storage",
+            ["train", "--role=critic", "--data=x", "--workdir=ftp://bucket/w"],
+            "ftp://bucket/w: files are not read from ftp://; known: gs://, s3://",
         ),
         (["report", "--workdir=none"], "run `selfrag quickstart --workdir=none` first"),
     ],

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import bucket as buckets
 import jax
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from selfrag_jax.records import read_rows
 from selfrag_jax.retrieval import corpus
 from selfrag_jax.search import scoring
 from selfrag_jax.search.released import scores
+from selfrag_jax.storage.mirror import Mirror
+from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
+from selfrag_jax.training import train as train_loop
 
 SMOKE = "--config=tiny:smoke"
 
@@ -172,13 +176,13 @@ def test_a_killed_evaluation_ends_with_the_same_report(quickstart, tmp_path):
 
 # ---- stage by stage ------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsys):
-    """Every stage from the command line: the same files, the same parameters, the same results."""
+def test_the_commands_make_what_the_quickstart_makes(quickstart, bucket, capsys, monkeypatch):
+    """Every stage from the command line, in a bucket: the same files, parameters and results."""
     made, rows = quickstart
-    w = tmp_path
+    w = as_path(f"gs://{buckets.NAME}/flow")
 
     def run(*argv):
-        takes_config = argv[0] not in ("retrieve", "evaluate", "report")
+        takes_config = argv[0] not in ("retrieve", "evaluate", "report", "convert")
         assert cli.main([*argv, SMOKE] if takes_config else argv) == 0
         return capsys.readouterr().out
 
@@ -206,7 +210,11 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
     assert len(single) > 100 and all(single)
     assert cli.main(["label", critic, without_passages, f"--out={w}/no.jsonl", SMOKE]) == 2
     assert "give `selfrag label` an --index" in capsys.readouterr().err
-    run("train", "--role=generator", f"--data={w}/generator_data.jsonl", f"--workdir={w}/generator")
+    training = "--role=generator", f"--data={w}/generator_data.jsonl", f"--workdir={w}/generator"
+    with monkeypatch.context() as m:  # ends after its first checkpoint, and continues
+        m.setattr("selfrag_jax.training.train._save", _interrupt_after(train_loop._save))
+        assert cli.main(["train", *training, SMOKE]) == 130
+    run("train", *training)
 
     # 3. Answers.
     questions = f"{w}/world/eval/long_tail.jsonl"
@@ -225,15 +233,33 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, tmp_path, capsy
     # 4. Results.
     files = f"--task={questions}", f"--predictions={w}/{answers}"
     assert "accuracy" in run("evaluate", *files, "--judge=world")
-    metrics = json.loads((w / answers).with_suffix(".metrics.json").read_text())["rows"]
+    metrics = json.loads((w / answers.replace("jsonl", "metrics.json")).read_text())["rows"]
     cell = ("selfrag_adaptive", "long_tail")
     expected = {r["metric"]: r["value"] for r in rows if (r["system"], r["task"]) == cell}
     # The command has more metrics than the quickstart's report.
     assert expected.items() <= {r["metric"]: r["value"] for r in metrics}.items()
-    shutil.copytree(made, w / "finished")
+    finished = Mirror(f"{w}/finished")
+    shutil.copytree(made, finished.pull(must_exist=False), dirs_exist_ok=True)
+    finished.push()
     report = run("report", f"--workdir={w}/finished", f"--out={w}/report", "--examples=2")
     assert "Self-RAG, always" in report
     assert '"shown":2,' in (w / "report" / "index.html").read_text()
+
+    # 5. Formats, there and back.
+    for source, out, form in (("generator", "hf", "huggingface"), ("hf", "orbax", "orbax")):
+        run("convert", f"--from={w}/{source}", f"--to={w}/{out}", f"--format={form}")
+    params, expected = (loading.load(p).params for p in (f"{w}/orbax", made / "generator"))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def _interrupt_after(save):
+    """Saves a checkpoint; then Ctrl-C."""
+
+    def saves(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    return saves
 
 
 def test_own_corpus_and_questions(quickstart, tmp_path, capsys):

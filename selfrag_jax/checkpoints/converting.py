@@ -31,6 +31,7 @@ from selfrag_jax.models import lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, leaf_at, unflatten
 from selfrag_jax.progress import Progress, progress
+from selfrag_jax.storage.paths import is_remote
 from selfrag_jax.text.tokenizer import Tokenizer
 
 FORMATS = ("orbax", "huggingface")
@@ -106,7 +107,8 @@ def _check_arguments(
         raise UserError(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in weights.DTYPES:
         raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
-    source, out = hub.model_folder(source).resolve(), Path(out).resolve()
+    source, out = hub.model_folder(source), Path(out).resolve()
+    source = source if is_remote(source) else source.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --to, or remove it")
     if source in (out, *out.parents):

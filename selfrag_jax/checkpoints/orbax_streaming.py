@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers, future, type_handlers
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from selfrag_jax.checkpoints.orbax_errors import silence_secondary_errors
+from selfrag_jax.storage.paths import absolute
 
 
 def _tree_handler(*handlers: tuple[type, Any]) -> ocp.PyTreeCheckpointHandler:
@@ -64,7 +65,7 @@ def open_tree(folder: Path) -> Any:
     handler = _tree_handler(
         (np.ndarray, _OpenOnlyHandler("np.ndarray")), (jax.Array, _OpenOnlyHandler("jax.Array"))
     )
-    return handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore())
+    return handler.restore(absolute(folder), args=ocp.args.PyTreeRestore())
 
 
 # ---- writing ---------------------------------------------------------------------------------

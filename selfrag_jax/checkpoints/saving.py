@@ -40,6 +40,7 @@ from selfrag_jax.checkpoints.workdirs import (
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.models.params import Params
+from selfrag_jax.storage.paths import absolute, as_path
 
 _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial reads save
 
@@ -54,7 +55,7 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
 
     from selfrag_jax.checkpoints.orbax_streaming import preservation_policy
 
-    _repair_losses(Path(workdir) / CHECKPOINTS)
+    _repair_losses(as_path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy(keep_last, keep_best, _loss),
         enable_async_checkpointing=True,
@@ -62,7 +63,7 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
         best_mode="min",
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
+    return ocp.CheckpointManager(absolute(workdir) / CHECKPOINTS, options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -138,7 +139,7 @@ def save_frozen(workdir: str | Path, frozen: Params) -> None:
     """
     import orbax.checkpoint as ocp
 
-    folder = Path(workdir).absolute() / FROZEN
+    folder = absolute(workdir) / FROZEN
     save_args = jax.tree.map(_chunk_by_layer, frozen)
     with writing_checkpoints(ocp.StandardCheckpointer(), workdir) as checkpointer:
         checkpointer.save(folder, frozen, save_args=save_args, force=True)
@@ -188,7 +189,7 @@ def restore_checkpoint(workdir: str | Path, step: int, like: Any) -> tuple[Any, 
         position, expected = read_record(workdir, step)
         # The manager would wait for the other processes only on success, so it is not used here.
         state = ocp.StandardCheckpointHandler().restore(
-            folder.absolute() / "state", args=ocp.args.StandardRestore(like)
+            absolute(folder) / "state", args=ocp.args.StandardRestore(like)
         )
     except Exception as e:
         error = e
@@ -221,7 +222,7 @@ def _move_aside_after(manager, workdir: str | Path, intact: int) -> None:
     if not damaged:
         return
     if jax.process_index() == 0:
-        folder = Path(workdir) / DAMAGED
+        folder = as_path(workdir) / DAMAGED
         folder.mkdir(exist_ok=True)
         for step in damaged:
             names = (folder / f"{step}.{i}" for i in itertools.count())

@@ -22,6 +22,7 @@ from pathlib import Path
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, write_json
 from selfrag_jax.models.llama import LlamaConfig
+from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text.tokenizer import Tokenizer
 
 MODEL_FILE, CHECKPOINTS, FROZEN, DAMAGED = "model.json", "checkpoints", "frozen", "damaged"
@@ -31,7 +32,7 @@ NO_LOSS = sys.float_info.max  # the recorded loss of a checkpoint that cannot be
 def write_architecture(workdir: str | Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer and model.json."""
     tokenizer.save(workdir)
-    write_json(Path(workdir) / MODEL_FILE, asdict(config))
+    write_json(as_path(workdir) / MODEL_FILE, asdict(config))
 
 
 def read_architecture(workdir: Path) -> LlamaConfig:
@@ -44,12 +45,12 @@ def read_architecture(workdir: Path) -> LlamaConfig:
 
 
 def checkpoint_folder(workdir: str | Path, step: int) -> Path:
-    return Path(workdir) / CHECKPOINTS / str(step)
+    return as_path(workdir) / CHECKPOINTS / str(step)
 
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """The steps that have a checkpoint, in ascending order."""
-    folder = Path(workdir) / CHECKPOINTS
+    folder = as_path(workdir) / CHECKPOINTS
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())

@@ -88,7 +88,7 @@ COMMAND = Command(
             required=True,
         ),
         Flag("format", "of both: own; or released, for published files", "own"),
-        Flag("out", "JSON file to write: the rows and the confusion matrices"),
+        Flag("out", "JSON file to write: the rows and the confusion matrices", writes=True),
         Flag("seed", "of the bootstrap", 0, type=int),
     ),
     run=run,

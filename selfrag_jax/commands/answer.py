@@ -290,7 +290,7 @@ COMMAND = Command(
     flags=(
         *MODEL_FLAGS,
         Flag("input", "questions in a published format", required=True),
-        Flag("out", "answers (JSON lines)", required=True),
+        Flag("out", "answers (JSON lines)", required=True, writes=True),
         Flag(
             "task",
             "popqa, arc_challenge, ...: asks as that task does (its search settings come with "

@@ -20,8 +20,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag base --workdir=W/base --out=my_base",
     flags=(
-        Flag("workdir", "for checkpoints; run again, it continues", required=True),
-        Flag("out", "folder to write, in Hugging Face's format", required=True),
+        Flag("workdir", "for checkpoints; run again, it continues", required=True, writes=True),
+        Flag("out", "folder to write, in Hugging Face's format", required=True, writes=True),
         config_flag("base"),
     ),
     run=run,

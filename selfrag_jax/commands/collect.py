@@ -257,7 +257,12 @@ COMMAND = Command(
     "--input=with_passages.jsonl --out=critic_data.jsonl --dry_run",
     flags=(
         Flag("input", "instructions with ctxs, as `selfrag retrieve` writes them", required=True),
-        Flag("out", "critic data (JSON lines); beside it .dev.jsonl, .failed.jsonl", required=True),
+        Flag(
+            "out",
+            "critic data (JSON lines); beside it .dev.jsonl, .failed.jsonl",
+            required=True,
+            writes=True,
+        ),
         Flag(
             "teacher",
             "openai: an endpoint, its key in OPENAI_API_KEY; openai-batch: the same by batch "
@@ -268,7 +273,7 @@ COMMAND = Command(
         Flag("groups", "only these of retrieve, isrel, issup and isuse, with commas", type=tuple),
         Flag("truth", "the world's teacher.jsonl, for --teacher=rule"),
         Flag("templates", "folder of prompts, one file for each kind of query (default: ours)"),
-        Flag("cache", "file of all replies so far (default: in ~/.cache/selfrag_jax)"),
+        Flag("cache", "file of all replies so far (default: in ~/.cache/selfrag_jax)", writes=True),
         Flag("dry_run", "tell tokens, cost and time, and stop", False, type=bool),
         *COST_FLAGS,
         Flag("retry_failed", "ask again what got no label in earlier runs", False, type=bool),

@@ -23,7 +23,11 @@ class Flag:
     default: str | int | float | bool | None = None  # None: optional, or `required`
     required: bool = False
     type: type = str  # str, int, float, bool, or tuple: text with commas
-    is_url: bool = False  # other flags are paths, which are no addresses
+    is_url: bool = False  # an address of the web, not a file
+    # Where the value may be a file in a bucket (commands/remote_files.py):
+    writes: bool = False  # the command writes it
+    in_place: bool = False  # it is used through its address, not through a copy
+    default_is_beside: bool = False  # without it, results are written beside an input
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Command:
     flags: tuple[Flag, ...]
     run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
     positional: str = ""  # what positional arguments are, if the command takes any
+    positional_paths: bool = False  # whether they are files
 
     @property
     def examples(self) -> list[str]:

@@ -102,9 +102,14 @@ COMMAND = Command(
     example="selfrag compare a.scores.jsonl b.scores.jsonl --out=difference.json",
     flags=(
         Flag("task", "the question file, if the runs are predictions of `selfrag answer`"),
-        Flag("out", "JSON file to write: the differences, with the ids that only one has right"),
+        Flag(
+            "out",
+            "JSON file to write: the differences, with the ids that only one has right",
+            writes=True,
+        ),
         Flag("seed", "of the bootstrap and the test", 0, type=int),
     ),
     run=run,
+    positional_paths=True,
     positional="two runs: scores.jsonl, metrics.json or the folder of both",
 )

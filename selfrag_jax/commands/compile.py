@@ -38,7 +38,7 @@ COMMAND = Command(
             "corpus on the devices; embed: a corpus to vectors (both: config index:wikipedia)",
             "train",
         ),
-        Flag("out", "JSON file to write as well"),
+        Flag("out", "JSON file to write as well", writes=True),
         config_flag("generator_7b", "; the compilers come with the extras `.[tpu]` and `.[gpu]`"),
     ),
     run=run,

@@ -29,8 +29,9 @@ COMMAND = Command(
             "from",
             "a Hugging Face folder, a hub name (owner/model), or a training workdir",
             required=True,
+            in_place=True,
         ),
-        Flag("to", "folder to write", required=True),
+        Flag("to", "folder to write", required=True, writes=True),
         Flag("format", "orbax (a training workdir) or huggingface", required=True),
         Flag(
             "step",

@@ -169,7 +169,7 @@ COMMAND = Command(
             "vectors",
             "published embeddings to take instead of computing them: pickles, like 'passages_*'",
         ),
-        Flag("out", "folder to write", required=True),
+        Flag("out", "folder to write", required=True, writes=True),
         Flag("shard", "i/n: every n-th file only, where n machines share a disk", "0/1"),
         Flag(
             "distributed",

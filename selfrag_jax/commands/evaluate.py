@@ -260,7 +260,11 @@ COMMAND = Command(
         Flag("predictions", "the answers, written by `selfrag answer`"),
         *JUDGING_FLAGS,
         Flag("mauve", "the local folder of a language model (gpt2-large): MAUVE is computed"),
-        Flag("critic", "with --task=critic: a trained critic, a Hugging Face folder or a hub name"),
+        Flag(
+            "critic",
+            "with --task=critic: a trained critic, a Hugging Face folder or a hub name",
+            in_place=True,
+        ),
         Flag(
             "data",
             "with --task=critic: critic data that it was not trained on; with --all: a folder",
@@ -277,6 +281,8 @@ COMMAND = Command(
             "default: beside the predictions, as .metrics.json, with each question's scores in "
             ".scores.jsonl; of a critic, a folder beside the "
             f"data, as {SCORES}: metrics.json, predictions.jsonl, plots (.svg)",
+            writes=True,
+            default_is_beside=True,
         ),
         *MODEL_FLAGS,
         *TASK_SEARCH_FLAGS,

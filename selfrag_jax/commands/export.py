@@ -84,7 +84,11 @@ COMMAND = Command(
             "the question file with gold answers; needed for factscore and ragchecker. Without it, "
             "alce scores citations only",
         ),
-        Flag("out", "alce, ragchecker: JSON; factscore, kilt: JSON lines. Written anew every time"),
+        Flag(
+            "out",
+            "alce, ragchecker: JSON; factscore, kilt: JSON lines. Written anew every time",
+            writes=True,
+        ),
         Flag("check", "instead: a file of that format, whose first fault is named"),
     ),
     run=run,

@@ -290,7 +290,12 @@ COMMAND = Command(
         Flag("embeddings", "made by `selfrag embed`"),
         Flag("passages", "a corpus (.tsv, .jsonl, or .gz) to embed and index in one step"),
         *ENCODER_FLAGS,
-        Flag("out", "folder to write, or the index that --add and --remove change", required=True),
+        Flag(
+            "out",
+            "folder to write, or the index that --add and --remove change",
+            required=True,
+            writes=True,
+        ),
         *INDEX_FLAGS,
         Flag("mix", "bm25: index the words as well, and fuse both rankings", "none"),
         Flag("add", "a corpus to add to the index --out"),

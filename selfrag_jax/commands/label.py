@@ -360,7 +360,9 @@ PLAIN_EXAMPLE = "selfrag label --plain=closed --input=instructions.jsonl --out=c
 COMMAND = Command(
     example=f"{EXAMPLE}\n{PLAIN_EXAMPLE}",
     flags=(
-        Flag("critic", "workdir of a trained critic; needed unless --plain is given"),
+        Flag(
+            "critic", "workdir of a trained critic; needed unless --plain is given", in_place=True
+        ),
         Flag(
             "plain",
             "instead of a critic's labels, no reflection tokens: "
@@ -384,6 +386,7 @@ COMMAND = Command(
             "generator data in the published format (JSON lines); its statistics and the rows that "
             "failed are written beside it",
             required=True,
+            writes=True,
         ),
         Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
         Flag(

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 MODEL_FLAGS = (
     Flag("workdir", "of a finished quickstart: stands for --model=W/generator --index=W/index"),
-    Flag("model", "a training workdir, a Hugging Face folder, or a hub name (owner/model)"),
+    Flag(
+        "model",
+        "a training workdir, a Hugging Face folder, or a hub name (owner/model)",
+        in_place=True,
+    ),
     Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
 )
 CALIBRATION = "calibration.json"  # in a model's folder
@@ -38,14 +42,23 @@ SYSTEM_FLAGS = (
         "plain_model",
         "of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
         "reflection tokens",
+        in_place=True,
     ),
     Flag(
         "plain_prompt",
         "of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
         "llama_chat_prompt (the released script's), or a JSON file of two templates",
     ),
-    Flag("no_retriever_model", "of train_no_retriever: trained on `selfrag label --plain=closed`"),
-    Flag("no_critic_model", "of train_no_critic: trained on `selfrag label --plain=top1`"),
+    Flag(
+        "no_retriever_model",
+        "of train_no_retriever: trained on `selfrag label --plain=closed`",
+        in_place=True,
+    ),
+    Flag(
+        "no_critic_model",
+        "of train_no_critic: trained on `selfrag label --plain=top1`",
+        in_place=True,
+    ),
 )
 ANSWER_CONFIG_FLAG = config_flag(
     None, "; default: tiny for models of the synthetic world, else any_model, the paper's settings"

@@ -176,6 +176,7 @@ COMMAND = Command(
             "folder to write; next: `selfrag retrieve --input=` it for collect, or label with an "
             "index",
             required=True,
+            writes=True,
         ),
         Flag("limit", "at most so many rows of each set that has no number of its own", type=int),
         Flag("seed", "of the draw", 0, type=int),

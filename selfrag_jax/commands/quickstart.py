@@ -317,7 +317,12 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag quickstart --workdir=W",
     flags=(
-        Flag("workdir", "where everything is written; run again, it continues", required=True),
+        Flag(
+            "workdir",
+            "where everything is written; run again, it continues",
+            required=True,
+            writes=True,
+        ),
         Flag("seed", "added to every seed: another world, another training", 0, type=int),
         config_flag(),
     ),

@@ -102,7 +102,12 @@ COMMAND = Command(
         Flag("workdir", "of a finished quickstart; several with commas"),
         Flag("run", "folder of a finished `selfrag evaluate --task`; several with commas"),
         Flag("sweep", "folder of a `selfrag sweep`, whose curves the report of --run shows too"),
-        Flag("out", "folder to write; default: `report` in the first workdir or run"),
+        Flag(
+            "out",
+            "folder to write; default: `report` in the first workdir or run",
+            writes=True,
+            default_is_beside=True,
+        ),
         Flag("examples", "answers in the page at most, the wrong ones first", QUESTIONS, type=int),
     ),
     run=run,

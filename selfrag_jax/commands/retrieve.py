@@ -86,7 +86,7 @@ COMMAND = Command(
             "questions or instructions in a published format, or a folder of `selfrag prepare`",
             required=True,
         ),
-        Flag("out", "JSON lines", required=True),
+        Flag("out", "JSON lines", required=True, writes=True),
         Flag("k", "passages for each row", 5, type=int),
         Flag("mix", "bm25: fuse with the ranking by words; none (default: bm25 if indexed)"),
         Flag(

@@ -206,7 +206,12 @@ COMMAND = Command(
     flags=(
         *MODEL_FLAGS,
         Flag("input", "questions with gold answers", required=True),
-        Flag("out", "folder to write: sweep.csv, sweep.json, plots, answers", required=True),
+        Flag(
+            "out",
+            "folder to write: sweep.csv, sweep.json, plots, answers",
+            required=True,
+            writes=True,
+        ),
         *(
             Flag(f.name, f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
             for f in SEARCH_FLAGS

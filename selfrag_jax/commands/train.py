@@ -16,6 +16,7 @@ from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.records import read_rows
+from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def train_model(
         return
 
     # 3. Model, data and mesh, all checked before anything is written.
-    resumes = bool(workdirs.saved_steps(Path(workdir)))
+    resumes = bool(workdirs.saved_steps(workdir))
     # With LoRA the frozen weights come from the base each time; else a checkpoint holds everything.
     load_params = section.lora is not None or not resumes
     start, num_new_tokens = starting_model(c, load_params)
@@ -102,7 +103,7 @@ def train_model(
     with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
         if is_main_process and faults.total:
-            write_json(Path(workdir) / MALFORMED, faults.rows)
+            write_json(as_path(workdir) / MALFORMED, faults.rows)
         # Only the trainer holds the parameters, so that it can free them.
         params = [start.params]
         start = replace(start, params=None)
@@ -215,6 +216,7 @@ COMMAND = Command(
             "workdir",
             "for checkpoints and logs; with several processes, a folder that all of them see",
             required=True,
+            in_place=True,
         ),
         Flag(
             "distributed",

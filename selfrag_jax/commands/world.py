@@ -34,7 +34,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag world --out=W/world",
     flags=(
-        Flag("out", "folder to write", required=True),
+        Flag("out", "folder to write", required=True, writes=True),
         Flag("seed", "another seed gives another world", type=int),
         config_flag(),
     ),

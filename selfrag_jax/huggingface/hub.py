@@ -10,7 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.storage.mirror import Mirror
+from selfrag_jax.storage.paths import as_path, explained, is_remote
 
+WORKDIR_FILE = "model.json"  # what a training workdir has, and no other folder
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
 # Not consolidated.safetensors, which is a second copy of the weights.
 _DOWNLOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -39,6 +42,8 @@ def encoder_folder(name: str | Path) -> Path:
 def _find(
     name: str | Path, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
 ) -> Path:
+    if is_remote(name):
+        return _in_bucket(str(name))
     path = Path(name)
     if path.exists() or not re.fullmatch(_HUB_NAME, str(name)) or ".." in str(name):
         if not path.is_dir():
@@ -46,6 +51,16 @@ def _find(
             raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
     return _download(str(name), patterns, hint, fallback)
+
+
+def _in_bucket(address: str) -> Path:
+    """A training workdir is read in place; the files of any other model are copied here."""
+    folder = as_path(address)
+    try:
+        is_workdir = (folder / WORKDIR_FILE).is_file()
+    except Exception as e:
+        raise explained(e, address) from e
+    return folder if is_workdir else Mirror(address).pull()
 
 
 def _download(

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.files import write_text
+from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection, tokenizer_files
 from selfrag_jax.text.tokenizer_files import BOS, EOS, PAD
 from selfrag_jax.text.vocabularies import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
@@ -74,7 +75,7 @@ class Tokenizer(ABC):
         Raises FileNotFoundError or ValueError naming the file, and ValueError for a mode that does
         not fit the vocabulary.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         record = folder / MODE_FILE
         if not record.is_file():
             return PublishedTokenizer.read(folder, mode, None)
@@ -192,7 +193,7 @@ class WordTokenizer(Tokenizer):
             raise ValueError(f"{path}: not readable as a tokenizer: {e}") from e
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / JSON_FILE, self._backend.to_str())
         write_text(folder / MODE_FILE, json.dumps({"mode": self.mode}) + "\n")
@@ -295,7 +296,7 @@ class PublishedTokenizer(Tokenizer):
         return cls(vocabulary, mode, controls, names, str(source), passthrough)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
         spec = json.dumps(self._vocabulary.to_json(self._controls), ensure_ascii=False)

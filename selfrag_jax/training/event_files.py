@@ -6,6 +6,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from selfrag_jax.storage.paths import as_path
+
 
 def read_scalars(workdir: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Returns (step, value) points by tag from the event files under `workdir/logs`.
@@ -14,7 +16,7 @@ def read_scalars(workdir: str | Path) -> dict[str, list[tuple[int, float]]]:
     where there are no logs; a file that was cut off, or is damaged, gives what precedes the damage.
     """
     points: dict[str, dict[int, float]] = {}
-    for file in sorted(Path(workdir, "logs").glob("events.*")):
+    for file in sorted((as_path(workdir) / "logs").glob("events.*")):
         for record in _records(file.read_bytes()):
             for step, tag, value in _scalars(record):
                 points.setdefault(tag, {})[step] = value

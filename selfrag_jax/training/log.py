@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +13,26 @@ import numpy as np
 
 from selfrag_jax.checkpoints.workdirs import NO_LOSS
 from selfrag_jax.data.batches import LOSS_GROUPS
+from selfrag_jax.storage.paths import as_path, is_remote
+
+_SECONDS_BETWEEN_SENDING = 30.0  # an event file to a bucket
 
 
 class _EventFile:
     """A TensorBoard event file that is written synchronously.
 
-    tensorboardX's own writer uses a thread, and hangs once a full disk has ended that thread.
+    tensorboardX's own writer uses a thread, and hangs once a full disk has ended that thread. A
+    file in a bucket is written on this machine, and sent twice a minute and at the end.
     """
 
     def __init__(self, folder: Path):
         from tensorboardX.event_file_writer import EventsWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        self._folder, self._sent = folder, time.monotonic()
+        self._copy = tempfile.TemporaryDirectory() if is_remote(folder) else None
+        if self._copy is None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(f"{self._copy.name if self._copy else folder}/events")
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         """Appends one event per scalar. Raises OSError when the disk is full."""
@@ -37,9 +45,18 @@ class _EventFile:
             )
             self._events.write_event(event)
         self._events.flush()
+        if time.monotonic() - self._sent > _SECONDS_BETWEEN_SENDING:
+            self._send()
 
     def close(self) -> None:
         self._events.close()
+        self._send()
+
+    def _send(self) -> None:
+        if self._copy is not None:
+            for file in Path(self._copy.name).iterdir():
+                (self._folder / file.name).write_bytes(file.read_bytes())
+        self._sent = time.monotonic()
 
 
 class TrainingLog:
@@ -59,7 +76,7 @@ class TrainingLog:
         peak_seconds_per_token: float | None = None,
         since_save: Sequence[float] = (0.0, 0.0),
     ):
-        self.writer = _EventFile(Path(workdir) / "logs") if jax.process_index() == 0 else None
+        self.writer = _EventFile(as_path(workdir) / "logs") if jax.process_index() == 0 else None
         self.peak_seconds_per_token = peak_seconds_per_token
         # Replaced, never changed in place: checkpoints that hold it are written in the background.
         self.since_save = tuple(since_save)

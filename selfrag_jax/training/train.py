@@ -26,6 +26,7 @@ from selfrag_jax.models import lora, roofline, sharding
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
 from selfrag_jax.progress import progress
+from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text.tokenizer import Tokenizer
 from selfrag_jax.training import optimizer
 from selfrag_jax.training.config import TrainConfig
@@ -73,7 +74,7 @@ def train(
     tx = optimizer.make_optimizer(config.optimizer, steps, new_rows, model.config.vocab_padding)
 
     # ---- 3. State: begin or resume ---------------------------------------------------------------
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    as_path(workdir).mkdir(parents=True, exist_ok=True)
     manager = saving.checkpoint_manager(workdir, config.keep_last, config.keep_best)
     state, position = _begin_or_resume(config, model, tx, mesh, initial, manager, workdir)
     if is_main_process:
@@ -190,7 +191,7 @@ def _begin_or_resume(
     make = partial(initial_state, tx=tx, c=config, dtype=model.config.dtype)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
-    if config.lora is not None and not (Path(workdir) / workdirs.FROZEN).is_dir():
+    if config.lora is not None and not (as_path(workdir) / workdirs.FROZEN).is_dir():
         saving.save_frozen(workdir, state["frozen"])
     if restored is None:
         return state, {"example": 0, "truncated": 0}
