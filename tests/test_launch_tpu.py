@@ -1,5 +1,6 @@
 """launch/tpu.py against a gcloud that fails in chosen ways; scripts of hosts run for real."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -54,7 +55,7 @@ class Cloud:
         if hosts < 4:
             self.set("hosts_per_node", "1")
             flags = (*flags, "--type=v6e-4", f"--slices={hosts}")
-        code, out, err = self(*CREATE, *flags)
+        code, _, err = self(*CREATE, *flags)
         assert code == 0, err
         (self.folder / "calls").unlink()
 
@@ -105,10 +106,8 @@ def cloud(tmp_path, monkeypatch, capsys, checkout):
     made.stage(WRITES_STEPS)
     yield made
     for file in folder.glob("hosts/*/selfrag-launch/gen/pid"):  # stages that still run
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(int(file.read_text()), signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
 # ---- create --------------------------------------------------------------------------------------

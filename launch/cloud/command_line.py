@@ -64,7 +64,9 @@ def _split(command: Command, arguments: list[str]) -> tuple[list[str], list[str]
     """Returns the launcher's own flags, and STAGE with everything after it, if it takes a stage."""
     if not command.positional:
         return arguments, []
-    switches = {f"--{f.name}" for f in command.flags if f.type is bool}
+    switches = {"-h", "--help"} | {
+        f"--{no}{f.name}" for f in command.flags if f.type is bool for no in ("", "no")
+    }
     i = 0
     while i < len(arguments) and arguments[i].startswith("-"):
         flag = arguments[i]

@@ -62,6 +62,11 @@ _KINDS = (
         "your account needs the role TPU Admin (roles/tpu.admin) in this project, and Service "
         "Account User to give VMs a service account",
     ),
+    _Kind(
+        "jobset",
+        r"no matches for kind \"JobSet\"|ensure CRDs are installed",
+        "the cluster lacks JobSet: github.com/kubernetes-sigs/jobset has the manifests to apply",
+    ),
     _Kind("exists", r"ALREADY_EXISTS|already exists", "resume it, delete it, or take another name"),
     _Kind("not_found", r"NOT_FOUND|was not found|\b404\b", "nothing has this name in this zone"),
     _Kind(

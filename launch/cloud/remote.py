@@ -19,6 +19,13 @@ ALREADY_RUNNING = 75  # exit status of `start`
 # Steps of training, rows of the other stages: "120/3500 steps" (selfrag_jax/progress.py).
 PROGRESS = r"[0-9]+/[0-9]+ [a-z]+"
 
+# Runs the stage, "$@", in a session of its own. `stop` signals the whole group: the stage saves, and
+# this shell waits for its status.
+JOB = (
+    'echo $$ > pid; [ ! -f env ] || . ./env; "$@" & child=$!; trap : TERM; wait $child; rc=$?; '
+    "if kill -0 $child 2>/dev/null; then wait $child; rc=$?; fi; echo $rc > rc"
+)
+
 
 def install(version: str, archive: str) -> str:
     """Returns the script that unpacks a commit and installs it, unless this host has it."""
@@ -47,12 +54,6 @@ echo "{version} installed"
 def start(name: str, version: str, arguments: Sequence[str]) -> str:
     """Returns the script that starts a stage, detached, so that it outlives the connection."""
     command = shlex.join(["selfrag", *arguments])
-    job = (
-        'echo $$ > pid; [ ! -f env ] || . ./env; "$@" & child=$!; '
-        # `stop` signals the whole group: the stage saves, and this shell waits for its status.
-        "trap : TERM; wait $child; rc=$?; "
-        "if kill -0 $child 2>/dev/null; then wait $child; rc=$?; fi; echo $rc > rc"
-    )
     return f"""set -eu
 mkdir -p "$HOME/{FOLDER}/{name}"
 cd "$HOME/{FOLDER}/{name}"
@@ -62,7 +63,7 @@ fi
 rm -f pid rc
 if [ -f "$HOME/.{FOLDER}-{name}-env" ]; then mv "$HOME/.{FOLDER}-{name}-env" env; fi
 echo "=== $(date -u +%FT%TZ) {version}:" {shlex.quote(command)} >> log
-nohup setsid bash -c {shlex.quote(job)} job \\
+nohup setsid bash -c {shlex.quote(JOB)} job \\
   "$HOME/{FOLDER}/{version}/venv/bin/selfrag" {shlex.join(arguments)} >> log 2>&1 < /dev/null &
 for _ in 1 2 3 4 5 6 7 8 9 10; do [ -f pid ] || sleep 0.2; done
 echo "started, process $(cat pid)"
