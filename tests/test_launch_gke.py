@@ -11,8 +11,12 @@ import jsonschema
 import pytest
 import yaml
 
+from selfrag_jax import cli
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import gke
+import plan
+import tpu
 from cloud import command_line, tables
 
 FAKES = Path(__file__).parent / "fake_cloud"
@@ -173,3 +177,20 @@ def test_wrong_flags_are_user_errors(run, flags, message):
 def test_the_stage_is_checked(run):
     assert "no stage of selfrag" in run(stage=["tarin"])[2]
     assert "belongs to the launcher" in run(stage=[*TRAIN, "--image=x"])[2]
+
+
+def test_the_commands_of_the_readme_are_accepted():
+    """Those of launch/README.md, with folders in place of buckets."""
+    text = (Path(gke.__file__).parent / "README.md").read_text().replace("gs://", "/mnt/")
+    programs = {"gke": gke, "tpu": tpu, "plan": plan}
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("python launch/")]
+    assert {Path(line[1]).stem for line in lines} == set(programs)
+    for _, program, *argv in lines:
+        commands = programs[Path(program).stem].COMMANDS
+        name = "" if "" in commands else argv.pop(0)
+        own, stage = command_line._split(commands[name].command, argv)
+        values, _ = cli.parse(commands[name].command, name, own)
+        assert values
+        if stage:
+            arguments = command_line.stage_command(stage, True, commands[name].command.flags)
+            assert "--distributed=auto" in arguments

@@ -12,7 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import tpu
-from cloud import command_line, packing, queue, records, watch
+from cloud import command_line, jobs, packing, queue, records, watch
+from cloud.processes import Runner
 
 FAKES = Path(__file__).parent / "fake_cloud"
 CREATE = ["create", "--name=gen", "--type=v6e-16", "--zone=us-east5-b", "--spot"]
@@ -380,6 +381,16 @@ def test_changes_are_packed_only_where_asked(cloud, checkout, monkeypatch):
     finally:
         (checkout / "new.py").unlink()
         git(checkout, "checkout", "-q", "setup.py")
+
+
+def test_the_last_checkpoint_in_a_bucket_is_found(cloud):
+    job = records.Job(("train", "--workdir=gs://b/w/"), "abc")
+    record = records.Record("gen", "us-east5-b", "v6e-16", job=job)
+    cloud.set("listing", "gs://b/w/checkpoints/\n" + "".join(
+        f"gs://b/w/checkpoints/{step}/\n" for step in (200, 1000, 400)
+    ))  # fmt: skip
+    assert jobs.saved_step(record, Runner()) == 1000
+    assert cloud.calls[0].split() == ["storage", "ls", "gs://b/w/checkpoints/"]
 
 
 # ---- resume --------------------------------------------------------------------------------------

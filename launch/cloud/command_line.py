@@ -111,16 +111,6 @@ def stage_command(positional: Sequence[str], distributed: bool, own: Sequence[Fl
     return [stage, *flags, "--distributed=auto"]
 
 
-def flag_value(stage: Sequence[str], name: str) -> str | None:
-    """Returns the value of --name=value, or --name value, in a stage's arguments."""
-    for i, argument in enumerate(stage):
-        if argument.startswith(f"--{name}="):
-            return argument.partition("=")[2]
-        if argument == f"--{name}" and i + 1 < len(stage):
-            return stage[i + 1]
-    return None
-
-
 def positive(values: Mapping[str, Any], *names: str) -> None:
     """Raises UserError if one of these flags is 0 or below."""
     for name in names:

@@ -7,7 +7,7 @@ from selfrag_jax.commands.command import Flag
 NAME = Flag("name", "what `create` called it", required=True)
 DRY_RUN = Flag("dry_run", "print the commands of gcloud and do nothing", False, type=bool)
 POLL = Flag("poll", "seconds between two looks", 60.0, type=float)
-HANG = Flag("hang_minutes", "no progress for so long is a hang", 15.0, type=float)
+HANG = Flag("hang_minutes", "no progress for so long is a hang", 30.0, type=float)
 DELETE_ON_EXIT = Flag(
     "delete_on_exit",
     "delete the TPU when this command fails or is interrupted (Ctrl-C), so that it frees its quota",

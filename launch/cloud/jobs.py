@@ -24,10 +24,14 @@ def job_of(record: Record) -> Job:
 
 
 def flags_of_job(record: Record) -> dict[str, str]:
-    """Returns the flags of the stage that are written as --name=value."""
+    """Returns the flags of the stage, written --name=value or --name value."""
     arguments = record.job.arguments if record.job else ()
-    pairs = (a.removeprefix("--").partition("=") for a in arguments if a.startswith("--"))
-    return {name: value for name, _, value in pairs}
+    found = {}
+    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        if argument.startswith("--"):
+            name, eq, value = argument.removeprefix("--").partition("=")
+            found[name] = value if eq else following
+    return found
 
 
 def install(record: Record, runner: Runner) -> None:

@@ -77,7 +77,7 @@ class Queue:
             flags.append(f"--network={r.network}")
         if r.internal_ips:
             flags.append("--internal-ips")
-        alpha = r.provisioning == "flex-start"
+        alpha = r.provisioning == "flex-start" or r.max_run_duration is not None
         return self._gcloud(
             "queued-resources", "create", r.name, *flags, "--async", "--quiet", alpha=alpha
         )

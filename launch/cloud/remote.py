@@ -19,8 +19,8 @@ ALREADY_RUNNING = 75  # exit status of `start`
 # Steps of training, rows of the other stages: "120/3500 steps" (selfrag_jax/progress.py).
 PROGRESS = r"[0-9]+/[0-9]+ [a-z]+"
 
-# Runs the stage, "$@", in a session of its own. `stop` signals the whole group: the stage saves, and
-# this shell waits for its status.
+# Runs the stage, "$@", in a session of its own. `stop` signals the whole group: the stage saves,
+# and this shell waits for its status.
 JOB = (
     'echo $$ > pid; [ ! -f env ] || . ./env; "$@" & child=$!; trap : TERM; wait $child; rc=$?; '
     "if kill -0 $child 2>/dev/null; then wait $child; rc=$?; fi; echo $rc > rc"
@@ -87,13 +87,13 @@ def probe(name: str, workdir: str | None) -> str:
     if workdir and "://" not in workdir:
         folder = shlex.quote(f"{workdir}/checkpoints")
         checkpoints = (
-            f"echo \"checkpoint=$(ls {folder} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | "
-            'tail -1)"'
+            f"echo \"checkpoint=$(find {folder} -maxdepth 1 -name '[0-9]*' -printf '%f\\n' "
+            "2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -1)\""
         )
     # A pre-empted VM may answer for a moment: it is told by its metadata server.
     metadata = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
     return f"""mkdir -p "$HOME/{FOLDER}/{name}"
-cd "$HOME/{FOLDER}/{name}"
+cd "$HOME/{FOLDER}/{name}" || exit 1
 echo "preempted=$(curl -s -m 2 -H 'Metadata-Flavor: Google' {metadata} || true)"
 [ -f pid ] || exit 0
 pid=$(cat pid)
