@@ -66,7 +66,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     if values["share"] > 1:
         raise UserError(f"--share={values['share']}: nothing is faster than the roofline (1)")
     c = load_config(values)
-    _, section = costs.training_section(c)
+    section = costs.training_section(c)
     chips = [chip.lower() for chip in values["chips"]]
     prices = _prices(values, chips)
     updates, counted = _num_updates(section, values)

@@ -320,10 +320,13 @@ def test_ssh_refused_on_one_of_four_hosts_names_it(cloud):
 
 def test_a_failed_installation_names_its_host(cloud):
     cloud.created()
-    cloud.set("fail.pip", "ERROR: No matching distribution found for jax")
+    cloud.set(
+        "fail.pip", "ERROR: 403 Client Error, disk quota exceeded\n"
+    )  # pip's, not the cloud's
     code, _, err = cloud("run", "--name=gen", *TRAIN)
-    assert code == 1 and "failed on host 0, host 1, host 2, host 3 of 4" in err
-    assert "No matching distribution found for jax" in err
+    assert code == 1 and err.endswith(
+        "failed on host 0, host 1, host 2, host 3 of 4: 403 Client Error, disk quota exceeded\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -466,6 +469,16 @@ def test_a_lost_connection_alone_deletes_nothing(cloud):
     assert code == 1 and "is ACTIVE, but does not answer" in err
     code, _, err = cloud("status", "--name=gen")
     assert code == 1 and "host 3: not reached" in err
+    assert cloud.calls_of("delete") == []
+
+
+def test_an_expired_login_ends_the_watch_and_deletes_nothing(cloud):
+    cloud.stage("sleep 30")
+    cloud.created(hosts=1)
+    cloud("run", "--name=gen", *TRAIN)
+    cloud.set("fail.ssh", "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) Reauthentication failed.")
+    code, out, err = cloud("resume", "--name=gen", "--watch")
+    assert code == 1 and "gcloud auth login" in err and "restart" not in out
     assert cloud.calls_of("delete") == []
 
 

@@ -82,15 +82,15 @@ def hbm_of(topology: str) -> float:
     return chip.memory * share
 
 
-def training_section(c: ConfigDict) -> tuple[str, TrainConfig]:
-    """Returns the role and settings of a config's training. Raises UserError if it has none."""
+def training_section(c: ConfigDict) -> TrainConfig:
+    """Returns the settings of a config's training. Raises UserError if it has none."""
     role = next((name for name in ROLES if name in c), None)
     if role is None or "architecture" not in c:
         raise UserError(
             "this config has no architecture to plan for; critic_7b, generator_7b, generator_13b "
             "and lora_7b have"
         )
-    return role, configs.build(TrainConfig, c[role], role)
+    return configs.build(TrainConfig, c[role], role)
 
 
 # ---- without a compiler --------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def estimate(c: ConfigDict, topology: str) -> Fit:
     parameter, and the residuals that each layer keeps for the backward pass. The compiler needs
     more, often twice as much in temporaries. Time: the roofline without traffic between chips.
     """
-    _, section = training_section(c)
+    section = training_section(c)
     base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")
     chip, hbm = _CHIPS[topology.partition(":")[0]], hbm_of(topology)
     try:

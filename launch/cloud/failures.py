@@ -90,6 +90,11 @@ _KINDS = (
 )  # fmt: skip
 
 
+_OF_CONNECTION = re.compile(
+    r"^ERROR: \(gcloud|^ssh: |^kex_|Permission denied \(publickey|^Connection (closed|reset|timed)"
+)
+
+
 def explain(what: str, output: str, status: int) -> CloudFailure:
     """Returns the failure of `what`, such as "creating q". output: what the command printed."""
     kind = next((k for k in _KINDS if re.search(k.pattern, output)), None)
@@ -99,12 +104,16 @@ def explain(what: str, output: str, status: int) -> CloudFailure:
     return CloudFailure(kind.name, f"{what} failed ({kind.name}): {said}; {kind.remedy}")
 
 
-def kind_of(output: str) -> str:
-    return next((k.name for k in _KINDS if re.search(k.pattern, output)), "other")
+def explain_on_host(output: str, status: int) -> tuple[str, str, str]:
+    """Returns (kind, what was said, remedy) of a command that ran on a host through gcloud.
 
-
-def remedy(name: str) -> str:
-    return next((k.remedy for k in _KINDS if k.name == name), "")
+    Only what gcloud and ssh say themselves has a kind: a script's own words, such as pip's about
+    a quota or a 403, are "other" and have no remedy of the cloud's.
+    """
+    own = "\n".join(line for line in output.splitlines() if _OF_CONNECTION.search(line))
+    kind = next((k for k in _KINDS if re.search(k.pattern, own)), None)
+    said = _essence(output) or f"exit status {status}"
+    return (kind.name, said, kind.remedy) if kind else ("other", said, "")
 
 
 def _essence(output: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cloud.failures import CloudFailure, explain, kind_of, remedy
+from cloud.failures import CloudFailure, explain_on_host
 from cloud.processes import Finished, Runner
 from cloud.records import Record
 
@@ -85,18 +85,20 @@ class Hosts:
 
 def unreachable(done: Finished) -> bool:
     """Whether a command failed on the way to its host."""
-    kinds = ("ssh", "not_found", "network")
-    return done.status != 0 and kind_of(done.errors + done.output) in kinds
+    if not done.status:
+        return False
+    kind, _, _ = explain_on_host(done.errors + done.output, done.status)
+    return kind in ("ssh", "not_found", "network")
 
 
 def _failure(what: str, failed: dict[Host, Finished], total: int) -> CloudFailure:
+    """Returns the failure of `what` on some of the hosts, in the words of the first."""
     names = ", ".join(host.label for host in failed)
     first = next(iter(failed.values()))
-    said = explain("it", first.errors + first.output, first.status)
-    message = str(said).removeprefix("it failed").removeprefix(f" ({said.kind})").lstrip(": ")
-    others = total - len(failed)
-    rest = f"; the other {others} answered" if others else ""
-    if said.kind == "ssh":
-        what, message = "ssh", message.removesuffix(f"; {remedy('ssh')}")
-        rest += f"; {remedy('ssh')}"
-    return CloudFailure(said.kind, f"{what} failed on {names} of {total}: {message}{rest}")
+    kind, said, remedy = explain_on_host(first.errors + first.output, first.status)
+    parts = [f"{'ssh' if kind == 'ssh' else what} failed on {names} of {total}: {said}"]
+    if others := total - len(failed):
+        parts.append(f"the other {others} answered")
+    if remedy:
+        parts.append(remedy)
+    return CloudFailure(kind, "; ".join(parts))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cloud import queue, remote
-from cloud.failures import CloudFailure
+from cloud.failures import CloudFailure, explain_on_host
 from cloud.hosts import Host, Hosts, unreachable
 from cloud.jobs import flags_of_job, install, start, stop
 from cloud.processes import Runner
@@ -163,18 +163,23 @@ def make_again(record: Record, runner: Runner, poll: float, tell: Callable[[str]
 
 
 def check_hosts(record: Record, runner: Runner) -> dict[Host, remote.Health | str]:
-    """Returns the health of each host, or why it was not reached."""
+    """Returns the health of each host, or why it was not reached.
+
+    Raises CloudFailure if gcloud does not let us connect at all.
+    """
     script = remote.probe(record.name, flags_of_job(record).get("workdir"))
     hosts = Hosts(record, runner)
     results = hosts.attempt(lambda host: hosts.ssh(host, script))
     healths: dict[Host, remote.Health | str] = {}
     for host, done in results.items():
-        if done.status:
-            said = (done.errors + done.output).strip().splitlines() or [f"status {done.status}"]
-            what = "not reached" if unreachable(done) else "the look at it failed"
-            healths[host] = f"{what} ({said[0][:120]})"
-        else:
+        if not done.status:
             healths[host] = remote.read_health(done.output)
+            continue
+        kind, said, advice = explain_on_host(done.errors + done.output, done.status)
+        if kind in ("login", "api", "permission"):  # it is we who are shut out
+            raise CloudFailure(kind, f"{host.label}: {said}; {advice}")
+        what = "not reached" if unreachable(done) else "the look at it failed"
+        healths[host] = f"{what} ({said[:120]})"
     return healths
 
 
