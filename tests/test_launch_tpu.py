@@ -557,4 +557,6 @@ def test_a_hang_is_stopped_and_started_again(cloud, monkeypatch):
     code, out, err = cloud("resume", "--name=gen")
     assert code == 0 and "started again" in out, err
     assert "saved" in file.read_text() and file.read_text().count("=== ") == 2
+    cloud.until(lambda: file.read_text().count("steps") == 2)
+    assert cloud("status", "--name=gen")[0] == 0
     assert cloud.calls_of("delete") == []  # the TPU is fine

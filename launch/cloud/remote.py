@@ -102,7 +102,8 @@ if kill -0 "$pid" 2>/dev/null; then echo alive=1; fi
 echo "rc=$(cat rc 2>/dev/null || true)"
 echo "cpu=$(ps -o cputimes= -g "$pid" 2>/dev/null | awk '{{s += $1}} END {{print s + 0}}')"
 echo "age=$(( $(date +%s) - $(stat -c %Y log) ))"
-echo "progress=$(tail -c 20000 log | tr '\\r' '\\n' | grep -aoE '{PROGRESS}' | tail -1)"
+# Of this start only: what an earlier one reached is no progress.
+echo "progress=$(tail -c 20000 log | tac | sed '/^=== /q' | grep -aoEm 1 '{PROGRESS}' | head -n 1)"
 {checkpoints}
 echo "last=$(tail -c 2000 log | tr '\\r' '\\n' | grep -av '^ *$' | tail -1)"
 """
