@@ -108,12 +108,12 @@ def status(values: Values, _: list[str]) -> None:
         return
     record = records.read(values["name"])
     state = Queue(record, runner).state()
-    print(f"{_title(record)}: {state}")
+    _teller(runner)(f"{_title(record)}: {state}")
     if record.job is None or not (state.works or runner.dry_run):
         if not state.works and not state.waits:
             raise StageFailed(f"{record.name}: {state}; `resume` makes it again")
         return
-    print(f"  selfrag {' '.join(record.job.arguments)}  (commit {record.job.version})")
+    _teller(runner)(f"  selfrag {' '.join(record.job.arguments)}  (commit {record.job.version})")
     watcher = _watcher(record, runner, values)
     healths = watch.check_hosts(record, runner)
     if runner.dry_run:

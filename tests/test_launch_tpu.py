@@ -197,6 +197,8 @@ GCLOUD_SAYS = {
     "login": "ERROR: (gcloud.compute.tpus.queued-resources.create) You do not currently have an "
     "active account selected.\nPlease run:\n  $ gcloud auth login",
     "api": "ERROR: Cloud TPU API has not been used in project 12 before or it is disabled.",
+    "project": "ERROR: (gcloud.compute.tpus.queued-resources.create) Error parsing "
+    "[queued_resource].\nFailed to find attribute [project]. The attribute can be set",
     "exists": "ERROR: ALREADY_EXISTS: Resource 'gen' already exists",
 }
 
@@ -212,6 +214,7 @@ def test_a_refused_request_is_one_line_with_its_remedy(cloud, kind):
         "zone": "check --zone",
         "login": "gcloud auth login",
         "api": "gcloud services enable tpu.googleapis.com",
+        "project": "gcloud config set project",
         "exists": "another name",
     }
     line = next(line for line in err.splitlines() if line.startswith("launch/tpu.py"))
@@ -313,7 +316,7 @@ def test_ssh_refused_on_one_of_four_hosts_names_it(cloud):
     code, _, err = cloud("run", "--name=gen", *TRAIN)
     assert code == 1
     assert "ssh failed on host 2 of 4" in err and "the other 3 answered" in err
-    assert "Connection refused" in err or "return code [255]" in err
+    assert "ssh: connect to host 10.0.0.9 port 22: Connection refused" in err
     assert "port 22" in err and err.count("\n") == 1
     assert records.read("gen").job is None  # it runs nowhere
 

@@ -37,6 +37,11 @@ _KINDS = (
         "switch the API on: gcloud services enable tpu.googleapis.com",
     ),
     _Kind(
+        "project",
+        r"Failed to find attribute \[project\]|core/project",
+        "give --project=P to `create`, or: gcloud config set project P",
+    ),
+    _Kind(
         "quota",
         r"[Qq]uota",
         "suspended and failed requests hold quota too: list them with `gcloud compute tpus "
@@ -95,6 +100,10 @@ _OF_CONNECTION = re.compile(
 )
 
 
+# What gcloud says of a connection beside the host's own words.
+NOISE = re.compile(r"exited with return code|: Attempting to connect to worker|^Retrying: ")
+
+
 def explain(what: str, output: str, status: int) -> CloudFailure:
     """Returns the failure of `what`, such as "creating q". output: what the command printed."""
     kind = next((k for k in _KINDS if re.search(k.pattern, output)), None)
@@ -119,9 +128,9 @@ def explain_on_host(output: str, status: int) -> tuple[str, str, str]:
 def _essence(output: str) -> str:
     """Returns the message of an output: its ERROR line, else its last line; at most 300 letters."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # gcloud's own line says no more than the status of ssh; the host's words are above it.
-    lines = [line for line in lines if "exited with return code" not in line] or lines
+    # gcloud's own lines say no more than the status of ssh; the host's words are above them.
+    lines = [line for line in lines if not NOISE.search(line)] or lines
     errors = [line for line in lines if line.startswith("ERROR")]
     said = (errors or lines[-1:] or [""])[0]
-    said = re.sub(r"^ERROR: (\([\w.]+\) )?", "", said)
+    said = re.sub(r"^ERROR: (\([\w.-]+\) )?", "", said)
     return " ".join(said.split())[:300].rstrip(" .;")

@@ -87,7 +87,7 @@ def unreachable(done: Finished) -> bool:
     """Whether a command failed on the way to its host."""
     if not done.status:
         return False
-    kind, _, _ = explain_on_host(done.errors + done.output, done.status)
+    kind, _, _ = explain_on_host(done.output + done.errors, done.status)
     return kind in ("ssh", "not_found", "network")
 
 
@@ -95,7 +95,7 @@ def _failure(what: str, failed: dict[Host, Finished], total: int) -> CloudFailur
     """Returns the failure of `what` on some of the hosts, in the words of the first."""
     names = ", ".join(host.label for host in failed)
     first = next(iter(failed.values()))
-    kind, said, remedy = explain_on_host(first.errors + first.output, first.status)
+    kind, said, remedy = explain_on_host(first.output + first.errors, first.status)
     parts = [f"{'ssh' if kind == 'ssh' else what} failed on {names} of {total}: {said}"]
     if others := total - len(failed):
         parts.append(f"the other {others} answered")

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from cloud import packing, remote
+from cloud.failures import NOISE
 from cloud.hosts import Host, Hosts
 from cloud.processes import Runner
 from cloud.records import Job, Record
@@ -101,8 +102,9 @@ def show_logs(record: Record, runner: Runner, lines: int, follow: bool) -> int:
     def pump(host: Host, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            with lock:
-                print(f"{host.label:<{width}} | {line.rstrip()}", flush=True)
+            if not NOISE.search(line):
+                with lock:
+                    print(f"{host.label:<{width}} | {line.rstrip()}", flush=True)
         if process.wait():
             failed.append(host.label)
 

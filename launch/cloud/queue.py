@@ -14,7 +14,7 @@ from cloud.records import Record
 WAITING = ("WAITING_FOR_RESOURCES", "ACCEPTED", "CREATING", "PROVISIONING")
 BROKEN = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
 # Failures of `create` after which nothing of ours exists (another's may, under the same name).
-NOTHING_MADE = ("login", "api", "permission", "exists", "zone", "type")
+NOTHING_MADE = ("login", "api", "project", "permission", "exists", "zone", "type")
 MISSING = "MISSING"  # our name for a request that does not exist
 
 pause: Callable[[float], None] = time.sleep  # the tests do not wait

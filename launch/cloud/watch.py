@@ -175,8 +175,8 @@ def check_hosts(record: Record, runner: Runner) -> dict[Host, remote.Health | st
         if not done.status:
             healths[host] = remote.read_health(done.output)
             continue
-        kind, said, advice = explain_on_host(done.errors + done.output, done.status)
-        if kind in ("login", "api", "permission"):  # it is we who are shut out
+        kind, said, advice = explain_on_host(done.output + done.errors, done.status)
+        if kind in ("login", "api", "project", "permission"):  # it is we who are shut out
             raise CloudFailure(kind, f"{host.label}: {said}; {advice}")
         what = "not reached" if unreachable(done) else "the look at it failed"
         healths[host] = f"{what} ({said[:120]})"
