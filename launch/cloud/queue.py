@@ -1,0 +1,191 @@
+"""Queued resources: how TPU VMs are asked for, what state they are in, and how they are let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cloud.failures import CloudFailure, explain
+from cloud.processes import Runner
+from cloud.records import Record
+
+WAITING = ("WAITING_FOR_RESOURCES", "ACCEPTED", "CREATING", "PROVISIONING")
+BROKEN = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
+# Failures of `create` after which nothing of ours exists (another's may, under the same name).
+NOTHING_MADE = ("login", "api", "project", "permission", "exists", "zone", "type")
+MISSING = "MISSING"  # our name for a request that does not exist
+
+pause: Callable[[float], None] = time.sleep  # the tests do not wait
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a queued resource, and what is wrong with it."""
+
+    name: str  # ACTIVE, WAITING, ..., MISSING
+    reason: str = ""
+
+    @property
+    def works(self) -> bool:
+        return self.name == "ACTIVE" and not self.reason
+
+    @property
+    def waits(self) -> bool:
+        return self.name in WAITING
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The queued resource of a record."""
+
+    record: Record
+    runner: Runner
+
+    def _gcloud(self, *arguments: str, alpha: bool = False) -> list[str]:
+        command = ["gcloud", *(["alpha"] if alpha else []), "compute", "tpus", *arguments]
+        command.append(f"--zone={self.record.zone}")
+        if self.record.project:
+            command.append(f"--project={self.record.project}")
+        return command
+
+    # ---- create ----------------------------------------------------------------------------------
+    def create_command(self) -> list[str]:
+        r = self.record
+        flags = [f"--accelerator-type={r.type}", f"--runtime-version={r.runtime}"]
+        if r.slices == 1:
+            flags.append(f"--node-id={r.name}")
+        else:
+            flags += [f"--node-count={r.slices}", f"--node-prefix={r.name}"]
+        if r.provisioning in ("spot", "reserved"):
+            flags.append(f"--{r.provisioning}")
+        elif r.provisioning == "flex-start":
+            flags.append("--provisioning-model=flex-start")
+        if r.max_run_duration:
+            flags.append(f"--max-run-duration={r.max_run_duration}")
+        if r.valid_until:
+            flags.append(f"--valid-until-duration={r.valid_until}")
+        if r.startup:
+            flags.append(f"--metadata-from-file=startup-script={r.startup}")
+        if r.service_account:
+            flags.append(f"--service-account={r.service_account}")
+        if r.network:
+            flags.append(f"--network={r.network}")
+        if r.internal_ips:
+            flags.append("--internal-ips")
+        alpha = r.provisioning == "flex-start" or r.max_run_duration is not None
+        return self._gcloud(
+            "queued-resources", "create", r.name, *flags, "--async", "--quiet", alpha=alpha
+        )
+
+    def create(self) -> None:
+        """Asks for the TPU. Raises CloudFailure; it says so if half of the request was made."""
+        done = self.runner.attempt(self.create_command())
+        if not done.status:
+            return
+        failure = explain(f"creating {self.record.name}", done.errors + done.output, done.status)
+        if failure.kind not in NOTHING_MADE:
+            try:
+                state = self.state()
+            except CloudFailure:
+                raise failure from None
+            if state.name != MISSING:
+                raise CloudFailure(
+                    failure.kind,
+                    f"{failure}. The request exists all the same ({state}) and holds quota: "
+                    f"`python launch/tpu.py resume --name={self.record.name}` makes it again, "
+                    "`delete` frees it",
+                )
+        raise failure
+
+    # ---- state -----------------------------------------------------------------------------------
+    def state(self) -> State:
+        """Returns the state of the request and, where it is active, of its TPU VMs."""
+        command = self._gcloud("queued-resources", "describe", self.record.name, "--format=json")
+        try:
+            found = self.runner.json(f"describing {self.record.name}", command)
+        except CloudFailure as e:
+            if e.kind != "not_found":
+                raise
+            return State(MISSING, "the request does not exist")
+        if found is None:  # --dry_run
+            return State("ACTIVE")
+        state = found.get("state", {})
+        name = state.get("state", "UNKNOWN")
+        if name == "ACTIVE":
+            return State(name, self._broken_nodes())
+        error = state.get("failedData", {}).get("error", {}).get("message", "")
+        by = {"SERVICE": "by Google", "USER": "by a user"}.get(state.get("stateInitiator"), "")
+        suspended = name in ("SUSPENDED", "SUSPENDING")
+        reason = error or (f"{name.lower()} {by}".strip() if suspended else "")
+        if suspended and self.record.provisioning == "spot":
+            reason += " (pre-empted, most likely)"
+        return State(name, reason)
+
+    def _broken_nodes(self) -> str:
+        """Returns what is wrong with the TPU VMs of an active request, or ""."""
+        wrong = []
+        for node in self.record.nodes:
+            try:
+                found = self.node(node)
+            except CloudFailure as e:
+                if e.kind != "not_found":
+                    raise
+                wrong.append(f"{node} does not exist")
+                continue
+            hosts, state = len(found.get("networkEndpoints", [])), found.get("state", "UNKNOWN")
+            if state != "READY":
+                wrong.append(f"{node} is {state}")
+            elif hosts != self.record.slice.hosts:
+                wrong.append(f"{node} has {hosts} of {self.record.slice.hosts} hosts")
+        return "half-created: " + ", ".join(wrong) if wrong else ""
+
+    def node(self, name: str) -> dict[str, Any]:
+        command = self._gcloud("tpu-vm", "describe", name, "--format=json")
+        return self.runner.json(f"describing {name}", command)
+
+    def wait(self, poll: float, tell: Callable[[str], None]) -> State:
+        """Returns the first state that is not one of waiting; tells each new one."""
+        told = ""
+        while True:
+            state = self.state()
+            if str(state) != told:
+                told = str(state)
+                tell(f"{self.record.name}: {told}")
+            # TPU VMs may appear a little after their request is active.
+            if state.works or not (state.waits or _appears(state)):
+                return state
+            pause(poll)
+
+    # ---- delete ----------------------------------------------------------------------------------
+    def delete_command(self, wait: bool) -> list[str]:
+        command = self._gcloud("queued-resources", "delete", self.record.name, "--force", "--quiet")
+        return command if wait else [*command, "--async"]
+
+    def delete(self, wait: bool) -> str:
+        """Deletes the request and its TPU VMs, also those that outlived it; returns what it did."""
+        done = self.runner.attempt(self.delete_command(wait))
+        if not done.status:
+            return "deleted" if wait else "is being deleted"
+        failure = explain(f"deleting {self.record.name}", done.errors + done.output, done.status)
+        if failure.kind != "not_found":
+            raise failure
+        left = []
+        for node in self.record.nodes:
+            delete = self._gcloud("tpu-vm", "delete", node, "--quiet")
+            done = self.runner.attempt(delete if wait else [*delete, "--async"])
+            if not done.status:
+                left.append(node)
+            elif (e := explain(f"deleting {node}", done.errors, done.status)).kind != "not_found":
+                raise e
+        if left:
+            return f"had no request any more; deleted what was left: {', '.join(left)}"
+        return "did not exist any more"
+
+
+def _appears(state: State) -> bool:
+    return "CREATING" in state.reason or "STARTING" in state.reason
