@@ -6,6 +6,7 @@ Lengths are in inches, from the top left corner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Sheet:
         self.renderer = FigureCanvasAgg(self.figure).get_renderer()
         self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
         self.y = margin  # of the next line
+        self.measures: dict[tuple, Callable[[str], float]] = {}
 
     def finish(self) -> Figure:
         height = self.y + self.margin
@@ -55,8 +57,13 @@ class Sheet:
         from matplotlib.font_manager import FontProperties
 
         known = {k: v for k, v in style.items() if k in ("weight", "style")}
-        font = FontProperties(size=size, **known)
-        return lambda text: self.renderer.get_text_width_height_descent(text, font, False)[0] / _DPI
+        key = (size, *sorted(known.items()))
+        if key not in self.measures:
+            font, draw = FontProperties(size=size, **known), self.renderer
+            self.measures[key] = cache(
+                lambda text: draw.get_text_width_height_descent(text, font, False)[0] / _DPI
+            )
+        return self.measures[key]
 
     def line(
         self, x: Sequence[float], y: Sequence[float], colour: str, width: float, **style: Any
@@ -78,19 +85,19 @@ def fit(text: str, width: float, lines: int, measure: Callable[[str], float]) ->
     measure: the width of a line. Words wider than a line are broken. A text without words gives one
     empty line.
     """
-    words = text.split()
+    words, space = text.split(), measure(" ")
     out: list[str] = []
     while words and len(out) < lines:
         line = words.pop(0)
-        if measure(line) > width:
+        used = measure(line)
+        if used > width:
             length = 1
             while measure(line[: length + 1]) <= width:
                 length += 1
             words.insert(0, line[length:])
             line = line[:length]
-        else:
-            while words and measure(f"{line} {words[0]}") <= width:
-                line += f" {words.pop(0)}"
+        while words and (used := used + space + measure(words[0])) <= width:
+            line += f" {words.pop(0)}"
         out.append(line)
     if words:
         last = out[-1]

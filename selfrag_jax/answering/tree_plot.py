@@ -202,14 +202,15 @@ class _TreeSheet(Sheet):
     def cell(
         self, column: tuple[float, float], y: float, text: str, title: str = "", **style: Any
     ) -> None:
-        """Two lines in a column, or a title and one line."""
+        """Two lines in a column: the text, or a title that it does not begin with, and one line."""
         x, width = column
         lines: list[tuple[str, dict[str, Any]]] = []
-        if title:
+        has_title = bool(title) and not text.startswith(title)
+        if has_title:
             [first] = fit(title, width, 1, self.measure(SMALL, weight="bold"))
             lines.append((first, {"weight": "bold"}))
         for line in fit(text, width, 2 - len(lines), self.measure(SMALL, **style)):
-            lines.append((line, style | ({"color": _MUTED} if title else {})))
+            lines.append((line, style | ({"color": _MUTED} if has_title else {})))
         for i, (line, look) in enumerate(lines):
             self.text(x, y + (i - (len(lines) - 1) / 2) * _LINE_HEIGHT, line, **look)
 
