@@ -101,6 +101,8 @@ setup(
             "mauve-text>=0.4",
             "playwright>=1.50",
             "axe-playwright-python>=0.1.4",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "jax[tpu,cuda13]>=0.10,<0.12",
         ],
     },

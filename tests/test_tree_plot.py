@@ -148,6 +148,7 @@ def test_lines_are_broken_between_words_and_cut_with_an_ellipsis():
     assert lines("abcdefgh", 3, 9) == ["abc", "def", "gh"]
     assert lines("abcdefgh", 3, 2) == ["abc", "de…"]
     assert lines(" \n", 3, 2) == [""]
+    assert lines("a\x06b\tc", 9, 1) == ["a\N{REPLACEMENT CHARACTER}b c"]  # fonts lack control codes
 
 
 def test_a_formula_is_only_text():

@@ -85,7 +85,8 @@ def fit(text: str, width: float, lines: int, measure: Callable[[str], float]) ->
     measure: the width of a line. Words wider than a line are broken. A text without words gives one
     empty line.
     """
-    words, space = text.split(), measure(" ")
+    shown = (c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    words, space = "".join(shown).split(), measure(" ")
     out: list[str] = []
     while words and len(out) < lines:
         line = words.pop(0)
