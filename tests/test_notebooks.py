@@ -186,7 +186,8 @@ def test_documents_are_read_indexed_and_cited_in_the_tiny_world(quickstart, tmp_
         f"{name} works as a wax keeper.", f"{name} lives in Lower Ostmouth.",
         f"{name} keeps a desert cat.", f"{name} plays the table horn.",
     )  # fmt: skip
-    (documents / "a.txt").write_text(f"{sentences[0]}\n\n{' '.join(sentences[1:]) * 10}")
+    paragraphs = sentences[0], " ".join(sentences[1:]) * 10, "word " * 200
+    (documents / "a.txt").write_text("\n\n".join(paragraphs))
     (documents / "b.md").write_text(f"# Animals\n\n{sentences[2]}\n\n## Music\n{sentences[3]}\n")
     (documents / "c.jsonl").write_text(json.dumps({"text": sentences[1], "title": name}) + "\n\n")
     (documents / "d.tsv").write_text(f'text\ttitle\n"{sentences[0]}"\t{name}\n')
@@ -198,7 +199,8 @@ def test_documents_are_read_indexed_and_cited_in_the_tiny_world(quickstart, tmp_
     for row in rows:
         by_file.setdefault(row["id"].split(",")[0], []).append(row)
     assert sorted(by_file) == ["a.txt", "b.md", "c.jsonl", "d.tsv"]
-    assert max(len(row["text"].split()) for row in rows) <= 80 and len(by_file["a.txt"]) >= 3
+    assert max(len(row["text"].split()) for row in rows) <= 80 and len(by_file["a.txt"]) >= 6
+    assert sum(row["text"].count("word") for row in rows) == 200
     assert [(r["title"], r["text"]) for r in by_file["b.md"]] == [
         ("Animals", sentences[2]), ("Music", sentences[3])
     ]  # fmt: skip
