@@ -177,6 +177,16 @@ def test_help_of_no_command_waits_for_jax():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_importing_the_package_and_the_overview_import_little():
+    """Counted, as times vary: numpy alone has 150 modules, jax 700."""
+    for arguments in (["-c", "import selfrag_jax"], ["-m", "selfrag_jax", "--help"]):
+        command = [sys.executable, "-X", "importtime", *arguments]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        names = {line.rpartition("|")[2].strip() for line in lines.splitlines()}
+        assert "selfrag_jax" in names and len(names) < 300
+        assert not names & {"jax", "numpy", "flax", "torch", "tensorflow_datasets", "scann"}
+
+
 def test_a_config_of_another_kind_is_refused(capsys, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(
