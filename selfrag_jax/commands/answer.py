@@ -22,6 +22,7 @@ from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
 from selfrag_jax.evaluation.tasks import Task
+from selfrag_jax.profiling import Profile, check_steps
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
@@ -44,10 +45,12 @@ def answer_file(
     task: str | None,
     changes: dict[str, Any],
     prompt: Task | None = None,
+    profile: int = 0,
 ) -> int:
     """Answers all questions of a file; returns their number.
 
-    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. Answers are
+    changes: as SelfRAG.answer takes them. prompt: the task that words the questions. profile:
+    number of questions to trace into `{out}.profile`, after the first are answered. Answers are
     kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining questions
     only. Raises UserError for a file without questions, for ids that occur twice, for questions
     without passages if there is no index, and while another process answers the same into the same
@@ -76,7 +79,8 @@ def answer_file(
         artifacts.lock_file(f, out)
         # Questions that failed are tried again.
         done |= {row["id"]: row for row in _complete_rows(partial) if not row.get("error")}
-        _answer_rest(f, rag, questions, done, changes)
+        with Profile(f"{out}.profile", profile) as traced:
+            _answer_rest(f, rag, questions, done, changes, traced)
     rows = [done[i] for i in ids]
     print(_summary(rows, engine.compiled[compiled_before:]), file=sys.stderr)
     if failed := [row["id"] for row in rows if row["error"]]:
@@ -159,6 +163,7 @@ def _answer_rest(
     questions: list[Question],
     done: dict[str, dict[str, Any]],
     changes: dict[str, Any],
+    traced: Profile,
 ) -> None:
     """Answers the questions that are not in `done`; adds each to `done` and to the file at once."""
     with progress("answer", len(questions), "questions", len(done)) as bar:
@@ -168,6 +173,7 @@ def _answer_rest(
             f.write(json.dumps(done[answer.id], ensure_ascii=False) + "\n")
             f.flush()
             bar.advance()
+            traced.step(len(done))
 
         rest = [q for q in questions if q.id not in done]
         rag.answer(rest, on_answer=keep, total=len(questions), **changes)
@@ -223,8 +229,9 @@ def _prompt(values: dict[str, Any]) -> Task | None:
 def run(values: dict[str, Any], _: list[str]) -> None:
     prompt = _prompt(values)
     task = prompt.name if prompt else values["task"]
+    profile = check_steps(values["profile"])
     rag, changes = load_selfrag(values), search_changes(values)
-    n = answer_file(rag, values["input"], values["out"], task, changes, prompt)
+    n = answer_file(rag, values["input"], values["out"], task, changes, prompt, profile)
     print(f"{values['out']}: {n} answers")
 
 
@@ -242,6 +249,13 @@ COMMAND = Command(
             "name, as a label. With --scorer=released, asqa and eli5 get citation marks",
         ),
         INSTRUCTIONS_FLAG,
+        Flag(
+            "profile",
+            "questions to trace after the first are answered, into OUT.profile, for xprof or "
+            "TensorBoard",
+            0,
+            type=int,
+        ),
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
         ANSWER_CONFIG_FLAG,
