@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from plain_search import make_rag
@@ -161,6 +162,15 @@ def test_a_process_that_runs_a_model_keeps_freed_memory(monkeypatch, stage, keep
     monkeypatch.setattr(cli.sys, "argv", ["selfrag", stage])
     assert cli.main() == 0 and len(kept) == keeps
     assert cli.main([stage]) == 0 and len(kept) == keeps
+
+
+def test_a_part_without_its_extra_says_how_to_get_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    files = Path(__file__).parent / "data"
+    argv = ["prepare", "--dataset=gpt4_alpaca", f"--manual_dir={files}", f"--out={tmp_path}/out"]
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert "needs tensorflow_datasets" in err and "pip install 'selfrag-jax[train]'" in err
 
 
 # ---- configs -------------------------------------------------------------------------------------
