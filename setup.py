@@ -9,7 +9,12 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "gpu": [f"jax[cuda13]{JAX}"],
     # Published instruction sets, and training on folders of rows: `selfrag prepare`.
-    "train": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1", "grain>=0.2.15"],
+    "train": [
+        "tensorflow-datasets>=4.9.9",
+        "protobuf>=6.31.1",  # of tensorflow-metadata, which does not say so
+        "array-record>=0.8.1",
+        "grain>=0.2.15",
+    ],
     # ROUGE, NLI judges, MAUVE.
     "eval": ["rouge-score>=0.1.2", "torch>=2.8", "transformers>=5", "mauve-text>=0.4"],
     # Endpoints and batch files of teachers: `selfrag collect --teacher=openai`.
