@@ -69,7 +69,8 @@ def test_hardware_that_only_its_plugin_knows_is_left_to_jax(bare_host, monkeypat
 def test_absent_accelerators_are_not_reported(quickstart):
     """With the plugins of TPUs and GPUs installed; JAX alone prints ten lines."""
     assert find_spec("libtpu") and find_spec("jax_plugins.xla_cuda13")
-    command = [sys.executable, "-m", "selfrag_jax", "ask", f"--workdir={quickstart}"]
+    workdir, _ = quickstart
+    command = [sys.executable, "-m", "selfrag_jax", "ask", f"--workdir={workdir}"]
     command += ["--config=tiny:smoke", "Where was Marvin Tellock born?"]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
