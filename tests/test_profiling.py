@@ -42,6 +42,7 @@ def train_tiny(tiny_model, tokenizer, workdir, profile):
     return train(config(), model, params, source, tokenizer, workdir, profile=profile)["params"]
 
 
+@pytest.mark.slow
 def test_training_is_traced_by_the_names_of_its_parts(tiny_model, tokenizer, tmp_path, capsys):
     plain = train_tiny(tiny_model, tokenizer, tmp_path / "plain", 0)
     programs = train_step._cache_size()
