@@ -172,7 +172,7 @@ def _seconds(run: Callable[[], Any], rounds: int = 10) -> float:
 
 # ---- rows of the README --------------------------------------------------------------------------
 def _share(figures: Figures, name: str) -> str:
-    return f"{100 * figures[name]:.1f}%" if name in figures else "unknown peak"
+    return f"{100 * figures[name]:.1f}%" if name in figures else "unknown share"
 
 
 def _beside(unit: str) -> Callable[[Figures], str]:
