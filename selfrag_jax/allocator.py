@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from glob import glob
+
+from selfrag_jax import accelerators
 
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def keep_freed_memory() -> bool:
@@ -26,7 +26,8 @@ def keep_freed_memory() -> bool:
     Does nothing on a host with an accelerator, which has other uses for its memory, or without
     glibc.
     """
-    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(glob, _ACCELERATORS))
+    has_accelerator = accelerators.has_gpu() or accelerators.has_tpu()
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not has_accelerator
     if not on_cpu or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from selfrag_jax import allocator
+from selfrag_jax import accelerators, allocator
 from selfrag_jax.commands import SUMMARIES, load_command, remote_files
 from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import StageFailed, UserError
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         values, positional = parse(command, name, arguments)
+        accelerators.expect_none()
         _keep_compiled_programs()
         if is_whole_process:
             # Raises SystemExit, so that half-written output is removed. Training replaces this

@@ -1,10 +1,10 @@
 """ALCE's scores against a plain second implementation, and judges that are local models."""
 
-import builtins
 import json
 import random
 import re
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -340,15 +340,8 @@ def test_a_judge_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
     with pytest.raises(UserError, match="transformers cannot open this judge"):
         judges.NliJudge(tmp_path)
-    imported = builtins.__import__
-
-    def without_torch(name, *rest):
-        if name == "torch":
-            raise ImportError("No module named 'torch'", name="torch")
-        return imported(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_torch)
-    with pytest.raises(UserError, match=r"needs torch, .* pip install 'selfrag-jax\[judges\]'"):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"needs torch, .* pip install 'selfrag-jax\[eval\]'"):
         judges.NliJudge(tmp_path)
 
 

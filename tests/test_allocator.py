@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from selfrag_jax import allocator
+from selfrag_jax import accelerators, allocator
 
 COUNT_PAGE_FAULTS = """
 import sys
@@ -46,9 +46,9 @@ def test_a_repeated_call_finds_its_memory_already_mapped():
 
 def test_nothing_changes_with_an_accelerator_or_without_glibc(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(allocator, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(accelerators, "_GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert not allocator.keep_freed_memory()
-    monkeypatch.setattr(allocator, "_ACCELERATORS", ())
+    monkeypatch.setattr(accelerators, "_GPU_FILES", ())
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
     assert not allocator.keep_freed_memory()

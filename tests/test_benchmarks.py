@@ -9,8 +9,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerator
 import pytest
+from accelerator import PIECES
 from repetitions import some
 
 LAUNCH = Path(__file__).parent.parent / "launch" / "benchmarks"
@@ -24,30 +27,78 @@ def run(script: str, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All pieces of accelerator.py at small size: what each printed, and the folder of results."""
+    folder = tmp_path_factory.mktemp("accelerator")
+    out = run("accelerator.py", "--small", f"--out={folder}")
+    parts = re.split(r"^---- (\w+): .*$", out, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)), folder
+
+
+# One process measures for all tests of this group.
+in_one_process = pytest.mark.xdist_group("accelerator")
+
+
 @pytest.mark.slow
-def test_training_is_compared_with_torch():
-    flags = "--size=tiny --vocabulary=500 --rows=2 --length=32 --steps=2 --rounds=2"
-    out = run("train_step.py", *flags.split())
+@in_one_process
+def test_every_piece_writes_its_figures_and_a_row(measured):
+    printed, folder = measured
+    assert set(printed) == set(PIECES)
+    rows = (folder / "rows.md").read_text().splitlines()[2:]
+    assert len(rows) == len(PIECES)
+    for (name, piece), row in zip(PIECES.items(), rows, strict=True):
+        result = json.loads((folder / f"{name}.json").read_text())
+        assert result["piece"] == name and f"--piece={name} --small" in result["command"]
+        assert result["device"] == "cpu" and result["versions"]["jax"] and result["date"]
+        assert row.startswith(f"| {piece.measures} (tiny, a trial) | cpu, {result['date']} | ")
+        assert row.endswith(" |") and row.count("|") == 4
+        figures = result["figures"].get("rows", [result["figures"]])
+        numbers = [x for f in figures for x in f.values() if isinstance(x, float)]
+        assert numbers and all(0 <= x < float("inf") for x in numbers)
+
+
+@pytest.mark.slow
+@in_one_process
+def test_approximate_search_and_kernels_agree_with_the_exact_ones(measured):
+    _, folder = measured
+    search, attention = (
+        json.loads((folder / f"{name}.json").read_text())["figures"]
+        for name in ("search", "attention")
+    )
+    assert search["recall"] > 0.9
+    assert attention["largest_difference"] < 0.05  # bf16
+
+
+@pytest.mark.slow
+@in_one_process
+def test_training_is_compared_with_torch(measured):
+    out = measured[0]["train_1b_torch"]
     assert re.search(r"torch +[\d.]+ tokens/s\nours +[\d.]+ tokens/s\nratio [\d.]+", out)
 
 
 @pytest.mark.slow
-def test_answering_is_compared_with_the_released_algorithm():
-    out = run("answer.py", "--size=tiny", "--questions=4", "--passages=2", "--new=30", "--rounds=1")
-    assert len(re.findall(r"theirs +[\d.]+ questions/s", out)) == 2  # short form and long form
+@in_one_process
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_answering_is_compared_with_the_released_algorithm(measured, form):
+    out = measured[0][f"{form}_7b"]
+    assert re.search(rf"{form} form: [\s\S]*theirs +[\d.]+ questions/s", out)
     work = r"of floating-point operations [\d.]+, [\d.]+ with branches that wait for others"
-    assert len(re.findall(rf"ratio +[\d.]+ +{work}; \d+ programs compiled in \d+ s", out)) == 2
+    assert re.search(rf"ratio +[\d.]+ +{work}; \d+ programs compiled in \d+ s", out)
 
 
 @pytest.mark.slow
-def test_bandwidth_is_printed_per_number_of_questions():
-    out = run("answer.py", "--size=tiny", "--bandwidth", "--passages=2")
-    assert len(re.findall(r"tokens/s +[\d.]+ GB +[\d.]+ GB/s, \d+% of copies", out)) == 4
+@in_one_process
+@pytest.mark.parametrize("piece", ["generate_7b", "generate_7b_int8"])
+def test_bandwidth_is_printed_per_number_of_questions(measured, piece):
+    pattern = r"tokens/s +[\d.]+ GB +[\d.]+ GB/s, \d+% of copies"
+    assert len(re.findall(pattern, measured[0][piece])) == 4
 
 
 @pytest.mark.slow
-def test_judging_is_compared_with_generating():
-    out = run("label.py", "--size=tiny", "--rows=1", "--rounds=1", "--new=3")
+@in_one_process
+def test_judging_is_compared_with_generating(measured):
+    out = measured[0]["judge_7b"]
     figures = dict(re.findall(r"\n(shared prefix|whole prompts|generating 3) +([\d.]+)", out))
     assert len(figures) == 3 and all(float(n) > 0 for n in figures.values())
     difference = re.search(r"with the prefix: ([\d.e+-]+)", out).group(1)
@@ -55,10 +106,37 @@ def test_judging_is_compared_with_generating():
 
 
 @pytest.mark.slow
-def test_slow_retrieval_is_partly_hidden():
-    out = run("answer.py", "--size=tiny", "--retrieval=20", "--passages=2")
+@in_one_process
+def test_slow_retrieval_is_partly_hidden(measured):
+    out = measured[0]["retrieval_7b"]
     assert len(re.findall(r"(others wait|others continue|found at once) +[\d.]+ s\n", out)) == 3
     assert re.search(r"-?\d+% of the waiting is hidden", out)
+
+
+def test_the_pieces_are_listed_and_need_an_accelerator(tmp_path):
+    out = run("accelerator.py", "--list")
+    assert [line.split()[0] for line in out.splitlines()] == list(PIECES)
+    command = [sys.executable, LAUNCH / "accelerator.py", "--piece=embed", f"--out={tmp_path}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 3 and "finds no accelerator" in done.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_finished_pieces_are_not_run_again(tmp_path, monkeypatch):
+    for name in PIECES:
+        (tmp_path / f"{name}.json").touch()
+    monkeypatch.setattr(accelerator, "rows_of", lambda folder: "")
+    monkeypatch.setattr(accelerator, "run_in_child", None)
+    args = SimpleNamespace(piece=None, small=False, here=False, out=str(tmp_path))
+    assert accelerator.run_all(args) == 0
+
+
+def test_a_piece_that_hangs_is_stopped(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(accelerator, "__file__", str(tmp_path / "hangs.py"))
+    monkeypatch.setattr(accelerator, "LIMIT_SECONDS", 0.2)
+    assert accelerator.run_in_child("embed", tmp_path, False) == "stopped after 0.2 s"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from plain_search import make_rag
@@ -164,6 +165,15 @@ def test_a_process_that_runs_a_model_keeps_freed_memory(monkeypatch, stage, keep
     assert cli.main([stage]) == 0 and len(kept) == keeps
 
 
+def test_a_part_without_its_extra_says_how_to_get_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    files = Path(__file__).parent / "data"
+    argv = ["prepare", "--dataset=gpt4_alpaca", f"--manual_dir={files}", f"--out={tmp_path}/out"]
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert "needs tensorflow_datasets" in err and "pip install 'selfrag-jax[train]'" in err
+
+
 # ---- configs -------------------------------------------------------------------------------------
 def test_help_of_no_command_waits_for_jax():
     """Command files import what takes long inside functions (commands/__init__.py)."""
@@ -176,6 +186,16 @@ def test_help_of_no_command_waits_for_jax():
         "    assert not heavy, f'{name}: {heavy}'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_the_package_and_the_overview_import_little():
+    """Counted, as times vary: numpy alone has 150 modules, jax 700."""
+    for arguments in (["-c", "import selfrag_jax"], ["-m", "selfrag_jax", "--help"]):
+        command = [sys.executable, "-X", "importtime", *arguments]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        names = {line.rpartition("|")[2].strip() for line in lines.splitlines()}
+        assert "selfrag_jax" in names and len(names) < 300
+        assert not names & {"jax", "numpy", "flax", "torch", "tensorflow_datasets", "scann"}
 
 
 def test_a_config_of_another_kind_is_refused(capsys, tmp_path):

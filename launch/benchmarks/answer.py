@@ -49,6 +49,7 @@ from selfrag_jax.engine.segments import TokenRules
 from selfrag_jax.engine.shapes import Shapes
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
+from selfrag_jax.models.quantize import quantize
 from selfrag_jax.search.config import SearchConfig
 from selfrag_jax.search.paper import PaperSearch
 from selfrag_jax.search.scoring import Weights
@@ -116,7 +117,8 @@ def timed(f: Callable[..., Any], *args) -> tuple[Any, float]:
 
 
 # ---- the benchmarks ------------------------------------------------------------------------------
-def compare(args, form: str) -> None:
+def compare(args, form: str) -> dict[str, float]:
+    """Prints and returns both rates, in questions per second, and their ratio."""
     from released_on_torch import ReleasedOnTorch
 
     if form == "short":
@@ -173,6 +175,13 @@ def compare(args, form: str) -> None:
         f"wait for others; {num_programs} programs compiled in "
         f"{max(0.0, first_seconds - our_seconds):.0f} s"
     )
+    return {
+        "theirs": n / their_seconds,
+        "ours": n / our_seconds,
+        "ratio": their_seconds / our_seconds,
+        "operations_ratio": operations_ratio(sum(lengths)),
+        "operations_ratio_with_idle": operations_ratio(rows[0]),
+    }
 
 
 def curves(args) -> None:
@@ -249,10 +258,11 @@ def peak_memory(model: Model, n: int, num_passages: int, shared: bool) -> int:
     return max(used(generating), used(reading)) - num_bytes(params)
 
 
-def retrieval(args) -> None:
+def retrieval(args) -> dict[str, float]:
     """Measures how much of the time for finding passages is spent on other questions' segments.
 
-    An index that waits stands for any index that takes so long.
+    Prints and returns the seconds of each way. An index that waits stands for any index that takes
+    so long.
     """
     model, params = random_model(args.size, 25)
     n, slots, steps, num_passages = 8, 4, 4, args.passages or 5
@@ -288,6 +298,7 @@ def retrieval(args) -> None:
     print(f"  found at once    {at_once:7.1f} s")
     hidden = (waiting - overlapping) / (waiting - at_once)
     print(f"  {100 * hidden:.0f}% of the waiting is hidden")
+    return {"waiting": waiting, "overlapping": overlapping, "at_once": at_once}
 
 
 def copy_bandwidth() -> float:
@@ -301,14 +312,17 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / min(times[1:])
 
 
-def bandwidth(args) -> None:
-    """Measures generating with all slots taken.
+def bandwidth(args) -> list[dict[str, float]]:
+    """Measures generating with all slots taken, after the device's copies.
 
-    The rate is what a step must read, weights and the capacity of all caches, over its time.
+    The rate is what a step must read, weights and the capacity of all caches, over its time. Prints
+    and returns the figures of each number of questions, as far as the device's memory reaches.
     """
-    model, params = random_model(args.size, None)
-    params = place_params(model, params)
     copied, num_passages = copy_bandwidth(), args.passages or 10
+    model, params = random_model(args.size, None)
+    if args.int8:
+        model, params = quantize(model, params)
+    params, found = place_params(model, params), []
     kind = jax.devices()[0].device_kind
     print(f"copies {copied / 1e9:.1f} GB/s on {kind}; {num_passages} passages")
     for n in (1, 4, 16, 64):
@@ -325,6 +339,17 @@ def bandwidth(args) -> None:
             f"{n * num_passages / seconds:8.0f} tokens/s {read / 1e9:6.2f} GB "
             f"{rate / 1e9:8.1f} GB/s, {100 * rate / copied:.0f}% of copies"
         )
+        found.append(
+            {
+                "questions": n,
+                "step_ms": 1e3 * seconds,
+                "tokens_per_second": n * num_passages / seconds,
+                "bytes_per_second": rate,
+                "copies_bytes_per_second": copied,
+                "share_of_copies": rate / copied,
+            }
+        )
+    return found
 
 
 def time_of_step(model: Model, params: Params, n: int, num_passages: int) -> tuple[float, int]:
@@ -361,7 +386,7 @@ def num_bytes(tree) -> int:
     return sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(tree))
 
 
-def main() -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -394,7 +419,12 @@ def main() -> None:
     p.add_argument(
         "--bandwidth", action="store_true", help="ours alone: time and bytes of a generated token"
     )
-    args = p.parse_args()
+    p.add_argument("--int8", action="store_true", help="of --bandwidth: int8 kernels")
+    return p.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.curves:
         curves(args)
     elif args.bandwidth:

@@ -144,7 +144,8 @@ class Operations:
         return self.reading(tokens + n - 1) + n * self.logits
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> dict[str, float]:
+    """Prints the table; returns the judgements a second of each way."""
     model, params = random_model(args.size, None)
     loaded = LoadedModel(model, params, HashTokenizer())  # type: ignore[arg-type]
     shared = Critic(loaded, CriticConfig(args.batch, LENGTH_BUCKET, False))
@@ -200,9 +201,10 @@ def compare(args: argparse.Namespace) -> None:
             f"{name:16}{n / median:13.2f}{first / median:7.2f}{n / cpu:9.2f}{first_cpu / cpu:7.2f}"
             f"{work / 1e9:12.2f}{work / least:7.2f}"
         )
+    return {name: n / float(median) for name, (median, _) in medians.items()}
 
 
-def main() -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -217,7 +219,11 @@ def main() -> None:
         default=[15, 2],
         help="tokens to generate; the released script's default is 15",
     )
-    compare(p.parse_args())
+    return p.parse_args(argv)
+
+
+def main() -> None:
+    compare(parse_arguments())
 
 
 if __name__ == "__main__":

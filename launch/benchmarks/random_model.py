@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.models.params import Params
+from selfrag_jax.models.params import Params, flatten, unflatten
 from selfrag_jax.records import Passage
 from selfrag_jax.text import reflection
 from selfrag_jax.text.tokenizer import Control
@@ -75,8 +75,10 @@ def random_model(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
         scan_unroll=1,
     )
     model = Model(config)
-    params = jax.device_get(model.init(jax.random.key(0), 0.5))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if size == "7b":
+        params = _large_params(model)
+    else:
+        params = jax.device_get(model.init(jax.random.key(0), 0.5))
     head = np.array(params["head"]["kernel"])
     quiet = [TOKENIZER.eos_id, TOKENIZER.pad_id, *map(TOKENIZER.id, reflection.ALL)]
     head[:, quiet] *= 0.1  # never the most likely
@@ -86,6 +88,25 @@ def random_model(size: str, segment_tokens: int | None) -> tuple[Model, Params]:
         best = np.sqrt(2 * np.log(NUM_WORDS)) - 0.4
         head[:, TOKENIZER.id(reflection.RETRIEVAL)] *= 10 * best / DEVIATIONS[segment_tokens]
     return model, {**params, "head": {"kernel": head}}
+
+
+def _large_params(model: Model) -> Params:
+    """Random parameters as Model.init scales them, made one by one in the model's type.
+
+    All at once in f32 they would take 28 GB of the device.
+    """
+    c, leaves = model.config, []
+    for i, (path, leaf) in enumerate(flatten(model.shapes())):
+        if path[-1] == "scale":
+            value = np.ones(leaf.shape, c.dtype)
+        else:
+            std = 0.5 if path[0] == "embed" else leaf.shape[-2] ** -0.5
+            if path[1:2] in (("o",), ("down",)):
+                std *= (2 * c.num_layers) ** -0.5
+            key = jax.random.fold_in(jax.random.key(0), i)
+            value = jax.device_get(jax.random.normal(key, leaf.shape, c.dtype) * std)
+        leaves.append((path, np.asarray(value, c.dtype)))
+    return unflatten(leaves)
 
 
 def make_questions(n: int, num_passages: int) -> list[Question]:

@@ -103,8 +103,11 @@ def ask_for_times(connection) -> list[float]:
 
 
 # ---- ours ----------------------------------------------------------------------------------------
-def jax_step(args, folder: str):
-    """Returns our trainer's step, from the same weights, and the model's FLOPs for a token."""
+def jax_step(args, folder: str | None):
+    """Returns our trainer's step, from the same weights, and the model's FLOPs for a token.
+
+    folder: None for random weights of our own.
+    """
     from dataclasses import replace
 
     import jax
@@ -113,11 +116,21 @@ def jax_step(args, folder: str):
 
     from selfrag_jax.huggingface.weights import load_folder
     from selfrag_jax.models import roofline
-    from selfrag_jax.models.llama import Model
+    from selfrag_jax.models.llama import LlamaConfig, Model
     from selfrag_jax.training import optimizer
     from selfrag_jax.training.step import train_step
 
-    c, params = load_folder(folder)
+    if folder is None:
+        hidden, intermediate, layers, heads = SIZES[args.size]
+        c = LlamaConfig(
+            vocab_size=args.vocabulary, embed_dim=hidden, mlp_dim=intermediate, num_layers=layers,
+            num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads, max_length=args.length,
+            rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, dtype=args.dtype, remat="none",
+            scan_unroll=1,
+        )  # fmt: skip
+        params = jax.jit(Model(c).init)(jax.random.key(0))
+    else:
+        c, params = load_folder(folder)
     remat = args.remat or ("none" if jax.default_backend() == "cpu" else "dots")
     model = Model(replace(c, dtype=args.dtype, remat=remat))
     recipe = optimizer.OptimizerConfig(
@@ -197,10 +210,27 @@ def measure(args) -> tuple[list[float], list[float], int, float]:
     return theirs, ours, num_parameters, flops_per_token
 
 
-def main() -> None:
+def measure_ours(args) -> dict[str, float]:
+    """Measures our step alone, with random weights; returns its figures. MFU: of a known device."""
+    import jax
+
+    from selfrag_jax.models import roofline
+
+    step, flops_per_token = jax_step(args, None)
+    rate = tokens_per_second(args, time_steps(step, args.steps))
+    figures = {"tokens_per_second": rate, "flops_per_second": rate * flops_per_token}
+    if chip := roofline.chip(jax.devices()[0].device_kind):
+        figures["mfu"] = rate * flops_per_token / chip.bf16_flops
+    memory = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+        figures["peak_bytes"] = memory["peak_bytes_in_use"]
+    return figures
+
+
+def compare(args) -> dict[str, float]:
+    """Prints and returns the tokens per second of both, and their ratio."""
     from selfrag_jax import allocator
 
-    args = parse_arguments()
     allocator.keep_freed_memory()
     their_times, our_times, num_parameters, flops_per_token = measure(args)
     theirs, ours = tokens_per_second(args, their_times), tokens_per_second(args, our_times)
@@ -222,9 +252,10 @@ def main() -> None:
     else:
         gflops = flops_per_token / 1e9
         print(f"model FLOP/s: torch {theirs * gflops:.1f} G, ours {ours * gflops:.1f} G")
+    return {"theirs": theirs, "ours": ours, "ratio": ours / theirs}
 
 
-def parse_arguments():
+def parse_arguments(argv: list[str] | None = None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,8 +284,8 @@ def parse_arguments():
     p.add_argument(
         "--kept_torch", action="store_true", help="let torch's process keep freed memory too"
     )
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    compare(parse_arguments())

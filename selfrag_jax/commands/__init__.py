@@ -31,6 +31,7 @@ SUMMARIES = {
     "export": "Writes answers for ALCE, FActScore, KILT or RAGChecker; checks such files.",
     "report": "Rewrites the report of a quickstart, or reports the mean of several.",
     "convert": "Converts a model between Hugging Face's format and a training workdir.",
+    "doctor": "Prints devices, versions, memory and disk, and what is missing for which command.",
     "compile": "Compiles for TPUs or GPUs that you do not have: memory, traffic, least time.",
     "base": "Trains the small base model of the quickstart; it is shipped, and takes an hour.",
 }

@@ -24,6 +24,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
 from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.files import read_object
+from selfrag_jax.profiling import Profile, check_steps
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
@@ -49,11 +50,13 @@ def answer_file(
     changes: dict[str, Any],
     prompt: Task | None = None,
     questions: list[Question] | None = None,
+    profile: int = 0,
 ) -> int:
     """Answers all questions of a file; returns their number.
 
     changes: as rag.answer takes them. prompt: the task that words the questions. questions: the
-    file's, if they were read already (`read_checked`). The manifest's counts have the seconds that
+    file's, if they were read already (`read_checked`). profile: number of questions to trace into
+    `{out}.profile`, after the first are answered. The manifest's counts have the seconds that
     answering took, without compiling, and of how many questions (`answering_time`).
 
     Answers are kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining
@@ -87,7 +90,8 @@ def answer_file(
         artifacts.lock_file(f, out)
         # Questions that failed are tried again.
         done |= {row["id"]: row for row in _complete_rows(partial) if not row.get("error")}
-        _answer_rest(f, rag, questions, done, changes)
+        with Profile(f"{out}.profile", profile) as traced:
+            _answer_rest(f, rag, questions, done, changes, traced)
         for row in _complete_rows(partial):
             seconds += row.get(_SECONDS, 0.0)
             timed += not row["error"] and _SECONDS in row
@@ -193,6 +197,7 @@ def _answer_rest(
     questions: list[Question],
     done: dict[str, dict[str, Any]],
     changes: dict[str, Any],
+    traced: Profile,
 ) -> None:
     """Answers the questions that are not in `done`; adds each to `done` and to the file at once.
 
@@ -208,6 +213,7 @@ def _answer_rest(
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
             bar.advance()
+            traced.step(len(done))
 
         rest = [q for q in questions if q.id not in done]
         rag.answer(rest, on_answer=keep, total=len(questions), **changes)
@@ -279,8 +285,9 @@ def _prompt(values: dict[str, Any]) -> Task | None:
 def run(values: dict[str, Any], _: list[str]) -> None:
     prompt = _prompt(values)
     task = prompt.name if prompt else values["task"]
+    profile = check_steps(values["profile"])
     rag, changes = load_selfrag(values), search_changes(values)
-    n = answer_file(rag, values["input"], values["out"], task, changes, prompt)
+    n = answer_file(rag, values["input"], values["out"], task, changes, prompt, profile)
     print(f"{values['out']}: {n} answers")
 
 
@@ -298,6 +305,13 @@ COMMAND = Command(
             "name, as a label. With --scorer=released, asqa and eli5 get citation marks",
         ),
         INSTRUCTIONS_FLAG,
+        Flag(
+            "profile",
+            "questions to trace after the first are answered, into OUT.profile, for xprof or "
+            "TensorBoard",
+            0,
+            type=int,
+        ),
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
         ANSWER_CONFIG_FLAG,

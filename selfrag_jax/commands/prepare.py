@@ -16,7 +16,7 @@ from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.data import prepared
 from selfrag_jax.data.published_files import Faults
 from selfrag_jax.data.sources.sets import SETS, SetCounts
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import UserError, library
 from selfrag_jax.files import read_json, write_json
 from selfrag_jax.progress import progress
 
@@ -38,6 +38,7 @@ def prepare_sets(
     """
     out, limits = Path(out), {name: (limits or {}).get(name) for name in names}
     _check(names, limits)
+    library("tensorflow_datasets", "reading published sets", "train")
     if Path(manual_dir).is_file() and len(names) > 1:
         raise UserError(f"--manual_dir={manual_dir}: is a file; give one --dataset, or a folder")
     files = {name: SETS[name].find_files(manual_dir) for name in names}

@@ -15,6 +15,7 @@ from selfrag_jax import config as configs
 from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
+from selfrag_jax.profiling import check_steps
 from selfrag_jax.records import read_rows
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection
@@ -30,6 +31,12 @@ RUNTIME_ONLY_FIELDS = (
 )  # fmt: skip
 
 FORMATS = ("own", "released")
+PROFILE_FLAG = Flag(
+    "profile",
+    "steps to trace after the first ones, into WORKDIR/profile, for xprof or TensorBoard",
+    0,
+    type=int,
+)
 MALFORMED = "malformed_rows.json"  # in the workdir: all rows left out of a published file, by kind
 
 
@@ -40,11 +47,13 @@ def train_model(
     workdir: str | Path,
     name: str,
     released: bool = False,
+    profile: int = 0,
 ) -> None:
     """Trains `role` ("critic" or "generator") on `data`. Does nothing if `workdir` is finished.
 
-    name: of the progress bar. released: the data is a published file. Raises UserError for a role
-    that the config has no section for, and for data, mesh or base that do not fit.
+    name: of the progress bar. released: the data is a published file. profile: number of steps to
+    trace into `workdir/profile`. Raises UserError for a role that the config has no section for,
+    and for data, mesh or base that do not fit.
     """
     import jax
 
@@ -108,8 +117,9 @@ def train_model(
         params = [start.params]
         start = replace(start, params=None)
         result = train(
-            section, start.model, params.pop, source, start.tokenizer, workdir, name, num_new_tokens
-        )
+            section, start.model, params.pop, source, start.tokenizer, workdir, name,
+            num_new_tokens, profile,
+        )  # fmt: skip
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
@@ -190,8 +200,9 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         join_processes(values["distributed"])
     released = is_released(values["format"])
     role, data, workdir = values["role"], values["data"], values["workdir"]
+    profile = check_steps(values["profile"])
     _warn_of_plain_outputs(role, data)
-    train_model(load_config(values), role, data, workdir, role, released)
+    train_model(load_config(values), role, data, workdir, role, released, profile)
     print(values["workdir"])
 
 
@@ -223,6 +234,7 @@ COMMAND = Command(
             "auto (TPU slice, Slurm, MPI) or HOST:PORT,PROCESSES,INDEX; run the same command "
             "on every host",
         ),
+        PROFILE_FLAG,
         config_flag(),
     ),
     run=run,

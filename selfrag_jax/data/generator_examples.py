@@ -19,7 +19,7 @@ from selfrag_jax.data.chats import flatten_chat, is_chat
 from selfrag_jax.data.instructions import print_chats
 from selfrag_jax.data.published_files import Faults
 from selfrag_jax.data.released import read_released_generator
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import UserError, library
 from selfrag_jax.records import GeneratorExample, generator_example_from, read_records
 from selfrag_jax.text import prompts
 from selfrag_jax.text.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
@@ -102,8 +102,7 @@ class ShuffledGeneratorSource(GeneratorSource):
 
     def row_at(self, i: int, seed: int) -> int:
         """Returns the row of the i-th example in training order, counted over all epochs."""
-        import grain
-
+        grain = library("grain", "training on a folder of rows", "train")
         if seed not in self._orders:
             rows = grain.MapDataset.range(self.size)
             self._orders[seed] = rows.shuffle(seed=seed % 2**32).repeat()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from selfrag_jax import artifacts
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import UserError, library
 from selfrag_jax.files import read_json
 
 STAGE = "prepare"
@@ -69,8 +69,7 @@ class PreparedRows(Sequence[dict[str, str]]):
 
 
 def _records(path: Path) -> Sequence[dict[str, bytes]]:
-    import tensorflow_datasets as tfds
-
+    tfds = library("tensorflow_datasets", f"reading {path}", "train")
     try:
         return tfds.builder_from_directory(path).as_data_source(split=SPLIT)
     except (FileNotFoundError, ValueError, KeyError, tfds.core.DatasetNotFoundError) as e:

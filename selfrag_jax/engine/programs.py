@@ -177,6 +177,7 @@ def _put_rows(cache: Cache, slots: Int[Array, " n"], new: Cache, stride: int) ->
     return split_heads(Cache(k, v, valid, positions, cache.cursor))
 
 
+@jax.named_scope("append_to_prefix")
 def _append(prefix: Cache, other: Cache) -> Cache:
     """Rows of a prefix followed by the valid tokens of `other`, closely packed.
 
@@ -201,6 +202,7 @@ def _append(prefix: Cache, other: Cache) -> Cache:
     return replace(new, valid=at < other.valid.sum(1)[:, None])
 
 
+@jax.named_scope("read_tokens")
 def read_tokens(
     model: Model,
     params: Params,
@@ -349,26 +351,29 @@ def _decode_one(model, params, rules, prefixes, s: Branches, sampling) -> Branch
     """One token for every branch that has not ended."""
     # 1. Choose the next token.
     seg, live = s.segments, ~s.done
-    logits = model.logits(params, s.hidden)
-    if rules.pad != rules.eos:  # many published tokenizers pad with the end of text
-        logits = logits.at[:, rules.pad].set(-1e30)
-    token, log_prob = next_token(logits, s.key, s.steps_since_fed, sampling)
+    with jax.named_scope("choose_token"):
+        logits = model.logits(params, s.hidden)
+        if rules.pad != rules.eos:  # many published tokenizers pad with the end of text
+            logits = logits.at[:, rules.pad].set(-1e30)
+        token, log_prob = next_token(logits, s.key, s.steps_since_fed, sampling)
 
     # 2. What does it end, and what does the model think here?
     ends_before, ends_answer, is_control = rules.roles(token)
     at_limit = s.steps_since_fed + 1 >= s.limit
     ends = ends_before | ends_answer
     step = Step(logits, token, s.steps_since_fed, live, ends, at_limit)
-    seg, issup_seen = rules.read_critiques(seg, step, s.issup_seen)
+    with jax.named_scope("read_critiques"):
+        seg, issup_seen = rules.read_critiques(seg, step, s.issup_seen)
 
     # 3. Append it, and read it into the branch's cache. If the segment ends before it, neither
     #    happens.
     writes = live & ~ends_before
     is_text = writes & ~is_control
     column = (jnp.arange(s.max_new_tokens) == seg.length[:, None]) & writes[:, None]
-    hidden, cache = model.hidden(
-        params, token[:, None], seg.next_position[:, None], writes[:, None], s.cache, prefixes
-    )
+    with jax.named_scope("read_token"):
+        hidden, cache = model.hidden(
+            params, token[:, None], seg.next_position[:, None], writes[:, None], s.cache, prefixes
+        )
     seg = replace(
         seg,
         tokens=jnp.where(column, token[:, None], seg.tokens),

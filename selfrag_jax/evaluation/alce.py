@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from selfrag_jax.errors import library
 from selfrag_jax.evaluation.judges import EntailmentJudge, Verdicts
 from selfrag_jax.records import Passage
 from selfrag_jax.text.normalising import normalise
@@ -70,8 +71,7 @@ def _sentence_lines(text: str) -> str:
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score import rouge_scorer
-
+    rouge_scorer = library("rouge_score.rouge_scorer", "ROUGE (of long references)", "eval")
     return rouge_scorer.RougeScorer(["rougeL", "rougeLsum"], use_stemmer=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import UserError, library
 
 
 class EntailmentJudge(Protocol):
@@ -126,15 +126,8 @@ def _architecture(folder: Path) -> str:
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(
-            f"an NLI judge needs {e.name}, which is not installed: "
-            "pip install 'selfrag-jax[judges]'"
-        ) from None
-    return torch, transformers
+    torch = library("torch", "an NLI judge", "eval")
+    return torch, library("transformers", "an NLI judge", "eval")
 
 
 def _entailment_label(folder: str | Path, config: Any) -> int:

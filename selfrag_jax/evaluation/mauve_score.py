@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import UserError, library
 from selfrag_jax.evaluation.alce import first_line, without_marks
 from selfrag_jax.evaluation.metrics import long_answer
 from selfrag_jax.records import Question
@@ -59,10 +59,10 @@ def mauve(
 
     gold, answers: features of the texts, such as `features` computes.
     """
-    library = _library("mauve")
+    mauve = library("mauve", "MAUVE", "eval")
     found = [
         float(
-            library.compute_mauve(
+            mauve.compute_mauve(
                 p_features=gold, q_features=answers, seed=seed + run, verbose=False
             ).mauve
         )
@@ -76,7 +76,7 @@ def features(texts: Sequence[str], folder: str | Path) -> Float[np.ndarray, "n d
 
     Published figures take gpt2-large.
     """
-    torch, transformers = _library("torch"), _library("transformers")
+    torch, transformers = (library(name, "MAUVE", "eval") for name in ("torch", "transformers"))
     if not (Path(folder) / "config.json").is_file():
         raise UserError(
             f"{folder}: no config.json; --mauve is the local folder of a language model, such as "
@@ -96,14 +96,3 @@ def features(texts: Sequence[str], folder: str | Path) -> Float[np.ndarray, "n d
             states = model(input_ids=ids.input_ids.to(model.device)).last_hidden_state
             rows.append(states[0, -1].float().cpu().numpy())
     return np.stack(rows)
-
-
-def _library(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as e:
-        raise UserError(
-            f"MAUVE needs {e.name}, which is not installed: pip install 'selfrag-jax[judges]'"
-        ) from None

@@ -191,6 +191,7 @@ class Block(nnx.Module):
         self.up = Linear(c, c.embed_dim, c.mlp_dim, rngs, c.mlp_bias)
         self.down = Linear(c, c.mlp_dim, c.embed_dim, rngs, c.mlp_bias)
 
+    @jax.named_scope("qkv")
     def qkv(
         self, x: Float[Array, "B T D"], sin_cos: SinCos
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
@@ -207,9 +208,11 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Adds the outputs of attention and of the MLP to the residual stream."""
         B, T, _ = x.shape
-        x = x + self.o(attended.reshape(B, T, -1))
-        h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        with jax.named_scope("attention_output"):
+            x = x + self.o(attended.reshape(B, T, -1))
+        with jax.named_scope("mlp"):
+            h = self.mlp_norm(x)
+            return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
 
 
 class Llama(nnx.Module):
@@ -297,6 +300,7 @@ class Llama(nnx.Module):
         (x, k, v), _ = jax.lax.scan(scan_step, (x, cache.k, cache.v), xs, unroll=self.c.scan_unroll)
         return self.norm(x), k, v
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         out = self.embed.attend(hidden) if self.c.tie_embeddings else self.head(hidden)
         out = out.astype(jnp.float32)
@@ -304,6 +308,7 @@ class Llama(nnx.Module):
             return out
         return jnp.where(jnp.arange(out.shape[-1]) < self.c.vocab_size, out, MASKED_SCORE)
 
+    @jax.named_scope("embed")
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # The table is split by vocabulary; activations are split by batch only.
         return constrain(self.embed(tokens), ("data", "fsdp"), None, None)
@@ -401,6 +406,7 @@ class Model:
         mask = visible | is_self
         prefix_mask = None if prefix is None else self._prefix_mask(positions, prefix)
 
+        @jax.named_scope("attention")
         def attention(q, k, v, prefix_k=None, prefix_v=None):
             return cached_attention(q, k, v, mask, prefix_k, prefix_v, prefix_mask)
 
@@ -428,6 +434,7 @@ class Model:
             ids = jnp.ones_like(tokens) if doc_ids is None else doc_ids
             mask = document_mask(ids, c.sliding_window)
 
+        @jax.named_scope("attention")
         def attention(q, k, v):
             if mask is not None:
                 return dense_attention(q, k, v, mask)

@@ -54,6 +54,7 @@ def loss_fn(
     targets, weights, groups = batch["targets"], batch["weights"], batch["groups"]
     total = jnp.maximum(weights.sum(), 1.0) if total is None else total
 
+    @jax.named_scope("loss")
     def chunk_loss(hidden, targets, weights, groups):
         logits = model.logits(params, hidden)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

@@ -37,8 +37,9 @@ def train_step(
     The metrics are loss, correct and count per loss group [G], and total and gradient_norm [].
     """
     (loss, sums), grads = gradients(state["params"], model, batch, chunk, state.get("frozen"))
-    updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
     # Back to where the arrays came from. Wherever else XLA put them, the next step would be
     # compiled again for it.
     new = sharding.pin_to_mesh(

@@ -25,6 +25,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.models import lora, roofline, sharding
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
+from selfrag_jax.profiling import Profile
 from selfrag_jax.progress import progress
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text.tokenizer import Tokenizer
@@ -53,12 +54,14 @@ def train(
     workdir: str | Path,
     name: str = "train",
     new_rows: int = 0,
+    profile: int = 0,
 ) -> dict[str, Any]:
     """Trains from `initial`, or from the last checkpoint in `workdir`; returns params and counts.
 
     initial: parameters of `base`, or a function that returns them. It is called only if no
     checkpoint has everything, and the caller need not hold the parameters.
     new_rows: number of tokens that were just added to the vocabulary.
+    profile: number of steps to trace into `workdir/profile`; the main process does.
 
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError with step and
     examples if the loss or a gradient is not finite; earlier checkpoints are kept.
@@ -95,13 +98,15 @@ def train(
         StopSignal(manager) as stop,  # catches SIGTERM until the last checkpoint is written
         saving.writing_checkpoints(manager, workdir),
         progress(name, steps, "steps", first, is_main_process) as bar,
+        Profile(Path(workdir) / "profile", profile if is_main_process else 0) as traced,
     ):
         for step in range(first, steps):
             example = packer.state
             batch = packer.next()
             truncated += batch.truncated
             arrays = batch_on_mesh(mesh, batch, micro_batches, config.packed)
-            state, metrics = train_step(state, arrays, model, tx, config.loss_chunk)
+            with traced.step(step, state):
+                state, metrics = train_step(state, arrays, model, tx, config.loss_chunk)
             _log_finite(log, pending_metrics, workdir)
             rows, tokens = packer.source_rows(example, packer.state), int((batch.doc_ids > 0).sum())
             pending_metrics = _PendingMetrics(step, rows, tokens, metrics)

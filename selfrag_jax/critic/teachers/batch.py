@@ -25,7 +25,7 @@ from selfrag_jax.critic.teachers.parsing import parse_reply
 from selfrag_jax.critic.teachers.prompting import Templates
 from selfrag_jax.critic.teachers.settings import EndpointConfig
 from selfrag_jax.critic.teachers.teacher import Request, Usage, Verdict, cache_key, kind_of
-from selfrag_jax.errors import StageFailed
+from selfrag_jax.errors import StageFailed, library
 from selfrag_jax.text.prompts import CritiqueQuery
 
 ROUNDS = 4  # a request is sent this often, at most
@@ -65,8 +65,7 @@ class BatchTeacher:
 
         Raises StageFailed if the endpoint refuses a file, or a batch was cancelled.
         """
-        import openai
-
+        openai = library("openai", "asking by batch files", "teacher")
         self._key = self.config.api_key()
         queries = [request.query for request in requests]
         unanswered = {cache_key(self, q): _Open(i, q) for i, q in enumerate(queries)}

@@ -27,7 +27,7 @@ from selfrag_jax.critic.teachers.parsing import parse_reply
 from selfrag_jax.critic.teachers.prompting import Templates
 from selfrag_jax.critic.teachers.settings import EndpointConfig
 from selfrag_jax.critic.teachers.teacher import Request, Usage, Verdict, kind_of
-from selfrag_jax.errors import StageFailed
+from selfrag_jax.errors import StageFailed, library
 from selfrag_jax.text.prompts import CritiqueQuery
 
 # Queries that failed for good, one after the other: all others would fail, too. The first number
@@ -67,8 +67,7 @@ class EndpointTeacher:
             yield from self._ask(requests)
 
     def _ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Verdict]]:
-        import openai
-
+        openai = library("openai", "asking an endpoint", "teacher")
         self._key = self.config.api_key()
         loop = asyncio.new_event_loop()
         client = openai.AsyncOpenAI(

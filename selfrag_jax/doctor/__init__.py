@@ -1,0 +1,1 @@
+"""What `selfrag doctor` looks at: packages, devices, the machine, what can be reached."""
