@@ -430,7 +430,7 @@ def test_answer_takes_a_tasks_prompt_by_its_name_only(
     written(tmp_path / "i.json", {"asqa": "In one paragraph."})
     asked = []
 
-    def record(rag, input_path, out, task, changes, task_prompt):
+    def record(rag, input_path, out, task, changes, task_prompt, *_):
         asked.extend(answer.read_checked(input_path, task_prompt or task, False, "always_retrieve"))
         return len(asked)
 

@@ -287,7 +287,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     task = prompt.name if prompt else values["task"]
     profile = check_steps(values["profile"])
     rag, changes = load_selfrag(values), search_changes(values)
-    n = answer_file(rag, values["input"], values["out"], task, changes, prompt, profile)
+    n = answer_file(rag, values["input"], values["out"], task, changes, prompt, None, profile)
     print(f"{values['out']}: {n} answers")
 
 
