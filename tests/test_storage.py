@@ -7,7 +7,9 @@ import bucket as buckets
 import pytest
 
 from selfrag_jax import artifacts, cli, files
+from selfrag_jax.checkpoints import saving, workdirs
 from selfrag_jax.errors import UserError
+from selfrag_jax.records import write_jsonl
 from selfrag_jax.storage import mirror, paths
 from selfrag_jax.storage.mirror import Mirror
 
@@ -220,3 +222,35 @@ def test_no_bucket_is_asked_where_no_flag_is_an_address(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "open_file_system", lambda _: pytest.fail("asked"))
     assert cli.main(["world", f"--out={tmp_path}/w", "--config=tiny:smoke"]) == 0
     assert os.listdir(tmp_path) == ["w"]
+
+
+@pytest.mark.slow
+def test_a_refused_checkpoint_is_one_line_and_the_same_command_continues(
+    bucket, tmp_path, monkeypatch, capsys
+):
+    rows = [
+        {"id": str(i), "instruction": f"Say {i}.", "output": f"[No Retrieval]{i}.[Utility:5]"}
+        for i in range(12)
+    ]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    workdir = f"{GS}/refused"
+    data = f"--data={tmp_path}/data.jsonl"
+    arguments = ["train", "--role=generator", data, f"--workdir={workdir}", "--config=tiny:smoke"]
+    save, steps = saving.save_checkpoint, []
+
+    def refuse_second(manager, step, *rest):
+        manager.wait_until_finished()
+        steps.append(step)
+        if len(steps) == 2:
+            bucket.fail("403")
+        save(manager, step, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(saving, "save_checkpoint", refuse_second)
+        assert cli.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert f"{workdir}: a checkpoint could not be written (Forbidden" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    bucket.recover()
+    assert cli.main(arguments) == 0
+    assert workdirs.saved_steps(workdir)[-1] == 6

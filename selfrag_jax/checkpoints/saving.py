@@ -23,6 +23,7 @@ from selfrag_jax.checkpoints import fingerprints
 from selfrag_jax.checkpoints.integrity import (
     DamagedCheckpoint,
     compare_fingerprints,
+    first_line,
     latest_intact,
     make_record,
     non_corruption_error,
@@ -40,7 +41,7 @@ from selfrag_jax.checkpoints.workdirs import (
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.models.params import Params
-from selfrag_jax.storage.paths import absolute, as_path
+from selfrag_jax.storage.paths import absolute, as_path, explained, is_remote
 
 _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial reads save
 
@@ -121,14 +122,28 @@ def writing_checkpoints(manager, workdir: str | Path) -> Iterator[Any]:
     try:
         with manager:
             yield manager
-    except ValueError as e:  # from tensorstore
-        code = re.search(r"os_error_code='(\d+)'", str(e))
-        if not code:
-            raise
-        raise OSError(
-            f"{workdir}: a checkpoint could not be written ({os.strerror(int(code.group(1)))}); "
-            "earlier ones are kept. Make room, and the same command continues."
-        ) from e
+    except Exception as e:
+        code = re.search(r"os_error_code='(\d+)'", str(e)) if isinstance(e, ValueError) else None
+        if code:  # from tensorstore
+            reason = os.strerror(int(code.group(1)))
+            raise OSError(
+                f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
+                "Make room, and the same command continues."
+            ) from e
+        if is_remote(workdir) and (reason := _why_bucket_failed(e)):
+            raise OSError(
+                f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
+                "The same command continues."
+            ) from e
+        raise
+
+
+def _why_bucket_failed(e: Exception) -> str:
+    """In one line; "" if it is no error of a bucket."""
+    line = first_line(e)
+    of_tensorstore = isinstance(e, ValueError) and re.match(r"[A-Z_]+: ", line)
+    is_request = type(explained(e, "")) is not type(e) or isinstance(e, OSError)
+    return line if of_tensorstore or is_request else ""
 
 
 # ---- the weights that LoRA does not train ----------------------------------------------------
