@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.storage.paths import as_path, is_remote
 
 UNTRACED_STEPS = 2  # the first compiles; the second may once more, for the donated state's layout
 
@@ -30,7 +32,9 @@ class Profile:
     """
 
     def __init__(self, folder: str | Path, steps: int):
-        self.folder, self.steps = Path(folder), steps
+        self.folder, self.steps = as_path(folder), steps
+        # jax writes to a disk; a trace for a bucket is sent when it is complete.
+        self._copy = TemporaryDirectory() if steps and is_remote(folder) else None
         self._seen, self._traced = 0, 0  # steps that began
         self._is_tracing = False
 
@@ -72,7 +76,9 @@ class Profile:
         jax.block_until_ready(pending)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # each Python call would be an event, and take its time
-        jax.profiler.start_trace(self.folder, profiler_options=options)
+        jax.profiler.start_trace(
+            self._copy.name if self._copy else self.folder, profiler_options=options
+        )
         self._is_tracing = True
 
     def _stop(self, pending: Any = None) -> None:
@@ -81,6 +87,11 @@ class Profile:
         jax.block_until_ready(pending)
         self._is_tracing = False
         jax.profiler.stop_trace()
+        if self._copy:
+            for file in Path(self._copy.name).rglob("*"):
+                if file.is_file():
+                    name = file.relative_to(self._copy.name).as_posix()
+                    (self.folder / name).write_bytes(file.read_bytes())
         print(
             f"{self._traced} steps traced: {self.folder}; to look at them: "
             f"pip install xprof && xprof --logdir={self.folder}",

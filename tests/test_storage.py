@@ -1,7 +1,11 @@
 """Files in a bucket: fetched, sent, and what happens when the bucket fails."""
 
+import errno
 import json
 import os
+import shutil
+import sqlite3
+from contextlib import closing
 
 import bucket as buckets
 import pytest
@@ -10,8 +14,8 @@ from selfrag_jax import artifacts, cli, files
 from selfrag_jax.checkpoints import saving, workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import write_jsonl
-from selfrag_jax.storage import mirror, paths
-from selfrag_jax.storage.mirror import Mirror
+from selfrag_jax.storage import copies, paths
+from selfrag_jax.storage.mirror import Mirror, pushed_regularly
 
 GS = f"gs://{buckets.NAME}"
 
@@ -22,6 +26,10 @@ def put(name, text):
 
 def get(name):
     return paths.as_path(f"{GS}/{name}").read_text()
+
+
+async def no_sleep(_):
+    """In place of the pauses between tries."""
 
 
 # ---- addresses -----------------------------------------------------------------------------------
@@ -99,15 +107,64 @@ def test_a_file_brings_its_manifest_and_its_parts_only(bucket):
     for name in ("q.jsonl", "q.jsonl.manifest.json", ".q.jsonl.12.partial", "qa.jsonl", "r.jsonl"):
         put(f"file/{name}", name)
     copy = Mirror(f"{GS}/file/q.jsonl").pull()
-    assert sorted(p.name for p in copy.parent.iterdir() if p.is_file()) == [
+    assert sorted(p.name for p in copy.parent.iterdir() if "remote" not in p.name) == [
         ".q.jsonl.12.partial", "q.jsonl", "q.jsonl.manifest.json",
     ]  # fmt: skip
+
+
+def test_files_of_one_folder_do_not_concern_each_other(bucket):
+    """Inputs and outputs often lie side by side."""
+    for name in ("q.jsonl", "p.jsonl", "p.jsonl.manifest.json"):
+        put(f"side/{name}", name)
+    first, second = Mirror(f"{GS}/side/q.jsonl"), Mirror(f"{GS}/side/p.jsonl")
+    out = Mirror(f"{GS}/side/out.jsonl")
+    paths_here = [m.pull(must_exist=m is not out) for m in (first, out, second)]
+    assert [p.exists() for p in paths_here] == [True, False, True]
+    paths_here[1].write_text("made")
+    for m in (first, second, out):
+        m.push()
+    assert bucket.names("side/") == ["out.jsonl", "p.jsonl", "p.jsonl.manifest.json", "q.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["world.v1", "world"])
+def test_an_output_is_the_folder_or_file_that_the_command_made(bucket, name):
+    m = Mirror(f"{GS}/made/{name}")
+    copy = m.pull(must_exist=False)
+    (copy / "sub").mkdir(parents=True)
+    (copy / "sub/a.txt").write_text("a")
+    m.push()
+    assert get(f"made/{name}/sub/a.txt") == "a"
+    again = Mirror(f"{GS}/made/{name}")
+    assert again.is_folder and (again.pull() / "sub/a.txt").read_text() == "a"
+
+
+def test_a_file_sends_the_parts_of_an_unfinished_one_and_folders_beside_it(bucket):
+    m = Mirror(f"{GS}/parts/data.jsonl", beside=("judgements",))
+    folder = m.pull(must_exist=False).parent
+    for name in ("data.jsonl.parts/ab/0.jsonl", "other.parts/0.jsonl"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("x")
+    (folder / "judgements").mkdir()
+    with closing(sqlite3.connect(folder / "judgements/c.sqlite3")) as database:
+        database.execute("pragma journal_mode = wal")
+        database.execute("create table t (x)")
+        m.push()
+        database.execute("insert into t values (7)")
+        database.commit()  # so far, in the log beside the file
+        m.push()
+        sent = ["data.jsonl.parts/ab/0.jsonl", "judgements/c.sqlite3"]
+        assert bucket.names("parts/") == sent
+        shutil.rmtree(copies.root())
+    copy = Mirror(f"{GS}/parts/data.jsonl", beside=("judgements",)).pull(must_exist=False).parent
+    assert (copy / "data.jsonl.parts/ab/0.jsonl").read_text() == "x"
+    with closing(sqlite3.connect(copy / "judgements/c.sqlite3")) as database:
+        assert database.execute("select x from t").fetchall() == [(7,)]
 
 
 def test_what_is_written_is_sent_manifests_last(bucket, monkeypatch):
     m = Mirror(f"{GS}/out")
     copy = m.pull(must_exist=False)
-    (copy / "parts").mkdir()
+    (copy / "parts").mkdir(parents=True)
     (copy / "manifest.json").write_text("{}")
     (copy / "z.txt").write_text("z")
     (copy / "parts/0.txt").write_text("0")
@@ -170,13 +227,41 @@ def test_requests_that_fail_now_and_then_are_repeated(bucket, kind):
 
 @pytest.mark.parametrize(
     "kind, status, said",
-    [("403", 2, "access denied"), ("404", 2, "no such bucket, or no access to it")],
+    [
+        ("403", 2, "access denied"),
+        ("404", 2, "no such bucket, or no access to it"),
+        ("503", 1, "the request failed, after several tries"),
+        ("cut", 1, "the request failed, after several tries"),
+    ],
 )
-def test_a_bucket_without_access_is_one_line(bucket, tmp_path, capsys, kind, status, said):
+def test_a_bucket_that_stays_away_is_one_line(bucket, monkeypatch, capsys, kind, status, said):
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", no_sleep)
     bucket.fail(kind)
     assert cli.main(["world", f"--out={GS}/w", "--config=tiny:smoke"]) == status
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"selfrag world: {GS}/w: ") and said in line
+
+
+def test_a_full_disk_of_this_machine_is_not_the_buckets_fault(bucket, monkeypatch):
+    put("full/a.txt", "a")
+    m = Mirror(f"{GS}/full/a.txt")
+
+    def full(there, here):
+        raise OSError(errno.ENOSPC, "No space left on device", here)
+
+    monkeypatch.setattr(m._fs, "get_file", full)
+    with pytest.raises(OSError, match="cannot be copied to this machine .No space left on device"):
+        m.pull()
+
+
+def test_one_output_that_cannot_be_sent_does_not_keep_the_others_back(bucket, monkeypatch):
+    first, second = Mirror(f"{GS}/two/a.txt"), Mirror(f"{GS}/two/b.txt")
+    for m in (first, second):
+        m.pull(must_exist=False).write_text("x")
+    monkeypatch.setattr(first, "push", lambda: first._fs.cat_file(f"{GS}/none"))
+    with pytest.raises(OSError, match="a.txt; the same command"), pushed_regularly([first, second]):
+        pass
+    assert bucket.names("two/") == ["b.txt"]
 
 
 def test_a_missing_input_is_one_line(bucket, capsys):
@@ -186,12 +271,12 @@ def test_a_missing_input_is_one_line(bucket, capsys):
 
 
 def test_messages_name_addresses_and_not_copies(bucket, capsys):
-    put("bad/q.jsonl", '{"question": 1}\n')
-    out = f"{GS}/bad/out.json"
-    assert cli.main(["evaluate", f"--task={GS}/bad/q.jsonl", f"--predictions={GS}/bad/q.jsonl",
-                     f"--out={out}"]) == 2  # fmt: skip
-    err = capsys.readouterr().err
-    assert f"{GS}/bad/q.jsonl" in err and "cache" not in err
+    put("bad/q.jsonl", '{"question": "Who?"}\n')
+    put("bad/p.jsonl", "{}\n")
+    files = f"--task={GS}/bad/q.jsonl", f"--predictions={GS}/bad/p.jsonl", f"--out={GS}/bad/o.json"
+    assert cli.main(["evaluate", *files]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"selfrag evaluate: {GS}/bad/p.jsonl:1: missing field 'id'")
 
 
 def test_results_need_a_place_where_the_input_is_in_a_bucket(bucket, capsys):
@@ -210,7 +295,7 @@ def test_what_could_not_be_sent_is_kept_and_sent_by_the_same_command(bucket, mon
     monkeypatch.setattr(Mirror, "push", fails)
     assert cli.main(arguments) == 1
     err = capsys.readouterr().err
-    assert "the same command sends it" in err and str(mirror.root()) in err
+    assert "the same command sends it" in err and str(copies.root()) in err
     assert bucket.names("later/") == []
     monkeypatch.setattr(Mirror, "push", push)
     assert cli.main(arguments) == 0

@@ -137,7 +137,7 @@ COMMAND = Command(
             "out",
             f"default: {CALIBRATION} in the model's folder, where `answer` finds it",
             writes=True,
-            default_is_beside=True,
+            default_beside=("model", "workdir"),
         ),
         Flag("work", "folder of the answers; default: beside --out, as .answers", writes=True),
         *(f for f in SEARCH_FLAGS if f.name not in ("mode", "threshold")),

@@ -34,6 +34,7 @@ from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.files import read_json
 from selfrag_jax.progress import Progress, progress
 from selfrag_jax.records import write_jsonl
+from selfrag_jax.storage.copies import is_copy
 from selfrag_jax.world.truth import read_truth
 
 ENDPOINT_FLAGS = tuple(
@@ -115,6 +116,11 @@ def _too_long(request: Request, config: CollectConfig) -> Verdict | None:
     )
 
 
+def _default_cache(out: Path) -> Path:
+    """The user's cache of replies; beside an output in a bucket, which may outlive this machine."""
+    return out.with_name(f"{out.stem}.replies.sqlite3") if is_copy(out) else default_path()
+
+
 # ---- language models -----------------------------------------------------------------------------
 def _collect_from_model(
     out: Path,
@@ -141,7 +147,7 @@ def _collect_from_model(
     requests = _requests(inputs["input"], config)
     # What was paid and what failed belongs to the output, whatever its settings are.
     job = str(out.resolve())
-    with open_cache(how.cache or default_path(), teacher.identity(), job) as cache:
+    with open_cache(how.cache or _default_cache(out), teacher.identity(), job) as cache:
         budget.charge(cache.paid())
         asked = [i for i, r in enumerate(requests) if _too_long(r, config) is None]
         known = asking.look_up(
@@ -273,7 +279,12 @@ COMMAND = Command(
         Flag("groups", "only these of retrieve, isrel, issup and isuse, with commas", type=tuple),
         Flag("truth", "the world's teacher.jsonl, for --teacher=rule"),
         Flag("templates", "folder of prompts, one file for each kind of query (default: ours)"),
-        Flag("cache", "file of all replies so far (default: in ~/.cache/selfrag_jax)", writes=True),
+        Flag(
+            "cache",
+            "file of all replies so far (default: in ~/.cache/selfrag_jax, or "
+            "beside --out if that is in a bucket)",
+            writes=True,
+        ),
         Flag("dry_run", "tell tokens, cost and time, and stop", False, type=bool),
         *COST_FLAGS,
         Flag("retry_failed", "ask again what got no label in earlier runs", False, type=bool),

@@ -27,7 +27,8 @@ class Flag:
     # Where the value may be a file in a bucket (commands/remote_files.py):
     writes: bool = False  # the command writes it
     in_place: bool = False  # it is used through its address, not through a copy
-    default_is_beside: bool = False  # without it, results are written beside an input
+    default_beside: tuple[str, ...] = ()  # without it, it lies beside these flags' files
+    folders_beside: tuple[str, ...] = ()  # folders that are written beside it
 
 
 @dataclass(frozen=True)

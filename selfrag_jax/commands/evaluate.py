@@ -282,7 +282,7 @@ COMMAND = Command(
             ".scores.jsonl; of a critic, a folder beside the "
             f"data, as {SCORES}: metrics.json, predictions.jsonl, plots (.svg)",
             writes=True,
-            default_is_beside=True,
+            default_beside=("input", "predictions", "data"),
         ),
         *MODEL_FLAGS,
         *TASK_SEARCH_FLAGS,

@@ -387,6 +387,7 @@ COMMAND = Command(
             "failed are written beside it",
             required=True,
             writes=True,
+            folders_beside=("judgements",),
         ),
         Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
         Flag(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from selfrag_jax.artifacts import exclusive_workdir
 from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import UserError
-from selfrag_jax.storage.mirror import Mirror, pushed_regularly, with_addresses
+from selfrag_jax.storage.copies import with_addresses
+from selfrag_jax.storage.mirror import Mirror, pushed_regularly
 from selfrag_jax.storage.paths import check_address, is_remote
 
 
@@ -38,19 +40,20 @@ def local_copies(
         yield values, positional
         return
     for f in command.flags:
-        if f.default_is_beside and not values[f.name] and any(n != f.name for n in remote):
+        beside = [name for name in f.default_beside if name in remote]
+        if beside and not values[f.name]:
             raise UserError(
-                f"missing --{f.name}: --{remote[0]} is in a bucket; say where the results go"
+                f"missing --{f.name}: --{beside[0]} is in a bucket; say where the results go"
             )
     outputs: list[Mirror] = []
 
     def fetched(address: str) -> str:
         return str(Mirror(address).pull()) if is_remote(address) else address
 
-    def opened(address: str) -> str:
+    def opened(name: str, address: str) -> str:
         if not is_remote(address):
             return address
-        mirror = Mirror(address)
+        mirror = Mirror(address, beside=flags[name].folders_beside)
         mirror.check_writable()
         outputs.append(mirror)
         return str(mirror.pull(must_exist=False))
@@ -64,7 +67,8 @@ def local_copies(
                 if flags[name].in_place:
                     check_address(values[name])
                 else:
-                    values[name] = _each(values[name], opened if flags[name].writes else fetched)
+                    change = partial(opened, name) if flags[name].writes else fetched
+                    values[name] = _each(values[name], change)
             if command.positional_paths:
                 positional = [fetched(p) for p in positional]
             for mirror in outputs:

@@ -106,7 +106,7 @@ COMMAND = Command(
             "out",
             "folder to write; default: `report` in the first workdir or run",
             writes=True,
-            default_is_beside=True,
+            default_beside=("workdir", "run"),
         ),
         Flag("examples", "answers in the page at most, the wrong ones first", QUESTIONS, type=int),
     ),

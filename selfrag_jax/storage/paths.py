@@ -6,6 +6,7 @@ Files in a bucket are read and written in place by `as_path`, where a whole file
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,10 @@ from selfrag_jax.errors import UserError
 # gs:// is what this package is made and tested for; s3:// works as far as fsspec and s3fs do.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/{1,2}(?=[^/])", re.IGNORECASE)
+_LOCAL_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EISDIR,
+)  # fmt: skip
 _BUCKET_IS_MISSING = "no such bucket, or no access to it"
 
 
@@ -83,6 +88,11 @@ def explained(error: Exception, address: str) -> Exception:
     """
     if isinstance(error, UserError):
         return error
+    if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
+        return OSError(
+            f"{address}: cannot be copied to this machine ({os.strerror(error.errno)}: "
+            f"{error.filename or 'its cache'}); XDG_CACHE_HOME chooses another disk"
+        )
     if isinstance(error, FileNotFoundError):
         return UserError(f"{address}: no such file or folder, or {_BUCKET_IS_MISSING}")
     denied = isinstance(error, PermissionError) or str(error).startswith("Forbidden")

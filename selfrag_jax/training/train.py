@@ -98,7 +98,7 @@ def train(
         StopSignal(manager) as stop,  # catches SIGTERM until the last checkpoint is written
         saving.writing_checkpoints(manager, workdir),
         progress(name, steps, "steps", first, is_main_process) as bar,
-        Profile(Path(workdir) / "profile", profile if is_main_process else 0) as traced,
+        Profile(as_path(workdir) / "profile", profile if is_main_process else 0) as traced,
     ):
         for step in range(first, steps):
             example = packer.state
