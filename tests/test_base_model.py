@@ -176,6 +176,26 @@ def test_the_gate_agrees_with_the_truth(tokenizer, skill):
         assert min(counts["[Utility:1]"], counts["[Utility:2]"]) > 30
 
 
+def test_the_measure_of_other_forms_agrees_with_the_truth(tokenizer):
+    source, rng, counts = make_source(tokenizer, vocabulary="world"), random.Random(0), {}
+    for skill in gate.LACKING:
+        counts[skill] = collections.Counter()
+        for _ in range(100):
+            *context, ((answer,), weight) = gate.draw_case(source.sampler, rng, skill)
+            (first, *_), *rest = context
+            _, title, _, text, _ = rest[4][0] if skill == "part" else first[3:]
+            passage = Passage("", title, text)
+            if skill == "part":
+                told = rest[2][0][0]
+                assert truth.utility(first[1], f"{told} {answer}") == "[Utility:5]"
+            judged = rest[-1][0][0] if skill == "verdict" else answer
+            is_supported = truth.support(first[1], passage, judged) == reflection.FULLY
+            assert weight == 1 and is_supported == (answer != NO)
+            counts[skill][answer] += 1
+    assert min(counts["claim"].values()) > 30 and set(counts["verdict"]) == {YES, NO}
+    assert len(counts["letter"]) == 4 and min(counts["letter"].values()) > 10
+
+
 def misattributes(passage: Passage, sentence: str) -> bool:
     """Whether a sentence gives an attribute the value that the passage states for another one."""
     return any(

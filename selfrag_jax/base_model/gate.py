@@ -13,6 +13,13 @@
   useful         tells, without evidence, whether an answer states what was asked about the right
                  name. Half state another attribute or are about a look-alike.
 
+Skills that are measured but need not be there, as the shipped model lacks most of them (LACKING):
+
+  claim          answers whether a claim is true by the passage (half are)
+  verdict        judges such an answer (half are right)
+  letter         gives the letter of the option that the passage states, of four
+  part           answers the second part of a question, after the first, from a new passage
+
 All cases use the `world` vocabulary and unseen seeds, so no training document contained any of the
 names or values.
 """
@@ -20,12 +27,14 @@ names or values.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from selfrag_jax.base_model.sampler import (
     NO,
+    PARTLY,
     YES,
     BaseDataConfig,
     EntitySampler,
@@ -36,11 +45,12 @@ from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.data.batches import Span, build_example
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import Part
-from selfrag_jax.world import language
+from selfrag_jax.world import language, questions
 from selfrag_jax.world.encyclopedia import Entity, entity_passages
 from selfrag_jax.world.language import KINDS, Relation
 
 SKILLS = ("copy", "match", "check", "missing", "misattributed", "useful")
+LACKING = ("claim", "verdict", "letter", "part")
 # Records of earlier models use these names. They also still seed the cases, so that scores stay
 # comparable.
 FORMER_NAMES = {"misattributed": "lent"}
@@ -71,6 +81,10 @@ def draw_case(sampler: EntitySampler, rng: random.Random, skill: str) -> list[Sp
         return _useful_case(sampler, rng, entity, relation, question)
     if skill == "misattributed":
         return _misattributed_case(rng, entity, half, passage)
+    if skill in ("claim", "verdict", "letter"):
+        return _closed_case(sampler, rng, skill, entity, relation, passage)
+    if skill == "part":
+        return _part_case(rng, entity, half)
     # check or missing
     verdict = NO
     if skill == "missing":
@@ -116,6 +130,49 @@ def _useful_case(
     return [(question, 0.0), ([answer], 0.0), ([verdict], 1.0)]
 
 
+def _closed_case(
+    sampler: EntitySampler,
+    rng: random.Random,
+    skill: str,
+    entity: Entity,
+    relation: Relation,
+    passage: list[Part],
+) -> list[Span]:
+    value = entity.value(relation.name)
+    answers = [language.TRUE, language.FALSE]
+    if skill in ("claim", "verdict"):
+        answer = rng.choice(answers)
+        claimed = value if answer == language.TRUE else _wrong_value(sampler, rng, entity, relation)
+        asked = language.claim(entity.name, relation, claimed)
+    else:
+        possible = [v for v in sampler.values[relation.value_kind] if v != value]
+        options = rng.sample(possible, len(language.CHOICE_LABELS) - 1)
+        options.insert(rng.randrange(len(language.CHOICE_LABELS)), value)
+        answer = f"{language.CHOICE_LABELS[options.index(value)]}."
+        choices = list(zip(language.CHOICE_LABELS, options, strict=True))
+        asked = questions.choice_text(rng.choice(relation.questions).format(n=entity.name), choices)
+    out: list[Span] = [([*prompts.instruction(asked), *passage], 0.0), ([YES], 0.0)]
+    if skill == "verdict":
+        shown = rng.choice(answers)
+        return [*out, ([shown], 0.0), ([YES if shown == answer else NO], 1.0)]
+    return [*out, ([answer], 1.0)]
+
+
+def _part_case(rng: random.Random, entity: Entity, half: int) -> list[Span]:
+    """The part about the passage `half` comes second."""
+    halves, passages = entity.halves(), entity_passages(rng, entity)
+    order = (1 - half, half)
+    pair = [rng.choice(halves[h]) for h in order]
+    singles = [rng.choice(relation.questions).format(n=entity.name) for relation, _ in pair]
+    out: list[Span] = [(prompts.instruction(language.two_part(*singles)), 0.0)]
+    for i, (h, fact) in enumerate(zip(order, pair, strict=True)):
+        out += [(prompts.passage(passages[h]), 0.0), ([YES], 0.0)]
+        out.append(([language.sentence(entity.name, [fact])], float(i)))
+        if i == 0:
+            out.append(([YES, PARTLY], 0.0))
+    return out
+
+
 def _wrong_value(
     sampler: EntitySampler, rng: random.Random, entity: Entity, relation: Relation
 ) -> str:
@@ -126,7 +183,9 @@ def _wrong_value(
     return sampler.wrong_value(rng, entity, relation)
 
 
-def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
+def measure(
+    loaded: LoadedModel, seed: int, n: int, skills: Sequence[str] = SKILLS
+) -> dict[str, float]:
     """Returns the accuracy on `n` cases of each skill.
 
     A case is right if the model's first choice is right at every token with a loss weight.
@@ -139,7 +198,7 @@ def measure(loaded: LoadedModel, seed: int, n: int) -> dict[str, float]:
         return loaded.model.logits(params, hidden[:, :-1]).argmax(-1) == tokens[:, 1:]
 
     scores = {}
-    for skill in SKILLS:
+    for skill in skills:
         rng = random.Random(f"gate-{FORMER_NAMES.get(skill, skill)}-{seed}")
         cases = [draw_case(source.sampler, rng, skill) for _ in range(n)]
         examples = [build_example(loaded.tokenizer, case, {}) for case in cases]

@@ -235,6 +235,7 @@ COMPARED = (
     ("selfrag_always", "selfrag_adaptive", "long_tail"),
     ("selfrag_always", "selfrag_adaptive", "well_known"),
     ("selfrag_never", "selfrag_adaptive", "no_need"),
+    ("selfrag_adaptive", "rag_top1", "claims"),
 )
 
 
