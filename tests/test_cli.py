@@ -38,6 +38,21 @@ def test_overview_and_help_name_every_command_and_flag(capsys):
         assert all(f"--{f.name}" in out for f in command.flags)
 
 
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_wrong_flags_of_every_command_exit_with_2(capsys, name):
+    """A misspelt flag names the right one; a missing one and an unknown address are named."""
+    flags = load_command(name).flags
+    for f in flags:
+        misspelt = f.name + "x"
+        code, _, err = run(capsys, name, f"--{misspelt}=1")
+        assert code == 2 and f"unknown flag --{misspelt}; did you mean --" in err
+    code, _, err = run(capsys, name, "--zzzz=1")
+    assert code == 2 and f"flags: --{flags[0].name}" in err
+    if needed := [f.name for f in flags if f.required]:
+        code, _, err = run(capsys, name)
+        assert code == 2 and all(f"--{n}" in err for n in needed)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
