@@ -27,6 +27,7 @@ from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge, has_gold
 from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.files import write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
 Row = dict[str, Any]
@@ -50,13 +51,16 @@ def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
     task = _worded(tasks.load(values["task"]), values)
     out = Path(values["out"] or default_folder(values["input"], task))
     rows = run_task(task, values, values["input"], out, how)
+    if not current().is_main:
+        return
     print(f"{table_text(rows)}\n{out}")
 
 
 def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
     """Evaluates every task whose file is in --data, and prints our figures beside the paper's.
 
-    Goes on where a task fails. Raises StageFailed at the end if one did.
+    Goes on where a task fails, and raises StageFailed at the end if one did. Several processes stop
+    there: the others may have gone on with this task.
     """
     if not values["data"]:
         raise UserError("missing --data, the folder of the tasks' files")
@@ -65,8 +69,11 @@ def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
         try:
             task = _worded(task, values)
             out = Path(values["out"] or values["data"]) / default_folder(file, task).name
-            results.append((task, run_task(task, values, file, out, how)))
+            rows = run_task(task, values, file, out, how)
+            results += [(task, rows)] if current().is_main else []
         except (UserError, StageFailed) as e:
+            if current().count > 1:
+                raise
             failed.append(f"{task.name}: {e}")
             print(failed[-1], file=sys.stderr)
     if results:
@@ -96,8 +103,9 @@ def run_task(
     """Answers and scores one file; returns the rows of OUT/metrics.json.
 
     values: of the command's flags. Answers that are there already are kept, and the model is loaded
-    only if some are missing. Raises UserError before the model is loaded if the file lacks what the
-    task asks or scores with, and StageFailed if no question could be answered.
+    only if some are missing. Of several processes all answer, and process 0 alone scores and
+    writes; the others get no rows. Raises UserError before the model is loaded if the file lacks
+    what the task asks or scores with, and StageFailed if no question could be answered.
     """
     out, changes = Path(out), task_changes(task, values)
     model, index, config = model_and_config(values, calibrated=False)
@@ -107,6 +115,8 @@ def run_task(
         mauve_score.long_answers(questions)
     artifacts.check_output(out, "evaluate", {})
     answers = _answered(task, input_path, out, changes, (model, index, config), questions)
+    if not current().is_main:
+        return []
     failed = [row for row in answers if row["error"]]
     if len(failed) == len(answers):
         raise StageFailed(
@@ -174,12 +184,16 @@ def _answered(
     inputs: dict[str, str | Path] = {"input": input_path, "model": folder}
     if index:
         inputs["index"] = index
-    file, is_done = out / ANSWERS, False
-    if artifacts.is_finished(file, "answer", identity, inputs):
-        is_done = not any(row["error"] for _, row in read_rows(file))
-    if not is_done:
+    file = out / ANSWERS
+
+    def is_done() -> bool:
+        if not artifacts.is_finished(file, "answer", identity, inputs):
+            return False
+        return not any(row["error"] for _, row in read_rows(file))
+
+    if not current().from_main("answers are there", is_done):
         answer_file(load_from(*model), input_path, file, task.name, changes, task, questions)
-    return [row for _, row in read_rows(file)]
+    return [row for _, row in read_rows(file)] if current().is_main else []
 
 
 def _require_gold(input_path: str | Path, task: Task, questions: Sequence[Question]) -> None:

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
-from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.records import read_rows
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection
@@ -96,6 +97,12 @@ def train_model(
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     is_main_process = jax.process_index() == 0
+    # A host may hold its own copy of the data.
+    current().require_same(
+        "data or base",
+        artifacts.identity("train", made, inputs),
+        "copy the same files to all hosts",
+    )
     if is_main_process:
         _warn_of_tensor_over_hosts(role, mesh)
 
@@ -184,15 +191,12 @@ def _warn_of_plain_outputs(role: str, data: str) -> None:
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
-    if values["distributed"]:
-        from selfrag_jax.training.distributed import join_processes
-
-        join_processes(values["distributed"])
     released = is_released(values["format"])
     role, data, workdir = values["role"], values["data"], values["workdir"]
     _warn_of_plain_outputs(role, data)
     train_model(load_config(values), role, data, workdir, role, released)
-    print(values["workdir"])
+    if current().is_main:
+        print(values["workdir"])
 
 
 COMMAND = Command(
@@ -218,12 +222,9 @@ COMMAND = Command(
             required=True,
             in_place=True,
         ),
-        Flag(
-            "distributed",
-            "auto (TPU slice, Slurm, MPI) or HOST:PORT,PROCESSES,INDEX; run the same command "
-            "on every host",
-        ),
+        DISTRIBUTED,
         config_flag(),
     ),
     run=run,
+    saves_on_sigterm=True,
 )

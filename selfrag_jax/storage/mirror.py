@@ -11,6 +11,7 @@ by their MD5 where the bucket knows it.
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
 import os
@@ -48,6 +49,11 @@ def local_name(address: str) -> Path:
     return root() / scheme / rest
 
 
+def is_copy(path: str | Path) -> bool:
+    """Whether a path is the copy of an address, on this machine alone."""
+    return root() in Path(path).parents
+
+
 def with_addresses(text: str) -> str:
     """Returns a message with the names that the user knows: addresses in place of their copies."""
     for scheme in ("gs", "s3"):
@@ -72,6 +78,7 @@ class Mirror:
     """
 
     address: str
+    sends: str = "*"  # the names that `push` sends, as fnmatch has them
     synced: dict[str, _Synced] = field(default_factory=dict)  # by name, relative to the folder
 
     def __post_init__(self) -> None:
@@ -194,8 +201,8 @@ class Mirror:
         if the bucket does not take them; they are kept here, and the next push sends them.
         """
         with self._lock:
-            here = {name for name in self._names() if self._is_changed_here(name)}
-            gone = [n for n in self.synced if not (self._folder / n).is_file()]
+            here = {n for n in self._names() if self._is_sent(n) and self._is_changed_here(n)}
+            gone = [n for n in self.synced if self._is_sent(n) and not (self._folder / n).is_file()]
             manifests = {name for name in here if name.endswith("manifest.json")}
             try:
                 for names in (here - manifests, manifests):
@@ -220,6 +227,9 @@ class Mirror:
             name = file.relative_to(self._folder).as_posix()
             if self._counts(name) and file.is_file():
                 yield name
+
+    def _is_sent(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.sends)
 
     def _is_changed_here(self, name: str) -> bool:
         known = self.synced.get(name)
@@ -278,6 +288,7 @@ def pushed_regularly(mirrors: Iterable[Mirror]) -> Iterator[None]:
     could not be sent is kept on this machine, and the same command sends it.
     """
     mirrors, done = list(mirrors), threading.Event()
+    _pushed.extend(mirrors)
 
     def push_now_and_then() -> None:
         while not done.wait(SECONDS_BETWEEN_PUSHES):
@@ -294,6 +305,7 @@ def pushed_regularly(mirrors: Iterable[Mirror]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        del _pushed[len(_pushed) - len(mirrors) :]
         for mirror in mirrors:
             try:
                 mirror.push()
@@ -301,3 +313,12 @@ def pushed_regularly(mirrors: Iterable[Mirror]) -> Iterator[None]:
                 raise OSError(
                     f"{e}. What was made is kept in {mirror.path}; the same command sends it"
                 ) from e
+
+
+_pushed: list[Mirror] = []  # within `pushed_regularly`
+
+
+def push_now() -> None:
+    """Sends what has been written so far, if anything is sent. Raises OSError as `push` does."""
+    for mirror in _pushed:
+        mirror.push()
