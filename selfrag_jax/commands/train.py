@@ -120,6 +120,7 @@ def train_model(
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
+    current().barrier("trained")
 
 
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:

@@ -55,6 +55,7 @@ class Watch:
         self._status: int | None = None
         self._message, self._beat = "", 0
         self._exit_with: int | None = None  # because of another process
+        self._lost: int | None = None  # the process that is gone
         self._everyone_ended = threading.Event()
         self._lock = threading.Lock()
         self._last_change = {i: (time.monotonic(), -1) for i in range(group.count)}
@@ -112,10 +113,10 @@ class Watch:
                 states = self._read_states()
             except RuntimeError:  # process 0 is gone: JAX is about to abort this process
                 return
-            if all(s.get("status") is not None for s in states.values()):
-                self._everyone_ended.set()
             if self._exit_with is None and (found := self._fault(states)):
                 self._stop(*found)
+            if all(s.get("status") is not None or i == self._lost for i, s in states.items()):
+                self._everyone_ended.set()
 
     def _write_state(self) -> None:
         with self._lock:
@@ -145,6 +146,7 @@ class Watch:
                 self._last_change[i] = now, beat
             silent = now - self._last_change[i][0]
             if status is None and silent > SECONDS_SILENT:
+                self._lost = i
                 return (
                     f"{self._group.name(i)} is gone: nothing was heard of it for {silent:.0f} "
                     f"seconds. {_AGAIN}"
@@ -153,7 +155,7 @@ class Watch:
 
     def _stop(self, why: str, status: int) -> None:
         self._exit_with = status
-        print(f"selfrag {self._command}: stops for {why}", file=sys.stderr, flush=True)
+        print(f"selfrag {self._command}: stops: {why}", file=sys.stderr, flush=True)
         # Raises SystemExit in the main thread, unless that waits for a lost process.
         _thread.interrupt_main(signal.SIGUSR1)
         if self._main_ended.wait(_GRACE):
