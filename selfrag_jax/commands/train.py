@@ -53,30 +53,14 @@ def train_model(
     from selfrag_jax.data.critic_examples import CriticSource
     from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.data.published_files import Faults
-    from selfrag_jax.training.starting_model import base_folder, new_row_words, starting_model
+    from selfrag_jax.training.starting_model import starting_model
     from selfrag_jax.training.train import train
 
     # 1. The config.
     section, weights = _checked_section(c, role), _group_weights(c, role)
-    from_scratch = c.base == "scratch"
 
     # 2. What identifies this training. Finished already?
-    made: dict[str, Any] = {
-        "role": role,
-        "train": {
-            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
-        },
-        "weights": weights,
-        "brief": c.label.critic.brief,
-    }
-    if released:
-        made["format"] = "released"
-    inputs = {"data": data}
-    if from_scratch:
-        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
-    else:
-        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": c.tokenizer}
-        inputs["base"] = base_folder(c)
+    made, inputs = _identity(c, role, section, data, released)
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
 
@@ -121,6 +105,31 @@ def train_model(
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
     current().barrier("trained")
+
+
+def _identity(
+    c: ConfigDict, role: str, section: TrainConfig, data: str | Path, released: bool
+) -> tuple[dict[str, Any], dict[str, str | Path]]:
+    """What identifies a training: its settings and its inputs."""
+    from selfrag_jax.training.starting_model import base_folder, new_row_words
+
+    made: dict[str, Any] = {
+        "role": role,
+        "train": {
+            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
+        },
+        "weights": _group_weights(c, role),
+        "brief": c.label.critic.brief,
+    }
+    if released:
+        made["format"] = "released"
+    inputs: dict[str, str | Path] = {"data": data}
+    if c.base == "scratch":
+        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
+    else:
+        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": c.tokenizer}
+        inputs["base"] = base_folder(c)
+    return made, inputs
 
 
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
