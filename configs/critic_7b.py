@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
             weight_decay=0.0,
             clip=1.0,
         ),
-        mesh=dict(data=1, fsdp=16, tensor=-1),  # there are 16 rows; further chips split the heads
+        # There are 16 rows; further chips split the heads.
+        mesh=dict(data=1, fsdp=16, tensor=-1, slices=None),
         dtype="bfloat16",  # of activations; parameters and moments are f32
         remat="full",
         attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention_kernels.py)

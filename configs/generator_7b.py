@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             weight_decay=0.0,
             clip=1.0,
         ),
-        mesh=dict(data=1, fsdp=-1, tensor=1),
+        mesh=dict(data=1, fsdp=-1, tensor=1, slices=None),
         dtype="bfloat16",  # of activations; parameters and moments are f32
         remat="full",
         attention="auto",  # splash on a TPU, cudnn on a GPU (models/attention_kernels.py)

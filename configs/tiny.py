@@ -68,7 +68,7 @@ def _train(steps: int, rows: int, max_targets: int, seed: int, save_every: int) 
             length=192,
             max_targets=max_targets,
             optimizer=_optimizer(0.006),
-            mesh=dict(data=1, fsdp=1, tensor=1),
+            mesh=dict(data=1, fsdp=1, tensor=1, slices=None),
             save_every=save_every,
             log_every=20,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import signal
 import sys
@@ -14,8 +15,9 @@ from absl import flags
 
 from selfrag_jax import accelerators, allocator
 from selfrag_jax.commands import SUMMARIES, load_command, remote_files
-from selfrag_jax.commands.command import Command
+from selfrag_jax.commands.command import Command, load_config
 from selfrag_jax.errors import StageFailed, UserError
+from selfrag_jax.processes import joining
 
 _DEVICE_IS_FULL = (
     "the device's memory is full; finished work is kept. To continue answering, give a lower "
@@ -25,6 +27,8 @@ _DEVICE_IS_FULL = (
     "beforehand what fits"
 )
 MAX_SEED = 2**31  # what JAX, NumPy and torch all take
+
+_STOPPED = "it was told to stop (SIGTERM)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        status, message = _run(command, name, arguments, is_whole_process)
+    except SystemExit as e:
+        joining.leave(e.code if isinstance(e.code, int) else 1, _STOPPED if e.code == 143 else "")
+        raise
+    if message:
+        print(message, file=sys.stderr)
+    joining.leave(status, message.removeprefix(f"selfrag {name}: "))
+    return status
+
+
+def _run(
+    command: Command, name: str, arguments: Sequence[str], is_whole_process: bool
+) -> tuple[int, str]:
+    """Runs a command; returns its exit status, and what to print where it has failed."""
+    try:
         values, positional = parse(command, name, arguments)
         accelerators.expect_none()
         _keep_compiled_programs()
@@ -58,23 +77,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             if name not in ("convert", "compile"):  # these run no model
                 allocator.keep_freed_memory()
+        if spec := values.get("distributed"):
+            settings = _settings(command, values, positional)
+            joining.join(spec, name, settings, command.saves_on_sigterm)
         with remote_files.local_copies(command, values, positional) as (values, positional):
             command.run(values, positional)
     except UserError as e:
-        print(f"selfrag {name}: {e}", file=sys.stderr)
-        return 2
+        return 2, f"selfrag {name}: {e}"
     except (FloatingPointError, OSError, StageFailed) as e:
-        print(f"selfrag {name}: {e}", file=sys.stderr)
-        return 1
-    except RuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        print(f"selfrag {name}: {_DEVICE_IS_FULL} ({str(e).splitlines()[0]})", file=sys.stderr)
-        return 1
+        return 1, f"selfrag {name}: {e}"
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where it was", file=sys.stderr)
-        return 130
-    return 0
+        return 130, "\ninterrupted; the same command continues where it was"
+    except Exception as e:
+        if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
+            return 1, f"selfrag {name}: {_DEVICE_IS_FULL} ({str(e).splitlines()[0]})"
+        if joining.stopped_for_another(e):  # such as a collective without all of its processes
+            return 1, ""
+        joining.report_failure(e)
+        raise
+    return 0, ""
+
+
+def _settings(
+    command: Command, values: dict[str, Any], positional: Sequence[str]
+) -> dict[str, Any]:
+    """What must be the same in all processes of a job: the flags, and the config that they name."""
+    settings: dict[str, Any] = {
+        "flags": {f"--{f.name}": values[f.name] for f in command.flags if f.name != "distributed"}
+        | {f"--config.{o.partition('=')[0]}": o.partition("=")[2] for o in values["overrides"]},
+        "arguments": list(positional),
+    }
+    if values.get("config"):
+        settings["config"] = load_config(values).to_dict()
+    return json.loads(json.dumps(settings, default=str))
 
 
 def parse(

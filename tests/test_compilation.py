@@ -443,6 +443,26 @@ def test_tpu_compiler_splits_a_small_model_over_four_chips(config_file):
 
 
 @pytest.mark.slow
+def test_tpu_compiler_sums_gradients_between_two_slices(config_file):
+    """Each chip hands its quarter of the f32 gradients to the network, and nothing else of size."""
+    done = run_compile(f"{config_file}:small", "v5e:2x2", "--slices=2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["slices"] == 2 and result["chips"] == 8
+    assert result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    c = architecture("llama2_7b", 0, "bfloat16")
+    c = replace(
+        c, vocab_size=1024, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=4
+    )
+    gradients = 4 * sum(leaf.size for _, leaf in flatten(Model(c).shapes())) / 4
+    assert result["dcn"].keys() == {"all-reduce"}
+    assert gradients <= result["dcn"]["all-reduce"]["bytes_per_chip"] < 1.1 * gradients + 1e5
+    assert bytes_sent(result) > 0  # within the slices
+    done = run_compile(f"{config_file}:small", "v5e:2x2", "--slices=2", "--program=decode")
+    assert done.returncode == 2 and "only --program=train spans slices" in done.stderr
+
+
+@pytest.mark.slow
 def test_tpu_compiler_refuses_a_state_larger_than_a_chip(config_file):
     """The f32 parameters and moments alone take more than a chip has."""
     done = run_compile(f"{config_file}:wide", "v5e:1x1")

@@ -6,7 +6,6 @@ Run as a program, this file is a labelling that is killed.
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -248,30 +247,6 @@ def test_kills_at_random_moments_lose_and_double_nothing(critic, tmp_path):
         assert process.wait() == -signal.SIGKILL and not out.exists()
     subprocess.run(command, check=True)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-def test_processes_of_one_job_share_the_work(critic, rows_file, tmp_path):
-    """Started at once, on one disk: both label, one merges, neither ends too early."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "selfrag_jax", "label", "--config=tiny:smoke"]
-    command += [f"--critic={critic}", f"--input={rows_file}", "--config.label.chunk=3"]
-    one = subprocess.run([*command, f"--out={tmp_path}/one.jsonl"], capture_output=True, text=True)
-    assert one.returncode == 0 and "| IsUse | [Utility:1] |" in one.stdout, one.stderr
-    command += [f"--out={tmp_path}/both/out.jsonl"]
-    processes = [
-        subprocess.Popen([*command, f"--distributed={address},2,{i}"], stderr=subprocess.PIPE)
-        for i in range(2)
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err.decode()[-2000:]
-    out = tmp_path / "both" / "out.jsonl"
-    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert len(list((out.parent / "judgements").iterdir())) == 2
-    assert not out.with_name("out.jsonl.parts").exists()
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def program(job, workdir, process=0, port=0):
             run(mesh, str(mesh))
         run((1, 1, 1), "accumulated on one device", rows_per_device=4)
         run((1, 4, 1), "accumulated", rows_per_device=1)
+        run((1, 2, 2, 2), "two slices")
         stop_after = 4  # between two checkpoints
         try:
             run((1, 8, 1), "moved")
@@ -167,6 +168,14 @@ def test_every_mesh_has_the_losses_of_one_device(trained, mesh):
 
 
 @pytest.mark.slow
+def test_two_slices_have_the_losses_of_one_device(trained):
+    """Of the eight devices four count as a slice: the batch is split over both, and fsdp within."""
+    one, two = trained[str(MESHES[0])], trained["two slices"]
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-4, rtol=0)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_search_over_several_devices_equals_exact_search(trained):
     rows_of_8, scores_of_8, rows_of_3, scores_of_3 = trained["search"]
     assert rows_of_8 == rows_of_3 == 0 and max(scores_of_8, scores_of_3) < 1e-5
@@ -245,7 +254,7 @@ def test_two_processes_train_together(trained, tmp_path):
 
 
 # ---- meshes --------------------------------------------------------------------------------------
-def test_a_tpu_mesh_is_a_block_of_one_slice():
+def test_a_tpu_mesh_is_a_block_of_each_slice():
     from selfrag_jax.models.sharding import make_mesh
 
     def chip(slice_index, x):
@@ -253,9 +262,14 @@ def test_a_tpu_mesh_is_a_block_of_one_slice():
             platform="tpu", slice_index=slice_index, coords=(x, 0, 0), core_on_chip=0
         )
 
-    message = r"mesh \(1, 4, 1\) would span 2 slices; it must fit in one"
+    two_slices = [chip(i, x) for i in (0, 1) for x in (0, 1)]
+    message = r"mesh \(1, 4, 1\) needs 4 devices of each slice; a slice has 2"
     with pytest.raises(UserError, match=message):
-        make_mesh(fsdp=4, devices=[chip(i, x) for i in (0, 1) for x in (0, 1)])
+        make_mesh(fsdp=4, devices=two_slices)
+    with pytest.raises(UserError, match="slices=4: the devices are in 2 slices"):
+        make_mesh(fsdp=2, devices=two_slices, slices=4)
+    with pytest.raises(UserError, match="the slices have 2, 1 devices; they must be of one size"):
+        make_mesh(fsdp=-1, devices=two_slices[:3])
     message = "cannot be laid over 2 devices of this slice; use all of them"
     with pytest.raises(UserError, match=message):
         make_mesh(fsdp=2, devices=[chip(0, 0), chip(0, 2)])

@@ -15,7 +15,8 @@ from selfrag_jax.checkpoints import saving, workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import write_jsonl
 from selfrag_jax.storage import copies, paths
-from selfrag_jax.storage.mirror import Mirror, pushed_regularly
+from selfrag_jax.storage.copies import is_copy
+from selfrag_jax.storage.mirror import Mirror, push_now, pushed_regularly
 
 GS = f"gs://{buckets.NAME}"
 
@@ -182,6 +183,22 @@ def test_what_is_written_is_sent_manifests_last(bucket, monkeypatch):
     (copy / "z.txt").write_text("longer")
     assert m.push() == 1 and bucket.names("out/") == ["manifest.json", "z.txt"]
     assert get("out/z.txt") == "longer"
+
+
+def test_a_process_beside_the_first_sends_its_own_files_only(bucket):
+    put("shared/vectors/0.npy", "of another")
+    m = Mirror(f"{GS}/shared", "vectors/*.npy")
+    copy = m.pull()
+    (copy / "vectors/1.npy").write_text("own")
+    (copy / "manifest.json").write_text("the first one's concern")
+    with pushed_regularly([m]):
+        push_now()
+        assert m.push() == 0  # all has been sent
+    assert is_copy(copy / "vectors") and not is_copy(copy.parents[5])
+    there = Mirror(f"{GS}/shared")._listed()
+    assert sorted(there) == ["vectors/0.npy", "vectors/1.npy"]
+    nothing = Mirror(f"{GS}/shared", "")
+    assert (nothing.pull() / "manifest.json").is_file() and nothing.push() == 0
 
 
 def test_work_that_was_not_sent_is_kept_and_a_conflict_loses_nothing(bucket, capsys):

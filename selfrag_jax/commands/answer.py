@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.answer_parts import PARTIAL_FILES, AnswerParts, answer_rest
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     LOADING_FLAGS,
@@ -24,17 +23,16 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
 from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.files import read_object
+from selfrag_jax.processes.group import current
 from selfrag_jax.profiling import Profile, check_steps
-from selfrag_jax.progress import progress
 from selfrag_jax.records import Question, read_rows, write_jsonl
 
 if TYPE_CHECKING:
     from selfrag_jax.answering.answerer import Answerer
     from selfrag_jax.answering.config import AnswerConfig
     from selfrag_jax.answering.plain import PlainConfig
-    from selfrag_jax.answering.records import Answer
 
-_SECONDS = "seconds"  # in the rows of an unfinished file: since the answer before
+Row = dict[str, Any]
 INSTRUCTIONS_FLAG = Flag(
     "instructions",
     "the tasks' instructions, in place of our wording: a JSON file of task and instruction, or the "
@@ -60,7 +58,8 @@ def answer_file(
     answering took, without compiling, and of how many questions (`answering_time`).
 
     Answers are kept in `.{out}.*.partial` as they come; an interrupted run answers the remaining
-    questions only. Raises UserError for a file without questions, for ids that occur twice, for
+    questions only. Of several processes, each answers every n-th of these, and process 0 alone
+    writes `out`. Raises UserError for a file without questions, for ids that occur twice, for
     questions without passages if there is no index, and while another process answers the same into
     the same file.
     """
@@ -70,48 +69,44 @@ def answer_file(
     mode = rag.search_config(changes).mode
     if questions is None:
         questions = read_checked(input_path, prompt or task, rag.retriever is not None, mode)
-    ids = [q.id for q in questions]
-
     config = answer_identity(rag.config, task, changes, prompt)
     inputs = {"input": input_path, **rag.sources}
-    done: dict[str, dict[str, Any]] = {}
-    seconds, timed = 0.0, 0
-    if artifacts.is_finished(out, "answer", config, inputs):
-        done = {row["id"]: row for _, row in read_rows(out) if not row["error"]}
-        if len(done) == len(questions):
-            return len(questions)
-        seconds, timed = answering_time(out)
+    identity = artifacts.identity("answer", config, inputs)
+    group = current()
+    group.require_same("other files", identity, "copy the input, the model and the index to all")
 
-    name = f".{Path(out).name}.{artifacts.identity('answer', config, inputs)}.partial"
-    partial = Path(out).with_name(name)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    # 1. What earlier runs have answered, in any number of processes.
+    done: dict[str, Row] = {}
+    seconds, timed = 0.0, 0
+    if group.is_main and artifacts.is_finished(out, "answer", config, inputs):
+        done = {row["id"]: row for _, row in read_rows(out) if not row["error"]}
+        seconds, timed = answering_time(out)
+    if group.from_main("answers that are there", lambda: len(done)) == len(questions):
+        return len(questions)
+    parts = AnswerParts(Path(out), identity, group)
     compiled_before = len(engine.compiled)
-    with open(partial, "a", encoding="utf-8") as f:
-        artifacts.lock_file(f, out)
-        # Questions that failed are tried again.
-        done |= {row["id"]: row for row in _complete_rows(partial) if not row.get("error")}
-        with Profile(f"{out}.profile", profile) as traced:
-            _answer_rest(f, rag, questions, done, changes, traced)
-        for row in _complete_rows(partial):
-            seconds += row.get(_SECONDS, 0.0)
-            timed += not row["error"] and _SECONDS in row
-    for row in done.values():
-        row.pop(_SECONDS, None)
-    rows = [done[i] for i in ids]
-    summary = _summary(rows, engine.compiled[compiled_before:])
-    print(summary + (f"; {seconds / timed:.3g} s a question" if timed else ""), file=sys.stderr)
-    if failed := [row["id"] for row in rows if row["error"]]:
-        print(
-            f"{len(failed)} of {len(ids)} questions failed, {failed[0]!r} first; "
-            "the field `error` of their rows says why",
-            file=sys.stderr,
-        )
-    write_jsonl(out, rows)
-    counts = {"answers": len(rows), "retrieved": sum(row["retrieved"] for row in rows)}
-    counts |= {"seconds": round(seconds, 3), "timed": timed}
-    artifacts.write_manifest(out, "answer", config, inputs, counts)
-    partial.unlink(missing_ok=True)
-    return len(rows)
+    with parts.open() as f, Profile(f"{out}.profile", profile if group.is_main else 0) as traced:
+        done |= parts.read_others()  # questions that failed are tried again
+        left = parts.left([q.id for q in questions], done)
+
+        # 2. Answer this process's share of the rest.
+        rest = [q for q in questions if q.id in left]
+        answer_rest(f, rag, rest, done, changes, len(questions), traced)
+
+        # 3. Process 0 writes them, in the order of the questions.
+        rows, measured = parts.collect(done, left)
+    if group.is_main:
+        by_id = {row["id"]: row for row in rows}
+        rows = [by_id[q.id] for q in questions]
+        seconds, timed = seconds + measured[0], timed + measured[1]
+        _report(rows, engine.compiled[compiled_before:], seconds, timed)
+        write_jsonl(out, rows)
+        counts = {"answers": len(rows), "retrieved": sum(row["retrieved"] for row in rows)}
+        counts |= {"seconds": round(seconds, 3), "timed": timed}
+        artifacts.write_manifest(out, "answer", config, inputs, counts)
+    group.barrier("answers are written")
+    parts.remove()
+    return len(questions)
 
 
 def read_checked(
@@ -153,7 +148,7 @@ def answering_time(answers: str | Path) -> tuple[float, int]:
 
 def answers_in_folder(
     rag: Answerer, input_path: str | Path, folder: str | Path, changes: dict[str, Any]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Returns the answers with these settings, from a file in `folder` named after its inputs.
 
     Answers what is not there yet. Raises UserError if a question failed, and as answer_file does.
@@ -191,51 +186,19 @@ def answer_identity(
     return identity | ({"prompt": prompt.prompt_identity()} if prompt else {})
 
 
-def _answer_rest(
-    f: IO[str],
-    rag: Answerer,
-    questions: list[Question],
-    done: dict[str, dict[str, Any]],
-    changes: dict[str, Any],
-    traced: Profile,
-) -> None:
-    """Answers the questions that are not in `done`; adds each to `done` and to the file at once.
-
-    In the file, a row has the seconds since the answer before it. They are no part of the answer:
-    equal runs write equal files.
-    """
-    watch = _Stopwatch()
-    with progress("answer", len(questions), "questions", len(done)) as bar:
-
-        def keep(answer: Answer) -> None:
-            done[answer.id] = answer.to_row()
-            line = done[answer.id] | {_SECONDS: watch.lap()}
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            f.flush()
-            bar.advance()
-            traced.step(len(done))
-
-        rest = [q for q in questions if q.id not in done]
-        rag.answer(rest, on_answer=keep, total=len(questions), **changes)
+def _report(rows: list[Row], compiled: list[tuple[str, float]], seconds: float, timed: int) -> None:
+    """Says on the screen how the questions were answered, and whether some failed."""
+    note = f"; {seconds / timed:.3g} s a question" if timed else ""
+    print(_summary(rows, compiled) + note, file=sys.stderr)
+    if failed := [row["id"] for row in rows if row["error"]]:
+        print(
+            f"{len(failed)} of {len(rows)} questions failed, {failed[0]!r} first; "
+            "the field `error` of their rows says why",
+            file=sys.stderr,
+        )
 
 
-class _Stopwatch:
-    """Measures the seconds between calls of `lap`, without those that compiling took."""
-
-    def __init__(self) -> None:
-        self._last = self._now()
-
-    def _now(self) -> float:
-        from selfrag_jax.engine import engine
-
-        return time.perf_counter() - sum(seconds for _, seconds in engine.compiled)
-
-    def lap(self) -> float:
-        last, self._last = self._last, self._now()
-        return self._last - last
-
-
-def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> str:
+def _summary(rows: list[Row], compiled: list[tuple[str, float]]) -> str:
     """How often the model retrieved, and what was compiled on the way."""
     rows = [row for row in rows if not row["error"]]
     retrieved = sum(row["retrieved"] for row in rows)
@@ -247,16 +210,6 @@ def _summary(rows: list[dict[str, Any]], compiled: list[tuple[str, float]]) -> s
     if compiled:
         text += f"; {len(compiled)} programs compiled in {sum(s for _, s in compiled):.0f} s"
     return text
-
-
-def _complete_rows(partial: Path) -> list[dict[str, Any]]:
-    """Rows of an interrupted run. Truncates the file before an incomplete last line."""
-    if not partial.is_file():  # another process has just finished, and removed it
-        return []
-    data = partial.read_bytes()
-    if not data.endswith(b"\n"):
-        os.truncate(partial, data.rfind(b"\n") + 1)
-    return [row for _, row in read_rows(partial)]
 
 
 def _prompt(values: dict[str, Any]) -> Task | None:
@@ -288,7 +241,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     profile = check_steps(values["profile"])
     rag, changes = load_selfrag(values), search_changes(values)
     n = answer_file(rag, values["input"], values["out"], task, changes, prompt, None, profile)
-    print(f"{values['out']}: {n} answers")
+    if current().is_main:
+        print(f"{values['out']}: {n} answers")
 
 
 COMMAND = Command(
@@ -297,7 +251,7 @@ COMMAND = Command(
     flags=(
         *MODEL_FLAGS,
         Flag("input", "questions in a published format", required=True),
-        Flag("out", "answers (JSON lines)", required=True, writes=True),
+        Flag("out", "answers (JSON lines)", required=True, writes=True, each_sends=PARTIAL_FILES),
         Flag(
             "task",
             "popqa, arc_challenge, ...: asks as that task does (its search settings come with "
@@ -314,6 +268,7 @@ COMMAND = Command(
         ),
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
+        DISTRIBUTED,
         ANSWER_CONFIG_FLAG,
     ),
     run=run,

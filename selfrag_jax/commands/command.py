@@ -29,6 +29,9 @@ class Flag:
     in_place: bool = False  # it is used through its address, not through a copy
     default_beside: tuple[str, ...] = ()  # without it, it lies beside these flags' files
     folders_beside: tuple[str, ...] = ()  # folders that are written beside it
+    # Of what the command writes: the names, as fnmatch has them, that every process of a job sends
+    # to a bucket. All else is sent by process 0 alone.
+    each_sends: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,18 @@ class Command:
     run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
     positional: str = ""  # what positional arguments are, if the command takes any
     positional_paths: bool = False  # whether they are files
+    saves_on_sigterm: bool = False  # of several processes, all save when one gets SIGTERM
 
     @property
     def examples(self) -> list[str]:
         return self.example.splitlines()
+
+
+DISTRIBUTED = Flag(
+    "distributed",
+    "several processes do the work together: auto (TPU slices, Slurm, MPI), or "
+    "HOST:PORT,PROCESSES,INDEX; run the same command on every host",
+)
 
 
 def config_flag(

@@ -16,7 +16,9 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     from selfrag_jax.compilation.compile import compile_program, misfit_message
 
-    result = compile_program(load_config(values), values["topology"], values["program"])
+    result = compile_program(
+        load_config(values), values["topology"], values["program"], values["slices"]
+    )
     print(json.dumps(result, indent=2))
     if values["out"]:
         write_json(values["out"], result)
@@ -31,6 +33,13 @@ COMMAND = Command(
             "topology",
             "a TPU slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8) or the GPUs of a host (h100:8)",
             required=True,
+        ),
+        Flag(
+            "slices",
+            "with --program=train: that many slices of the topology; only the batch is split over "
+            "them, and `dcn` counts what they exchange over the network",
+            1,
+            type=int,
         ),
         Flag(
             "program",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import (
+    DISTRIBUTED,
     Command,
     Flag,
     config_flag,
@@ -22,6 +24,7 @@ from selfrag_jax.commands.command import (
 )
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
+from selfrag_jax.processes.group import Group, current
 from selfrag_jax.retrieval.corpus import Corpus
 from selfrag_jax.retrieval.embedding import (
     ENCODER,
@@ -33,7 +36,9 @@ from selfrag_jax.retrieval.embedding import (
 )
 from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.retrieval.passages import COUNTS
+from selfrag_jax.storage import copies, mirror
 
+_PATIENCE = 60  # seconds until a network disk shows what other hosts have written
 ENCODER_FLAGS = (
     Flag("encoder", "hashed, or an encoder model: a folder or a hub name (default: the config's)"),
     *flags_of(EncoderConfig),
@@ -46,14 +51,14 @@ def embed_corpus(
     out: str | Path,
     shard: tuple[int, int] = (0, 1),
     pickles: str = "",
-    wait: bool = False,
 ) -> int:
     """Embeds a corpus into the folder `out`; returns the number of passages.
 
     Does nothing if `out` is already finished, and continues if it was interrupted. shard: (i, n):
-    writes every n-th file of vectors only; the last of n such runs finishes the folder. pickles: a
-    pattern of published embeddings (`passages_*`) to take the vectors from. wait: for the files of
-    other shards. Raises UserError as reading the corpus does, and if `out` is a folder of something
+    writes every n-th file of vectors only; the last of n such runs finishes the folder. Of the
+    processes of a job (`--distributed`), each writes its share, and process 0 finishes the folder.
+    pickles: a pattern of published embeddings (`passages_*`) to take the vectors from. Raises
+    UserError as reading the corpus does, and if `out` is a folder of something
     else or was begun with other settings.
     """
     out = Path(out)
@@ -64,13 +69,21 @@ def embed_corpus(
     sources = sorted(map(Path, glob(pickles))) if pickles else []
     if pickles and not sources:
         raise UserError(f"--vectors={pickles}: no such file")
-    if pickles and shard != (0, 1):
+    group = current()
+    if pickles and (shard != (0, 1) or group.count > 1):
         raise UserError(
-            "--vectors: published embeddings are read by one process; leave --shard out"
+            "--vectors: published embeddings are read by one process; leave out --shard and "
+            "--distributed"
         )
     inputs |= {f"vectors {source.name}": source for source in sources}
-    if artifacts.is_finished(out, "embed", config, inputs) and not missing_files(out):
-        return num_passages(out)
+
+    def num_finished() -> int | None:
+        done = artifacts.is_finished(out, "embed", config, inputs) and not missing_files(out)
+        return num_passages(out) if done else None
+
+    finished = group.from_main("embeddings are there", num_finished)
+    if finished is not None:
+        return finished
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; `selfrag embed` writes a folder")
     # Several processes may start at once: the first reads the corpus, the others wait.
@@ -84,9 +97,13 @@ def embed_corpus(
         work = EmbeddingWork.start(out, corpus, config)
         if sources and work.missing():
             work.import_pickled(sources)
-    work.embed(shard)
-    if wait:
-        work.wait_for_others()
+    if group.count > 1:
+        _embed_share(work, out, group)
+        if group.is_main:
+            artifacts.write_manifest(out, "embed", config, inputs, work.counts())
+        group.barrier("embeddings are finished")
+        return len(work.store)
+    work.embed(range(shard[0], work.layout.num_files, shard[1]))
     if missing := work.missing():
         print(
             f"{out}: shard {shard[0]}/{shard[1]} is finished; {len(missing)} of "
@@ -96,6 +113,43 @@ def embed_corpus(
     artifacts.remove_temporary_files(out)
     artifacts.write_manifest(out, "embed", config, inputs, work.counts())
     return len(work.store)
+
+
+def _embed_share(work: EmbeddingWork, out: Path, group: Group) -> None:
+    """Embeds this process's share of the missing files, and waits until all are where they belong.
+
+    That is a disk that all processes see, or a bucket: each sends its own files there.
+    """
+    fingerprint = artifacts.fingerprint(out / ENCODER)
+    group.require_same("another encoder", fingerprint, "copy the same model and passages to all")
+    everywhere = _files_of_all(work, group)
+    left = [f for f in range(work.layout.num_files) if f not in everywhere]
+    work.embed(left[group.index :: group.count])
+    mirror.push_now()
+    everywhere = _files_of_all(work, group)  # also a barrier: all have sent theirs
+    if group.is_main and not copies.is_copy(out):
+        for _ in range(_PATIENCE):
+            if not work.missing():
+                break
+            time.sleep(1)
+        else:
+            f = work.missing()[0]
+            raise UserError(
+                f"{out}: {group.name(everywhere[f])} has written vectors that {group.name(0)} does "
+                "not see; give an --out on a disk that all hosts share, or in a bucket (gs://)"
+            )
+        artifacts.remove_temporary_files(out)
+
+
+def _files_of_all(work: EmbeddingWork, group: Group) -> dict[int, int]:
+    """The files of vectors that are written, and the first process that has each."""
+    missing = set(work.missing())
+    here = [f for f in range(work.layout.num_files) if f not in missing]
+    found: dict[int, int] = {}
+    for i, files in enumerate(group.gather("vectors", here)):
+        for f in files:
+            found.setdefault(f, i)
+    return found
 
 
 def _failed_at_the_start(out: Path) -> bool:
@@ -142,17 +196,12 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
 
 def run(values: dict[str, Any], _: list[str]) -> None:
     shard = parse_shard(values["shard"])
-    if values["distributed"]:
-        import jax
-
-        from selfrag_jax.training.distributed import join_processes
-
-        join_processes(values["distributed"])
-        shard = (jax.process_index(), jax.process_count())
+    if shard != (0, 1) and values["distributed"]:
+        raise UserError("--shard: goes without --distributed, which shares the work itself")
     config, out = encoder_config(values), values["out"]
-    wait = bool(values["distributed"])  # a process that ends early would end the others
-    n = embed_corpus(values["passages"], config, out, shard, values["vectors"] or "", wait)
-    print(f"{out}: {n:,} passages")
+    n = embed_corpus(values["passages"], config, out, shard, values["vectors"] or "")
+    if current().is_main:
+        print(f"{out}: {n:,} passages")
 
 
 COMMAND = Command(
@@ -169,12 +218,9 @@ COMMAND = Command(
             "vectors",
             "published embeddings to take instead of computing them: pickles, like 'passages_*'",
         ),
-        Flag("out", "folder to write", required=True, writes=True),
+        Flag("out", "folder to write", required=True, writes=True, each_sends=f"{VECTORS}/*.npy"),
         Flag("shard", "i/n: every n-th file only, where n machines share a disk", "0/1"),
-        Flag(
-            "distributed",
-            "as --shard, for the processes of one job: auto, or HOST:PORT,PROCESSES,INDEX",
-        ),
+        DISTRIBUTED,
         config_flag("index", examples="index, index:wikipedia"),
     ),
     run=run,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import INSTRUCTIONS_FLAG
+from selfrag_jax.commands.answer_parts import PARTIAL_FILES
 from selfrag_jax.commands.asking_critic import AXES, CRITIC, evaluate_critic
-from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
 from selfrag_jax.commands.judging import JUDGING_FLAGS, open_judge, open_verifier
 from selfrag_jax.commands.model_flags import (
     LOADING_FLAGS,
@@ -53,7 +54,14 @@ CRITIC_EXAMPLE = "selfrag evaluate --task=critic --critic=W/critic --data=critic
 TASK_SEARCH_FLAGS = tuple(f for f in SEARCH_FLAGS if f.name != "seed")
 ANSWERING = tuple(
     f.name
-    for f in (INSTRUCTIONS_FLAG, *SYSTEM_FLAGS, *MODEL_FLAGS, *TASK_SEARCH_FLAGS, *LOADING_FLAGS)
+    for f in (
+        INSTRUCTIONS_FLAG,
+        *SYSTEM_FLAGS,
+        *MODEL_FLAGS,
+        *TASK_SEARCH_FLAGS,
+        *LOADING_FLAGS,
+        DISTRIBUTED,
+    )
 )
 
 
@@ -283,10 +291,12 @@ COMMAND = Command(
             f"data, as {SCORES}: metrics.json, predictions.jsonl, plots (.svg)",
             writes=True,
             default_beside=("input", "predictions", "data"),
+            each_sends=PARTIAL_FILES,
         ),
         *MODEL_FLAGS,
         *TASK_SEARCH_FLAGS,
         *LOADING_FLAGS,
+        DISTRIBUTED,
         config_flag(
             None,
             "; with a task, how it is answered, but for the search, which the task sets; "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag, config_flag, config_section
+from selfrag_jax.commands import label_chunks
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, config_section
 from selfrag_jax.commands.embed import parse_shard
+from selfrag_jax.commands.label_chunks import Chunks
 from selfrag_jax.commands.model_flags import config_for
 from selfrag_jax.commands.plain_data import KINDS, baseline_data
 from selfrag_jax.commands.retrieve_labels import (
@@ -24,25 +24,21 @@ from selfrag_jax.commands.retrieve_labels import (
 )
 from selfrag_jax.data.instructions import (
     checked_instructions,
-    instruction_of,
-    instruction_rows,
     require_passages,
 )
 from selfrag_jax.errors import StageFailed, UserError
-from selfrag_jax.files import read_json, read_object, write_json
+from selfrag_jax.files import read_json, write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.progress import progress
 from selfrag_jax.records import (
     GeneratorExample,
     Instruction,
-    generator_example_from,
-    read_rows,
     write_jsonl,
 )
 
 if TYPE_CHECKING:
     from selfrag_jax.critic.labelling import FindPassages, LabelConfig, QueryJudge
 
-_WAIT = 2.0  # seconds between two looks for the chunks of other processes
 _MERGING = "merging the chunks"
 
 
@@ -55,14 +51,14 @@ def label_file(
     k: int | None = None,
     needs: Mapping[str, str] | None = None,
     shard: tuple[int, int] = (0, 1),
-    wait: bool = False,
 ) -> int:
     """Labels all rows of `input_path` and writes generator data in the published format.
 
     index: where to find k passages for every segment that retrieves; without it, the rows' ctxs
     serve. needs: [Retrieval] or [No Retrieval] by row id, instead of the critic's decision about
     the instruction. shard: (i, n): labels every n-th chunk only; whichever of n such runs finds all
-    chunks there merges them. wait: for the chunks of other shards.
+    chunks there merges them. Of the processes of a job (`--distributed`), each labels its share of
+    the chunks that are missing, and process 0 merges.
 
     Rows that cannot be labelled go to OUT.failed.jsonl with the reason. OUT.stats.json and
     OUT.stats.svg say what the data consists of. Judgements are kept beside `out`, so no later run
@@ -82,41 +78,74 @@ def label_file(
     all_parts = out.with_name(out.name + ".parts")
     # A file without a manifest is moved aside, but not from another shard that is writing both.
     merging = artifacts.exclusive_workdir(all_parts, _MERGING)
-    with merging if all_parts.is_dir() else nullcontext():
-        finished = artifacts.is_finished(out, "label", made, inputs, _beside(out))
-    if finished:
+
+    def is_finished() -> bool:
+        with merging if all_parts.is_dir() else nullcontext():
+            return artifacts.is_finished(out, "label", made, inputs, _beside(out))
+
+    group, identity = current(), artifacts.identity("label", made, inputs)
+    group.require_same("other files", identity, "copy the critic, the input and the index to all")
+    if group.from_main("labels are there", is_finished):
         artifacts.remove_parts(all_parts)
         return 0
     num_rows = _check_rows(input_path, has_index=index is not None)
     # Named by critic, config and input: chunks of another run are never continued.
-    chunks = _Chunks(
-        all_parts / artifacts.identity("label", made, inputs), Path(input_path), config, num_rows
-    )
-    mine = [c for c in range(chunks.number) if c % shard[1] == shard[0]]
-    # Else two runs of one shard would judge everything twice.
-    with artifacts.exclusive_workdir(chunks.folder / f"shard-{shard[0]}-of-{shard[1]}"):
-        left = [c for c in mine if not chunks.file(c).is_file()]
-        if left and not artifacts.manifest_path(out).is_file():
-            _label_chunks(chunks, mine, left, critic_path, (index, k), needs, shard, out)
-    while not artifacts.manifest_path(out).is_file() and (missing := chunks.missing()):
-        if not wait and not artifacts.manifest_path(out).is_file():
+    chunks = Chunks(all_parts / identity, Path(input_path), config, num_rows)
+
+    def label(mine: list[int], left: list[int], shard: tuple[int, int]) -> None:
+        _label_chunks(chunks, mine, left, critic_path, (index, k), needs, shard, out)
+
+    n = 0
+    if group.count > 1:
+        share = group.index, group.count
+        with artifacts.exclusive_workdir(chunks.folder / "shard-{}-of-{}".format(*share)):
+            left = label_chunks.share_of(chunks, group)
+            if left:
+                label(left, left, share)
+            label_chunks.send_to_main(chunks, group)
+        if group.is_main:
+            n = _finish(chunks, out, made, inputs)
+        group.barrier("labels are written")
+    else:
+        _label_shard(chunks, shard, out, label)
+        if not artifacts.manifest_path(out).is_file() and (missing := chunks.missing()):
             print(
                 f"{out}: shard {shard[0]}/{shard[1]} is finished; {len(missing)} of "
                 f"{chunks.number} chunks are missing, from other shards"
             )
             return 0
-        time.sleep(_WAIT)
-    n = 0
-    with artifacts.exclusive_workdir(all_parts, _MERGING):
-        if not artifacts.manifest_path(out).is_file():
-            counts = _merge(chunks, out)
-            artifacts.write_manifest(out, "label", made, inputs, counts)
-            n = counts["examples"]
+        with artifacts.exclusive_workdir(all_parts, _MERGING):
+            if not artifacts.manifest_path(out).is_file():
+                n = _finish(chunks, out, made, inputs)
     artifacts.remove_parts(all_parts)
     return n
 
 
-# ---- rows and chunks -----------------------------------------------------------------------------
+def _label_shard(
+    chunks: Chunks,
+    shard: tuple[int, int],
+    out: Path,
+    label: Callable[[list[int], list[int], tuple[int, int]], None],
+) -> None:
+    """Labels the missing chunks of one shard, every n-th of all."""
+    mine = [c for c in range(chunks.number) if c % shard[1] == shard[0]]
+    # Else two runs of one shard would judge everything twice.
+    with artifacts.exclusive_workdir(chunks.folder / f"shard-{shard[0]}-of-{shard[1]}"):
+        left = [c for c in mine if not chunks.file(c).is_file()]
+        if left and not artifacts.manifest_path(out).is_file():
+            label(mine, left, shard)
+
+
+def _finish(
+    chunks: Chunks, out: Path, made: dict[str, Any], inputs: Mapping[str, str | Path]
+) -> int:
+    """Writes all files, and the manifest last; returns the number of examples."""
+    counts = _merge(chunks, out)
+    artifacts.write_manifest(out, "label", made, inputs, counts)
+    return counts["examples"]
+
+
+# ---- rows ---------------------------------------------------------------------------------------
 def _check_rows(path: str | Path, has_index: bool) -> int:
     """Reads the rows once, before any work, and returns their number."""
     num_rows, has_passages = 0, has_index
@@ -127,56 +156,8 @@ def _check_rows(path: str | Path, has_index: bool) -> int:
     return num_rows
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """The rows of the input, a fixed number at a time, and the file of each such chunk.
-
-    A chunk's record is written before its file of examples, which marks it as finished.
-    """
-
-    folder: Path
-    input: Path
-    config: LabelConfig
-    num_rows: int
-
-    @property
-    def number(self) -> int:
-        return -(-self.num_rows // self.config.chunk)
-
-    def size(self, c: int) -> int:
-        return min(self.config.chunk, self.num_rows - c * self.config.chunk)
-
-    def file(self, c: int) -> Path:
-        return self.folder / f"{c * self.config.chunk:08d}.jsonl"
-
-    def record(self, c: int) -> Path:
-        return self.file(c).with_suffix(".json")
-
-    def missing(self) -> list[int]:
-        return [c for c in range(self.number) if not self.file(c).is_file()]
-
-    def read(self, wanted: Sequence[int]) -> Iterator[tuple[int, dict[str, Instruction]]]:
-        """Yields (number, rows by their place in the file) of the chunks `wanted`, in order."""
-        left, rows = set(wanted), {}
-        for i, (where, row) in enumerate(instruction_rows(self.input, announce=False)):
-            c = i // self.config.chunk
-            if c in left:
-                rows[where] = instruction_of(where, row)
-                if len(rows) == self.size(c):
-                    yield c, rows
-                    rows = {}
-
-    def examples(self) -> Iterator[GeneratorExample]:
-        for c in range(self.number):
-            yield from (generator_example_from(*row) for row in read_rows(self.file(c)))
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        for c in range(self.number):
-            yield read_object(self.record(c), ("failed", "evidence_cut", "nothing_found"))
-
-
 def _label_chunks(
-    chunks: _Chunks,
+    chunks: Chunks,
     mine: list[int],
     left: list[int],
     critic_path: str | Path,
@@ -261,7 +242,7 @@ def failed_path(out: str | Path) -> Path:
     return Path(out).with_name(Path(out).name + ".failed.jsonl")
 
 
-def _merge(chunks: _Chunks, out: Path) -> dict[str, int]:
+def _merge(chunks: Chunks, out: Path) -> dict[str, int]:
     """Writes all files but the manifest, the examples last. Returns what the manifest counts."""
     from selfrag_jax.critic.label_statistics import LabelStatistics, write_plot
 
@@ -308,13 +289,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     if not values["critic"]:
         raise UserError(f"missing --critic; for example: {EXAMPLE}")
     shard = parse_shard(values["shard"])
-    if values["distributed"]:
-        import jax
-
-        from selfrag_jax.training.distributed import join_processes
-
-        join_processes(values["distributed"])
-        shard = (jax.process_index(), jax.process_count())
+    if shard != (0, 1) and values["distributed"]:
+        raise UserError("--shard: goes without --distributed, which shares the work itself")
     if values["config"] is None:
         artifacts.require_finished(values["critic"], "train", "critic")
         values = values | {"config": config_for(values["critic"], "critic_7b")}
@@ -324,6 +300,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     artifacts.require_finished(values["critic"], "train", "critic")
     # Before what takes long: `self` asks a model about all rows.
     artifacts.check_output(out, "label", {"input": values["input"]}, _beside(Path(out)))
+    # One process decides: they may see no disk of each other's, and `self` asks a model.
+    needs = current().from_main("needs", lambda: retrieve_needs(values, config))
     label_file(
         values["critic"],
         values["input"],
@@ -331,10 +309,11 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         out,
         values["index"],
         values["k"],
-        retrieve_needs(values, config),
+        needs,
         shard,
-        wait=bool(values["distributed"]),  # a process that ends early would end the others
     )
+    if not current().is_main:
+        return
     if artifacts.manifest_path(out).is_file() and statistics_path(out).is_file():
         print(table(read_json(statistics_path(out))))
         print(out)
@@ -390,10 +369,7 @@ COMMAND = Command(
             folders_beside=("judgements",),
         ),
         Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
-        Flag(
-            "distributed",
-            "as --shard, for the processes of one job: auto, or HOST:PORT,PROCESSES,INDEX",
-        ),
+        DISTRIBUTED,
         config_flag(
             None,
             " (default: tiny for critics of the synthetic world, else critic_7b)",

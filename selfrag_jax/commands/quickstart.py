@@ -8,17 +8,18 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.commands.collect import collect_critiques
-from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
 from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.label import label_file
@@ -31,13 +32,19 @@ from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.evaluation.systems import BY_NAME, EACH_PASSAGE, System
 from selfrag_jax.files import read_json, write_json
-from selfrag_jax.progress import progress
-from selfrag_jax.records import instruction_from, read_records, read_rows, write_jsonl
+from selfrag_jax.processes.group import current
+from selfrag_jax.progress import Progress, progress
+from selfrag_jax.records import Question, instruction_from, read_records, read_rows, write_jsonl
 from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.retrieval.plan import IndexConfig
 from selfrag_jax.world import questions, truth
 
+if TYPE_CHECKING:
+    from selfrag_jax.evaluation.answerers import Answerers
+    from selfrag_jax.evaluation.systems import System
+
 Row = dict[str, Any]
+TEACHER = "world/teacher.jsonl"
 ABLATION_TASKS = ("long_tail", "well_known")
 LONG_FORM = ("two_part", "biography")  # several segments; other tasks take one, as in the paper
 
@@ -85,24 +92,21 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     w, started = Path(workdir), time.monotonic()
 
     _announce("1/9  world: a fictional encyclopedia, questions about it, a teacher that knows it")
-    make_world(c, w / "world")
+    in_main("world", lambda: make_world(c, w / "world"))
 
     _announce("2/9  retriever: embed the passages, index them, retrieve for the instructions")
     encoder = configs.build(EncoderConfig, c.encoder, "encoder")
     embed_corpus(w / "world" / "passages.tsv", encoder, w / "embeddings")
-    build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
+    in_main("index", lambda: index_and_retrieve(c, w))
     instructions = w / "retrieved" / "instructions.jsonl"
-    retrieve_file(w / "index", w / "world" / "instructions.jsonl", instructions, c.retrieve_k)
-    for task in (*questions.TASKS, "critic"):
-        file = f"eval/{task}.jsonl"
-        retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
 
     _announce("3/9  collect: the teacher's critiques")
-    collecting = configs.build(CollectConfig, c.collect, "collect")
-    collect_critiques(instructions, w / "world/teacher.jsonl", collecting, w / "critic_data.jsonl")
+    collecting, teacher = configs.build(CollectConfig, c.collect, "collect"), w / TEACHER
+    data = w / "critic_data.jsonl"
+    in_main("critiques", lambda: collect_critiques(instructions, teacher, collecting, data))
 
     _announce("4/9  critic: learns to criticise like the teacher")
-    train_model(c, "critic", w / "critic_data.jsonl", w / "critic", "critic")
+    train_model(c, "critic", data, w / "critic", "critic")
 
     _announce("5/9  label: the critic labels the generator's training data")
     labelling = configs.build(LabelConfig, c.label, "label")
@@ -113,11 +117,16 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
 
     _announce("7/9  baselines: the same data without reflection tokens, the same base and steps")
     for name in ("rag", "closed"):
-        baseline_data(instructions, name, c.seed, w / f"{name}_data.jsonl")
+        made = partial(baseline_data, instructions, name, c.seed, w / f"{name}_data.jsonl")
+        in_main(name, made)
         train_model(c, "generator", w / f"{name}_data.jsonl", w / name, name)
 
     _announce("8/9  evaluate: every system on every task")
-    rows = evaluate_systems(c, w) + evaluate_critic(c, w)
+    rows = evaluate_systems(c, w)
+    if not current().is_main:
+        current().barrier("report")
+        return []
+    rows += evaluate_critic(c, w)
 
     _announce("9/9  report")
     write_json(w / "report" / "results.json", {"rows": rows})
@@ -133,17 +142,35 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")
     inputs, counts = {"predictions": w / "predictions"}, {"rows": len(rows)}
     artifacts.write_manifest(w / "report", "report", c.report.to_dict(), inputs, counts)
+    current().barrier("report")
     return rows
 
 
+def in_main(what: str, make: Callable[[], object]) -> None:
+    """Makes an artifact; of several processes, process 0 does and the others wait."""
+    if current().is_main:
+        make()
+    current().barrier(what)
+
+
+def index_and_retrieve(c: ConfigDict, w: Path) -> None:
+    """The index, and the passages of all instructions and questions."""
+    build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
+    files = ["instructions.jsonl", *(f"eval/{task}.jsonl" for task in (*questions.TASKS, "critic"))]
+    for file in files:
+        retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
+
+
 def _announce(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if current().is_main:
+        print(text, file=sys.stderr, flush=True)
 
 
 def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
     """Metrics of every system on every task.
 
-    Predictions are kept as files, so that an interrupted evaluation continues.
+    Predictions are kept as files, so that an interrupted evaluation continues. Of several
+    processes, each answers every n-th file, and process 0 alone scores them.
     """
     from selfrag_jax.answering.config import AnswerConfig
     from selfrag_jax.answering.plain import PlainConfig
@@ -157,36 +184,52 @@ def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
     )
     files = {t: w / "retrieved" / "eval" / f"{t}.jsonl" for t in questions.TASKS}
     tasks = {t: read_questions(file, t) for t, file in files.items()}
+    group, pairs = current(), [(run, task) for run in systems() for task in run.tasks]
+    mine = pairs[group.index :: group.count]
+    with progress("evaluate", sum(len(tasks[t]) for _, t in mine), "answers") as bar:
+        for run, task in mine:
+            answer_task(c, w, answerers, run, (task, files[task], tasks[task]), bar)
+    group.barrier("predictions")
+    if not group.is_main:
+        return []
     rows: list[Row] = []
-    total = sum(len(tasks[t]) for s in systems() for t in s.tasks)
-    with progress("evaluate", total, "answers") as bar:
-        for run in systems():
-            system = run.system
-            for task in run.tasks:
-                out = w / "predictions" / system.name / f"{task}.jsonl"
-                made: dict[str, Any] = {
-                    "system": system.name,
-                    "changes": dict(system.changes),
-                    "passages": system.passages or 0,
-                }
-                section = "answer" if system.is_search else "plain"
-                made[section] = c[section].to_dict()
-                inputs = {"model": w / run.folder, "questions": files[task]}
-                if artifacts.is_finished(out, "answer", made, inputs):
-                    bar.skip(len(tasks[task]))
-                else:
-                    one_step = {} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1}
-                    predictions = answerers.answer(
-                        system, run.folder, tasks[task], one_step, bar.advance
-                    )
-                    n = write_jsonl(out, predictions)
-                    artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
-                predictions = [row for _, row in read_rows(out)]
-                values = scores.score(
-                    tasks[task], predictions, truth.fully_supports, truth.stated_facts
-                )
-                rows += scores.result_rows(system.name, task, values, c.report.seed)
+    for run, task in pairs:
+        predictions = [row for _, row in read_rows(predictions_file(w, run.system.name, task))]
+        values = scores.score(tasks[task], predictions, truth.fully_supports, truth.stated_facts)
+        rows += scores.result_rows(run.system.name, task, values, c.report.seed)
     return rows
+
+
+def predictions_file(w: Path, system: str, task: str) -> Path:
+    return w / "predictions" / system / f"{task}.jsonl"
+
+
+def answer_task(
+    c: ConfigDict,
+    w: Path,
+    answerers: Answerers,
+    run: WorldRun,
+    asked: tuple[str, Path, list[Question]],
+    bar: Progress,
+) -> None:
+    """Writes a system's answers to a task, if they are not there. asked: task, file, questions."""
+    task, file, rows = asked
+    system, out = run.system, predictions_file(w, run.system.name, task)
+    made: dict[str, Any] = {
+        "system": system.name,
+        "changes": dict(system.changes),
+        "passages": system.passages or 0,
+    }
+    section = "answer" if system.is_search else "plain"
+    made[section] = c[section].to_dict()
+    inputs = {"model": w / run.folder, "questions": file}
+    if artifacts.is_finished(out, "answer", made, inputs):
+        bar.skip(len(rows))
+        return
+    one_step = {} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1}
+    predictions = answerers.answer(system, run.folder, rows, one_step, bar.advance)
+    n = write_jsonl(out, predictions)
+    artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
 
 
 def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
@@ -202,7 +245,7 @@ def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
     from selfrag_jax.evaluation.critic_scores import BINS
 
     config = configs.build(CollectConfig, c.collect, "collect")
-    teacher = RuleTeacher(truth.read_truth(w / "world" / "teacher.jsonl"), 0.0, config.seed)
+    teacher = RuleTeacher(truth.read_truth(w / TEACHER), 0.0, config.seed)
     asked, kinds = [], []
     for row in read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from):
         for q in critique_queries(row, config, random.Random(f"critic-{row.id}")):
@@ -264,7 +307,7 @@ def paired_differences(workdirs: Sequence[Path], seed: int) -> list[Row]:
 def _accuracies(w: Path, system: str, task: str, asked) -> list[float]:
     from selfrag_jax.evaluation import scores
 
-    rows = [row for _, row in read_rows(w / "predictions" / system / f"{task}.jsonl")]
+    rows = [row for _, row in read_rows(predictions_file(w, system, task))]
     return scores.score(asked, rows, judge=None, facts_of=None)["accuracy"]
 
 
@@ -280,7 +323,7 @@ def shown_answers(w: Path) -> list[Row]:
     for system in SHOWN_SYSTEMS:
         for task in questions.TASKS:
             asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
-            answers = [row for _, row in read_rows(w / f"predictions/{system}/{task}.jsonl")]
+            answers = [row for _, row in read_rows(predictions_file(w, system, task))]
             scored = {row["id"]: row for row in scores.score_questions(asked, answers)}
             for row in answers:
                 one = scored[str(row["id"])]
@@ -310,6 +353,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
     w = values["workdir"]
     rows = run_quickstart(configs.reseed(load_config(values), values["seed"]), w)
+    if not current().is_main:
+        return
     print(tables.markdown(rows))
     print(f"Results: {w}/report/results.json and {w}/report/index.html")
     print(f'Ask: selfrag ask --workdir={w} "{sample_question(Path(w))}"')
@@ -324,8 +369,10 @@ COMMAND = Command(
             required=True,
             writes=True,
         ),
+        DISTRIBUTED,
         Flag("seed", "added to every seed: another world, another training", 0, type=int),
         config_flag(),
     ),
     run=run,
+    saves_on_sigterm=True,
 )

@@ -2,6 +2,9 @@
 
 A flag says how: `writes` for outputs; `in_place` for what is read and written through the address
 itself, training workdirs and models; all others are inputs, fetched before the command begins.
+
+Of the processes of a job each fetches, and process 0 alone sends; the others send what `each_sends`
+says.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 from selfrag_jax.artifacts import exclusive_workdir
 from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import UserError
+from selfrag_jax.processes.group import current
 from selfrag_jax.storage.copies import with_addresses
 from selfrag_jax.storage.mirror import Mirror, pushed_regularly
 from selfrag_jax.storage.paths import check_address, is_remote
@@ -45,6 +49,8 @@ def local_copies(
             raise UserError(
                 f"missing --{f.name}: --{beside[0]} is in a bucket; say where the results go"
             )
+    if writes := [name for name in remote if flags[name].writes]:
+        _refuse_shards(values, writes[0])
     outputs: list[Mirror] = []
 
     def fetched(address: str) -> str:
@@ -53,7 +59,8 @@ def local_copies(
     def opened(name: str, address: str) -> str:
         if not is_remote(address):
             return address
-        mirror = Mirror(address, beside=flags[name].folders_beside)
+        sends = "*" if current().is_main else flags[name].each_sends
+        mirror = Mirror(address, sends, flags[name].folders_beside)
         mirror.check_writable()
         outputs.append(mirror)
         return str(mirror.pull(must_exist=False))
@@ -80,6 +87,18 @@ def local_copies(
         except OSError as e:
             # What could not be sent lies in its copy, whose path is meant.
             raise OSError(str(e) if "is kept in" in str(e) else with_addresses(str(e))) from e
+
+
+def _refuse_shards(values: dict[str, Any], name: str) -> None:
+    if values.get("shard") not in (None, "0/1"):
+        raise UserError(
+            f"--shard={values['shard']}: is for machines that share a disk, and --{name} is in a "
+            "bucket; give --distributed instead"
+        )
+    if values.get("distributed") and "seed" in values and name == "workdir":
+        raise UserError(
+            "--distributed: the quickstart's --workdir must lie on a disk that all hosts share"
+        )
 
 
 def _has_address(value: Any) -> bool:

@@ -32,6 +32,7 @@ from selfrag_jax.evaluation.system_tables import SystemResult
 from selfrag_jax.evaluation.systems import FULL, System
 from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.files import atomic_write, write_json, write_text
+from selfrag_jax.processes.group import current
 from selfrag_jax.records import Question, read_rows
 from selfrag_jax.search.config import ALWAYS, NEVER
 
@@ -62,7 +63,7 @@ def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
         raise UserError("--systems: none of these systems can be run as asked; see above")
     outcome = _Outcome()
     _run_all(runs, how, outcome, read, stop_at_errors=len(runs) == 1)
-    if len(runs) == 1 and not outcome.failed:
+    if outcome.results and len(runs) == 1 and not outcome.failed:
         print(f"{reproduction.table_text(outcome.results[0].metrics)}\n{runs[0].folder}")
     if outcome.results and [s.name for s in asked] != [FULL]:
         _write_systems(outcome, asked, values, out, how.seed)
@@ -72,7 +73,8 @@ def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
 def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
     """Evaluates every task whose file is in --data, and prints our figures beside the paper's.
 
-    Goes on where a task fails. Raises StageFailed at the end if one did.
+    Goes on where a task fails, and raises StageFailed at the end if one did. Several processes stop
+    there: the others may have gone on with this task.
     """
     if not values["data"]:
         raise UserError("missing --data, the folder of the tasks' files")
@@ -180,7 +182,10 @@ def _run_all(
     read: _Questions,
     stop_at_errors: bool,
 ) -> None:
-    """Runs all, those of one model together; adds results, in the order of `runs`, and failures."""
+    """Runs all, those of one model together; adds results, in the order of `runs`, and failures.
+
+    Of several processes, process 0 alone has results.
+    """
     by_model: dict[Path, dict[str, list[SystemRun]]] = {}
     for run in runs:
         by_model.setdefault(run.model, {}).setdefault(run.where.task.spec, []).append(run)
@@ -195,10 +200,12 @@ def _run_all(
                 try:
                     rows = run_system(run, questions, models, how)
                 except (UserError, StageFailed) as e:
-                    if stop_at_errors:
+                    if stop_at_errors or current().count > 1:  # the others would wait for ever
                         raise
                     outcome.failed.append(f"{name or run.where.task.name}: {e}")
                     print(outcome.failed[-1], file=sys.stderr)
+                    continue
+                if not current().is_main:
                     continue
                 scored = [row for _, row in read_rows(run.folder / SCORES)]
                 found[run.folder] = SystemResult(run.where.task, run.system, rows, scored)

@@ -23,6 +23,7 @@ from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
 from selfrag_jax.evaluation.systems import FULL, MODEL, NDOCS, PLAIN, System
 from selfrag_jax.evaluation.tasks import Task
 from selfrag_jax.files import link_or_copy, read_json, read_object, write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.records import Question, read_rows, write_jsonl
 from selfrag_jax.search.config import NEVER
 from selfrag_jax.text import plain_prompts
@@ -197,25 +198,33 @@ class Models:
     def answers(self, run: SystemRun, questions: Sequence[Question]) -> list[Row]:
         """The rows of the run's answers to the questions of its file, made if they are missing.
 
+        Of several processes all answer, and process 0 alone gets the rows.
+
         Two systems with the same settings (always retrieving, where the task does) are answered
         once.
         """
         file = run.folder / ANSWERS
         identity, inputs = run.identity(), {"input": run.where.input, **run.sources}
         key = artifacts.identity("answer", identity, inputs)
-        is_done = artifacts.is_finished(file, "answer", identity, inputs)
-        if not is_done and key in self._answered:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(self._answered[key], file)
-            counts = read_json(artifacts.manifest_path(self._answered[key]))["counts"]
-            artifacts.write_manifest(file, "answer", identity, inputs, counts)
-            is_done = True
-        if not is_done or any(row["error"] for _, row in read_rows(file)):
+
+        def is_done() -> bool:
+            if not artifacts.is_finished(file, "answer", identity, inputs):
+                if key not in self._answered:
+                    return False
+                file.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(self._answered[key], file)
+                counts = read_json(artifacts.manifest_path(self._answered[key]))["counts"]
+                artifacts.write_manifest(file, "answer", identity, inputs, counts)
+            return not any(row["error"] for _, row in read_rows(file))
+
+        if not current().from_main("answers are there", is_done):
             answerer = self._answerer(run)
             task = run.where.task
             answer_file(
                 answerer, run.where.input, file, task.name, run.changes, task, list(questions)
             )
+        if not current().is_main:
+            return []
         rows = [row for _, row in read_rows(file)]
         if not any(row["error"] for row in rows):
             self._answered[key] = file
@@ -257,10 +266,14 @@ def run_system(
 ) -> list[Row]:
     """Answers and scores; returns the rows of the folder's metrics.json.
 
+    Of several processes all answer; process 0 alone scores and writes, and has rows.
+
     Raises StageFailed if no question could be answered.
     """
     out, task, name = run.folder, run.where.task, run.system.name
     answers = models.answers(run, questions)
+    if not current().is_main:
+        return []
     failed = _num_failed(run, answers)
     if isinstance(how.facts_of, FactVerifier) and (
         notice := how.facts_of.notice(pair(questions, answers))

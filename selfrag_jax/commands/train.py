@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
-from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.profiling import check_steps
 from selfrag_jax.records import read_rows
 from selfrag_jax.storage.paths import as_path
@@ -61,30 +62,14 @@ def train_model(
     from selfrag_jax.data.critic_examples import CriticSource
     from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.data.published_files import Faults
-    from selfrag_jax.training.starting_model import base_folder, new_row_words, starting_model
+    from selfrag_jax.training.starting_model import starting_model
     from selfrag_jax.training.train import train
 
     # 1. The config.
     section, weights = _checked_section(c, role), _group_weights(c, role)
-    from_scratch = c.base == "scratch"
 
     # 2. What identifies this training. Finished already?
-    made: dict[str, Any] = {
-        "role": role,
-        "train": {
-            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
-        },
-        "weights": weights,
-        "brief": c.label.critic.brief,
-    }
-    if released:
-        made["format"] = "released"
-    inputs = {"data": data}
-    if from_scratch:
-        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
-    else:
-        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": c.tokenizer}
-        inputs["base"] = base_folder(c)
+    made, inputs = _identity(c, role, section, data, released)
     if artifacts.is_finished(workdir, "train", made, inputs):
         return
 
@@ -105,6 +90,12 @@ def train_model(
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     is_main_process = jax.process_index() == 0
+    # A host may hold its own copy of the data.
+    current().require_same(
+        "data or base",
+        artifacts.identity("train", made, inputs),
+        "copy the same files to all hosts",
+    )
     if is_main_process:
         _warn_of_tensor_over_hosts(role, mesh)
 
@@ -123,6 +114,32 @@ def train_model(
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
+    current().barrier("trained")
+
+
+def _identity(
+    c: ConfigDict, role: str, section: TrainConfig, data: str | Path, released: bool
+) -> tuple[dict[str, Any], dict[str, str | Path]]:
+    """What identifies a training: its settings and its inputs."""
+    from selfrag_jax.training.starting_model import base_folder, new_row_words
+
+    made: dict[str, Any] = {
+        "role": role,
+        "train": {
+            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
+        },
+        "weights": _group_weights(c, role),
+        "brief": c.label.critic.brief,
+    }
+    if released:
+        made["format"] = "released"
+    inputs: dict[str, str | Path] = {"data": data}
+    if c.base == "scratch":
+        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
+    else:
+        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": c.tokenizer}
+        inputs["base"] = base_folder(c)
+    return made, inputs
 
 
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
@@ -194,16 +211,13 @@ def _warn_of_plain_outputs(role: str, data: str) -> None:
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
-    if values["distributed"]:
-        from selfrag_jax.training.distributed import join_processes
-
-        join_processes(values["distributed"])
     released = is_released(values["format"])
     role, data, workdir = values["role"], values["data"], values["workdir"]
     profile = check_steps(values["profile"])
     _warn_of_plain_outputs(role, data)
     train_model(load_config(values), role, data, workdir, role, released, profile)
-    print(values["workdir"])
+    if current().is_main:
+        print(values["workdir"])
 
 
 COMMAND = Command(
@@ -229,13 +243,10 @@ COMMAND = Command(
             required=True,
             in_place=True,
         ),
-        Flag(
-            "distributed",
-            "auto (TPU slice, Slurm, MPI) or HOST:PORT,PROCESSES,INDEX; run the same command "
-            "on every host",
-        ),
+        DISTRIBUTED,
         PROFILE_FLAG,
         config_flag(),
     ),
     run=run,
+    saves_on_sigterm=True,
 )

@@ -18,6 +18,10 @@ _TOKEN_LOOP = 'op_name="jit(decode)/while"'
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
 _COLLECTIVE = re.compile(rf"= (?P<shapes>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
+_DCN_TRANSFER = re.compile(
+    r"= \((?P<shape>\w+\[[\d,]*\]).* send\(.*is_host_transfer=true"
+    r'.*_xla_megascale_transfer_type="(?P<kind>\w+)"'
+)
 _CALLEE = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
 )
@@ -52,6 +56,28 @@ def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
         asynchronous = f"{kind}-start" in line
         counts[kind] += executions
         sent[kind] += executions * _bytes_sent(kind, match["shapes"], group_size, asynchronous)
+    return {kind: (round(counts[kind]), round(sent[kind])) for kind in counts}
+
+
+def count_dcn_transfers(hlo: str) -> dict[str, tuple[int, int]]:
+    """Returns by kind a chip's exchanges with other slices: how many, and the bytes that it sends.
+
+    The TPU compiler takes such a collective apart: one within the slice, which `count_collectives`
+    counts, and a transfer by the host's network (DCN), which carries the kind as an attribute. The
+    bytes are those that a chip hands to its host; what then goes over the network depends on how
+    the runtime reduces them.
+    """
+    computations, entry = _parse_computations(hlo)
+    _count_executions(computations, entry)
+    counts: dict[str, float] = defaultdict(float)
+    sent: dict[str, float] = defaultdict(float)
+    for computation in computations.values():
+        for line in computation.lines:
+            if (match := _DCN_TRANSFER.search(line)) and computation.executions:
+                kind = match["kind"].lower().replace("_", "-")
+                counts[kind] += computation.executions
+                size = _shape_sizes(match["shape"])[0]
+                sent[kind] += computation.executions * size
     return {kind: (round(counts[kind]), round(sent[kind])) for kind in counts}
 
 
@@ -201,13 +227,18 @@ def _bytes_sent(kind: str, shapes: str, group_size: int, asynchronous: bool) -> 
 
     shapes: of the results; of an operation that only starts, of its operands and then its results.
     """
-    sizes = []
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        count = math.prod(int(n) for n in dims.split(",") if n)
-        sizes.append(_DTYPE_BYTES.get(dtype, 4) * count)
+    sizes = _shape_sizes(shapes)
     if kind == "collective-permute":
         return max(sizes)
     if asynchronous and kind != "all-reduce" and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]
     factor = {"all-reduce": 2, "reduce-scatter": group_size}.get(kind, 1)
     return factor * sum(sizes) * (group_size - 1) / group_size
+
+
+def _shape_sizes(shapes: str) -> list[int]:
+    """Returns the bytes of each array in a text of shapes."""
+    return [
+        _DTYPE_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    ]

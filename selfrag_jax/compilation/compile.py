@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from selfrag_jax import config as configs
 from selfrag_jax.answering.config import AnswerConfig
 from selfrag_jax.compilation import decode, gpu, retrieval, train
-from selfrag_jax.compilation.collectives import count_collectives
+from selfrag_jax.compilation.collectives import count_collectives, count_dcn_transfers
 from selfrag_jax.compilation.topology import topology_devices
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
@@ -39,16 +39,19 @@ _ATTENTION_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__cudnn\
 _BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any]:
+def compile_program(c: ConfigDict, topology: str, program: str, slices: int = 1) -> dict[str, Any]:
     """Compiles a config's program for a topology; returns what `selfrag compile` prints as JSON.
 
     program: "train" for the trainer's step; "decode" for what answering runs: reading prompts and
     passages, generating segments; "search" for search on the devices; "embed" for the encoder of
-    passages. "fits" tells whether the memory is enough. Raises UserError for an unknown program or
-    topology, a config without the sizes that the program needs, and a missing compiler.
+    passages. slices: of this topology, for training. "fits" tells whether the memory is enough.
+    Raises UserError for an unknown program or topology, a config without the sizes that the program
+    needs, and a missing compiler.
     """
     if program not in PROGRAMS:
         raise UserError(f"--program={program}: must be one of {', '.join(PROGRAMS)}")
+    if slices != 1 and program != "train":
+        raise UserError(f"--slices={slices}: only --program=train spans slices")
     if program == "search":
         return _compile_search(c, topology)
     if program == "embed":
@@ -63,15 +66,15 @@ def compile_program(c: ConfigDict, topology: str, program: str) -> dict[str, Any
             f"this config has no architecture to compile for --program={program}; {suitable} have"
         )
     if program == "train":
-        return _compile_training(c, section, topology)
+        return _compile_training(c, section, topology, slices)
     return _compile_answering(c, section, topology)
 
 
-def _compile_training(c: ConfigDict, role: str, topology: str) -> dict[str, Any]:
+def _compile_training(c: ConfigDict, role: str, topology: str, slices: int) -> dict[str, Any]:
     # 1. What is trained, and on which devices.
     section = configs.build(TrainConfig, c[role], role)
     base = _model_config(c, section.dtype)
-    devices = topology_devices(topology)
+    devices = topology_devices(topology, slices)
     mesh, chip = section.make_mesh(devices), _chip(devices)
     section.check(base, mesh)
     if section.max_targets is not None:
@@ -82,7 +85,8 @@ def _compile_training(c: ConfigDict, role: str, topology: str) -> dict[str, Any]
 
     # 2. Compile the step.
     lowered = train.lower_training_step(section, base, mesh)
-    result = _header(c, "train", topology, mesh) | _compile(lowered, chip)
+    header = _header(c, "train", topology, mesh) | ({"slices": slices} if slices > 1 else {})
+    result = header | _compile(lowered, chip)
     if "compiler" in result:  # it ran out of memory
         return result
 
@@ -244,11 +248,16 @@ def _compile(lowered: jax.stages.Lowered, chip: roofline.Chip) -> dict[str, Any]
             "hbm": hbm,
         },
         "custom_kernels": len(_ATTENTION_KERNEL.findall(hlo)),  # forward and backward
-        "collectives": {
-            kind: {"count": count, "bytes_per_chip": bytes_sent}
-            for kind, (count, bytes_sent) in sorted(count_collectives(hlo).items())
-        },
+        "collectives": _as_rows(count_collectives(hlo)),
+        **({"dcn": _as_rows(dcn)} if (dcn := count_dcn_transfers(hlo)) else {}),
         "fits": total <= hbm,
+    }
+
+
+def _as_rows(counts: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {
+        kind: {"count": count, "bytes_per_chip": bytes_sent}
+        for kind, (count, bytes_sent) in sorted(counts.items())
     }
 
 

@@ -20,12 +20,17 @@ _LIBTPU_ENVIRONMENT = {
 }
 
 
-def topology_devices(topology: str) -> list:
+def topology_devices(topology: str, slices: int = 1) -> list:
     """Returns descriptions of the devices of a topology such as `v5e:4x4` or `h100:8`.
 
-    Raises UserError if the topology is unknown or its compiler is not installed.
+    slices: of TPUs, joined by a network. Raises UserError if the topology is unknown, or its
+    compiler is not installed.
     """
+    if slices < 1:
+        raise UserError(f"--slices={slices}: must be at least 1")
     if gpu.TOPOLOGY.fullmatch(topology):
+        if slices > 1:
+            raise UserError(f"--slices={slices}: is for TPUs; {topology} is one host")
         return gpu.topology_devices(topology)
     if not _TPU_TOPOLOGY.fullmatch(topology):
         raise UserError(
@@ -37,7 +42,7 @@ def topology_devices(topology: str) -> list:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if set(re.findall(r"\d+", topology.split(":")[1])) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.startswith("v4:"):

@@ -1,8 +1,10 @@
 """The device mesh and the placement of every array on it.
 
 Mesh axes: `data` (batch), `fsdp` (batch, and parameters over their embed axis), `tensor` (heads,
-mlp, vocabulary). One table maps parameter paths to mesh axes. Parameters carry no metadata, so the
-same code runs with and without a mesh.
+mlp, vocabulary). Over several TPU slices `data` is split first: gradients are summed over the
+network between the slices once a step, and everything else stays within a slice. One table maps
+parameter paths to mesh axes. Parameters carry no metadata, so the same code runs with and without a
+mesh.
 """
 
 from __future__ import annotations
@@ -41,35 +43,77 @@ _RULES_PER_LAYER = {name: spec[1:] for name, spec in RULES.items()}
 
 # ---- the mesh ------------------------------------------------------------------------------------
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    slices: int | None = None,
 ) -> Mesh:
-    """Returns a mesh over `data * fsdp * tensor` devices.
+    """Returns a mesh over `data * fsdp * tensor` devices of each of `slices` slices.
 
-    One of the sizes may be -1: all remaining devices. On TPUs the axes follow the links of one
-    slice. Other devices keep their order, which is that of their processes, so that `tensor` stays
-    within a host. Raises UserError if the sizes do not fit the devices.
+    One of the sizes may be -1: all remaining devices of a slice. The mesh's `data` axis has
+    `slices * data` devices, slice by slice. slices: None for those that the devices are in, on
+    TPUs; other devices count as one slice, unless told to be several.
+
+    On TPUs the axes follow the links of a slice. Other devices keep their order, which is that of
+    their processes, so that `tensor` stays within a host. Raises UserError if the sizes do not fit
+    the devices.
     """
     devices = jax.devices() if devices is None else devices
-    data, fsdp, tensor = _fill_in((data, fsdp, tensor), len(devices))
-    mesh = f"mesh ({data}, {fsdp}, {tensor})"
-    n = data * fsdp * tensor
-    if n > len(devices):
-        raise UserError(f"{mesh} needs {n} devices; there are {len(devices)}")
-    if n < len(devices) and jax.process_count() > 1:  # an unused process would hang the others
+    groups = _slices(devices, slices)
+    size = len(groups[0])
+    data, fsdp, tensor = _fill_in((data, fsdp, tensor), size)
+    mesh, n = f"mesh ({data}, {fsdp}, {tensor})", data * fsdp * tensor
+    if n > size:
+        if len(groups) > 1:
+            raise UserError(
+                f"{mesh} needs {n} devices of each slice; a slice has {size}, and of the {size} "
+                f"x {len(groups)} devices only the batch is split over slices"
+            )
+        raise UserError(f"{mesh} needs {n} devices; there are {size}")
+    # An unused process would hang the others.
+    if n < size and len({getattr(d, "process_index", 0) for d in devices}) > 1:
         raise UserError(
-            f"{mesh} uses {n} of {len(devices)} devices; several processes must use all"
+            f"{mesh} uses {n * len(groups)} of {len(devices)} devices; several processes must use "
+            "all"
         )
-    devices = devices[:n]
+    blocks = [_block(group[:n], (data, fsdp, tensor)) for group in groups]
     auto = (jax.sharding.AxisType.Auto,) * 3
-    # On GPUs each host counts as a slice, and coordinates carry no information.
-    if devices[0].platform != "tpu":
-        return Mesh(np.array(devices, object).reshape(data, fsdp, tensor), AXES, axis_types=auto)
-    if len(slices := {getattr(d, "slice_index", 0) for d in devices}) > 1:
-        raise UserError(f"{mesh} would span {len(slices)} slices; it must fit in one")
+    return Mesh(np.concatenate(blocks), AXES, axis_types=auto)
+
+
+def _slices(devices: Sequence[Any], wanted: int | None) -> list[Sequence[Any]]:
+    """Returns the devices of each slice. Raises UserError if they are not `wanted` of one size."""
+    by_index: dict[int, list[Any]] = {}
+    # On GPUs each host counts as a slice.
+    for d in devices if devices[0].platform == "tpu" else ():
+        by_index.setdefault(getattr(d, "slice_index", 0), []).append(d)
+    if by_index:
+        groups: list[Sequence[Any]] = [by_index[i] for i in sorted(by_index)]
+        if wanted not in (None, len(groups)):
+            raise UserError(f"mesh slices={wanted}: the devices are in {len(groups)} slices")
+        if len({len(group) for group in groups}) > 1:
+            sizes = ", ".join(str(len(group)) for group in groups)
+            raise UserError(f"mesh: the slices have {sizes} devices; they must be of one size")
+        return groups
+    wanted = wanted or 1
+    if wanted < 1 or len(devices) % wanted:
+        raise UserError(f"mesh slices={wanted}: does not divide the {len(devices)} devices")
+    size = len(devices) // wanted
+    return [devices[i * size : (i + 1) * size] for i in range(wanted)]
+
+
+def _block(devices: Sequence[Any], sizes: tuple[int, int, int]) -> np.ndarray:
+    """Returns the devices of one slice as an array of (data, fsdp, tensor)."""
+    mesh = f"mesh ({', '.join(map(str, sizes))})"
+    if devices[0].platform != "tpu":  # their coordinates carry no information
+        return np.array(devices, object).reshape(sizes)
     if not _is_block(devices):
-        raise UserError(f"{mesh} cannot be laid over {n} devices of this slice; use all of them")
+        raise UserError(
+            f"{mesh} cannot be laid over {len(devices)} devices of this slice; use all of them"
+        )
     try:
-        return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=auto)
+        return jax.make_mesh(sizes, AXES, devices=devices).devices
     except NotImplementedError as e:  # no way to lay these axes along the links of the slice
         raise UserError(
             f"{mesh} cannot be laid over this slice: "

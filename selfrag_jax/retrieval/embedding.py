@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ from selfrag_jax.retrieval.vectors import (
 )
 
 PASSAGES, VECTORS, ENCODER = "passages", "vectors", "encoder"
-_WAIT = 2.0  # seconds between two looks for the files of other processes
 
 
 @dataclass
@@ -93,15 +91,6 @@ class EmbeddingWork:
             layout.write(folder / VECTORS)
         return cls(folder, store, encoder, VectorLayout.read(folder / VECTORS))
 
-    def wait_for_others(self) -> None:
-        """Waits until other processes have written the missing files of vectors."""
-        announced = False
-        while missing := self.missing():
-            if not announced:
-                print(f"waits for {len(missing)} files of other processes", file=sys.stderr)
-                announced = True
-            time.sleep(_WAIT)
-
     def missing(self) -> list[int]:
         """The files of vectors that are not written yet."""
         return self.layout.missing(self.folder / VECTORS)
@@ -110,10 +99,9 @@ class EmbeddingWork:
         """What the manifest counts: passages, and rows of the corpus that were left out."""
         return self.store.counts
 
-    def embed(self, shard: tuple[int, int] = (0, 1)) -> None:
-        """Writes the missing files of vectors; shard (i, n): every n-th of all files, from i."""
-        i, n = shard
-        mine = [f for f in range(self.layout.num_files) if f % n == i]
+    def embed(self, mine: Sequence[int] | None = None) -> None:
+        """Writes those of the files of vectors that are missing; mine: of these only."""
+        mine = range(self.layout.num_files) if mine is None else mine
         missing = set(self.missing())
         files = [f for f in mine if f in missing]
 

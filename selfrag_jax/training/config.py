@@ -28,11 +28,15 @@ _POSITIVE_FIELDS = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes (see models/sharding.py). One may be -1: all remaining devices."""
+    """Sizes of the mesh axes within a slice (see models/sharding.py).
+
+    One may be -1: all remaining devices of the slice. The batch is also split over the slices.
+    """
 
     data: int
     fsdp: int
     tensor: int
+    slices: int | None = None  # None: those that TPUs are in; other devices are one
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,12 @@ class TrainConfig:
     def manifest_fields(self) -> dict[str, Any]:
         """Returns the fields as a manifest has them.
 
-        `mask` is left out at its default: trainings from before there was a choice go on.
+        `mask` and `slices` are left out at their defaults: trainings from before there was a choice
+        go on.
         """
         values = asdict(self)
+        if self.mesh.slices is None:
+            del values["mesh"]["slices"]
         if self.mask == MASKS[0]:
             del values["mask"]
         return values
@@ -125,7 +132,8 @@ class TrainConfig:
 
         Raises UserError if the devices cannot form the mesh, or the mesh does not divide the rows.
         """
-        mesh = sharding.make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.tensor, devices)
+        m = self.mesh
+        mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
         self.micro_batches(mesh)
         return mesh
 
