@@ -367,6 +367,7 @@ COMMAND = Command(
             required=True,
             writes=True,
             folders_beside=("judgements",),
+            each_sends="*.parts/*",
         ),
         Flag("shard", "i/n: every n-th chunk only, where n machines share a disk", "0/1"),
         DISTRIBUTED,
