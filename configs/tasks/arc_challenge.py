@@ -19,5 +19,6 @@ TASK = Task(
     max_new_tokens=50,
     metric="option_accuracy",
     figures={"option_accuracy": {"7b": 67.3, "13b": 73.1}},
-    files=("arc_challenge*.json*", "arc_c_*.json*"),
+    retriever="Contriever-MS MARCO",
+    files=("arc_challenge_processed.json*", "arc_challenge*.json*", "arc_c_*.json*"),
 )

@@ -53,11 +53,12 @@ class Scoring:
 # ---- what is run ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TaskFile:
-    """A task, the file of its questions, and the folder of its results."""
+    """A task, the file of its questions, the folder of its results, and files not taken."""
 
     task: Task
     input: Path
     out: Path
+    others: tuple[str, ...] = ()  # names of other files that look like the task's
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class SystemRun:
     config: AnswerConfig
     plain: PlainConfig | None  # of systems that are no search
     changes: dict[str, Any]
+    with_mauve: bool = True  # where --mauve asks for it
 
     @property
     def folder(self) -> Path:
@@ -272,7 +274,7 @@ def run_system(
     seconds, timed = answering_time(out / ANSWERS)
     if timed:
         results.append(scores.seconds_row(name, task.spec, seconds, timed))
-    if how.mauve_model:
+    if how.mauve_model and run.with_mauve:
         mauve = mauve_score.mauve_of_answers(questions, answers, how.mauve_model, how.seed)
         results.append({"system": name, "task": task.spec, **mauve})
     for row in results:

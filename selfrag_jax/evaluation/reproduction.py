@@ -104,11 +104,17 @@ def causes_markdown(reasons: Sequence[str]) -> str:
 
 # ---- causes --------------------------------------------------------------------------------------
 def causes(
-    task: Task, systems: Sequence[System], values: dict[str, Any], metrics: set[str]
+    task: Task,
+    systems: Sequence[System],
+    values: dict[str, Any],
+    metrics: set[str],
+    file: str,
+    others: Sequence[str],
 ) -> list[str]:
     """The known reasons for a gap between the paper's figures and ours, one line each.
 
-    values: of the command's flags. metrics: those that were computed.
+    values: of the command's flags. metrics: those that were computed. file: the name of the task's;
+    others: names of those that could have been taken instead.
     """
     found = []
     if task.instruction and task.script_name and not values["instructions"]:
@@ -116,8 +122,7 @@ def causes(
     is_searched = any(s.is_search for s in systems)
     if is_searched and values["scorer"] != "released" and task.variant == "paper":
         found.append("scorer: the paper's equations; the paper's figures come from its scripts'")
-    if values["index"]:
-        found.append("passages: of the index where a question has none of its own")
+    found += _causes_of_passages(task, bool(values["index"]), file, others)
     if task.metric not in metrics:
         found.append(f"metric: {task.metric} was not computed; it takes a judge or another program")
     if any(s.table3.get(task.name) for s in systems if s.name != FULL):
@@ -125,6 +130,14 @@ def causes(
     if baselines := [s for s in systems if s.model == PLAIN]:
         found += _causes_of_baselines(task, baselines, values)
     return [f"{task.spec}: {line}" for line in found]
+
+
+def _causes_of_passages(task: Task, has_index: bool, file: str, others: Sequence[str]) -> list[str]:
+    """Whose passages were read: the index's, or the file's own."""
+    ours = f"those of {file}" + (", of the index where a question has none" if has_index else "")
+    papers = f"; the paper's are from {task.retriever}" if task.retriever else ""
+    also = f"; the folder also has {', '.join(others)}" if others else ""
+    return [f"passages: {ours}{papers}{also}"] if has_index or papers or also else []
 
 
 def _causes_of_baselines(

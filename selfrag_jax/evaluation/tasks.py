@@ -55,7 +55,9 @@ class Task:
     metric: str = "accuracy"  # the main one
     # metric -> model size -> the paper's figure (Table 2), in percent
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    files: tuple[str, ...] = ()  # patterns of the published files' names
+    retriever: str = ""  # what found the passages behind the paper's figures
+    # Patterns of the published files' names, in order of preference: the paper's own file first.
+    files: tuple[str, ...] = ()
 
     @property
     def spec(self) -> str:
