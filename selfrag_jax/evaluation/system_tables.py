@@ -74,10 +74,14 @@ def _fraction(percent: float) -> float:
 
 
 def _difference(result: SystemResult, full: SystemResult, metric: str, seed: int) -> Row:
+    """{} if no question has the metric in both: facts are judged only where something was read."""
     mine, theirs = (
         [row | {"metrics": {k: v for k, v in row["metrics"].items() if k == metric}} for row in r]
         for r in (result.scores, full.scores)
     )
+    having = ({str(row["id"]) for row in rows if row["metrics"]} for rows in (mine, theirs))
+    if not set.intersection(*having):
+        return {}
     [d] = comparison.compare(mine, theirs, seed)
     ends = {"difference_low": d.low, "difference_high": d.high}
     return {"difference": d.value, **ends, "p": d.p}
