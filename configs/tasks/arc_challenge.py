@@ -5,7 +5,8 @@
 Measures `option_accuracy`. The paper: 67.3 (7B), 73.1 (13B).
 Traps: labels 1 to 4 are shown as A to D. The scripts list A to D for every question, an empty D
 for those of three, and compare with the label as it stands in the file, so that a right C counts as
-wrong where the file says 3. The passages vote; only letters count as options.
+wrong where the file says 3: so does arc_challenge:released. The passages vote; only letters count
+as options.
 """
 
 from selfrag_jax.evaluation.tasks import Task

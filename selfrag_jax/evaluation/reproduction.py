@@ -7,7 +7,7 @@ from typing import Any
 
 from selfrag_jax.evaluation import tables
 from selfrag_jax.evaluation.systems import FULL, PLAIN, System
-from selfrag_jax.evaluation.tasks import Task
+from selfrag_jax.evaluation.tasks import SHORT_FORM_METRICS, Task
 from selfrag_jax.text.plain_prompts import RELEASED
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ def published(task: Task, system: System, metric: str) -> dict[str, float]:
     """The paper's figures by model, in percent; `accuracy` is the task's main metric."""
     if system.name == FULL:
         return task.figure(metric)
-    name = task.metric if metric == "accuracy" else metric
+    name = task.figure_name(metric)
     found = {"7b": system.table2, SIZE_50K: system.table3}
     figures = {size: table.get(task.name, {}).get(name) for size, table in found.items()}
     return {size: figure for size, figure in figures.items() if figure is not None}
@@ -61,11 +61,11 @@ def comparison(results: Sequence[tuple[Task, Sequence[Row]]]) -> list[Row]:
         named = {row["metric"] for row in rows}
         for row in rows:
             metric = row["metric"]
-            if metric == "accuracy" and task.metric in named:
+            if metric == "accuracy" and task.main_metric in named:
                 continue  # the same number
             for size in SIZES:
                 paper = row.get("paper", {}).get(size)
-                if paper is None and metric not in (task.metric, "accuracy"):
+                if paper is None and metric not in (task.main_metric, "accuracy"):
                     continue
                 gap = None if paper is None else row["value"] - paper
                 one = {"task": task.spec, "metric": metric, "size": size, "paper": paper}
@@ -123,8 +123,15 @@ def causes(
     if is_searched and values["scorer"] != "released" and task.variant == "paper":
         found.append("scorer: the paper's equations; the paper's figures come from its scripts'")
     found += _causes_of_passages(task, bool(values["index"]), file, others)
-    if task.metric not in metrics:
-        found.append(f"metric: {task.metric} was not computed; it takes a judge or another program")
+    if task.main_metric not in metrics:
+        found.append(
+            f"metric: {task.main_metric} was not computed; it takes a judge or another program"
+        )
+    elif task.figures and task.main_metric in SHORT_FORM_METRICS:
+        found.append(
+            f"metric: {task.metric}; the paper's figures are the scripts' match, which "
+            f"--task={task.name}:released computes"
+        )
     if any(s.table3.get(task.name) for s in systems if s.name != FULL):
         found.append("training: Table 3's models are trained on 50k rows, published ones on 150k")
     if baselines := [s for s in systems if s.model == PLAIN]:

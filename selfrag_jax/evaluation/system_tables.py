@@ -41,7 +41,7 @@ def system_rows(results: Sequence[SystemResult], seed: int) -> list[Row]:
     rows = []
     for result in results:
         by_metric = {row["metric"]: row for row in result.metrics}
-        metric = next((m for m in (result.task.metric, "accuracy") if m in by_metric), None)
+        metric = next((m for m in (result.task.main_metric, "accuracy") if m in by_metric), None)
         if metric is None:
             continue
         kept = ("system", "task", "metric", "value", "low", "high", "n")
@@ -54,9 +54,7 @@ def system_rows(results: Sequence[SystemResult], seed: int) -> list[Row]:
 
 def _paper(result: SystemResult) -> Row:
     task, system = result.task, result.system
-    table2 = task.figure(task.metric) if system.name == FULL else None
-    if table2 is None:
-        table2 = reproduction.published(task, system, task.metric)
+    table2 = reproduction.published(task, system, task.main_metric)
     table3 = system.table3.get(task.name, {}).get(task.metric)
     found: Row = {}
     if "7b" in table2:
