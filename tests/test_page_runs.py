@@ -64,7 +64,9 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
         for t in (0.8, 0.2)
         for values in [{"accuracy": [w, t], "num_tokens": [1.0]}]
     ]
-    by_threshold, by_weight = plots_of_results.sweep_curves(points)
+    by_threshold, tokens, by_weight, _ = plots_of_results.sweep_curves(points)
+    assert tokens.y == "num tokens" and not tokens.share_y
+    assert tokens.curves[0].points == ((0.2, 1.0, 1.0, 1.0), (0.8, 1.0, 1.0, 1.0))
     assert [(c.name, [p[:2] for p in c.points]) for c in by_threshold.curves] == [
         ("accuracy", [(0.2, 0.6), (0.8, 0.9)])
     ]

@@ -141,8 +141,9 @@ def training_losses(scalars: Mapping[str, Mapping[str, Sequence[tuple[int, float
 
 
 def sweep_curves(points: Sequence[Row]) -> list[Plot]:
-    """Returns a plot for each setting of a sweep with several values: metrics against the setting.
+    """Returns plots for each setting of a sweep with several values: metrics against the setting.
 
+    Shares stand in one plot, amounts (tokens, passages) in one each.
     points: {"settings", "rows"} of each combination. The other settings have their first value.
     """
     plots = []
@@ -154,21 +155,29 @@ def sweep_curves(points: Sequence[Row]) -> list[Plot]:
             if all(p["settings"][k] == v for k, v in first.items() if k != setting)
         ]
         along.sort(key=lambda p: p["settings"][setting])
-        metrics = [m for m in metrics_of(along[0]["rows"]) if m not in AMOUNTS]
-        curves = []
-        for metric in metrics:
-            found = [
-                _point(p["settings"][setting], r)
-                for p in along
-                for r in p["rows"]
-                if r["metric"] == metric
-            ]
-            curves.append(Curve(metric.replace("_", " "), tuple(found)))
-        if len(along) > 1:
-            others = ", ".join(f"{k}={v:g}" for k, v in first.items() if k != setting)
-            note = f"With {others}." if others else ""
-            plots.append(Plot(f"Sweep of {setting}", setting, "%", tuple(curves), note=note))
+        if len(along) < 2:
+            continue
+        others = ", ".join(f"{k}={v:g}" for k, v in first.items() if k != setting)
+        note = f"With {others}." if others else ""
+        curves = {m: _along(along, setting, m) for m in metrics_of(along[0]["rows"])}
+        shares = tuple(c for m, c in curves.items() if m not in AMOUNTS)
+        plots.append(Plot(f"Sweep of {setting}", setting, "%", shares, note=note))
+        for metric in [m for m in curves if m in AMOUNTS]:
+            name, of_one = curves[metric].name, (curves[metric],)
+            title = f"Sweep of {setting}: {name}"
+            plots.append(Plot(title, setting, name, of_one, share_y=False, note=note))
     return plots
+
+
+def _along(points: Sequence[Row], setting: str, metric: str) -> Curve:
+    """A metric against a setting."""
+    found = [
+        _point(p["settings"][setting], r)
+        for p in points
+        for r in p["rows"]
+        if r["metric"] == metric
+    ]
+    return Curve(metric.replace("_", " "), tuple(found))
 
 
 def plots_of(rows: Sequence[Row], questions: Sequence[dict[str, Any]]) -> list[Plot]:
