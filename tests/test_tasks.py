@@ -15,7 +15,8 @@ from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.commands import answer, task_runs
 from selfrag_jax.config import installed_folder
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import mauve_score, reproduction, task_files, tasks
+from selfrag_jax.evaluation import mauve_score, reproduction, tables, task_files, tasks
+from selfrag_jax.evaluation.page.page import build_page
 from selfrag_jax.huggingface import weights
 from selfrag_jax.records import Question, read_rows, write_jsonl
 from selfrag_jax.search.algorithms import ALGORITHMS
@@ -351,7 +352,14 @@ def test_mauve_of_a_task_stands_beside_the_papers(model, asqa, tmp_path, capsys)
     [mauve] = [r for r in rows if r["metric"] == "mauve"]
     assert mauve["value"] == mauve_score.mauve(POINTS, POINTS, 0)[0]
     assert mauve["paper"]["7b"] == pytest.approx(0.743)
-    assert re.search(r"^mauve +\d+\.\d .* 8 +74\.3 +71\.6$", capsys.readouterr().out, re.M)
+    line = r"^mauve +\d+\.\d +[\d.]+–[\d.]+, range of 5 seeds +8 +74\.3 +71\.6$"
+    assert re.search(line, capsys.readouterr().out, re.M)
+    # In the table of all tasks and in the report, too: its ends are no 95% interval.
+    [row, _] = reproduction.comparison([(tasks.load("asqa"), [mauve])])
+    assert reproduction.comparison_lines([row], "7b")[1][-1].endswith(", range of 5 seeds")
+    assert ", range of 5 seeds) |" in tables.markdown([mauve])
+    page = build_page("T", [mauve, mauve | {"metric": "rouge_l"}], [])
+    assert page.count("title='95% interval ") == 1 and page.count("range of 5 seeds, n = 8'") == 1
 
 
 def test_mauve_of_all_tasks_is_that_of_long_answers(model, asqa, popqa, tmp_path, capsys):

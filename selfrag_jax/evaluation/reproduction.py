@@ -82,7 +82,7 @@ def comparison_lines(rows: Sequence[Row], size: str) -> list[tuple[str, ...]]:
         if r["size"] == size:
             paper = "" if r["paper"] is None else f"{100 * r['paper']:.1f}"
             gap = "" if r["difference"] is None else f"{100 * r['difference']:+.1f}"
-            interval = f"{100 * r['low']:.1f}–{100 * r['high']:.1f}"
+            interval = tables.interval_text(r, between="–")
             cells = r["task"], r["metric"], paper, f"{100 * r['value']:.1f}", gap, interval
             lines.append(cells)
     return lines
