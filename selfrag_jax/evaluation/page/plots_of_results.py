@@ -20,9 +20,20 @@ _FEWEST = 5  # answers in a bin that is drawn; fewer say nothing
 
 
 def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
-    """Returns a plot of each task with two systems or more: retrieval rate against accuracy."""
+    """Returns a plot of each task with two systems or more: retrieval rate against accuracy.
+
+    A single system has one plot, of its tasks, if they are several.
+    """
     systems, tasks, accuracy = metric_table(rows, "accuracy")
     _, _, rate = metric_table(rows, "retrieval_rate")
+    x, y = "retrieval rate (%)", "accuracy (%)"
+    both = [cell for cell in accuracy if cell in rate]
+    if len(systems) == 1 and len(both) > 1:
+        curves = tuple(
+            Curve(t.replace("_", " "), (_point(rate[s, t]["value"], accuracy[s, t]),))
+            for s, t in both
+        )
+        return [Plot("Retrieval rate and accuracy by task", x, y, curves, False, share_x=True)]
     plots = []
     for task in tasks:
         found = [s for s in systems if (s, task) in accuracy and (s, task) in rate]
@@ -34,9 +45,7 @@ def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
                 for s in found
             )
             title = f"Retrieval rate and accuracy: {task.replace('_', ' ')}"
-            plots.append(
-                Plot(title, "retrieval rate (%)", "accuracy (%)", curves, False, share_x=True)
-            )
+            plots.append(Plot(title, x, y, curves, False, share_x=True))
     return plots
 
 
