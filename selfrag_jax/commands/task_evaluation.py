@@ -1,6 +1,7 @@
 """`selfrag evaluate --task=NAME --input=FILE`: answers benchmarks, scores them, compares figures.
 
-Called by commands/evaluate.py, which has the flags. task_runs.py does one system on one task.
+Called by commands/evaluate.py, which has the flags. task_plans.py decides what is run, task_runs.py
+runs one system on one task.
 """
 
 from __future__ import annotations
@@ -14,17 +15,8 @@ from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import read_checked
-from selfrag_jax.commands.task_runs import (
-    SCORES,
-    SYSTEMS_FOLDER,
-    Models,
-    Planner,
-    Scoring,
-    SystemRun,
-    TaskFile,
-    check_folder,
-    run_system,
-)
+from selfrag_jax.commands.task_plans import SYSTEMS_FOLDER, Planner, SystemRun, TaskFile
+from selfrag_jax.commands.task_runs import SCORES, Models, Scoring, check_folder, run_system
 from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.evaluation import (
     mauve_score,
