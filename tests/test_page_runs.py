@@ -9,6 +9,7 @@ from selfrag_jax import cli
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import report, scores
 from selfrag_jax.evaluation.page import plots_of_results, runs
+from selfrag_jax.training.log import _EventFile
 
 
 def write_run(folder, changed_score=None, changed_answer=None):
@@ -64,7 +65,9 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
         for t in (0.8, 0.2)
         for values in [{"accuracy": [w, t], "num_tokens": [1.0]}]
     ]
-    by_threshold, by_weight = plots_of_results.sweep_curves(points)
+    by_threshold, tokens, by_weight, _ = plots_of_results.sweep_curves(points)
+    assert tokens.y == "num tokens" and not tokens.share_y
+    assert tokens.curves[0].points == ((0.2, 1.0, 1.0, 1.0), (0.8, 1.0, 1.0, 1.0))
     assert [(c.name, [p[:2] for p in c.points]) for c in by_threshold.curves] == [
         ("accuracy", [(0.2, 0.6), (0.8, 0.9)])
     ]
@@ -79,6 +82,48 @@ def test_the_curves_of_a_sweep_are_shown(tmp_path):
             runs.read_sweep(tmp_path)
     with pytest.raises(UserError, match="holds no finished sweep"):
         runs.read_sweep(run)
+
+
+def test_a_critics_reliability_and_trainings_losses_are_shown(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    bins = {"isrel": [{"n": 3, "confidence": 0.75, "accuracy": 0.5}], "issup": []}
+    scored = tmp_path / "scored" / "metrics.json"
+    scored.parent.mkdir()
+    scored.write_text(json.dumps({"reliability": bins}))
+    for name in ("a/generator", "b/generator", "critic"):
+        log = _EventFile(tmp_path / name / "logs")
+        log.write({"loss/text": 1.5}, 7)
+        log.close()
+    losses = ",".join(str(tmp_path / name) for name in ("a/generator", "b/generator", "critic"))
+    flags = f"--run={run}", f"--critic_scores={scored.parent}", f"--losses={losses}"
+    assert cli.main(["report", *flags]) == 0
+    text = (run / "report" / "index.html").read_text()
+    assert "Reliability of the critic" in text and "<td>75.0</td><td>50.0</td>" in text
+    assert "Training loss: critic<" in text and "<td>7</td><td>1.5</td>" in text
+    assert f"Training loss: {tmp_path / 'b/generator'}<" in text  # two of one name
+    capsys.readouterr()
+    for flag, message in (
+        (f"--losses={run}", "run: holds no losses; --losses are workdirs of `selfrag train`"),
+        (f"--critic_scores={run / 'none'}", "none: holds no evaluation of a critic; run `selfrag"),
+        (f"--critic_scores={run}", "run: holds no evaluation of a critic"),
+    ):
+        assert cli.main(["report", flags[0], flag]) == 2
+        assert message in capsys.readouterr().err
+    for damaged in ([], {"isrel": [{"n": 1}]}, {"isrel": 5}):
+        scored.write_text(json.dumps({"reliability": damaged}))
+        with pytest.raises(UserError, match=r"metrics\.json: field 'reliability' is damaged"):
+            runs.read_reliability(scored.parent)
+
+
+def test_the_retrieval_rates_of_one_system_are_those_of_its_tasks():
+    values = {"accuracy": [1.0, 0.0], "retrieval_rate": [1.0, 1.0]}
+    rows = [r for t in ("popqa", "asqa") for r in scores.result_rows("selfrag", t, values, 0)]
+    [plot] = plots_of_results.accuracy_against_retrieval(rows)
+    assert {c.name: c.points[0][:2] for c in plot.curves} == {
+        "popqa": (1.0, 0.5),
+        "asqa": (1.0, 0.5),
+    }
+    assert plots_of_results.accuracy_against_retrieval(rows[:2]) == []
 
 
 @pytest.mark.parametrize(
@@ -167,7 +212,9 @@ def test_an_unfinished_run_is_named(tmp_path):
         (("--run=a", "--workdir=b"), "give --workdir"),
         (("--run=a", "--examples=-1"), "--examples=-1: must be 0 or more"),
         (("--run=a,b",), "--out says where"),
-        (("--run=a,a", "--out=c"), "names a run twice"),
+        (("--run=a,a", "--out=c"), "names a folder twice"),
+        (("--workdir=a", "--losses=b"), "--losses goes with --run"),
+        (("--workdir=a", "--critic_scores=b"), "--critic_scores goes with --run"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, capsys):

@@ -233,7 +233,7 @@ LAYOUTS = [
             "choices": {"label": list("1234"), "text": list(FOUR)},
             "answerKey": "2",
         },
-        SUMS,
+        SUMS | {"extra": {"numbered_answer": "2"}},
     ),
     (
         "ARC and OpenBookQA as their authors publish them",

@@ -28,7 +28,8 @@ from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.engine import engine
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import tasks
+from selfrag_jax.evaluation import reproduction, systems, tasks
+from selfrag_jax.evaluation.metrics import gold_metrics
 from selfrag_jax.records import Question, write_jsonl
 from selfrag_jax.search import scoring
 from selfrag_jax.search.released import scores
@@ -303,9 +304,9 @@ def random_config(seed, is_long_form):
     )
 
 
-SCRIPT_TASKS = {  # the scripts' names -> ours; "" asks the bare question
-    False: {"": "popqa", "arc_c": "arc_challenge", "fever": "pubhealth"},
-    True: {"": "factscore_bio", "asqa": "asqa", "eli5": "eli5"},
+SCRIPT_TASKS = {  # (the scripts' name, ours); "" asks the bare question
+    False: (("", "popqa"), ("arc_c", "arc_challenge"), ("fever", "pubhealth"), ("fever", "fever")),
+    True: (("", "factscore_bio"), ("asqa", "asqa"), ("eli5", "eli5")),
 }
 INSTRUCTIONS = {name: f"{name}: what?" for name in ("arc_c", "fever", "asqa", "eli5")}
 
@@ -332,20 +333,22 @@ def random_row(rng, name, question):
     labels = list("1234"[:n] if n < 5 and rng.random() < 0.5 else "ABCDE"[:n])
     texts = [str(t) for t in rng.choice(["Quenport", "Lisford", "the ropemaker"], n)]
     choices = {"label": labels, "text": texts}
-    return {"question": question, "choices": choices, "answerKey": labels[0]}
+    return {"question": question, "choices": choices, "answerKey": labels[2]}
 
 
 def asked_by_task(rng, tmp_path, is_long_form, questions):
-    """(Question as our task asks it, the script's prompt) for each question; tasks go round."""
+    """(Question as our task asks it, the script's prompt, the row); tasks go round."""
     file, rows = tmp_path / "instructions.json", tmp_path / "rows.jsonl"
     file.write_text(json.dumps(INSTRUCTIONS))
-    names = list(SCRIPT_TASKS[is_long_form].items())
-    of_name = {n: tasks.with_instruction(tasks.load(f"{ours}:released"), file) for n, ours in names}
-    tasks_of = [names[i % len(names)][0] for i in range(len(questions))]
-    made = [random_row(rng, n, q) for n, q in zip(tasks_of, questions, strict=True)]
+    known = [
+        (name, tasks.with_instruction(tasks.load(f"{ours}:released"), file))
+        for name, ours in SCRIPT_TASKS[is_long_form]
+    ]
+    tasks_of = [known[i % len(known)] for i in range(len(questions))]
+    made = [random_row(rng, n, q) for (n, _), q in zip(tasks_of, questions, strict=True)]
     write_jsonl(rows, made)
     read = zip(tasks_of, made, read_questions(rows), strict=True)
-    return [(of_name[n].ask(q), script_prompt(n, row)) for n, row, q in read]
+    return [(task.ask(q), script_prompt(n, row), row) for (n, task), row, q in read]
 
 
 def random_questions(tokenizer, config, seed, n=5):
@@ -456,7 +459,57 @@ def test_prompts_equal_the_scripts(tmp_path, is_long_form):
     words = ["where", "## Input:\n\n", "Ω", "the ropemaker", "\n", "A:", reflection.RETRIEVAL]
     questions = [f"q{i} " + " ".join(rng.choice(words, 1 + i % 7)) for i in range(500)]
     asked = asked_by_task(rng, tmp_path, is_long_form, questions)
-    assert [q.prompt for q, _ in asked] == [prompt for _, prompt in asked]
+    assert [q.prompt for q, _, _ in asked] == [prompt for _, prompt, _ in asked]
+
+
+def script_match(row, pred):
+    """The metric of run_short_form.py, --metric=match, on a preprocessed row."""
+    if "SUPPORTS" in pred:
+        pred = "true"
+    elif "REFUTES" in pred:
+        pred = "false"
+    return int(any(gold in pred for gold in row.get("answers", [row.get("answerKey")])))
+
+
+def test_the_released_variants_score_short_answers_as_the_script_does(tmp_path):
+    """500 random answers to each task; ARC's C is wrong where the file says 3."""
+    rng = np.random.default_rng(3)
+    said = (
+        "true",
+        "True.",
+        "SUPPORTS",
+        "It REFUTES that",
+        "A",
+        "C",
+        "C: Lisford",
+        "3",
+        "",
+        "untrue",
+    )
+    asked = asked_by_task(rng, tmp_path, False, [f"q{i}" for i in range(2000)])
+    scored = []
+    for q, _, row in asked:
+        answer = str(rng.choice(said))
+        found = gold_metrics(q, answer)
+        assert found["accuracy"] == found["released_match"] == script_match(row, answer)
+        ours = found.get("option_accuracy", found.get("match"))
+        scored.append((q.task, answer, found["accuracy"], ours))
+    for task, answer, script, ours in (
+        ("arc_challenge", "C", 0, 1), ("arc_challenge", "3", 1, 0), ("arc_challenge", "C", 1, 1),
+        ("popqa", "True.", 0, 1), ("pubhealth", "untrue", 1, 0), ("fever", "SUPPORTS", 1, 1),
+    ):  # fmt: skip
+        assert (task, answer, script, ours) in scored
+    task = tasks.load("arc_challenge:released")
+    assert task.main_metric == "released_match" and task.figure("option_accuracy") == {}
+    assert task.figure("accuracy") == task.figure("released_match") == {"7b": 67.3, "13b": 73.1}
+    alone = systems.BY_NAME["no_retrieval"]
+    assert reproduction.published(task, alone, "released_match") == {"7b": 21.8}
+    assert tasks.load("asqa:released").main_metric == "str_em"
+    values = {"instructions": "i", "scorer": None, "index": None}
+    for spec, n in (("popqa", 1), ("popqa:released", 0), ("nq", 0)):
+        task = tasks.load(spec)
+        lines = reproduction.causes(task, (), values, {task.main_metric}, "f.jsonl", ())
+        assert sum("metric: match; the paper's figures are the scripts'" in c for c in lines) == n
 
 
 @pytest.mark.slow
@@ -468,12 +521,13 @@ def test_answers_to_tasks_equal_the_scripts(talkative, tmp_path, is_long_form):
     for seed in seeds:
         config = random_config(seed, is_long_form)
         words = ["where", "what", "who is Mara", "the ropemaker", "of Quenport"]
-        questions = [" ".join(rng.choice(words, 1 + i % 3)) for i in range(3)]
+        num_tasks = len(SCRIPT_TASKS[is_long_form])
+        questions = [" ".join(rng.choice(words, 1 + i % 3)) for i in range(num_tasks)]
         asked = asked_by_task(rng, tmp_path, is_long_form, questions)
         passages = [make_passages(rng, talkative.tokenizer, config.ndocs) for _ in asked]
         asked = [
             (replace(q, id=str(i), ctxs=tuple(found)), prompt)
-            for i, ((q, prompt), found) in enumerate(zip(asked, passages, strict=True))
+            for i, ((q, prompt, _), found) in enumerate(zip(asked, passages, strict=True))
         ]
         rag = SelfRAG(talkative, None, replace(DEFAULT, search=config, batch=4, max_length=128))
         plain = PlainScripts(talkative, config)
@@ -491,8 +545,8 @@ def test_answers_to_tasks_equal_the_scripts(talkative, tmp_path, is_long_form):
                 text = plain.short_answer(expected, bool(q.options))
             assert answer.retrieved == expected.retrieved and answer.answer == text
             num_retrieved += expected.retrieved
-            if not is_long_form and expected.retrieved:
-                found = [node["score"] for node in answer.tree]
+            if expected.retrieved:
+                found = [node["total" if is_long_form else "score"] for node in answer.tree]
                 np.testing.assert_allclose(found, scores_of(expected), atol=1e-4)
     assert num_retrieved > len(seeds)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_search import make_questions, make_rag
 
+from selfrag_jax import cli
 from selfrag_jax.commands import calibrate as calibrate_command
 from selfrag_jax.commands import sweep as sweep_command
 from selfrag_jax.commands.answer import answer_file
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.calibration import calibrate, choose_threshold
-from selfrag_jax.evaluation.scores import score
+from selfrag_jax.evaluation.scores import columns, score_questions
 from selfrag_jax.records import read_rows, to_json, write_jsonl
 
 
@@ -38,7 +40,10 @@ def test_a_sweep_scores_each_setting_as_a_search_does_and_generates_twice(
     searches = []
     real = rag.answer
     monkeypatch.setattr(rag, "answer", lambda *a, **k: searches.append(k) or real(*a, **k))
-    found = sweep_command.sweep(rag, file, tmp_path / "out", grid, {"max_depth": 1}, 0)
+    judge = OddJudge()
+    out = tmp_path / "out"
+    found = sweep_command.sweep(rag, file, out, grid, {"max_depth": 1}, 0, judge, "odd")
+    assert len(judge.asked) == len({*judge.asked}) > 0  # each pair once, of four combinations
     assert [s["mode"] for s in searches] == ["always_retrieve", "no_retrieval"]
     assert [p["settings"] for p in found] == [
         {"w_use": w, "threshold": t} for w in (0.5, 5.0) for t in (0.0, 0.5)
@@ -47,21 +52,54 @@ def test_a_sweep_scores_each_setting_as_a_search_does_and_generates_twice(
         settings = point["settings"] | {"max_depth": 1}
         answer_file(rag, file, tmp_path / "direct.jsonl", None, settings)
         answers = [row for _, row in read_rows(tmp_path / "direct.jsonl")]
-        values = score(sweep_command.read_questions(file), answers, None, None)
+        questions = sweep_command.read_questions(file)
+        values = columns(score_questions(questions, answers, OddJudge()))
         rows = {r["metric"]: r["value"] for r in point["rows"]}
-        assert rows["retrieval_rate"] == np.mean(values["retrieval_rate"])
-        assert rows["accuracy"] == np.mean(values["accuracy"])
+        assert {*rows} >= {
+            "accuracy", "retrieval_rate", "citation_precision", "citation_recall",
+            "num_passages", "num_answer_tokens",
+        }  # fmt: skip
+        assert rows == {metric: np.mean(values[metric]) for metric in rows}
         for name in ("direct.jsonl", "direct.jsonl.manifest.json"):
             (tmp_path / name).unlink()
-    # Again, and larger: only what is new is generated.
+    # Again, and larger: only what is new is generated. Scored anew, nothing is.
     searches.clear()
     grid |= {"ndocs": [1, 5]}
-    sweep_command.sweep(rag, file, tmp_path / "out", grid, {"max_depth": 1}, 0)
+    sweep_command.sweep(rag, file, out, grid, {"max_depth": 1}, 0)
+    assert "citation" not in (out / "sweep.csv").read_text()
+    sweep_command.sweep(rag, file, out, grid, {"max_depth": 1}, 0, OddJudge(), "odd")
     assert [s.get("ndocs") for s in searches] == [1, 1, 5, 5]
     lines = (tmp_path / "out/sweep.csv").read_text().splitlines()
     assert lines[0] == "w_use,threshold,ndocs,metric,value,low,high,n"
     assert all((tmp_path / "out" / f"{name}.svg").is_file() for name in grid)
-    assert "accuracy" in sweep_command.table(found)
+    assert (tmp_path / "out/w_use.num_answer_tokens.svg").is_file()
+    assert any(",citation_precision," in line for line in lines)
+    assert json.loads((tmp_path / "out/sweep.json").read_text())["judge"] == "odd"
+    head, first, *_ = sweep_command.table(found).splitlines()
+    cells = dict(zip(re.split("  +", head.strip()), first.split(), strict=True))
+    first_rows = {r["metric"]: r["value"] for r in found[0]["rows"]}
+    assert cells["num answer tokens"] == f"{first_rows['num_answer_tokens']:.1f}"
+    assert cells["citation precision"] == f"{100 * first_rows['citation_precision']:.1f}"
+
+
+class OddJudge:
+    """An NLI judge: what has an odd number of letters is entailed."""
+
+    name = "odd"
+
+    def __init__(self):
+        self.asked = []
+
+    def entails(self, pairs):
+        self.asked += pairs
+        return [len(hypothesis) % 2 == 1 for _, hypothesis in pairs]
+
+
+def test_a_judge_that_is_not_there_is_named_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(sweep_command, "load_selfrag", lambda *_, **__: pytest.fail("loaded"))
+    flags = ("--model=M", "--input=Q", "--out=O", "--w_sup=0,1", "--judge=nobody")
+    assert cli.main(["sweep", *flags]) == 2
+    assert "--judge='nobody': must be one of none, world" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

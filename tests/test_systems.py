@@ -427,6 +427,26 @@ def test_the_table_by_hand():
     ]
 
 
+def test_without_a_common_metric_the_table_has_no_difference():
+    """Full Self-RAG that never retrieves has no fact precision; a baseline with passages has."""
+    full, topk = result("selfrag", [1.0, 0.0]), result("rag_topk", [1.0, 1.0])
+    without = [row | {"metrics": {"f1": 0.0}} for row in full.scores]
+    accuracy = [row | {"metric": "f1"} for row in full.metrics]
+    for scores, metrics in ((without, accuracy), (without, [])):
+        rows = system_tables.system_rows([replace(full, metrics=metrics, scores=scores), topk], 0)
+        assert [r["system"] for r in rows] == ["rag_topk"]
+        assert "difference" not in rows[0] and "rag_topk" in system_tables.text(rows)
+    # Of different questions, each has it: nothing is paired.
+    first, second = ([replace_metrics(r, i) for r in topk.scores] for i in "01")
+    rows = system_tables.system_rows([replace(full, scores=first), replace(topk, scores=second)], 0)
+    assert len(rows) == 2 and not any("difference" in r for r in rows)
+
+
+def replace_metrics(row, kept):
+    """The row; without its metric unless its id is `kept`."""
+    return row if row["id"] == kept else row | {"metrics": {}}
+
+
 # ---- training data -------------------------------------------------------------------------------
 def test_training_data_of_the_trained_ablations(tmp_path, capsys):
     own = [{"id": "1", "title": "T", "text": "a </paragraph> b"}, {"id": "2", "text": "c"}]

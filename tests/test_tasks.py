@@ -15,13 +15,15 @@ from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.commands import answer, task_runs
 from selfrag_jax.config import installed_folder
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation import mauve_score, tasks
+from selfrag_jax.evaluation import mauve_score, reproduction, tables, task_files, tasks
+from selfrag_jax.evaluation.page.page import build_page
 from selfrag_jax.huggingface import weights
-from selfrag_jax.records import Question, write_jsonl
+from selfrag_jax.records import Question, read_rows, write_jsonl
 from selfrag_jax.search.algorithms import ALGORITHMS
 from selfrag_jax.text import prompts, reflection
 
 PASSAGES = [{"title": "Quenport", "text": "Mara lives in Lisford."}]
+POINTS = np.random.default_rng(0).normal(size=(8, 4))  # features of eight texts, for MAUVE
 
 
 def choice_question(labels, answers=("B",)):
@@ -316,35 +318,117 @@ def test_all_tasks_of_a_folder(model, popqa, tmp_path, capsys):
     assert (tmp_path / "out" / "popqa_longtail-popqa" / "metrics.json").is_file()
 
 
-def test_mauve_of_a_task_stands_beside_the_papers(model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def asqa(tmp_path, monkeypatch):
+    """ASQA's file; its answers and their features are made without a model."""
     long = [{"long_answer": f"Mara lives in Lisford {i}."} for i in range(2)]
     pairs = [{"question": "Where?", "short_answers": ["Lisford"]}]
     row = {"question": "Where?", "qa_pairs": pairs, "annotations": long, "docs": PASSAGES}
-    write_jsonl(tmp_path / "asqa.jsonl", [row | {"id": str(i)} for i in range(8)])
+    file = tmp_path / "asqa.jsonl"
+    write_jsonl(file, [row | {"id": str(i)} for i in range(8)])
     answered = {
         "question": "Where?", "answer": "In Lisford.", "retrieved": True, "segments": [],
         "citations": [], "passages": [], "error": "",
     }  # fmt: skip
 
     def answers(self, run, questions):
-        write_jsonl(run.folder / "answers.jsonl", [answered | {"id": str(i)} for i in range(8)])
-        return [answered | {"id": str(i)} for i in range(8)]
-
-    points = np.random.default_rng(0).normal(size=(8, 4))
+        rows = [answered | {"id": q.id, "question": q.question} for q in questions]
+        write_jsonl(run.folder / "answers.jsonl", rows)
+        return rows
 
     def features(texts, folder):
         assert folder == "gpt2" and len(texts) == 8
-        return points
+        return POINTS
 
     monkeypatch.setattr(task_runs.Models, "answers", answers)
     monkeypatch.setattr(mauve_score, "features", features)
-    files = f"--input={tmp_path / 'asqa.jsonl'}", f"--model={model}", f"--out={tmp_path / 'out'}"
+    return file
+
+
+def test_mauve_of_a_task_stands_beside_the_papers(model, asqa, tmp_path, capsys):
+    files = f"--input={asqa}", f"--model={model}", f"--out={tmp_path / 'out'}"
     assert evaluate("--task=asqa", *files, "--mauve=gpt2") == 0
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]
     [mauve] = [r for r in rows if r["metric"] == "mauve"]
-    assert mauve["value"] == mauve_score.mauve(points, points, 0)[0]
+    assert mauve["value"] == mauve_score.mauve(POINTS, POINTS, 0)[0]
     assert mauve["paper"]["7b"] == pytest.approx(0.743)
-    assert re.search(r"^mauve +\d+\.\d .* 8 +74\.3 +71\.6$", capsys.readouterr().out, re.M)
+    line = r"^mauve +\d+\.\d +[\d.]+–[\d.]+, range of 5 seeds +8 +74\.3 +71\.6$"
+    assert re.search(line, capsys.readouterr().out, re.M)
+    # In the table of all tasks and in the report, too: its ends are no 95% interval.
+    [row, _] = reproduction.comparison([(tasks.load("asqa"), [mauve])])
+    assert reproduction.comparison_lines([row], "7b")[1][-1].endswith(", range of 5 seeds")
+    assert ", range of 5 seeds) |" in tables.markdown([mauve])
+    page = build_page("T", [mauve, mauve | {"metric": "rouge_l"}], [])
+    assert page.count("title='95% interval ") == 1 and page.count("range of 5 seeds, n = 8'") == 1
+
+
+def test_mauve_of_all_tasks_is_that_of_long_answers(model, asqa, popqa, tmp_path, capsys):
+    """Tasks of short answers are scored without it, and the lines say so."""
+    out = tmp_path / "out"
+    write_jsonl(tmp_path / "pubhealth.jsonl", [{"claim": "Salt.", "label": "true"}])  # fails
+    flags = f"--data={tmp_path}", f"--model={model}", f"--out={out}", "--mauve=gpt2"
+    assert evaluate("--all", *flags) == 1
+    printed = capsys.readouterr()
+    assert "1 tasks were not evaluated; the first, pubhealth: " in printed.err
+    assert "--mauve: computed for asqa\n" in printed.err
+    for folder, has_mauve in (("asqa-asqa", True), ("popqa_longtail-popqa", False)):
+        rows = json.loads((out / folder / "metrics.json").read_text())["rows"]
+        assert any(r["metric"] == "mauve" for r in rows) == has_mauve
+    assert re.search(r"^asqa +mauve +74\.3 ", printed.out, re.M)
+    assert (
+        "\nTable 3 (ablations): the same command with --systems=selfrag,ablations\n" in printed.out
+    )
+    passages = "passages: those of asqa.jsonl; the paper's are from GTR-XXL"
+    assert f"asqa: {passages}\n" in printed.out
+    # ASQA's questions without their long answers: all but MAUVE is computed.
+    rows = [row for _, row in read_rows(asqa)]
+    write_jsonl(asqa, [{k: v for k, v in row.items() if k != "annotations"} for row in rows])
+    assert evaluate("--all", *flags[:2], f"--out={tmp_path / 'bare'}", "--mauve=gpt2") == 1
+    err = capsys.readouterr().err
+    assert "--mauve: computed for no task\n" in err
+    assert "asqa.jsonl: --mauve: fewer than two questions have a long gold answer" in err
+    assert (tmp_path / "bare/asqa-asqa/metrics.json").is_file()
+
+
+def test_the_papers_file_is_taken_and_ours_never(tmp_path, capsys):
+    names = {
+        "asqa_eval_dpr_top100.json": 0, "asqa_eval_gtr_top100.json": 1,
+        "triviaqa_test.jsonl": 0, "triviaqa_test_w_gs.jsonl.gz": 1,
+        "popqa_answers.jsonl": 0, "popqa_answers.scores.jsonl": 0,
+        "popqa_mine.jsonl": 0, "popqa_longtail.jsonl": 1, "popqa_mine.jsonl.manifest.json": 0,
+        "nq_with_passages.jsonl": 1, "nq_with_passages.jsonl.manifest.json": 0,
+        "mmlu_said.jsonl": 0, "mmlu_said.jsonl.manifest.json": 0, "fever_answers.jsonl": 0,
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    for name, stage in (
+        ("popqa_mine", "answer"),
+        ("mmlu_said", "export"),
+        ("nq_with_passages", "retrieve"),
+    ):
+        artifacts.write_manifest(tmp_path / f"{name}.jsonl", stage, {}, {}, {})
+    found = task_files.find_files(tmp_path)
+    assert {f.file.name for f in found} == {name for name, taken in names.items() if taken}
+    others = {f.task.name: f.others for f in found}
+    assert others == {
+        "asqa": ("asqa_eval_dpr_top100.json",), "triviaqa": ("triviaqa_test.jsonl",),
+        "popqa": (), "nq": (),
+    }  # fmt: skip
+    said = "asqa: takes asqa_eval_gtr_top100.json, not asqa_eval_dpr_top100.json\n"
+    assert said in capsys.readouterr().err
+    [asqa] = [f for f in found if f.task.name == "asqa"]
+    values = {"instructions": "i.json", "scorer": "released", "index": None}
+    for index, ours in ((None, ""), ("I", ", of the index where a question has none")):
+        assert reproduction.causes(
+            asqa.task, (), values | {"index": index}, {"str_em"}, asqa.file.name, asqa.others
+        ) == [
+            f"asqa: passages: those of asqa_eval_gtr_top100.json{ours}; the paper's are from "
+            "GTR-XXL; the folder also has asqa_eval_dpr_top100.json"
+        ]
+    for file in tmp_path.iterdir():
+        file.rename(file.with_name(f"x_{file.name}"))
+    with pytest.raises(UserError, match="holds no task's file; looked for .*popqa_longtail_w_gs"):
+        task_files.find_files(tmp_path)
 
 
 @pytest.mark.parametrize(

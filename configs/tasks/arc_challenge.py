@@ -5,7 +5,8 @@
 Measures `option_accuracy`. The paper: 67.3 (7B), 73.1 (13B).
 Traps: labels 1 to 4 are shown as A to D. The scripts list A to D for every question, an empty D
 for those of three, and compare with the label as it stands in the file, so that a right C counts as
-wrong where the file says 3. The passages vote; only letters count as options.
+wrong where the file says 3: so does arc_challenge:released. The passages vote; only letters count
+as options.
 """
 
 from selfrag_jax.evaluation.tasks import Task
@@ -19,5 +20,6 @@ TASK = Task(
     max_new_tokens=50,
     metric="option_accuracy",
     figures={"option_accuracy": {"7b": 67.3, "13b": 73.1}},
-    files=("arc_challenge*.json*", "arc_c_*.json*"),
+    retriever="Contriever-MS MARCO",
+    files=("arc_challenge_processed.json*", "arc_challenge*.json*", "arc_c_*.json*"),
 )

@@ -30,5 +30,6 @@ TASK = Task(
         "citation_precision": {"7b": 66.9, "13b": 70.3},
         "citation_recall": {"7b": 67.8, "13b": 71.3},
     },
-    files=("asqa*.json*",),
+    retriever="GTR-XXL",
+    files=("asqa_eval_gtr_top100.json*", "asqa*.json*"),
 )

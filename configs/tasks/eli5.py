@@ -19,5 +19,5 @@ TASK = Task(
     max_depth=7,
     released=(("threshold", 0.2), ("max_new_tokens", 300)),
     metric="rouge_lsum",
-    files=("eli5*.json*",),
+    files=("eli5_eval_bm25_top100.json*", "eli5*.json*"),
 )

@@ -19,5 +19,6 @@ TASK = Task(
     released=(("max_new_tokens", 300),),
     metric="fact_precision",
     figures={"fact_precision": {"7b": 81.2, "13b": 80.2}},
-    files=("factscore*.json*",),
+    retriever="Contriever-MS MARCO and Google",
+    files=("factscore_unlabeled_alpaca_13b_retrieval.json*", "factscore*.json*"),
 )

@@ -15,5 +15,6 @@ TASK = Task(
     ndocs=10,
     metric="match",
     figures={"match": {"7b": 54.9, "13b": 55.8}},
-    files=("popqa*.json*",),
+    retriever="Contriever-MS MARCO and Google",
+    files=("popqa_longtail_w_gs.json*", "popqa_longtail*.json*", "popqa*.json*"),
 )

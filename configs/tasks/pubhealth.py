@@ -18,5 +18,6 @@ TASK = Task(
     max_new_tokens=50,
     metric="option_accuracy",
     figures={"option_accuracy": {"7b": 72.4, "13b": 74.5}},
-    files=("health_claims*.json*", "pubhealth*.json*"),
+    retriever="Contriever-MS MARCO",
+    files=("health_claims_processed.json*", "health_claims*.json*", "pubhealth*.json*"),
 )

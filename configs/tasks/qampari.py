@@ -17,5 +17,5 @@ TASK = Task(
     max_depth=7,
     released=(("threshold", 0.2), ("max_new_tokens", 300)),
     metric="str_hit",
-    files=("qampari*.json*",),
+    files=("qampari_eval_gtr_top100.json*", "qampari*.json*"),
 )

@@ -13,5 +13,6 @@ TASK = Task(
     ndocs=10,
     metric="match",
     figures={"match": {"7b": 66.4, "13b": 69.3}},
-    files=("triviaqa*.json*", "trivia_qa*.json*"),
+    retriever="Contriever-MS MARCO and Google",
+    files=("triviaqa_test_w_gs.json*", "triviaqa*.json*", "trivia_qa*.json*"),
 )

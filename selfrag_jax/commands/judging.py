@@ -13,12 +13,13 @@ from selfrag_jax.world import truth
 
 JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": truth.fully_supports}
 VERIFIERS: dict[str, FactReader | None] = {"none": None, "world": truth.stated_facts}
+JUDGE_FLAG = Flag(
+    "judge",
+    "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
+    "(the synthetic world's truth)",
+)
 JUDGING_FLAGS = (
-    Flag(
-        "judge",
-        "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
-        "(the synthetic world's truth)",
-    ),
+    JUDGE_FLAG,
     Flag(
         "verifier",
         "of the facts in answers about a topic: none, the local folder of a Hugging Face NLI "

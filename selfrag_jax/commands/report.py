@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.model_flags import require_quickstart
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 
+if TYPE_CHECKING:
+    from selfrag_jax.evaluation.page.figures import Plot
+
 QUESTIONS = 2000
+PLOT_FLAGS = ("sweep", "critic_scores", "losses")
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
     if (values["workdir"] is None) == (values["run"] is None):
         raise UserError("give --workdir, of a quickstart, or --run, the folder of an evaluation")
-    if values["sweep"] and values["workdir"]:
-        raise UserError("--sweep goes with --run")
+    if given := [flag for flag in PLOT_FLAGS if values[flag] and values["workdir"]]:
+        raise UserError(f"--{given[0]} goes with --run")
     if values["examples"] < 0:
         raise UserError(f"--examples={values['examples']}: must be 0 or more")
     out = _report_runs(values) if values["run"] else _report_quickstarts(values)
@@ -29,8 +33,8 @@ def _folders(values: dict[str, Any], flag: str) -> list[Path]:
     if not folders:
         raise UserError(f"--{flag}={values[flag]}: names no folder")
     if len({w.resolve() for w in folders}) < len(folders):
-        raise UserError(f"--{flag}={values[flag]}: names a {flag} twice")
-    if len(folders) > 1 and not values["out"]:
+        raise UserError(f"--{flag}={values[flag]}: names a folder twice")
+    if len(folders) > 1 and flag != "losses" and not values["out"]:
         raise UserError(f"several {flag}s: --out says where to write")
     return folders
 
@@ -66,9 +70,8 @@ def _report_quickstarts(values: dict[str, Any]) -> Path:
 
 def _report_runs(values: dict[str, Any]) -> Path:
     from selfrag_jax.evaluation import report, tables
-    from selfrag_jax.evaluation.page.plots_of_results import sweep_curves
     from selfrag_jax.evaluation.page.questions import PageLimits
-    from selfrag_jax.evaluation.page.runs import named, read_run, read_sweep
+    from selfrag_jax.evaluation.page.runs import named, read_run
 
     folders = _folders(values, "run")
     out = Path(values["out"]) if values["out"] else folders[0] / "report"
@@ -86,11 +89,26 @@ def _report_runs(values: dict[str, Any]) -> Path:
         out,
         f"Evaluation: {', '.join(dict.fromkeys(row['task'] for row in rows))}",
         paper=paper,
-        plots=sweep_curves(read_sweep(values["sweep"])) if values["sweep"] else (),
+        plots=_plots(values),
         limits=PageLimits(values["examples"]),
     )
     print(tables.markdown(rows))
     return out
+
+
+def _plots(values: dict[str, Any]) -> list[Plot]:
+    """What the report of --run draws besides its results."""
+    from selfrag_jax.evaluation.page import plots_of_results, runs
+
+    plots: list[Plot] = []
+    if values["sweep"]:
+        plots += plots_of_results.sweep_curves(runs.read_sweep(values["sweep"]))
+    if values["critic_scores"]:
+        plots += plots_of_results.reliability(runs.read_reliability(values["critic_scores"]))
+    if values["losses"]:
+        losses = runs.read_losses(_folders(values, "losses"))
+        plots += plots_of_results.training_losses(losses)
+    return plots
 
 
 COMMAND = Command(
@@ -102,6 +120,8 @@ COMMAND = Command(
         Flag("workdir", "of a finished quickstart; several with commas"),
         Flag("run", "folder of a finished `selfrag evaluate --task`; several with commas"),
         Flag("sweep", "folder of a `selfrag sweep`, whose curves the report of --run shows too"),
+        Flag("critic_scores", "folder of a `selfrag evaluate --task=critic`: its reliability, too"),
+        Flag("losses", "workdirs of `selfrag train`, with commas: their losses, too"),
         Flag(
             "out",
             "folder to write; default: `report` in the first workdir or run",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import answers_in_folder
 from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.judging import JUDGE_FLAG, open_judge
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     LOADING_FLAGS,
@@ -28,7 +29,17 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.scores import gold_notice, result_rows, score
+from selfrag_jax.evaluation.judges import EntailmentJudge, RememberingJudge
+from selfrag_jax.evaluation.metrics import SupportJudge
+from selfrag_jax.evaluation.scores import (
+    AMOUNTS,
+    MAIN_METRICS,
+    columns,
+    gold_notice,
+    result_rows,
+    score_questions,
+)
+from selfrag_jax.evaluation.tables import percent
 from selfrag_jax.files import atomic_write, write_json
 from selfrag_jax.records import Question
 from selfrag_jax.search.config import ADAPTIVE, ALWAYS, NEVER
@@ -46,6 +57,7 @@ SWEPT: dict[str, type] = {
     "beam_width": int,
     "max_depth": int,
 }
+METRICS = (*MAIN_METRICS, "num_passages", "num_answer_tokens")
 
 
 def sweep(
@@ -55,13 +67,15 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     changes: Mapping[str, Any],
     seed: int,
+    judge: SupportJudge | EntailmentJudge | None = None,
+    judge_name: str = "none",
 ) -> list[Row]:
     """Scores every combination of the settings in `grid`; writes sweep.json, sweep.csv and plots.
 
-    changes: other settings, for all of them. Answers are kept in `out`/answers: an interrupted
-    sweep continues, and a larger one in the same folder generates only what is new. Returns one
-    {"settings", "rows"} a combination. Raises UserError before anything is generated if a setting
-    is wrong.
+    changes: other settings, for all of them. judge: of citations. Answers are kept in
+    `out`/answers: an interrupted sweep continues, and a larger one in the same folder generates
+    only what is new. Returns one {"settings", "rows"} a combination. Raises UserError before
+    anything is generated if a setting is wrong.
     """
     out = Path(out)
     points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
@@ -71,6 +85,8 @@ def sweep(
     questions = read_questions(input_path)
     if notice := gold_notice(questions):
         print(f"{input_path}: {notice}", file=sys.stderr)
+    if judge is not None and not callable(judge):
+        judge = RememberingJudge(judge)  # many combinations choose the same answers
     read: dict[str, list[Row]] = {}
 
     def answer(settings: dict[str, Any]) -> list[Row]:
@@ -85,10 +101,12 @@ def sweep(
         artifacts.claim_workdir(out, "sweep", {}, {"input": input_path, **rag.sources})
         for point in points:
             answers = _answers(rag, questions, {**changes, **point}, answer)
-            values = score(questions, answers, judge=None, facts_of=None)
+            every = columns(score_questions(questions, answers, judge))
+            values = {name: every[name] for name in METRICS if name in every}
             name = ", ".join(f"{k}={v:g}" for k, v in point.items())
             found.append({"settings": point, "rows": result_rows(name, "sweep", values, seed)})
-        write_json(out / "sweep.json", {"points": found, "changes": dict(changes), "seed": seed})
+        made = {"points": found, "changes": dict(changes), "seed": seed, "judge": judge_name}
+        write_json(out / "sweep.json", made)
         _write_csv(out / "sweep.csv", found)
         _plot(out, grid, found)
     counts = {"points": len(points), "questions": len(questions)}
@@ -134,7 +152,10 @@ def _write_csv(path: Path, found: Sequence[Row]) -> None:
 
 
 def _plot(out: Path, grid: Mapping[str, Sequence[Any]], found: Sequence[Row]) -> None:
-    """A plot for each setting with several values; the others have their first one."""
+    """A plot for each setting with several values; the others have their first one.
+
+    SETTING.svg has the shares, SETTING.METRIC.svg an amount.
+    """
     from selfrag_jax.evaluation import plots
 
     nothing = (float("nan"),) * 3
@@ -150,16 +171,20 @@ def _plot(out: Path, grid: Mapping[str, Sequence[Any]], found: Sequence[Row]) ->
             lines[metric] = [
                 (r["value"], r["low"], r["high"]) if r is not None else nothing for r in rows
             ]
-        plots.curves(out / f"{name}.svg", name, x, lines)
+        shares = {m: points for m, points in lines.items() if m not in AMOUNTS}
+        plots.curves(out / f"{name}.svg", name, x, shares)
+        for metric in lines.keys() - shares.keys():
+            file = out / f"{name}.{metric}.svg"
+            plots.curves(file, name, x, {metric: lines[metric]}, are_shares=False)
 
 
 def table(found: Sequence[Row]) -> str:
-    """All combinations as text, in per cent."""
+    """All combinations as text; shares in per cent."""
     metrics = list(dict.fromkeys(row["metric"] for p in found for row in p["rows"]))
     swept = list(found[0]["settings"])
     lines = [[*swept, *(m.replace("_", " ") for m in metrics)]]
     for point in found:
-        values = {row["metric"]: f"{100 * row['value']:.1f}" for row in point["rows"]}
+        values = {row["metric"]: percent(row) for row in point["rows"]}
         settings = [f"{v:g}" for v in point["settings"].values()]
         lines.append([*settings, *(values.get(m, "") for m in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -190,12 +215,15 @@ def parse_grid(values: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def run(values: dict[str, Any], _: list[str]) -> None:
     grid = parse_grid(values)
+    judge_name = values["judge"] or "none"
+    judge = open_judge(judge_name)  # before the model is loaded
     single = {**values, **dict.fromkeys(SWEPT)}
     rag = load_selfrag(single, calibrated="threshold" not in grid)
     changes = json.loads(json.dumps(search_changes(single)))
     changes |= {name: v for name, (v, *more) in grid.items() if not more}
     grid = {name: v for name, v in grid.items() if len(v) > 1}
-    found = sweep(rag, values["input"], values["out"], grid, changes, values["bootstrap_seed"])
+    files, seed = (values["input"], values["out"]), values["bootstrap_seed"]
+    found = sweep(rag, *files, grid, changes, seed, judge, judge_name)
     print(table(found))
     print(f"{values['out']}: sweep.csv, sweep.json and a plot for each setting")
 
@@ -216,6 +244,7 @@ COMMAND = Command(
             Flag(f.name, f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
             for f in SEARCH_FLAGS
         ),
+        JUDGE_FLAG,
         *LOADING_FLAGS,
         Flag("bootstrap_seed", "of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,

@@ -1,6 +1,7 @@
 """`selfrag evaluate --task=NAME --input=FILE`: answers benchmarks, scores them, compares figures.
 
-Called by commands/evaluate.py, which has the flags. task_runs.py does one system on one task.
+Called by commands/evaluate.py, which has the flags. task_plans.py decides what is run, task_runs.py
+runs one system on one task.
 """
 
 from __future__ import annotations
@@ -8,25 +9,23 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import read_checked
-from selfrag_jax.commands.task_runs import (
-    SCORES,
-    SYSTEMS_FOLDER,
-    Models,
-    Planner,
-    Scoring,
-    SystemRun,
-    TaskFile,
-    check_folder,
-    run_system,
-)
+from selfrag_jax.commands.task_plans import SYSTEMS_FOLDER, Planner, SystemRun, TaskFile
+from selfrag_jax.commands.task_runs import SCORES, Models, Scoring, check_folder, run_system
 from selfrag_jax.errors import StageFailed, UserError
-from selfrag_jax.evaluation import mauve_score, reproduction, system_tables, systems, tasks
+from selfrag_jax.evaluation import (
+    mauve_score,
+    reproduction,
+    system_tables,
+    systems,
+    task_files,
+    tasks,
+)
 from selfrag_jax.evaluation.metrics import has_gold
 from selfrag_jax.evaluation.system_tables import SystemResult
 from selfrag_jax.evaluation.systems import FULL, System
@@ -44,6 +43,7 @@ REPRODUCTION = "reproduction"
 class _Outcome:
     """What came out of all runs: results in the order of tasks and systems, and what failed."""
 
+    files: dict[str, TaskFile] = field(default_factory=dict)  # by the task's spec
     results: list[SystemResult] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -59,6 +59,8 @@ def evaluate_one(values: dict[str, Any], how: Scoring) -> None:
     where, planner = TaskFile(task, Path(values["input"]), out), Planner(values)
     read = _Questions()
     runs = _plan(planner, where, asked, named, read)
+    if values["mauve"] and runs:
+        mauve_score.long_answers(read.of(where, runs))
     if not runs:
         raise UserError("--systems: none of these systems can be run as asked; see above")
     outcome = _Outcome()
@@ -82,17 +84,26 @@ def evaluate_all(values: dict[str, Any], how: Scoring) -> None:
     planner, outcome, runs = Planner(values), _Outcome(), []
     read = _Questions()
     root = Path(values["out"] or values["data"])
-    for task, file in find_files(values["data"]):
+    for found in task_files.find_files(values["data"]):
         try:
-            task = _worded(task, values)
-            where = TaskFile(task, file, root / default_folder(file, task).name)
-            runs += _plan(planner, where, asked, set(), read)
+            task = _worded(found.task, values)
+            out = root / default_folder(found.file, task).name
+            where = TaskFile(task, found.file, out, found.others)
+            planned = _plan(planner, where, asked, set(), read)
+            if values["mauve"] and planned and not _has_long_answers(where, planned, read):
+                planned = [replace(run, with_mauve=False) for run in planned]
+            runs += planned
         except UserError as e:
-            outcome.failed.append(f"{task.name}: {e}")
+            outcome.failed.append(f"{found.task.name}: {e}")
             print(outcome.failed[-1], file=sys.stderr)
+    if values["mauve"]:
+        of = dict.fromkeys(run.where.task.name for run in runs if run.with_mauve)
+        print(f"--mauve: computed for {', '.join(of) or 'no task'}", file=sys.stderr)
     _run_all(runs, how, outcome, read, stop_at_errors=False)
     if outcome.metrics(FULL):
         _write_reproduction(outcome, asked, values, root)
+        if not values["systems"]:
+            print("\nTable 3 (ablations): the same command with --systems=selfrag,ablations")
     if outcome.results and [s.name for s in asked] != [FULL]:
         _write_systems(outcome, asked, values, root, how.seed)
     _raise_failures(outcome, "tasks")
@@ -142,8 +153,6 @@ def _plan(
     if runs:
         questions = read.of(where, runs)
         _require_gold(where, questions)
-        if planner.values["mauve"]:
-            mauve_score.long_answers(questions)
         for run in runs:
             check_folder(run.folder, run.model, run.index)
     return runs
@@ -163,6 +172,17 @@ class _Questions:
             self._questions = read_checked(where.input, where.task, runs[0].index is not None, mode)
             self._last = where, mode
         return self._questions
+
+
+def _has_long_answers(where: TaskFile, runs: Sequence[SystemRun], read: _Questions) -> bool:
+    """Whether MAUVE can be computed; of a task for which the paper reports it, says why not."""
+    try:
+        mauve_score.long_answers(read.of(where, runs))
+    except UserError as e:
+        if where.task.figure("mauve"):
+            print(f"{where.input}: {e}", file=sys.stderr)
+        return False
+    return True
 
 
 def _require_gold(where: TaskFile, questions: Sequence[Question]) -> None:
@@ -208,28 +228,9 @@ def _run_all(
                 if not current().is_main:
                     continue
                 scored = [row for _, row in read_rows(run.folder / SCORES)]
+                outcome.files[run.where.task.spec] = run.where
                 found[run.folder] = SystemResult(run.where.task, run.system, rows, scored)
     outcome.results += [found[run.folder] for run in runs if run.folder in found]
-
-
-# ---- all tasks of a folder -----------------------------------------------------------------------
-def find_files(data: str | Path) -> list[tuple[Task, Path]]:
-    """The tasks whose published files lie in a folder. Raises UserError if none do."""
-    data = Path(data)
-    if not data.is_dir():
-        raise UserError(f"--data={data}: no such folder")
-    every, found = [tasks.load(name) for name in tasks.names()], []
-    for task in every:
-        matches = sorted({p for pattern in task.files for p in data.glob(pattern) if p.is_file()})
-        matches = [p for p in matches if not p.name.endswith(".manifest.json")]
-        if len(matches) > 1:
-            names = ", ".join(p.name for p in matches)
-            print(f"{task.name}: takes {matches[0].name} of {names}", file=sys.stderr)
-        found += [(task, p) for p in matches[:1]]
-    if not found:
-        looked_for = ", ".join(pattern for task in every for pattern in task.files)
-        raise UserError(f"--data={data}: holds no task's file; looked for {looked_for}")
-    return found
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -237,12 +238,12 @@ def _causes(outcome: _Outcome, asked: Sequence[System], values: dict[str, Any]) 
     computed: dict[str, set[str]] = {}
     for r in outcome.results:
         computed.setdefault(r.task.spec, set()).update(row["metric"] for row in r.metrics)
-    by_spec = {r.task.spec: r.task for r in outcome.results}
-    return [
-        line
-        for spec, task in by_spec.items()
-        for line in reproduction.causes(task, asked, values, computed[spec])
-    ]
+    lines = []
+    for spec, metrics in computed.items():
+        where = outcome.files[spec]
+        name = where.input.name
+        lines += reproduction.causes(where.task, asked, values, metrics, name, where.others)
+    return lines
 
 
 def _write_reproduction(

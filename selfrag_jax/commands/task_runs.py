@@ -1,4 +1,4 @@
-"""One system on one task's file: a run with its answers, scores and metrics, and what it costs.
+"""One system on one task's file (task_plans.py): its answers, scores and metrics.
 
 Runs of one model share it: only one model is in memory at a time.
 """
@@ -12,32 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.answer import answer_file, answer_identity, answering_time
-from selfrag_jax.commands.model_flags import load_from, model_and_config, search_changes
+from selfrag_jax.commands.answer import answer_file, answering_time
+from selfrag_jax.commands.model_flags import load_from
+from selfrag_jax.commands.task_plans import SystemRun
 from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.evaluation import mauve_score, reproduction, scores
 from selfrag_jax.evaluation.answer_rows import pair
 from selfrag_jax.evaluation.fact_precision import FactVerifier, verified_by
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
-from selfrag_jax.evaluation.systems import FULL, MODEL, NDOCS, PLAIN, System
-from selfrag_jax.evaluation.tasks import Task
+from selfrag_jax.evaluation.systems import FULL
 from selfrag_jax.files import link_or_copy, read_json, read_object, write_json
 from selfrag_jax.processes.group import current
 from selfrag_jax.records import Question, read_rows, write_jsonl
-from selfrag_jax.search.config import NEVER
-from selfrag_jax.text import plain_prompts
 
 if TYPE_CHECKING:
     from selfrag_jax.answering.answerer import Answerer
-    from selfrag_jax.answering.config import AnswerConfig
-    from selfrag_jax.answering.plain import PlainConfig
     from selfrag_jax.checkpoints.loading import LoadedModel
     from selfrag_jax.retrieval.retriever import Retriever
 
 Row = dict[str, Any]
 ANSWERS, SCORES, METRICS = "answers.jsonl", "scores.jsonl", "metrics.json"
-SYSTEMS_FOLDER = "systems"  # in the task's folder, for all systems but full Self-RAG
 
 
 @dataclass(frozen=True)
@@ -49,139 +44,6 @@ class Scoring:
     facts_of: FactReader | FactVerifier | None
     mauve_model: str  # the folder of a language model; "" for none
     seed: int
-
-
-# ---- what is run ---------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class TaskFile:
-    """A task, the file of its questions, and the folder of its results."""
-
-    task: Task
-    input: Path
-    out: Path
-
-
-@dataclass(frozen=True)
-class SystemRun:
-    """A system on a task's file. model: its folder; changes: as its Answerer takes them."""
-
-    where: TaskFile
-    system: System
-    model: Path
-    index: Path | None
-    config: AnswerConfig
-    plain: PlainConfig | None  # of systems that are no search
-    changes: dict[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        out = self.where.out
-        return out if self.system.name == FULL else out / SYSTEMS_FOLDER / self.system.name
-
-    @property
-    def reads_passages(self) -> bool:
-        if self.plain is not None:
-            return bool(self.changes["passages"])
-        return self.changes.get("mode", self.config.search.mode) != NEVER
-
-    @property
-    def sources(self) -> dict[str, Path]:
-        """The model and the index, whose hashes identify the answers."""
-        uses_index = self.index is not None and (self.plain is None or self.reads_passages)
-        return {"model": self.model} | ({"index": self.index} if uses_index and self.index else {})
-
-    def identity(self) -> dict[str, Any]:
-        task, config = self.where.task, self.plain or self.config
-        return answer_identity(config, task.name, self.changes, task)
-
-
-class Planner:
-    """Turns the command's flags into runs; reads each model's config once, and no weights."""
-
-    def __init__(self, values: dict[str, Any]):
-        self.values = values
-        self.prompt = plain_prompts.load(values["plain_prompt"] or plain_prompts.SELFRAG.name)
-        self._settings: dict[str, tuple[Path, Path | None, AnswerConfig]] = {}
-        self._searchable: set[Path] = set()  # models that have the reflection tokens
-
-    def refusal(self, where: TaskFile, system: System) -> str:
-        """Why the system cannot be run on this task as it was asked for; "" if it can.
-
-        Raises UserError if its model is missing.
-        """
-        if system.model not in (MODEL, PLAIN) and not self.values[system.model]:
-            return f"needs a model of its own; give --{system.model}"
-        search, settings = self._model(system)[2].search, task_changes(where.task, self.values)
-        scorer = settings.get("scorer", search.scorer)
-        return system.refusal(scorer, settings.get("max_depth", search.max_depth))
-
-    def run(self, where: TaskFile, system: System) -> SystemRun:
-        """Raises UserError if the model is missing, or has no reflection tokens for a search."""
-        model, index, config = self._model(system)
-        changes, plain = task_changes(where.task, self.values), None
-        if system.is_search:
-            self._require_reflection_tokens(system, model)
-            changes |= dict(system.changes)
-        else:
-            plain, changes = self._plain(where.task, system, config, changes)
-        return SystemRun(where, system, model, index, config, plain, changes)
-
-    def _model(self, system: System) -> tuple[Path, Path | None, AnswerConfig]:
-        flag = system.model
-        if flag == PLAIN and not self.values[PLAIN]:
-            flag = MODEL
-        if flag not in self._settings:
-            values = self.values | {"model": self.values[flag]}
-            self._settings[flag] = model_and_config(values, calibrated=False)
-        return self._settings[flag]
-
-    def _require_reflection_tokens(self, system: System, model: Path) -> None:
-        from selfrag_jax.checkpoints import loading
-        from selfrag_jax.text.reflection import MissingReflectionTokens
-
-        if model not in self._searchable:
-            try:
-                loading.read_tokenizer(model).reflection_ids()
-            except MissingReflectionTokens as e:
-                raise UserError(f"{e} (--systems={system.name}; baselines need none)") from None
-            self._searchable.add(model)
-
-    def _plain(
-        self, task: Task, system: System, config: AnswerConfig, settings: dict[str, Any]
-    ) -> tuple[PlainConfig, dict[str, Any]]:
-        """A trained ablation is asked as it was trained, whatever --plain_prompt says."""
-        from selfrag_jax.answering.plain import PlainConfig
-
-        limit = settings.get("max_new_tokens", config.search.max_new_tokens)
-        if "max_new_tokens" in settings and "max_new_tokens" not in search_changes(self.values):
-            limit = task.answer_tokens
-        passages = system.passages
-        if passages == NDOCS:
-            passages = settings.get("ndocs", config.search.ndocs)
-        plain = PlainConfig(
-            batch=config.batch,
-            max_new_tokens=limit,
-            length_bucket=config.search.length_bucket,
-            prompt=self.prompt if system.model == PLAIN else plain_prompts.SELFRAG,
-            dtype=config.dtype,
-            quantization=config.quantization,
-        )
-        return plain, {"passages": passages, "max_new_tokens": limit}
-
-
-def task_changes(task: Task, values: dict[str, Any]) -> dict[str, Any]:
-    """The search's settings: the task's, then --config.answer.search.x=, then the search's flags.
-
-    A setting that the user changed in the config is left to it.
-    """
-    given = {k: v for k, v in search_changes(values).items() if k != "seed"}  # the bootstrap's
-    in_config = {
-        assignment.partition("=")[0].rpartition(".")[2]
-        for assignment in values["overrides"]
-        if assignment.startswith("answer.search.")
-    }
-    settings = task.settings(given.get("scorer", ""))
-    return {k: v for k, v in settings.items() if k not in in_config} | given
 
 
 # ---- answering and scoring -----------------------------------------------------------------------
@@ -285,7 +147,7 @@ def run_system(
     seconds, timed = answering_time(out / ANSWERS)
     if timed:
         results.append(scores.seconds_row(name, task.spec, seconds, timed))
-    if how.mauve_model:
+    if how.mauve_model and run.with_mauve:
         mauve = mauve_score.mauve_of_answers(questions, answers, how.mauve_model, how.seed)
         results.append({"system": name, "task": task.spec, **mauve})
     for row in results:

@@ -34,6 +34,7 @@ class Gold:
     choices: Choices = ()
     groups: tuple[tuple[str, ...], ...] = ()  # QAMPARI: one for each answer, of its aliases
     undecided: str = ""  # a claim's label that is neither true nor false
+    numbered: str = ""  # the right choice's label as the file has it, where that is a number
 
 
 def read_gold(where: str, row: Row, is_claim: bool) -> Gold:
@@ -230,9 +231,12 @@ def _choice_columns(row: Row) -> Choices:
 def _choice_gold(where: str, row: Row, choices: Choices) -> Gold:
     labels, texts = tuple(c[0] for c in choices), [c[1] for c in choices]
     right = _right_choice(where, row, labels, texts)
-    labels = lettered(labels)
-    answers = () if right is None else (labels[right],)
-    return Gold(answers, labels, tuple(zip(labels, texts, strict=True)))
+    letters = lettered(labels)
+    choices = tuple(zip(letters, texts, strict=True))
+    if right is None:
+        return Gold((), letters, choices)
+    numbered = labels[right] if letters != labels else ""
+    return Gold((letters[right],), letters, choices, numbered=numbered)
 
 
 def lettered(labels: tuple[str, ...]) -> tuple[str, ...]:

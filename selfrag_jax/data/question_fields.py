@@ -72,6 +72,7 @@ ANSWER_PARTS = (
     "NormalizedAliases",
 )
 ANSWER_GROUPS = "answer_groups"
+NUMBERED = "numbered_answer"  # in Question.extra: the right choice's label, if a number
 PASSAGES = ("ctxs", "top_contexts", "docs")
 CONTEXT = ("context", "contexts", "paragraphs", "passage")
 POPULARITY = ("popularity", "s_pop")

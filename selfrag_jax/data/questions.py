@@ -56,6 +56,8 @@ def _question(where: str, row: Row, task: str, number: int) -> tuple[Question, s
     extra = _extra(where, row)
     if gold.groups:
         extra[fields.ANSWER_GROUPS] = [list(group) for group in gold.groups]
+    if gold.numbered:
+        extra[fields.NUMBERED] = gold.numbered
     made = Question(
         id=_row_id(where, row, number),
         question=text,

@@ -32,6 +32,18 @@ class Verdicts(dict[tuple[str, str], bool]):
             self.update(zip(new, self._judge.entails(new), strict=True))
 
 
+class RememberingJudge:
+    """A judge that is asked each pair once, however often answers are scored."""
+
+    def __init__(self, judge: EntailmentJudge):
+        self.name = judge.name
+        self._verdicts = Verdicts(judge)
+
+    def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        self._verdicts.ask(pairs)
+        return [self._verdicts[pair] for pair in pairs]
+
+
 class NliJudge:
     """A Hugging Face NLI model in a local folder.
 

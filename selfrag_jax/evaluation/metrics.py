@@ -30,6 +30,7 @@ _OF_ANSWERS = (
 def accuracy(q: Question, answer: str) -> float:
     """Returns the task's main metric for one answer, in [0, 1].
 
+    - a released variant (SCRIPT_GOLD): text_metrics.released_match
     - choices and options: text_metrics.option_accuracy
     - qa_pairs: alce.str_em
     - facts: the share of the topic's facts whose value the answer has as whole words
@@ -42,6 +43,8 @@ def accuracy(q: Question, answer: str) -> float:
         raise UserError(
             f"question {q.id}: has no gold answer (answers, answer, output or answerKey)"
         )
+    if gold := q.extra.get(text_metrics.SCRIPT_GOLD):
+        return text_metrics.released_match(answer, gold)
     if q.choices or q.options:
         return text_metrics.option_accuracy(q, answer)
     if q.extra.get("qa_pairs"):
@@ -79,6 +82,8 @@ def gold_metrics(q: Question, answer: str) -> dict[str, float]:
     if q.answers and not any(q.extra.get(name) for name in _GOLD_FIELDS):
         for metric in _OF_ANSWERS:
             values[metric.__name__] = metric(answer, q.answers)
+    if gold := q.extra.get(text_metrics.SCRIPT_GOLD):
+        values["released_match"] = text_metrics.released_match(answer, gold)
     if q.extra.get("qa_pairs"):
         parts = gold_parts(q)
         values |= {"str_em": alce.str_em(answer, parts), "str_hit": alce.str_hit(answer, parts)}

@@ -62,11 +62,15 @@ def confusion_plot(
 
 
 def curves(
-    path: str | Path, x_label: str, x: Sequence[float], lines: Mapping[str, Sequence[Interval]]
+    path: str | Path,
+    x_label: str,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[Interval]],
+    are_shares: bool = True,
 ) -> None:
     """Draws metrics against a setting, each with its 95% interval.
 
-    lines: (value, low, high) for each x, by name. NaN leaves a gap.
+    lines: (value, low, high) for each x, by name. NaN leaves a gap. are_shares: y ends at 1.
     """
     with _figure(path, (5.2, 3.6)) as figure:
         axes = figure.subplots()
@@ -74,7 +78,7 @@ def curves(
             value, low, high = np.array(points, np.float64).T
             [line] = axes.plot(x, value, "o-", markersize=3, label=name.replace("_", " "))
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel=x_label, ylim=(0, 1.02))
+        axes.set(xlabel=x_label, ylim=(0, 1.02 if are_shares else None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, frameon=False)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from selfrag_jax.evaluation import tables
 from selfrag_jax.evaluation.systems import FULL, PLAIN, System
-from selfrag_jax.evaluation.tasks import Task
+from selfrag_jax.evaluation.tasks import SHORT_FORM_METRICS, Task
 from selfrag_jax.text.plain_prompts import RELEASED
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ def published(task: Task, system: System, metric: str) -> dict[str, float]:
     """The paper's figures by model, in percent; `accuracy` is the task's main metric."""
     if system.name == FULL:
         return task.figure(metric)
-    name = task.metric if metric == "accuracy" else metric
+    name = task.figure_name(metric)
     found = {"7b": system.table2, SIZE_50K: system.table3}
     figures = {size: table.get(task.name, {}).get(name) for size, table in found.items()}
     return {size: figure for size, figure in figures.items() if figure is not None}
@@ -61,11 +61,11 @@ def comparison(results: Sequence[tuple[Task, Sequence[Row]]]) -> list[Row]:
         named = {row["metric"] for row in rows}
         for row in rows:
             metric = row["metric"]
-            if metric == "accuracy" and task.metric in named:
+            if metric == "accuracy" and task.main_metric in named:
                 continue  # the same number
             for size in SIZES:
                 paper = row.get("paper", {}).get(size)
-                if paper is None and metric not in (task.metric, "accuracy"):
+                if paper is None and metric not in (task.main_metric, "accuracy"):
                     continue
                 gap = None if paper is None else row["value"] - paper
                 one = {"task": task.spec, "metric": metric, "size": size, "paper": paper}
@@ -82,7 +82,7 @@ def comparison_lines(rows: Sequence[Row], size: str) -> list[tuple[str, ...]]:
         if r["size"] == size:
             paper = "" if r["paper"] is None else f"{100 * r['paper']:.1f}"
             gap = "" if r["difference"] is None else f"{100 * r['difference']:+.1f}"
-            interval = f"{100 * r['low']:.1f}–{100 * r['high']:.1f}"
+            interval = tables.interval_text(r, between="–")
             cells = r["task"], r["metric"], paper, f"{100 * r['value']:.1f}", gap, interval
             lines.append(cells)
     return lines
@@ -104,11 +104,17 @@ def causes_markdown(reasons: Sequence[str]) -> str:
 
 # ---- causes --------------------------------------------------------------------------------------
 def causes(
-    task: Task, systems: Sequence[System], values: dict[str, Any], metrics: set[str]
+    task: Task,
+    systems: Sequence[System],
+    values: dict[str, Any],
+    metrics: set[str],
+    file: str,
+    others: Sequence[str],
 ) -> list[str]:
     """The known reasons for a gap between the paper's figures and ours, one line each.
 
-    values: of the command's flags. metrics: those that were computed.
+    values: of the command's flags. metrics: those that were computed. file: the name of the task's;
+    others: names of those that could have been taken instead.
     """
     found = []
     if task.instruction and task.script_name and not values["instructions"]:
@@ -116,15 +122,29 @@ def causes(
     is_searched = any(s.is_search for s in systems)
     if is_searched and values["scorer"] != "released" and task.variant == "paper":
         found.append("scorer: the paper's equations; the paper's figures come from its scripts'")
-    if values["index"]:
-        found.append("passages: of the index where a question has none of its own")
-    if task.metric not in metrics:
-        found.append(f"metric: {task.metric} was not computed; it takes a judge or another program")
+    found += _causes_of_passages(task, bool(values["index"]), file, others)
+    if task.main_metric not in metrics:
+        found.append(
+            f"metric: {task.main_metric} was not computed; it takes a judge or another program"
+        )
+    elif task.figures and task.main_metric in SHORT_FORM_METRICS:
+        found.append(
+            f"metric: {task.metric}; the paper's figures are the scripts' match, which "
+            f"--task={task.name}:released computes"
+        )
     if any(s.table3.get(task.name) for s in systems if s.name != FULL):
         found.append("training: Table 3's models are trained on 50k rows, published ones on 150k")
     if baselines := [s for s in systems if s.model == PLAIN]:
         found += _causes_of_baselines(task, baselines, values)
     return [f"{task.spec}: {line}" for line in found]
+
+
+def _causes_of_passages(task: Task, has_index: bool, file: str, others: Sequence[str]) -> list[str]:
+    """Whose passages were read: the index's, or the file's own."""
+    ours = f"those of {file}" + (", of the index where a question has none" if has_index else "")
+    papers = f"; the paper's are from {task.retriever}" if task.retriever else ""
+    also = f"; the folder also has {', '.join(others)}" if others else ""
+    return [f"passages: {ours}{papers}{also}"] if has_index or papers or also else []
 
 
 def _causes_of_baselines(

@@ -41,7 +41,7 @@ def system_rows(results: Sequence[SystemResult], seed: int) -> list[Row]:
     rows = []
     for result in results:
         by_metric = {row["metric"]: row for row in result.metrics}
-        metric = next((m for m in (result.task.metric, "accuracy") if m in by_metric), None)
+        metric = next((m for m in (result.task.main_metric, "accuracy") if m in by_metric), None)
         if metric is None:
             continue
         kept = ("system", "task", "metric", "value", "low", "high", "n")
@@ -54,9 +54,7 @@ def system_rows(results: Sequence[SystemResult], seed: int) -> list[Row]:
 
 def _paper(result: SystemResult) -> Row:
     task, system = result.task, result.system
-    table2 = task.figure(task.metric) if system.name == FULL else None
-    if table2 is None:
-        table2 = reproduction.published(task, system, task.metric)
+    table2 = reproduction.published(task, system, task.main_metric)
     table3 = system.table3.get(task.name, {}).get(task.metric)
     found: Row = {}
     if "7b" in table2:
@@ -74,10 +72,14 @@ def _fraction(percent: float) -> float:
 
 
 def _difference(result: SystemResult, full: SystemResult, metric: str, seed: int) -> Row:
+    """{} if no question has the metric in both: facts are judged only where something was read."""
     mine, theirs = (
         [row | {"metrics": {k: v for k, v in row["metrics"].items() if k == metric}} for row in r]
         for r in (result.scores, full.scores)
     )
+    having = ({str(row["id"]) for row in rows if row["metrics"]} for rows in (mine, theirs))
+    if not set.intersection(*having):
+        return {}
     [d] = comparison.compare(mine, theirs, seed)
     ends = {"difference_low": d.low, "difference_high": d.high}
     return {"difference": d.value, **ends, "p": d.p}

@@ -13,11 +13,13 @@ import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.answer_checks import is_finite
+from selfrag_jax.evaluation.mauve_score import RUNS
 from selfrag_jax.evaluation.scores import AMOUNTS
 from selfrag_jax.files import read_object
 
 Row = dict[str, Any]
 INTERVAL = ("value", "low", "high")
+NOT_95 = {"mauve": f"range of {RUNS} seeds"}  # metrics whose ends are something else
 TITLE = "Self-RAG in the synthetic world"
 SYSTEM_TITLES = {
     "selfrag": "Self-RAG",
@@ -166,10 +168,14 @@ def percent(row: Row | None) -> str:
 
 
 def interval_text(row: Row, digits: int = 1, between: str = " to ") -> str:
-    """Returns the ends of a row's interval; "" for one without (a time)."""
+    """Returns the ends of a row's interval; "" for one without (a time).
+
+    It is a 95% interval, but for metrics of NOT_95, which say so.
+    """
     if row["low"] is None:
         return ""
-    return between.join(_number(row["metric"], row[end], digits) for end in ("low", "high"))
+    ends = between.join(_number(row["metric"], row[end], digits) for end in ("low", "high"))
+    return ", ".join(filter(None, (ends, NOT_95.get(row["metric"]))))
 
 
 def _number(metric: str, value: float, digits: int) -> str:

@@ -3,8 +3,9 @@
 configs/tasks/ holds one file each, with a `TASK`. A variant says whose evaluation is meant:
 
 paper     (the default) our own wording of the instruction, and the paper's equations
-released  the instruction of --instructions, the prompt's layout with its quirks, and what the
-          authors' scripts compute
+released  the instruction of --instructions, the prompt's layout with its quirks, and the search,
+          scores and short answers' metric of the authors' scripts. Long answers they do not score:
+          ALCE and FActScore do
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from typing import Any
 
 from selfrag_jax import config
 from selfrag_jax.data.gold_answers import lettered
+from selfrag_jax.data.question_fields import NUMBERED
 from selfrag_jax.errors import UserError
+from selfrag_jax.evaluation.text_metrics import SCRIPT_GOLD
 from selfrag_jax.files import open_text
 from selfrag_jax.records import Question
 
 VARIANTS = ("paper", "released")
+SCRIPT_METRIC = (
+    "released_match"  # what run_short_form.py computes, with --metric=match, for any task
+)
+SHORT_FORM_METRICS = ("match", "option_accuracy")  # those that stand in its place here
 LETTERS_OF_SCRIPTS = "ABCD"  # ARC's script lists A to D for every question, D empty if need be
 
 
@@ -55,7 +62,9 @@ class Task:
     metric: str = "accuracy"  # the main one
     # metric -> model size -> the paper's figure (Table 2), in percent
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    files: tuple[str, ...] = ()  # patterns of the published files' names
+    retriever: str = ""  # what found the passages behind the paper's figures
+    # Patterns of the published files' names, in order of preference: the paper's own file first.
+    files: tuple[str, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -76,9 +85,24 @@ class Task:
         """Maximum number of tokens in a whole answer: what the scripts take, not a segment's."""
         return dict(self.released).get("max_new_tokens", self.max_new_tokens)
 
+    @property
+    def main_metric(self) -> str:
+        """The metric that the task is scored with: the scripts' own in the released variant."""
+        return SCRIPT_METRIC if self._is_scored_by_script else self.metric
+
+    @property
+    def _is_scored_by_script(self) -> bool:
+        return self.variant == "released" and self.metric in SHORT_FORM_METRICS
+
+    def figure_name(self, metric: str) -> str:
+        """The name under which the paper's figure for a metric stands; "" where it has none."""
+        if metric in ("accuracy", self.main_metric):
+            return self.metric
+        return "" if metric == self.metric else metric
+
     def figure(self, metric: str) -> dict[str, float]:
         """The paper's figures for a metric, by model size; `accuracy` is the main metric."""
-        return self.figures.get(self.metric if metric == "accuracy" else metric, {})
+        return self.figures.get(self.figure_name(metric), {})
 
     # ---- the prompt ------------------------------------------------------------------------------
     def ask(self, q: Question) -> Question:
@@ -95,7 +119,11 @@ class Task:
                 f"question {q.id!r} has choices, but the answers of --task={self.name} are "
                 f"{' or '.join(self.options)}"
             )
+        number = q.extra.get(NUMBERED)
         q = self._closed(_lettered(q))
+        if self._is_scored_by_script and q.answers:
+            # ARC's script letters the choices and not the gold label, which may be 1 to 4.
+            q = replace(q, extra=q.extra | {SCRIPT_GOLD: (number,) if number else q.answers})
         text = q.question + "".join(f"\n{label}: {text}" for label, text in self._listed(q))
         if self.instruction:
             text = f"{self.instruction}{self.heading}{text}"

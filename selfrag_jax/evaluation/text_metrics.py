@@ -16,6 +16,8 @@ from selfrag_jax.text.normalising import normalise, without_punctuation
 CITATION_MARK = re.compile(r" ?\[\d+\]")
 # FEVER's labels, which the released scripts read as the answers of PubHealth.
 _VERDICTS = {"SUPPORTS": "true", "REFUTES": "false"}
+# Question.extra: the gold answers of a released variant, which its script compares with.
+SCRIPT_GOLD = "script_gold"
 
 
 # ---- free text ----------------------------------------------------------------------------------
@@ -42,7 +44,9 @@ def released_match(answer: str, gold: Sequence[str]) -> float:
     """Returns 1 if a gold answer is a substring of the answer as they are, else 0.
 
     `match` of the released scripts (self-rag, retrieval_lm/metrics.py): case and punctuation count.
+    For run_short_form.py, an answer with SUPPORTS is "true", another one with REFUTES "false".
     """
+    answer = next((verdict for label, verdict in _VERDICTS.items() if label in answer), answer)
     return float(any(g in answer for g in gold if g))
 
 

@@ -14,6 +14,7 @@ from selfrag_jax.evaluation.page.questions import PageLimits, question_data, scr
 from selfrag_jax.evaluation.tables import (
     CRITIC_HEADER,
     DIFFERENCE_HEADER,
+    NOT_95,
     Row,
     critic_rows,
     difference_rows,
@@ -111,8 +112,9 @@ def _cell(row: Row | None) -> str:
         return ""
     if not interval_text(row):
         return f"<span title='n = {row['n']}'>{percent(row)}</span>"
-    tooltip = f"95% interval {interval_text(row)}, n = {row['n']}"
     ends = interval_text(row)
+    kind = "" if row["metric"] in NOT_95 else "95% interval "
+    tooltip = f"{kind}{ends}, n = {row['n']}"
     return f"<span title='{tooltip}'>{percent(row)}</span> <span class='ci'>{ends}</span>"
 
 

@@ -20,9 +20,20 @@ _FEWEST = 5  # answers in a bin that is drawn; fewer say nothing
 
 
 def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
-    """Returns a plot of each task with two systems or more: retrieval rate against accuracy."""
+    """Returns a plot of each task with two systems or more: retrieval rate against accuracy.
+
+    A single system has one plot, of its tasks, if they are several.
+    """
     systems, tasks, accuracy = metric_table(rows, "accuracy")
     _, _, rate = metric_table(rows, "retrieval_rate")
+    x, y = "retrieval rate (%)", "accuracy (%)"
+    both = [cell for cell in accuracy if cell in rate]
+    if len(systems) == 1 and len(both) > 1:
+        curves = tuple(
+            Curve(t.replace("_", " "), (_point(rate[s, t]["value"], accuracy[s, t]),))
+            for s, t in both
+        )
+        return [Plot("Retrieval rate and accuracy by task", x, y, curves, False, share_x=True)]
     plots = []
     for task in tasks:
         found = [s for s in systems if (s, task) in accuracy and (s, task) in rate]
@@ -34,9 +45,7 @@ def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
                 for s in found
             )
             title = f"Retrieval rate and accuracy: {task.replace('_', ' ')}"
-            plots.append(
-                Plot(title, "retrieval rate (%)", "accuracy (%)", curves, False, share_x=True)
-            )
+            plots.append(Plot(title, x, y, curves, False, share_x=True))
     return plots
 
 
@@ -141,8 +150,9 @@ def training_losses(scalars: Mapping[str, Mapping[str, Sequence[tuple[int, float
 
 
 def sweep_curves(points: Sequence[Row]) -> list[Plot]:
-    """Returns a plot for each setting of a sweep with several values: metrics against the setting.
+    """Returns plots for each setting of a sweep with several values: metrics against the setting.
 
+    Shares stand in one plot, amounts (tokens, passages) in one each.
     points: {"settings", "rows"} of each combination. The other settings have their first value.
     """
     plots = []
@@ -154,21 +164,29 @@ def sweep_curves(points: Sequence[Row]) -> list[Plot]:
             if all(p["settings"][k] == v for k, v in first.items() if k != setting)
         ]
         along.sort(key=lambda p: p["settings"][setting])
-        metrics = [m for m in metrics_of(along[0]["rows"]) if m not in AMOUNTS]
-        curves = []
-        for metric in metrics:
-            found = [
-                _point(p["settings"][setting], r)
-                for p in along
-                for r in p["rows"]
-                if r["metric"] == metric
-            ]
-            curves.append(Curve(metric.replace("_", " "), tuple(found)))
-        if len(along) > 1:
-            others = ", ".join(f"{k}={v:g}" for k, v in first.items() if k != setting)
-            note = f"With {others}." if others else ""
-            plots.append(Plot(f"Sweep of {setting}", setting, "%", tuple(curves), note=note))
+        if len(along) < 2:
+            continue
+        others = ", ".join(f"{k}={v:g}" for k, v in first.items() if k != setting)
+        note = f"With {others}." if others else ""
+        curves = {m: _along(along, setting, m) for m in metrics_of(along[0]["rows"])}
+        shares = tuple(c for m, c in curves.items() if m not in AMOUNTS)
+        plots.append(Plot(f"Sweep of {setting}", setting, "%", shares, note=note))
+        for metric in [m for m in curves if m in AMOUNTS]:
+            name, of_one = curves[metric].name, (curves[metric],)
+            title = f"Sweep of {setting}: {name}"
+            plots.append(Plot(title, setting, name, of_one, share_y=False, note=note))
     return plots
+
+
+def _along(points: Sequence[Row], setting: str, metric: str) -> Curve:
+    """A metric against a setting."""
+    found = [
+        _point(p["settings"][setting], r)
+        for p in points
+        for r in p["rows"]
+        if r["metric"] == metric
+    ]
+    return Curve(metric.replace("_", " "), tuple(found))
 
 
 def plots_of(rows: Sequence[Row], questions: Sequence[dict[str, Any]]) -> list[Plot]:

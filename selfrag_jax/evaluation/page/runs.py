@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,44 @@ def read_sweep(folder: str | Path) -> list[Row]:
     if not isinstance(points, list) or not all(map(_is_point, points)):
         raise UserError(f"{file}: is damaged; make it again with `selfrag sweep`")
     return points
+
+
+def read_reliability(folder: str | Path) -> dict[str, list[Row]]:
+    """Returns the bins of each group's reliability, from metrics.json of a critic's evaluation."""
+    file = Path(folder) / "metrics.json"
+    bins = read_object(file, ()).get("reliability") if file.is_file() else None
+    if bins is None:
+        raise UserError(
+            f"{folder}: holds no evaluation of a critic; run `selfrag evaluate --task=critic "
+            f"--critic=C --data=FILE --out={folder}` first"
+        )
+    if not isinstance(bins, dict) or not all(map(_are_bins, bins.values())):
+        raise UserError(f"{file}: field 'reliability' is damaged; evaluate the critic again")
+    return bins
+
+
+def _are_bins(bins: Any) -> bool:
+    return isinstance(bins, list) and all(
+        isinstance(b, dict) and all(is_finite(b.get(k)) for k in ("n", "confidence", "accuracy"))
+        for b in bins
+    )
+
+
+def read_losses(workdirs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Returns the logged scalars of trainings, by the folder's name; by its path if two share it.
+
+    Raises UserError for a folder without logged losses.
+    """
+    from selfrag_jax.training.event_files import read_scalars
+
+    names = [Path(w).name for w in workdirs]
+    found = {}
+    for workdir, name in zip(workdirs, names, strict=True):
+        scalars = read_scalars(workdir)
+        if not any(tag.startswith("loss/") for tag in scalars):
+            raise UserError(f"{workdir}: holds no losses; --losses are workdirs of `selfrag train`")
+        found[name if names.count(name) == 1 else str(workdir)] = scalars
+    return found
 
 
 def _is_point(point: Any) -> bool:
