@@ -73,24 +73,25 @@ class Cloud:
         assert code == 0, err
         (self.folder / "calls").unlink()
 
-    def ran(self, status=None, **fields):
-        """A TPU of one host on which a stage was started, without the time that this takes.
+    def ran(self, status=None, hosts=1, **fields):
+        """A TPU on which a stage was started, without the time that this takes.
 
         status: that it has ended with; None: it is gone.
         """
         job = records.Job(("train", "--workdir=/mnt/w"), "abc", start="s1")
-        self.set("hosts_per_node", "1")
+        self.set("hosts_per_node", str(hosts))
         self.set("states", "ACTIVE\n")
-        records.write(records.Record("gen", "us-east5-b", "v6e-4", job=job, **fields))
+        records.write(records.Record("gen", "us-central2-b", f"v4-{8 * hosts}", job=job, **fields))
         packing.archive_path("abc").parent.mkdir()
         packing.archive_path("abc").write_bytes(b"")
-        folder = self.folder / "hosts/gen-0/selfrag-launch/gen"
-        folder.mkdir(parents=True)
         ended = subprocess.Popen(["true"])
         ended.wait()
-        for name, text in (("pid", ended.pid), ("start", "s1"), ("log", "=== "), ("rc", status)):
-            if text is not None:
-                (folder / name).write_text(f"{text}\n")
+        for i in range(hosts):
+            folder = self.folder / f"hosts/gen-{i}/selfrag-launch/gen"
+            folder.mkdir(parents=True)
+            for name, text in (("pid", ended.pid), ("start", "s1"), ("log", "==="), ("rc", status)):
+                if text is not None:
+                    (folder / name).write_text(f"{text}\n")
 
     def until(self, condition):
         for _ in range(200):
@@ -449,34 +450,32 @@ def test_ssh_refused_on_one_of_four_hosts_names_it(cloud):
     assert records.read("gen").job is None  # it runs nowhere
 
 
-@pytest.mark.parametrize("command", [["resume"], ["run"]])
-def test_a_half_started_stage_is_finished(cloud, monkeypatch, command):
-    cloud.created()
-    assert cloud("run", "--name=gen", *TRAIN)[0] == 0
-    cloud.ended()  # an earlier stage: its exit statuses say nothing about the next
+@pytest.mark.parametrize(("command", "hosts"), [("resume", 4), ("run", 2)])
+def test_a_half_started_stage_is_finished(cloud, monkeypatch, command, hosts):
+    cloud.ran(status=0, hosts=hosts)  # an earlier stage, which says nothing about the next
     cloud.stage("echo begins; sleep 30")
     script = remote.start
 
     def refuses(*arguments):
-        cloud.set("refused.gen-2")
+        cloud.set("refused.gen-1")
         return script(*arguments)
 
     monkeypatch.setattr(remote, "start", refuses)
     code, _, err = cloud("run", "--name=gen", *TRAIN[:-1], "--workdir=/mnt/v")
-    assert code == 1 and "ssh failed on host 2 of 4" in err
+    assert code == 1 and f"ssh failed on host 1 of {hosts}" in err
     assert "`resume --name=gen` stops it everywhere and starts it again" in err
     assert records.read("gen").job.arguments[-2] == "--workdir=/mnt/v"
     monkeypatch.setattr(remote, "start", script)
-    (cloud.folder / "refused.gen-2").unlink()
+    (cloud.folder / "refused.gen-1").unlink()
 
-    code, out, err = cloud("status", "--name=gen")
-    assert code == 1 and "host 2: nothing runs" in err and out.count("   runs") == 3
-    code, out, err = cloud(*command, "--name=gen", *(TRAIN if command == ["run"] else []))
+    code, out, err = cloud(command, "--name=gen", *(TRAIN if command == "run" else []))
     assert code == 0, err
-    assert ("host 2: nothing runs" if command == ["resume"] else "on host 0, host 1, host 3") in out
-    assert cloud("status", "--name=gen")[1].count("   runs") == 4
+    assert ("host 1: nothing runs" if command == "resume" else "runs on host 0 only") in out
+    assert cloud("status", "--name=gen")[1].count("   runs") == hosts
     assert cloud.calls_of("delete") == []
-    assert [cloud.host(f"gen-{i}", "gen/log").count("=== ") for i in range(4)] == [3, 3, 2, 3]
+    assert [cloud.host(f"gen-{i}", "gen/log").count("=== ") for i in range(hosts)] == [2, 1, 2, 2][
+        :hosts
+    ]
 
 
 def test_a_stage_of_somebody_else_is_not_stopped(cloud):
@@ -694,7 +693,7 @@ def test_watching_needs_a_stage(cloud):
 # ---- resume --------------------------------------------------------------------------------------
 def test_a_preempted_tpu_is_made_again_and_the_stage_goes_on(cloud):
     cloud.stage("echo runs; sleep 30")
-    cloud.created()
+    cloud.created(hosts=2)
     cloud("run", "--name=gen", *TRAIN)
     cloud.set("states", "SUSPENDED\n")
     cloud.stage("echo goes on from $4")
@@ -704,8 +703,8 @@ def test_a_preempted_tpu_is_made_again_and_the_stage_goes_on(cloud):
     assert "goes on from its last checkpoint" in out
     verbs = [call.split()[3] for call in cloud.calls if "queued-resources" in call]
     assert verbs.index("delete") < verbs.index("create")  # a spot VM is not restarted
-    cloud.ended()
-    assert "goes on from --workdir=/mnt/w" in cloud.host("gen-3", "gen/log")
+    cloud.ended(2)
+    assert "goes on from --workdir=/mnt/w" in cloud.host("gen-1-0", "gen/log")
     assert cloud("resume", "--name=gen")[1] == "gen: the stage has finished on all hosts\n"
 
 
@@ -746,19 +745,16 @@ def test_restarts_are_bounded(cloud):
 
 
 def test_a_wrong_command_is_not_started_again(cloud):
-    cloud.stage("echo 'selfrag train: /mnt/d.jsonl: no such file'; exit 2")
-    cloud.created(hosts=1)
-    cloud("run", "--name=gen", *TRAIN)
-    cloud.ended(1)
+    cloud.ran(status=2)
+    log = cloud.folder / "hosts/gen-0/selfrag-launch/gen/log"
+    log.write_text("===\nselfrag train: /mnt/d.jsonl: no such file\n")
     code, _, err = cloud("resume", "--name=gen", "--watch")
     assert code == 1 and "refuses its input on host 0: selfrag train: /mnt/d.jsonl" in err
     assert len(cloud.calls_of("create")) == 0
 
 
 def test_a_lost_connection_alone_deletes_nothing(cloud):
-    cloud.stage("sleep 30")
-    cloud.created()
-    cloud("run", "--name=gen", *TRAIN)
+    cloud.ran(hosts=4)
     cloud.set("refused.gen-3")
     code, _, err = cloud("resume", "--name=gen")
     assert code == 1 and "is ACTIVE, but does not answer" in err
@@ -768,9 +764,7 @@ def test_a_lost_connection_alone_deletes_nothing(cloud):
 
 
 def test_an_expired_login_ends_the_watch_and_deletes_nothing(cloud):
-    cloud.stage("sleep 30")
-    cloud.created(hosts=1)
-    cloud("run", "--name=gen", *TRAIN)
+    cloud.ran()
     cloud.set("fail.ssh", "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) Reauthentication failed.")
     code, out, err = cloud("resume", "--name=gen", "--watch")
     assert code == 1 and "gcloud auth login" in err and "restart" not in out

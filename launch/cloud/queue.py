@@ -267,4 +267,5 @@ def default_project(runner: Runner) -> str | None:
     """Returns gcloud's project. It is recorded: later commands must not look in another one."""
     if runner.dry_run:
         return None
-    return runner.attempt(["gcloud", "config", "get-value", "project"]).output.strip() or None
+    project = runner.attempt(["gcloud", "config", "get-value", "project"]).output.strip()
+    return None if project in ("", "(unset)") else project

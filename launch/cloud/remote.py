@@ -81,7 +81,7 @@ def stop(name: str, seconds: int = 120) -> str:
 [ -f pid ] || exit 0
 pid=$(cat pid)
 # Of its session; after a reboot, the number may be that of others, who are none of our business.
-ps -ww -o args= -g "$pid" 2>/dev/null | grep -q {FOLDER}/ || exit 0
+case $(ps -ww -o args= -g "$pid" 2>/dev/null) in *{FOLDER}/*) ;; *) exit 0 ;; esac
 kill -TERM -- "-$pid" 2>/dev/null || exit 0
 for _ in $(seq {5 * seconds}); do kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 0.2; done
 kill -KILL -- "-$pid" 2>/dev/null || true
