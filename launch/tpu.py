@@ -197,7 +197,10 @@ def _resume(watcher: watch.Watcher, values: Values) -> None:
         diagnosis = watcher.look()
         print(f"{record.name}: {diagnosis.text}")
         if diagnosis.kind == "waits":
-            Queue(record, watcher.runner).wait(values["poll"], print)
+            state = Queue(record, watcher.runner).wait(values["poll"], print)
+            if not state.works:
+                diagnosis = watch.Diagnosis("lost", str(state))
+                break
         elif diagnosis.kind == "doubtful":
             queue.pause(values["poll"])
         else:

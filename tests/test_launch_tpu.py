@@ -640,6 +640,16 @@ def test_bad_looks_in_a_row_are_counted_and_changes_are_bounded():
     )
 
 
+def test_a_repair_without_end_is_a_loss(cloud):
+    cloud.ran()
+    cloud.set("node.gen", "REPAIRING 1")
+    cloud.set("after_create", "ACTIVE\n")
+    code, _, err = cloud("resume", "--name=gen", "--poll=1800")
+    assert code == 1 and "installing abc failed" in err  # on the new one: the archive is empty
+    assert len(cloud.calls_of("delete")) == len(cloud.calls_of("create")) == 1
+    assert len([c for c in cloud.calls_of("describe") if "queued" in c]) == 1 + 5 + 1
+
+
 @pytest.mark.parametrize("lacks", ["--env=HF_TOKEN: not set", "the packed commit is gone",
                                    "the startup script of gen is gone"])  # fmt: skip
 def test_no_tpu_is_made_for_a_stage_that_cannot_start(cloud, monkeypatch, tmp_path, lacks):
