@@ -258,7 +258,9 @@ def _tell(text: str) -> None:
 _PRICE_FLAGS = ("price", "spot_price")
 COMMANDS = {
     "": Subcommand(
-        "Says which slices a training fits, how long it takes at best, and what it costs.",
+        "Says which slices a training fits, how long it takes at best, and what it costs.\n"
+        "One slice for each training: multislice (--slices of tpu.py and gke.py) is left out, and\n"
+        "so is TPU 7x, which launch/gke.py runs.",
         Command(
             "python launch/plan.py --config=generator_13b --chips=v5e,v6e --budget=500\n"
             "python launch/plan.py --config=generator_7b --chips=v5e,v5p,v6e --estimate",

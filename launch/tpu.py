@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from cloud import flags, jobs, packing, records, remote, watch
+from cloud import flags, jobs, packing, queue, records, remote, watch
 from cloud.command_line import Subcommand, main, positive, stage_command
 from cloud.failures import CloudFailure
+from cloud.letting_go import NothingMade, end_on_signals, free, frees_quota
 from cloud.processes import Runner, require_program
-from cloud.queue import MISSING, NOTHING_MADE, Queue
+from cloud.queue import MISSING, NOTHING_MADE, Queue, default_project
 from cloud.records import Job, Record
 from cloud.requests import new_record
 
@@ -36,6 +35,9 @@ Values = dict[str, Any]
 # ---- create --------------------------------------------------------------------------------------
 def create(values: Values, _: list[str]) -> None:
     record, runner = new_record(values), _runner(values)
+    old: Record | None = None
+    if record.project is None:
+        record = dataclasses.replace(record, project=default_project(runner))
     q = Queue(record, runner)
     if records.path(record.name).is_file() and not runner.dry_run:
         old = records.read(record.name)
@@ -46,13 +48,17 @@ def create(values: Values, _: list[str]) -> None:
             )
     if not runner.dry_run:
         records.write(record)  # first: what was asked for must be deletable, whatever happens next
-    with _frees_quota(q, values["delete_on_exit"]):
+    with frees_quota(q, values["delete_on_exit"]):
         try:
             q.create()
         except CloudFailure as e:
-            if e.kind in NOTHING_MADE:
+            if e.kind not in NOTHING_MADE or runner.dry_run:
+                raise
+            if old:  # what ran on it can still be resumed
+                records.write(old)
+            else:
                 records.forget(record.name)
-            raise
+            raise NothingMade(e.kind, str(e)) from None
         if not values["wait"]:
             _teller(runner)(
                 f"{record.name}: asked for; `python launch/tpu.py status --name={record.name}`"
@@ -74,14 +80,21 @@ def run(values: Values, positional: list[str]) -> None:
     if wrong := [n for n in env if not re.fullmatch(r"[A-Za-z_]\w*", n)]:
         raise UserError(f"--env={wrong[0]}: expected names of variables, without their values")
     version = packing.pack(values["dirty"], runner)
-    record = dataclasses.replace(record, job=Job(tuple(arguments), version, env))
+    before, record = record, dataclasses.replace(record, job=Job(tuple(arguments), version, env))
+    jobs.check_startable(record, runner)
     state = Queue(record, runner).state()
     if not state.works:
         raise StageFailed(f"{record.name}: {state}; a stage needs it ACTIVE (`resume`, `create`)")
-    jobs.install(record, runner)
-    jobs.start(record, runner)
     if not runner.dry_run:
-        records.write(record)
+        watch.make_way(before, runner, print)
+    jobs.install(record, runner)
+    try:
+        jobs.start(record, runner)
+    except CloudFailure as e:
+        raise CloudFailure(
+            e.kind, f"{e}; `resume --name={record.name}` stops it everywhere and starts it again"
+        ) from None
+    if not runner.dry_run:
         name = f"--name={record.name}"
         print(f"{record.name}: selfrag {arguments[0]} runs on {record.num_hosts} host(s)")
         print(f"  python launch/tpu.py logs {name} --follow")
@@ -94,7 +107,8 @@ def logs(values: Values, _: list[str]) -> None:
     jobs.job_of(record)
     if not runner.dry_run:
         require_program("gcloud")
-    with _frees_quota(Queue(record, runner), values["delete_on_exit"]):
+    # A connection that is lost says nothing about the stage.
+    with frees_quota(Queue(record, runner), values["delete_on_exit"], on_failure=False):
         if jobs.show_logs(record, runner, values["lines"], values["follow"]):
             raise StageFailed("some hosts gave no log; `status` says how they are")
 
@@ -110,7 +124,7 @@ def status(values: Values, _: list[str]) -> None:
     state = Queue(record, runner).state()
     _teller(runner)(f"{_title(record)}: {state}")
     if record.job is None or not (state.works or runner.dry_run):
-        if not state.works and not state.waits:
+        if not (state.works or state.waits or state.changes):
             raise StageFailed(f"{record.name}: {state}; `resume` makes it again")
         return
     _teller(runner)(f"  selfrag {' '.join(record.job.arguments)}  (commit {record.job.version})")
@@ -136,7 +150,7 @@ def _health_text(health: remote.Health | str) -> str:
     if isinstance(health, str):
         return health
     if not health.started:
-        return "nothing runs"
+        return "another stage runs" if health.alive else "nothing runs"
     running = "runs" if health.alive else f"ended, exit status {health.exit_status}"
     parts = [running, health.progress, f"last line {health.log_age:.0f} s ago"]
     if health.checkpoint is not None:
@@ -150,16 +164,18 @@ def resume(values: Values, _: list[str]) -> None:
     record, runner = records.read(values["name"]), _runner(values)
     watcher = _watcher(record, runner, values)
     q = Queue(record, runner)
-    with _frees_quota(q, values["delete_on_exit"]):
+    if values["watch"]:  # now, and not in the middle of the night
+        jobs.check_startable(record, runner)
+    with frees_quota(q, values["delete_on_exit"]):
         if runner.dry_run:
             _print_resume(watcher)
         elif record.job is None:
-            if not q.state().works:
+            if values["recreate"] or not q.wait(values["poll"], print).works:
                 watch.make_again(record, runner, values["poll"], print)
         else:
             _resume(watcher, values)
     if values["delete_on_exit"] and values["watch"]:
-        _free(q)
+        free(q)
 
 
 def _print_resume(watcher: watch.Watcher) -> None:
@@ -177,21 +193,25 @@ def _resume(watcher: watch.Watcher, values: Values) -> None:
     if values["watch"]:
         watcher.watch()
         return
-    diagnosis = watcher.look()
-    print(f"{record.name}: {diagnosis.text}")
+    while True:
+        diagnosis = watcher.look()
+        print(f"{record.name}: {diagnosis.text}")
+        if diagnosis.kind == "waits":
+            state = Queue(record, watcher.runner).wait(values["poll"], print)
+            if not state.works:
+                diagnosis = watch.Diagnosis("lost", str(state))
+                break
+        elif diagnosis.kind == "doubtful":
+            queue.pause(values["poll"])
+        else:
+            break
     if diagnosis.kind == "wrong":
         raise StageFailed(f"{record.name}: a restart cannot mend this; start another with `run`")
     if diagnosis.kind == "unreachable":
         raise StageFailed(
             f"{record.name}: is ACTIVE, but does not answer; try again, or --recreate"
         )
-    if diagnosis.kind == "waits":
-        state = Queue(record, watcher.runner).wait(values["poll"], print)
-        if not state.works:
-            raise StageFailed(f"{record.name}: {state}")
-        jobs.install(record, watcher.runner)
-        jobs.start(record, watcher.runner)
-    elif diagnosis.kind not in ("runs", "finished"):
+    if diagnosis.kind not in ("runs", "finished"):
         watcher.repair(diagnosis)
 
 
@@ -200,34 +220,6 @@ def delete(values: Values, _: list[str]) -> None:
     _teller(runner)(f"{record.name}: {Queue(record, runner).delete(wait=values['wait'])}")
     if not runner.dry_run:
         records.forget(record.name)
-
-
-@contextmanager
-def _frees_quota(q: Queue, on_exit: bool) -> Iterator[None]:
-    """Deletes the request when the block fails or is interrupted, if that was asked for."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, StageFailed) as e:
-        if isinstance(e, CloudFailure) and e.kind in NOTHING_MADE:
-            pass
-        elif on_exit:
-            _free(q)
-        elif not isinstance(e, StageFailed):
-            print(
-                f"\n{q.record.name} is still there, and holds quota: "
-                f"python launch/tpu.py delete --name={q.record.name}",
-                file=sys.stderr,
-            )
-        raise
-
-
-def _free(q: Queue) -> None:
-    try:
-        print(f"\n{q.record.name}: {q.delete(wait=False)}", file=sys.stderr)
-        if not q.runner.dry_run:
-            records.forget(q.record.name)
-    except CloudFailure as e:
-        print(f"\n{e}\nit is still there, and holds quota: delete it by hand", file=sys.stderr)
 
 
 def _runner(values: Values) -> Runner:
@@ -288,5 +280,5 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_signals()
     sys.exit(main("launch/tpu.py", COMMANDS))

@@ -171,7 +171,7 @@ def test_prices_have_a_chip_with_known_rates():
         (["--config=generator_13"], "did you mean 'generator_13b'"),
         (["--config=short_form"], "no architecture to plan for; critic_7b"),
         (["--chips=v5"], "--chips=v5: did you mean v5p? known are a100"),
-        (["--chips=tpu7x"], "known are a100"),
+        (["--chips=tpu7x"], "tpu7x: is not planned here; launch/gke.py runs it"),
         (["--price=v5e"], "expected dollars for a chip and hour"),
         (["--price=v4=2"], "v4 is not among --chips=v5e,v6e"),
         (["--chips=h100", "--spot_price=h100=1"], "give --price=h100"),

@@ -121,9 +121,9 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
     scripts = [
         remote.install("abc", "selfrag-abc.tar.gz"),
-        remote.start("gen", "abc", ["train", "--role=it's"]),
+        remote.start("gen", "abc", ["train", "--role=it's"], "s1"),
         remote.stop("gen"),
-        remote.probe("gen", "/mnt/a b"),
+        remote.probe("gen", "/mnt/a b", "s1"),
         remote.follow("gen", 20, True),
         remote.JOB,
     ]

@@ -1,10 +1,12 @@
 """launch/tpu.py against a gcloud that fails in chosen ways; scripts of hosts run for real."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import tpu
-from cloud import command_line, jobs, packing, queue, records, watch
+from cloud import (
+    command_line,
+    failures,
+    hosts,
+    jobs,
+    letting_go,
+    packing,
+    queue,
+    records,
+    remote,
+    watch,
+)
 from cloud.processes import Runner
 
 FAKES = Path(__file__).parent / "fake_cloud"
@@ -59,6 +72,26 @@ class Cloud:
         code, _, err = self(*CREATE, *flags)
         assert code == 0, err
         (self.folder / "calls").unlink()
+
+    def ran(self, status=None, hosts=1, **fields):
+        """A TPU on which a stage was started, without the time that this takes.
+
+        status: that it has ended with; None: it is gone.
+        """
+        job = records.Job(("train", "--workdir=/mnt/w"), "abc", start="s1")
+        self.set("hosts_per_node", str(hosts))
+        self.set("states", "ACTIVE\n")
+        records.write(records.Record("gen", "us-central2-b", f"v4-{8 * hosts}", job=job, **fields))
+        packing.archive_path("abc").parent.mkdir()
+        packing.archive_path("abc").write_bytes(b"")
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        for i in range(hosts):
+            folder = self.folder / f"hosts/gen-{i}/selfrag-launch/gen"
+            folder.mkdir(parents=True)
+            for name, text in (("pid", ended.pid), ("start", "s1"), ("log", "==="), ("rc", status)):
+                if text is not None:
+                    (folder / name).write_text(f"{text}\n")
 
     def until(self, condition):
         for _ in range(200):
@@ -107,8 +140,11 @@ def cloud(tmp_path, monkeypatch, capsys, checkout):
     made.stage(WRITES_STEPS)
     yield made
     for file in folder.glob("hosts/*/selfrag-launch/gen/pid"):  # stages that still run
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(int(file.read_text()), signal.SIGKILL)
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            # Only what is a stage of this test: the number may be another process's.
+            if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.killpg(pid, signal.SIGKILL)
 
 
 # ---- create --------------------------------------------------------------------------------------
@@ -258,6 +294,99 @@ def test_ctrl_c_frees_the_quota_where_asked(cloud, monkeypatch, asked):
     assert asked or "holds quota: python launch/tpu.py delete --name=gen" in err
 
 
+def test_queueing_outlives_lost_connections(cloud, monkeypatch):
+    """Six hours in the queue are not given up because of a minute without network."""
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if pauses.count(600):
+            (cloud.folder / "fail.describe").unlink(missing_ok=True)
+
+    monkeypatch.setattr(queue, "pause", pause)
+    cloud.set("after_create", "ACTIVE\n")
+    cloud.set("fail.describe", "ERROR: Unable to find the server at tpu.googleapis.com")
+    code, out, err = cloud(*CREATE, "--delete_on_exit", "--poll=150")
+    assert code == 0 and "(network)" in out and "again in 300 s" in out, err
+    assert pauses == [150, 300, 600] and cloud.calls_of("delete") == []
+    cloud("delete", "--name=gen")
+    cloud.set("fail.describe", "ERROR: Unable to find the server at tpu.googleapis.com")
+    pauses.append(0)
+    monkeypatch.setattr(queue, "pause", lambda seconds: None)
+    code, out, _ = cloud(*CREATE, "--delete_on_exit")
+    assert code == 1 and out.count("looking again") == 9  # not for ever
+    assert len(cloud.calls_of("delete")) == 2
+
+
+def test_the_default_project_is_recorded(cloud):
+    """Another default later must not make a second TPU, and leave the first."""
+    cloud.set("project", "first\n")
+    cloud.created(hosts=1)
+    cloud.set("project", "second\n")
+    assert cloud("status", "--name=gen")[0] == 0
+    assert records.read("gen").project == "first"
+    assert all("--project=first" in call for call in cloud.calls)
+
+
+def test_a_refused_create_keeps_the_record_of_what_ran_before(cloud):
+    old = records.Record("gen", "us-east5-b", "v6e-4", job=records.Job(("train",), "abc"))
+    records.write(old)
+    cloud.set("fail.create", GCLOUD_SAYS["permission"])
+    assert cloud(*CREATE)[0] == 1
+    assert records.read("gen") == old
+
+
+# ---- commands that hang --------------------------------------------------------------------------
+def test_a_command_without_an_answer_is_ended_with_its_children():
+    begun = time.monotonic()
+    done = Runner().attempt(["sh", "-c", "sleep 60 & echo $! >&2; wait"], seconds=0.2)
+    assert time.monotonic() - begun < 30 and done.status == 124
+    failure = failures.explain("describing gen", done.errors, done.status)
+    assert failure.kind == "timeout" and "no answer within 0 s" in str(failure)
+    assert hosts.unreachable(done)
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_ctrl_c_waits_for_commands_whose_outcome_must_be_known(tmp_path, finish):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Runner().attempt(["sh", "-c", f"sleep 0.5; touch {tmp_path}/made"], finish=finish)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert (tmp_path / "made").exists() == finish
+
+
+def test_ctrl_c_ends_the_commands_of_all_hosts():
+    record = records.Record("gen", "us-east5-b", "v6e-16")
+    runner = Runner()
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    begun = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        hosts.Hosts(record, runner).attempt(lambda h: ["sleep", "60" if h.worker else "0"])
+    assert time.monotonic() - begun < 30
+
+
+def test_a_closed_terminal_ends_the_command_as_ctrl_c_does():
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        letting_go.end_on_signals()
+        with pytest.raises(SystemExit, match="129"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        letting_go.end_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 # ---- run, logs, status ---------------------------------------------------------------------------
 def test_a_stage_runs_on_every_host_with_the_packed_commit(cloud, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "it's secret")
@@ -319,6 +448,69 @@ def test_ssh_refused_on_one_of_four_hosts_names_it(cloud):
     assert "ssh: connect to host 10.0.0.9 port 22: Connection refused" in err
     assert "port 22" in err and err.count("\n") == 1
     assert records.read("gen").job is None  # it runs nowhere
+
+
+@pytest.mark.parametrize(("command", "hosts"), [("resume", 4), ("run", 2)])
+def test_a_half_started_stage_is_finished(cloud, monkeypatch, command, hosts):
+    cloud.ran(status=0, hosts=hosts)  # an earlier stage, which says nothing about the next
+    cloud.stage("echo begins; sleep 30")
+    script = remote.start
+
+    def refuses(*arguments):
+        cloud.set("refused.gen-1")
+        return script(*arguments)
+
+    monkeypatch.setattr(remote, "start", refuses)
+    code, _, err = cloud("run", "--name=gen", *TRAIN[:-1], "--workdir=/mnt/v")
+    assert code == 1 and f"ssh failed on host 1 of {hosts}" in err
+    assert "`resume --name=gen` stops it everywhere and starts it again" in err
+    assert records.read("gen").job.arguments[-2] == "--workdir=/mnt/v"
+    monkeypatch.setattr(remote, "start", script)
+    (cloud.folder / "refused.gen-1").unlink()
+
+    code, out, err = cloud(command, "--name=gen", *(TRAIN if command == "run" else []))
+    assert code == 0, err
+    assert ("host 1: nothing runs" if command == "resume" else "runs on host 0 only") in out
+    assert cloud("status", "--name=gen")[1].count("   runs") == hosts
+    assert cloud.calls_of("delete") == []
+    assert [cloud.host(f"gen-{i}", "gen/log").count("=== ") for i in range(hosts)] == [2, 1, 2, 2][
+        :hosts
+    ]
+
+
+def test_a_stage_of_somebody_else_is_not_stopped(cloud):
+    cloud.stage("sleep 30")
+    cloud.created(hosts=1)
+    cloud("run", "--name=gen", *TRAIN)
+    job = records.read("gen").job
+    records.write(dataclasses.replace(records.read("gen"), job=None))
+    code, _, err = cloud("run", "--name=gen", *TRAIN)
+    assert code == 1 and "a stage runs already on host 0" in err and not records.read("gen").job
+    job = dataclasses.replace(job, start="other")
+    records.write(dataclasses.replace(records.read("gen"), job=job))
+    code, out, _ = cloud("resume", "--name=gen")
+    assert code == 1 and "another stage runs on host 0" in out
+    assert cloud.host("gen-0", "gen/log").count("=== ") == 1
+
+
+def test_after_a_reboot_the_number_of_the_process_is_anothers(cloud):
+    cloud.ran()
+    other = subprocess.Popen(["sleep", "30"], start_new_session=True)
+    (cloud.folder / "hosts/gen-0/selfrag-launch/gen/pid").write_text(f"{other.pid}\n")
+    try:
+        code, _, err = cloud("status", "--name=gen")
+        assert code == 1 and "host 0: the process is gone" in err
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_lost_logs_delete_nothing(cloud):
+    cloud.ran()
+    cloud.set("refused.gen-0")
+    code, _, err = cloud("logs", "--name=gen", "--follow", "--delete_on_exit")
+    assert code == 1 and "no log from host 0" in err
+    assert cloud.calls_of("delete") == [] and records.names() == ["gen"]
 
 
 def test_a_failed_installation_names_its_host(cloud):
@@ -399,10 +591,119 @@ def test_the_last_checkpoint_in_a_bucket_is_found(cloud):
     assert cloud.calls[0].split() == ["storage", "ls", "gs://b/w/checkpoints/"]
 
 
+# ---- resume: what is deleted, and when ----------------------------------------------------------
+@pytest.mark.parametrize("state", ["WAITING_FOR_RESOURCES", "node CREATING", "node REPAIRING"])
+def test_what_waits_keeps_its_place_in_the_queue(cloud, monkeypatch, state):
+    assert cloud(*CREATE, "--nowait")[0] == 0
+    if state.startswith("node"):
+        cloud.set("states", "ACTIVE\n")
+        cloud.set("node.gen", f"{state.split()[1]} 4")
+    monkeypatch.setattr(queue, "pause", lambda seconds: cloud.set("node.gen", "READY 4"))
+    code, out, err = cloud("resume", "--name=gen")
+    assert code == 0 and out.splitlines()[-1] == "gen: ACTIVE", err
+    assert cloud.calls_of("delete") == [] and len(cloud.calls_of("create")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "watch_it"),
+    [("node.gen", "REPAIRING 1", True), ("node.gen", "READY 0", True),
+     ("states", "SUSPENDED\n", True), ("preempted.gen-0", "", True),
+     ("node.gen", "REPAIRING 1", False), ("preempted.gen-0", "", False)],
+)  # fmt: skip
+def test_one_bad_look_deletes_nothing(cloud, monkeypatch, name, text, watch_it):
+    cloud.ran(status=0)
+    good = (cloud.folder / name).read_text() if name == "states" else None
+    cloud.set(name, text)
+
+    def pause(seconds):
+        (cloud.folder / name).unlink(missing_ok=True) if good is None else cloud.set(name, good)
+
+    monkeypatch.setattr(queue, "pause", pause)
+    code, out, err = cloud("resume", "--name=gen", *(["--watch"] if watch_it else []))
+    assert code == 0 and "the stage has finished" in out, err
+    assert cloud.calls_of("delete") == [] and cloud.calls_of("create") == []
+
+
+def test_bad_looks_in_a_row_are_counted_and_changes_are_bounded():
+    lost, broken = queue.State("SUSPENDED", "x"), queue.State("ACTIVE", "gen is PREEMPTED")
+    repaired = queue.State("ACTIVE", "gen is REPAIRING", nodes_change=True)
+    looks = queue.Looks(poll=1800)
+    assert [looks.verdict(s) for s in (lost, broken, lost)] == ["doubtful", "doubtful", "lost"]
+    assert looks.verdict(queue.State("ACTIVE")) == "works"
+    assert looks.verdict(lost) == "doubtful"
+    assert looks.verdict(queue.State("WAITING_FOR_RESOURCES")) == "waits"
+    verdicts = [looks.verdict(repaired) for _ in range(5)]
+    assert verdicts == ["waits", "waits", "doubtful", "doubtful", "lost"]  # an hour
+    new = queue.State("A_STATE_OF_NEXT_YEAR")
+    assert (
+        queue.Looks(60).verdict(new) == queue.Looks(60).verdict(queue.State("DELETING")) == "waits"
+    )
+
+
+def test_a_repair_without_end_is_a_loss(cloud):
+    cloud.ran()
+    cloud.set("node.gen", "REPAIRING 1")
+    cloud.set("after_create", "ACTIVE\n")
+    code, _, err = cloud("resume", "--name=gen", "--poll=1800")
+    assert code == 1 and "installing abc failed" in err  # on the new one: the archive is empty
+    assert len(cloud.calls_of("delete")) == len(cloud.calls_of("create")) == 1
+    assert len([c for c in cloud.calls_of("describe") if "queued" in c]) == 1 + 5 + 1
+
+
+@pytest.mark.parametrize("lacks", ["--env=HF_TOKEN: not set", "the packed commit is gone",
+                                   "the startup script of gen is gone"])  # fmt: skip
+def test_no_tpu_is_made_for_a_stage_that_cannot_start(cloud, monkeypatch, tmp_path, lacks):
+    startup = tmp_path / "startup.sh"
+    cloud.ran(startup=str(startup))
+    cloud.set("states", "SUSPENDED\n")
+    if "startup" not in lacks:
+        startup.write_text("")
+    if "env" in lacks:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        record = records.read("gen")
+        job = dataclasses.replace(record.job, env=("HF_TOKEN",))
+        records.write(dataclasses.replace(record, job=job))
+    if "commit" in lacks:
+        packing.archive_path("abc").unlink()
+    code, _, err = cloud("resume", "--name=gen")
+    assert code == 2 and lacks in err
+    assert cloud.calls_of("delete") == [] and cloud.calls_of("create") == []
+    if "startup" not in lacks:  # told when the watch begins
+        (cloud.folder / "calls").unlink()
+        code, _, err = cloud("resume", "--name=gen", "--watch", "--delete_on_exit")
+        assert code == 2 and lacks in err and cloud.calls == []
+
+
+def test_any_error_frees_the_quota_where_asked(cloud, monkeypatch):
+    cloud.ran(status=1)
+    archive = packing.archive_path("abc")
+    monkeypatch.setattr(queue, "pause", lambda seconds: archive.unlink(missing_ok=True))
+    code, _, err = cloud("resume", "--name=gen", "--watch", "--delete_on_exit")
+    assert code == 2 and "the packed commit is gone" in err
+    assert len(cloud.calls_of("delete")) == 1 and records.names() == []
+
+
+def test_what_was_deleted_meanwhile_is_not_made_again(cloud, monkeypatch):
+    """`delete` in another terminal, while this one watches."""
+    cloud.ran(status=1)  # between its end and the restart
+    monkeypatch.setattr(queue, "pause", lambda seconds: cloud("delete", "--name=gen"))
+    code, _, err = cloud("resume", "--name=gen", "--watch")
+    assert code == 1 and "was deleted; it is not made again" in err
+    assert cloud.calls_of("create") == [] and records.names() == []
+
+
+def test_watching_needs_a_stage(cloud):
+    cloud.created(hosts=1)
+    code, _, err = cloud("resume", "--name=gen", "--watch", "--delete_on_exit")
+    assert code == 2 and "nothing was run on it yet" in err and cloud.calls == []
+    assert cloud("resume", "--name=gen", "--recreate")[0] == 0
+    assert len(cloud.calls_of("delete")) == len(cloud.calls_of("create")) == 1
+
+
 # ---- resume --------------------------------------------------------------------------------------
 def test_a_preempted_tpu_is_made_again_and_the_stage_goes_on(cloud):
     cloud.stage("echo runs; sleep 30")
-    cloud.created()
+    cloud.created(hosts=2)
     cloud("run", "--name=gen", *TRAIN)
     cloud.set("states", "SUSPENDED\n")
     cloud.stage("echo goes on from $4")
@@ -412,8 +713,8 @@ def test_a_preempted_tpu_is_made_again_and_the_stage_goes_on(cloud):
     assert "goes on from its last checkpoint" in out
     verbs = [call.split()[3] for call in cloud.calls if "queued-resources" in call]
     assert verbs.index("delete") < verbs.index("create")  # a spot VM is not restarted
-    cloud.ended()
-    assert "goes on from --workdir=/mnt/w" in cloud.host("gen-3", "gen/log")
+    cloud.ended(2)
+    assert "goes on from --workdir=/mnt/w" in cloud.host("gen-1-0", "gen/log")
     assert cloud("resume", "--name=gen")[1] == "gen: the stage has finished on all hosts\n"
 
 
@@ -454,19 +755,16 @@ def test_restarts_are_bounded(cloud):
 
 
 def test_a_wrong_command_is_not_started_again(cloud):
-    cloud.stage("echo 'selfrag train: /mnt/d.jsonl: no such file'; exit 2")
-    cloud.created(hosts=1)
-    cloud("run", "--name=gen", *TRAIN)
-    cloud.ended(1)
+    cloud.ran(status=2)
+    log = cloud.folder / "hosts/gen-0/selfrag-launch/gen/log"
+    log.write_text("===\nselfrag train: /mnt/d.jsonl: no such file\n")
     code, _, err = cloud("resume", "--name=gen", "--watch")
     assert code == 1 and "refuses its input on host 0: selfrag train: /mnt/d.jsonl" in err
     assert len(cloud.calls_of("create")) == 0
 
 
 def test_a_lost_connection_alone_deletes_nothing(cloud):
-    cloud.stage("sleep 30")
-    cloud.created()
-    cloud("run", "--name=gen", *TRAIN)
+    cloud.ran(hosts=4)
     cloud.set("refused.gen-3")
     code, _, err = cloud("resume", "--name=gen")
     assert code == 1 and "is ACTIVE, but does not answer" in err
@@ -476,9 +774,7 @@ def test_a_lost_connection_alone_deletes_nothing(cloud):
 
 
 def test_an_expired_login_ends_the_watch_and_deletes_nothing(cloud):
-    cloud.stage("sleep 30")
-    cloud.created(hosts=1)
-    cloud("run", "--name=gen", *TRAIN)
+    cloud.ran()
     cloud.set("fail.ssh", "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) Reauthentication failed.")
     code, out, err = cloud("resume", "--name=gen", "--watch")
     assert code == 1 and "gcloud auth login" in err and "restart" not in out

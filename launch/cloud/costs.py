@@ -65,6 +65,8 @@ def hosts_of(topology: str) -> int:
 
 def topologies(chip: str, max_chips: int) -> list[str]:
     """Returns the slices of a chip, or the cards of a host, ascending. Raises UserError."""
+    if chip in GENERATIONS and chip not in _CHIPS:  # peak rates are missing
+        raise UserError(f"--chips={chip}: is not planned here; launch/gke.py runs it")
     if chip not in _CHIPS:
         close = difflib.get_close_matches(chip, _CHIPS, 1, 0.4)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -27,6 +27,11 @@ class _Kind:
 # these messages, and gcloud's documentation.
 _KINDS = (
     _Kind(
+        "timeout",
+        r"ERROR: no answer within",  # processes.py
+        "try again; `python launch/tpu.py status` says how it is",
+    ),
+    _Kind(
         "login",
         r"gcloud auth login|Reauthentication|active account selected|invalid_grant",
         "log in: gcloud auth login",
@@ -96,7 +101,8 @@ _KINDS = (
 
 
 _OF_CONNECTION = re.compile(
-    r"^ERROR: \(gcloud|^ssh: |^kex_|Permission denied \(publickey|^Connection (closed|reset|timed)"
+    r"^ERROR: (\(gcloud|no answer within)|^ssh: |^kex_|Permission denied \(publickey"
+    r"|^Connection (closed|reset|timed)"
 )
 
 

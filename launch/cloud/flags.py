@@ -46,7 +46,9 @@ LOGS = (
     NAME,
     Flag("follow", "go on with what comes", False, type=bool),
     Flag("lines", "of each log", 20, type=int),
-    DELETE_ON_EXIT,
+    Flag(
+        "delete_on_exit", "delete the TPU on Ctrl-C, so that it frees its quota", False, type=bool
+    ),
     DRY_RUN,
 )
 STATUS = (Flag("name", "one TPU; all that are recorded if not given"), HANG, DRY_RUN)

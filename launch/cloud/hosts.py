@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloud.failures import CloudFailure, explain_on_host
-from cloud.processes import Finished, Runner
+from cloud.processes import LIMIT, Finished, Runner
 from cloud.records import Record
 
 AT_A_TIME = 16  # connections; each is a process of gcloud
@@ -58,28 +58,37 @@ class Hosts:
             command.append("--internal-ip")
         return command
 
-    def run(self, what: str, script: str) -> dict[Host, Finished]:
+    def run(self, what: str, script: str, seconds: float = LIMIT) -> dict[Host, Finished]:
         """Runs a script on every host. Raises CloudFailure that names the hosts where it failed."""
-        return self.each(what, lambda host: self.ssh(host, script))
+        return self.each(what, lambda host: self.ssh(host, script), seconds)
 
-    def each(self, what: str, command: Callable[[Host], Sequence[str]]) -> dict[Host, Finished]:
+    def each(
+        self, what: str, command: Callable[[Host], Sequence[str]], seconds: float = LIMIT
+    ) -> dict[Host, Finished]:
         """Runs a command for every host. Raises CloudFailure that names the hosts that failed."""
-        results = self.attempt(command)
+        results = self.attempt(command, seconds)
         failed = {host: done for host, done in results.items() if done.status}
         if failed:
             raise _failure(what, failed, len(results))
         return results
 
-    def attempt(self, command: Callable[[Host], Sequence[str]]) -> dict[Host, Finished]:
-        """Runs a command for every host, whatever its status."""
+    def attempt(
+        self, command: Callable[[Host], Sequence[str]], seconds: float = LIMIT
+    ) -> dict[Host, Finished]:
+        """Runs a command for every host, whatever its status. seconds: at most, on each."""
         first, *others = self.all
         if self.runner.dry_run:
             return {host: self.runner.attempt(command(host)) for host in self.all}
         # Alone: the first connection makes the ssh key and tells the project.
-        results = {first: self.runner.attempt(command(first))}
+        results = {first: self.runner.attempt(command(first), seconds)}
         with ThreadPoolExecutor(AT_A_TIME) as pool:
-            done = pool.map(lambda host: self.runner.attempt(command(host)), others)
-            results |= dict(zip(others, done, strict=True))
+            done = pool.map(lambda host: self.runner.attempt(command(host), seconds), others)
+            try:
+                results |= dict(zip(others, done, strict=True))
+            except BaseException:  # Ctrl-C reaches this thread only
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.runner.interrupt()
+                raise
         return results
 
 
@@ -88,7 +97,7 @@ def unreachable(done: Finished) -> bool:
     if not done.status:
         return False
     kind, _, _ = explain_on_host(done.output + done.errors, done.status)
-    return kind in ("ssh", "not_found", "network")
+    return kind in ("ssh", "not_found", "network", "timeout")
 
 
 def _failure(what: str, failed: dict[Host, Finished], total: int) -> CloudFailure:

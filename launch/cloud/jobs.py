@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from pathlib import Path
 
-from cloud import packing, remote
+from cloud import packing, records, remote
 from cloud.failures import NOISE
 from cloud.hosts import Host, Hosts
-from cloud.processes import Runner
+from cloud.processes import LIMIT, Runner
 from cloud.records import Job, Record
 from selfrag_jax.errors import UserError
+
+_INSTALLATION = 3600.0  # seconds, at most
 
 
 def job_of(record: Record) -> Job:
@@ -28,32 +33,57 @@ def flags_of_job(record: Record) -> dict[str, str]:
     """Returns the flags of the stage, written --name=value or --name value."""
     arguments = record.job.arguments if record.job else ()
     found = {}
-    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("--"):
             name, eq, value = argument.removeprefix("--").partition("=")
             found[name] = value if eq else following
     return found
 
 
-def install(record: Record, runner: Runner) -> None:
-    """Copies the packed commit to all hosts and installs it. Hosts that have it do nothing."""
-    version = job_of(record).version
-    archive = packing.archive_path(version)
+def check_startable(record: Record, runner: Runner) -> None:
+    """Raises UserError if this machine lacks what a start of the job needs.
+
+    It is called before a TPU is made for it, which would be paid for and idle.
+    """
+    job = job_of(record)
+    archive = packing.archive_path(job.version)
     if not archive.is_file() and not runner.dry_run:
         raise UserError(f"{archive}: the packed commit is gone; start with `run` instead")
+    if missing := [name for name in job.env if name not in os.environ]:
+        raise UserError(f"--env={','.join(missing)}: not set in this shell")
+
+
+def install(record: Record, runner: Runner) -> None:
+    """Copies the packed commit to all hosts and installs it. Hosts that have it do nothing."""
+    check_startable(record, runner)
+    version = job_of(record).version
+    archive = packing.archive_path(version)
     hosts = Hosts(record, runner)
     hosts.each("copying the commit", lambda host: hosts.copy(host, str(archive), archive.name))
-    hosts.run(f"installing {version}", remote.install(version, archive.name))
+    script = remote.install(version, archive.name)
+    hosts.run(f"installing {version}", script, seconds=_INSTALLATION)
 
 
-def start(record: Record, runner: Runner) -> None:
-    """Starts the stage on all hosts, detached."""
-    job, hosts = job_of(record), Hosts(record, runner)
+def start(record: Record, runner: Runner) -> Record:
+    """Starts the stage on all hosts, detached; returns the record with this start.
+
+    The record is written first: if only some hosts start, `resume` knows what is to run, and the
+    hosts which it is not yet on by the start's name.
+    """
+    job, hosts = (
+        dataclasses.replace(job_of(record), start=uuid.uuid4().hex[:8]),
+        Hosts(record, runner),
+    )
+    record = dataclasses.replace(record, job=job)
+    if not runner.dry_run:
+        records.write(record)
     if job.env:
         with _EnvFile(record, job.env, runner) as file:
             target = f".{remote.FOLDER}-{record.name}-env"
             hosts.each("copying the environment", lambda host: hosts.copy(host, file, target))
-    hosts.run(f"starting {job.arguments[0]}", remote.start(record.name, job.version, job.arguments))
+    script = remote.start(record.name, job.version, job.arguments, job.start)
+    hosts.run(f"starting {job.arguments[0]}", script)
+    return record
 
 
 def stop(record: Record, runner: Runner) -> None:
@@ -72,8 +102,6 @@ class _EnvFile:
         self.names, self.runner = names, runner
 
     def __enter__(self) -> str:
-        if missing := [name for name in self.names if name not in os.environ]:
-            raise UserError(f"--env={','.join(missing)}: not set in this shell")
         if not self.runner.dry_run:
             lines = [f"export {name}={shlex.quote(os.environ[name])}\n" for name in self.names]
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +136,7 @@ def show_logs(record: Record, runner: Runner, lines: int, follow: bool) -> int:
         if process.wait():
             failed.append(host.label)
 
-    threads = []
+    threads, deadline = [], time.monotonic() + LIMIT
     try:
         for host, command in commands.items():
             process = subprocess.Popen(
@@ -119,10 +147,12 @@ def show_logs(record: Record, runner: Runner, lines: int, follow: bool) -> int:
             threads.append(threading.Thread(target=pump, args=(host, process), daemon=True))
             threads[-1].start()
         for thread in threads:
-            thread.join()
+            thread.join(None if follow else max(0.1, deadline - time.monotonic()))
     finally:
         for process in processes:
             process.terminate()
+    for thread in threads:
+        thread.join(1.0)
     if failed:
         print(f"no log from {', '.join(sorted(failed))}", file=sys.stderr)
     return len(failed)

@@ -12,10 +12,18 @@ from cloud.processes import Runner
 from cloud.records import Record
 
 WAITING = ("WAITING_FOR_RESOURCES", "ACCEPTED", "CREATING", "PROVISIONING")
-BROKEN = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
+_CHANGING_NODES = ("CREATING", "STARTING", "RESTARTING", "REPAIRING")
 # Failures of `create` after which nothing of ours exists (another's may, under the same name).
 NOTHING_MADE = ("login", "api", "project", "permission", "exists", "zone", "type")
 MISSING = "MISSING"  # our name for a request that does not exist
+
+_FINAL = ("ACTIVE", "FAILED", "SUSPENDED", MISSING)  # what a request stays, of itself
+
+# Looks in a row. Nothing is deleted because of a single one, or of one lost connection.
+_BAD_LOOKS, _FAILED_LOOKS = 3, 10
+_LONGEST_PAUSE = 900.0  # seconds between two looks that fail
+_LONGEST_CHANGE = 3600.0  # seconds that TPU VMs may take to start or to be repaired
+_DELETION = 3600.0  # seconds, at most
 
 pause: Callable[[float], None] = time.sleep  # the tests do not wait
 
@@ -26,6 +34,7 @@ class State:
 
     name: str  # ACTIVE, WAITING, ..., MISSING
     reason: str = ""
+    nodes_change: bool = False  # TPU VMs that do not work yet start or are repaired
 
     @property
     def works(self) -> bool:
@@ -35,8 +44,62 @@ class State:
     def waits(self) -> bool:
         return self.name in WAITING
 
+    @property
+    def changes(self) -> bool:
+        """Whether it will soon be another state, such as SUSPENDING, or one that we do not know."""
+        return self.nodes_change or self.name not in (*_FINAL, *WAITING)
+
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+@dataclass
+class Looks:
+    """What looks at a TPU in a row come to."""
+
+    poll: float  # seconds between two
+    _bad: int = 0
+    _changing: float = 0.0  # seconds
+
+    def good(self) -> None:
+        self._bad, self._changing = 0, 0.0
+
+    def bad(self) -> bool:
+        """Counts a look that found the TPU lost; returns whether that is certain by now."""
+        self._bad += 1
+        return self._bad >= _BAD_LOOKS
+
+    def verdict(self, state: State) -> str:
+        """Returns works, waits, doubtful (look again) or lost."""
+        if state.works or state.waits:
+            self.good()
+            return "works" if state.works else "waits"
+        if state.changes and self._changing < _LONGEST_CHANGE:
+            self._changing += self.poll
+            return "waits"
+        return "lost" if self.bad() else "doubtful"
+
+
+@dataclass
+class Patience:
+    """Bears looks that fail, several in a row, with growing pauses: no network here, say."""
+
+    name: str
+    poll: float
+    tell: Callable[[str], None]
+    _failed: int = 0
+
+    def worked(self) -> None:
+        self._failed = 0
+
+    def failed(self, e: CloudFailure) -> None:
+        """Pauses. Raises the failure when it is one too many."""
+        self._failed += 1
+        if self._failed >= _FAILED_LOOKS:
+            raise e
+        seconds = max(self.poll, min(self.poll * 2 ** (self._failed - 1), _LONGEST_PAUSE))
+        self.tell(f"{self.name}: {e}; looking again in {seconds:.0f} s")
+        pause(seconds)
 
 
 @dataclass(frozen=True)
@@ -84,7 +147,7 @@ class Queue:
 
     def create(self) -> None:
         """Asks for the TPU. Raises CloudFailure; it says so if half of the request was made."""
-        done = self.runner.attempt(self.create_command())
+        done = self.runner.attempt(self.create_command(), finish=True)
         if not done.status:
             return
         failure = explain(f"creating {self.record.name}", done.errors + done.output, done.status)
@@ -117,7 +180,7 @@ class Queue:
         state = found.get("state", {})
         name = state.get("state", "UNKNOWN")
         if name == "ACTIVE":
-            return State(name, self._broken_nodes())
+            return self._state_of_nodes()
         error = state.get("failedData", {}).get("error", {}).get("message", "")
         by = {"SERVICE": "by Google", "USER": "by a user"}.get(state.get("stateInitiator"), "")
         suspended = name in ("SUSPENDED", "SUSPENDING")
@@ -126,9 +189,9 @@ class Queue:
             reason += " (pre-empted, most likely)"
         return State(name, reason)
 
-    def _broken_nodes(self) -> str:
-        """Returns what is wrong with the TPU VMs of an active request, or ""."""
-        wrong = []
+    def _state_of_nodes(self) -> State:
+        """Returns the state of an active request, whose TPU VMs need not work."""
+        wrong, change = [], True
         for node in self.record.nodes:
             try:
                 found = self.node(node)
@@ -136,28 +199,40 @@ class Queue:
                 if e.kind != "not_found":
                     raise
                 wrong.append(f"{node} does not exist")
+                change = False
                 continue
             hosts, state = len(found.get("networkEndpoints", [])), found.get("state", "UNKNOWN")
             if state != "READY":
                 wrong.append(f"{node} is {state}")
+                change &= state in _CHANGING_NODES
             elif hosts != self.record.slice.hosts:
                 wrong.append(f"{node} has {hosts} of {self.record.slice.hosts} hosts")
-        return "half-created: " + ", ".join(wrong) if wrong else ""
+                change = False
+        if not wrong:
+            return State("ACTIVE")
+        return State("ACTIVE", f"{'' if change else 'half-created: '}{', '.join(wrong)}", change)
 
     def node(self, name: str) -> dict[str, Any]:
         command = self._gcloud("tpu-vm", "describe", name, "--format=json")
         return self.runner.json(f"describing {name}", command)
 
     def wait(self, poll: float, tell: Callable[[str], None]) -> State:
-        """Returns the first state that is not one of waiting; tells each new one."""
-        told = ""
+        """Returns the state when it works or is certainly lost; tells each new one.
+
+        Raises CloudFailure when many looks in a row have failed.
+        """
+        told, looks, patience = "", Looks(poll), Patience(self.record.name, poll, tell)
         while True:
-            state = self.state()
+            try:
+                state = self.state()
+            except CloudFailure as e:
+                patience.failed(e)
+                continue
+            patience.worked()
             if str(state) != told:
                 told = str(state)
                 tell(f"{self.record.name}: {told}")
-            # TPU VMs may appear a little after their request is active.
-            if state.works or not (state.waits or _appears(state)):
+            if looks.verdict(state) in ("works", "lost"):
                 return state
             pause(poll)
 
@@ -168,7 +243,7 @@ class Queue:
 
     def delete(self, wait: bool) -> str:
         """Deletes the request and its TPU VMs, also those that outlived it; returns what it did."""
-        done = self.runner.attempt(self.delete_command(wait))
+        done = self.runner.attempt(self.delete_command(wait), _DELETION, finish=True)
         if not done.status:
             return "deleted" if wait else "is being deleted"
         failure = explain(f"deleting {self.record.name}", done.errors + done.output, done.status)
@@ -177,7 +252,8 @@ class Queue:
         left = []
         for node in self.record.nodes:
             delete = self._gcloud("tpu-vm", "delete", node, "--quiet")
-            done = self.runner.attempt(delete if wait else [*delete, "--async"])
+            command = delete if wait else [*delete, "--async"]
+            done = self.runner.attempt(command, _DELETION, finish=True)
             if not done.status:
                 left.append(node)
             elif (e := explain(f"deleting {node}", done.errors, done.status)).kind != "not_found":
@@ -187,5 +263,9 @@ class Queue:
         return "did not exist any more"
 
 
-def _appears(state: State) -> bool:
-    return "CREATING" in state.reason or "STARTING" in state.reason
+def default_project(runner: Runner) -> str | None:
+    """Returns gcloud's project. It is recorded: later commands must not look in another one."""
+    if runner.dry_run:
+        return None
+    project = runner.attempt(["gcloud", "config", "get-value", "project"]).output.strip()
+    return None if project in ("", "(unset)") else project

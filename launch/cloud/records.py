@@ -18,6 +18,7 @@ class Job:
     arguments: tuple[str, ...]  # of `selfrag`
     version: str  # the packed commit
     env: tuple[str, ...] = ()  # names of variables; their values are never recorded
+    start: str = ""  # tells this start from earlier ones, on the hosts too
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Record:
     zone: str
     type: str  # accelerator type
     slices: int = 1
-    project: str | None = None  # None: gcloud's default
+    project: str | None = None  # None: gcloud has no default
     provisioning: str = "on-demand"  # spot, reserved, flex-start
     runtime: str = ""
     startup: str | None = None  # a script that each VM runs when it boots
@@ -84,7 +85,8 @@ def read(name: str) -> Record:
     if unknown := set(found) - known_fields:
         raise UserError(f"{path(name)}: unknown field {min(unknown)!r}; written by a newer version")
     if job := found.get("job"):
-        found["job"] = Job(tuple(job["arguments"]), job["version"], tuple(job["env"]))
+        env, start = tuple(job["env"]), job.get("start", "")
+        found["job"] = Job(tuple(job["arguments"]), job["version"], env, start)
     return Record(**found)
 
 

@@ -3,7 +3,7 @@
 Below the home folder of each host:
 
     selfrag-launch/VERSION/    the commit (src/) and its environment (venv/), made once
-    selfrag-launch/NAME/       of the job: pid, rc (exit status), log, env
+    selfrag-launch/NAME/       of the job: pid, rc (exit status), log, env, start (its name)
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ JOB = (
     'echo $$ > pid; [ ! -f env ] || . ./env; "$@" & child=$!; trap : TERM; wait $child; rc=$?; '
     "if kill -0 $child 2>/dev/null; then wait $child; rc=$?; fi; echo $rc > rc"
 )
+
+
+# Whether the process in `pid` is ours: after a reboot, its number may be another's.
+_RUNS = f'ps -ww -o args= -p "$(cat pid)" 2>/dev/null | grep -q {FOLDER}/'
 
 
 def install(version: str, archive: str) -> str:
@@ -51,16 +55,17 @@ echo "{version} installed"
 """
 
 
-def start(name: str, version: str, arguments: Sequence[str]) -> str:
+def start(name: str, version: str, arguments: Sequence[str], start: str) -> str:
     """Returns the script that starts a stage, detached, so that it outlives the connection."""
     command = shlex.join(["selfrag", *arguments])
     return f"""set -eu
 mkdir -p "$HOME/{FOLDER}/{name}"
 cd "$HOME/{FOLDER}/{name}"
-if [ -f pid ] && [ ! -f rc ] && kill -0 "$(cat pid)" 2>/dev/null; then
+if [ -f pid ] && [ ! -f rc ] && {_RUNS}; then
   echo "a stage runs already, process $(cat pid)" >&2; exit {ALREADY_RUNNING}
 fi
 rm -f pid rc
+echo {shlex.quote(start)} > start
 if [ -f "$HOME/.{FOLDER}-{name}-env" ]; then mv "$HOME/.{FOLDER}-{name}-env" env; fi
 echo "=== $(date -u +%FT%TZ) {version}:" {shlex.quote(command)} >> log
 nohup setsid bash -c {shlex.quote(JOB)} job \\
@@ -75,14 +80,19 @@ def stop(name: str, seconds: int = 120) -> str:
     return f"""cd "$HOME/{FOLDER}/{name}" 2>/dev/null || exit 0
 [ -f pid ] || exit 0
 pid=$(cat pid)
+# Of its session; after a reboot, the number may be that of others, who are none of our business.
+case $(ps -ww -o args= -g "$pid" 2>/dev/null) in *{FOLDER}/*) ;; *) exit 0 ;; esac
 kill -TERM -- "-$pid" 2>/dev/null || exit 0
 for _ in $(seq {5 * seconds}); do kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 0.2; done
 kill -KILL -- "-$pid" 2>/dev/null || true
 """
 
 
-def probe(name: str, workdir: str | None) -> str:
-    """Returns the script that prints how a stage is doing on this host, one `key=value` a line."""
+def probe(name: str, workdir: str | None, start: str) -> str:
+    """Returns the script that prints how a stage is doing on this host, one `key=value` a line.
+
+    Of a start other than `start` it prints only whether it runs.
+    """
     checkpoints = ""
     if workdir and "://" not in workdir:
         folder = shlex.quote(f"{workdir}/checkpoints")
@@ -97,8 +107,9 @@ cd "$HOME/{FOLDER}/{name}" || exit 1
 echo "preempted=$(curl -s -m 2 -H 'Metadata-Flavor: Google' {metadata} || true)"
 [ -f pid ] || exit 0
 pid=$(cat pid)
+if {_RUNS}; then echo alive=1; fi
+[ "$(cat start 2>/dev/null)" = {shlex.quote(start)} ] || exit 0
 echo "pid=$pid"
-if kill -0 "$pid" 2>/dev/null; then echo alive=1; fi
 echo "rc=$(cat rc 2>/dev/null || true)"
 echo "cpu=$(ps -o cputimes= -g "$pid" 2>/dev/null | awk '{{s += $1}} END {{print s + 0}}')"
 echo "age=$(( $(date +%s) - $(stat -c %Y log) ))"
@@ -119,8 +130,8 @@ def follow(name: str, lines: int, forever: bool) -> str:
 class Health:
     """How a stage is doing on one host, as `probe` printed it."""
 
-    started: bool = False
-    alive: bool = False
+    started: bool = False  # the start that was asked for, not an earlier one
+    alive: bool = False  # a stage runs, of whatever start
     exit_status: int | None = None  # of the stage, once it has ended
     cpu_seconds: float = 0.0
     log_age: float = 0.0  # seconds since the last line of the log

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from cloud import queue, remote
+from cloud import queue, records, remote
 from cloud.failures import CloudFailure, explain_on_host
 from cloud.hosts import Host, Hosts, unreachable
-from cloud.jobs import flags_of_job, install, start, stop
+from cloud.jobs import check_startable, flags_of_job, install, start, stop
 from cloud.processes import Runner
-from cloud.queue import Queue
+from cloud.queue import Looks, Patience, Queue
 from cloud.records import Record
-from selfrag_jax.errors import StageFailed
+from selfrag_jax.errors import StageFailed, UserError
 
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 30.0, 900.0  # seconds before a restart; doubles each time
 _WRONG_INPUT = 2  # the exit status of `selfrag` that a restart cannot change
-# Looks in a row. A TPU is not deleted because of one lost connection.
-_UNREACHABLE_LOOKS, _FAILED_LOOKS = 3, 10
+_PROBE = 120.0  # seconds, at most
 
 clock: Callable[[], float] = time.monotonic
 
@@ -27,7 +27,8 @@ clock: Callable[[], float] = time.monotonic
 class Diagnosis:
     """What a look at the hosts came to.
 
-    kind: finished, runs, waits (in the queue), unreachable, lost, died, hangs, or wrong (input).
+    kind: finished, runs, waits (in the queue, or for TPU VMs), unreachable, doubtful (lost, but to
+    be looked at again), lost, died, hangs, or wrong (input).
     """
 
     kind: str
@@ -46,29 +47,37 @@ class Watcher:
     tell: Callable[[str], None] = print
     restarts: int = 0
     _backoff: float = _FIRST_BACKOFF
-    _unreachable: int = 0  # looks in a row
     _progress: str = ""
     _progress_at: float = field(default_factory=lambda: clock())
     _cpu: dict[Host, float] = field(default_factory=dict)  # when the progress was last new
 
+    def __post_init__(self) -> None:
+        self._looks = Looks(self.poll)
+
     # ---- looking ---------------------------------------------------------------------------------
     def look(self) -> Diagnosis:
-        """Returns how the request and all hosts are doing."""
+        """Returns how the request and all hosts are doing. Raises StageFailed if it was deleted."""
+        self._read_record()
         state = Queue(self.record, self.runner).state()
-        if not state.works:
-            return Diagnosis("waits" if state.waits else "lost", str(state))
-        healths = check_hosts(self.record, self.runner)
-        return self.judge(healths)
+        if state.works:
+            return self.judge(check_hosts(self.record, self.runner))
+        return Diagnosis(self._looks.verdict(state), str(state))
+
+    def _read_record(self) -> None:
+        """Other commands may have deleted the TPU, or started another stage on it."""
+        if not records.path(self.record.name).is_file():
+            raise StageFailed(f"{self.record.name}: was deleted; it is not made again")
+        self.record = records.read(self.record.name)
 
     def judge(self, healths: dict[Host, remote.Health | str]) -> Diagnosis:
         """Returns what this look means, given the earlier ones."""
         diagnosis = diagnose(healths)
-        if diagnosis.kind == "unreachable":
-            self._unreachable += 1
-            if self._unreachable >= _UNREACHABLE_LOOKS:
+        if diagnosis.kind in ("unreachable", "lost"):
+            if self._looks.bad():
                 return Diagnosis("lost", diagnosis.text)
-            return diagnosis
-        self._unreachable = 0
+            unsure = "doubtful" if diagnosis.kind == "lost" else "unreachable"
+            return Diagnosis(unsure, diagnosis.text)
+        self._looks.good()
         if diagnosis.kind == "runs" and (hang := self._hang(healths)):
             return hang
         return diagnosis
@@ -91,14 +100,19 @@ class Watcher:
 
     # ---- acting ----------------------------------------------------------------------------------
     def repair(self, diagnosis: Diagnosis) -> None:
-        """Starts the stage again, on a new TPU if this one is lost."""
+        """Starts the stage again, on a new TPU if this one is lost.
+
+        Raises UserError, before anything is deleted, if the stage could not be started then.
+        """
+        self._read_record()
+        check_startable(self.record, self.runner)
         if diagnosis.kind == "lost":
             make_again(self.record, self.runner, self.poll, self.tell)
         else:  # what is left of it waits for hosts that are gone
             stop(self.record, self.runner)
-        self._unreachable = 0
+        self._looks.good()
         install(self.record, self.runner)  # does nothing where it was done
-        start(self.record, self.runner)
+        self.record = start(self.record, self.runner)
         self._progress, self._progress_at, self._cpu = "", clock(), {}
         self.tell(f"{self.record.name}: started again; it goes on from its last checkpoint")
 
@@ -108,18 +122,14 @@ class Watcher:
         Raises StageFailed when it has been started again `max_restarts` times, and at once for a
         command that a restart cannot mend.
         """
-        failed_looks = 0
+        patience = Patience(self.record.name, self.poll, self.tell)
         while True:
             try:
                 diagnosis = self.look()
-            except CloudFailure as e:  # no network here, for example
-                failed_looks += 1
-                if failed_looks >= _FAILED_LOOKS:
-                    raise
-                self.tell(f"{self.record.name}: {e}")
-                queue.pause(self.poll)
+            except CloudFailure as e:
+                patience.failed(e)
                 continue
-            failed_looks = 0
+            patience.worked()
             if diagnosis.kind == "finished":
                 self.tell(f"{self.record.name}: {diagnosis.text}")
                 return
@@ -149,11 +159,26 @@ class Watcher:
             self.tell(f"{self.record.name}: {e}")
 
 
+def make_way(record: Record, runner: Runner, tell: Callable[[str], None]) -> None:
+    """Stops a stage that only some hosts have started. Raises StageFailed if one runs otherwise."""
+    found = {h: x for h, x in check_hosts(record, runner).items() if isinstance(x, remote.Health)}
+    running = [host.label for host, health in found.items() if health.alive]
+    ours = all(health.started for health in found.values() if health.alive)
+    if running and ours and not all(health.started for health in found.values()):
+        tell(f"{record.name}: runs on {', '.join(running)} only; stopping it")
+        stop(record, runner)
+    elif running:
+        raise StageFailed(f"{record.name}: a stage runs already on {', '.join(running)}")
+
+
 def make_again(record: Record, runner: Runner, poll: float, tell: Callable[[str], None]) -> None:
     """Deletes a request and asks for the same again; waits until it is active.
 
-    Spot VMs cannot be restarted, so that a pre-empted one has to go first.
+    Spot VMs cannot be restarted, so that a pre-empted one has to go first. Raises UserError, before
+    anything is deleted, if the same cannot be asked for.
     """
+    if record.startup and not Path(record.startup).is_file():
+        raise UserError(f"{record.startup}: the startup script of {record.name} is gone")
     q = Queue(record, runner)
     tell(f"{record.name}: {q.delete(wait=True)}")
     q.create()
@@ -167,9 +192,10 @@ def check_hosts(record: Record, runner: Runner) -> dict[Host, remote.Health | st
 
     Raises CloudFailure if gcloud does not let us connect at all.
     """
-    script = remote.probe(record.name, flags_of_job(record).get("workdir"))
+    start = record.job.start if record.job else ""
+    script = remote.probe(record.name, flags_of_job(record).get("workdir"), start)
     hosts = Hosts(record, runner)
-    results = hosts.attempt(lambda host: hosts.ssh(host, script))
+    results = hosts.attempt(lambda host: hosts.ssh(host, script), _PROBE)
     healths: dict[Host, remote.Health | str] = {}
     for host, done in results.items():
         if not done.status:
@@ -192,6 +218,8 @@ def diagnose(healths: dict[Host, remote.Health | str]) -> Diagnosis:
         return Diagnosis("unreachable", text)
     if gone := [host.label for host, h in found.items() if h.preempted]:
         return Diagnosis("lost", f"pre-empted: {', '.join(gone)}")
+    if others := [host.label for host, h in found.items() if h.alive and not h.started]:
+        return Diagnosis("wrong", f"another stage runs on {', '.join(others)}")
     if all(h.exit_status == 0 for h in found.values()):
         return Diagnosis("finished", "the stage has finished on all hosts")
     wrong = {host: h for host, h in found.items() if h.exit_status == _WRONG_INPUT}
