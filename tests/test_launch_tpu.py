@@ -143,7 +143,7 @@ def cloud(tmp_path, monkeypatch, capsys, checkout):
         with contextlib.suppress(OSError, ValueError):
             pid = int(file.read_text())
             # Only what is a stage of this test: the number may be another process's.
-            if str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if pid > 1 and str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.killpg(pid, signal.SIGKILL)
 
 

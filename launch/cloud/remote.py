@@ -80,6 +80,7 @@ def stop(name: str, seconds: int = 120) -> str:
     return f"""cd "$HOME/{FOLDER}/{name}" 2>/dev/null || exit 0
 [ -f pid ] || exit 0
 pid=$(cat pid)
+[ "$pid" -gt 1 ] 2>/dev/null || exit 0  # "-1" would be every process
 # Of its session; after a reboot, the number may be that of others, who are none of our business.
 case $(ps -ww -o args= -g "$pid" 2>/dev/null) in *{FOLDER}/*) ;; *) exit 0 ;; esac
 kill -TERM -- "-$pid" 2>/dev/null || exit 0
