@@ -34,7 +34,7 @@ def _train() -> ConfigDict:
                 weight_decay=0.0,
                 clip=1.0,
             ),
-            mesh=dict(data=1, fsdp=1, tensor=1, slices=None),
+            mesh=dict(data=1, fsdp=1, tensor=1),
             save_every=200,
             log_every=50,
         )

@@ -28,10 +28,12 @@ class _EventFile:
     def __init__(self, folder: Path):
         from tensorboardX.event_file_writer import EventsWriter
 
-        self._folder, self._sent = folder, time.monotonic()
+        self._folder = folder
         self._copy = tempfile.TemporaryDirectory() if is_remote(folder) else None
         if self._copy is None:
             folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._sent = time.monotonic()
         self._events = EventsWriter(f"{self._copy.name if self._copy else folder}/events")
 
     def write(self, scalars: dict[str, float], step: int) -> None:
@@ -45,17 +47,17 @@ class _EventFile:
             )
             self._events.write_event(event)
         self._events.flush()
-        if time.monotonic() - self._sent > _SECONDS_BETWEEN_SENDING:
-            self._send()
+        if self._copy and time.monotonic() - self._sent > _SECONDS_BETWEEN_SENDING:
+            self._send(self._copy.name)
 
     def close(self) -> None:
         self._events.close()
-        self._send()
+        if self._copy:
+            self._send(self._copy.name)
 
-    def _send(self) -> None:
-        if self._copy is not None:
-            for file in Path(self._copy.name).iterdir():
-                (self._folder / file.name).write_bytes(file.read_bytes())
+    def _send(self, copy: str) -> None:
+        for file in Path(copy).iterdir():
+            (self._folder / file.name).write_bytes(file.read_bytes())
         self._sent = time.monotonic()
 
 
