@@ -231,9 +231,10 @@ def test_the_commands_make_what_the_quickstart_makes(quickstart, bucket, capsys,
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
     # 4. Results.
-    files = f"--task={questions}", f"--predictions={w}/{answers}"
+    metrics_file = w / answers.replace("jsonl", "metrics.json")
+    files = f"--task={questions}", f"--predictions={w}/{answers}", f"--out={metrics_file}"
     assert "accuracy" in run("evaluate", *files, "--judge=world")
-    metrics = json.loads((w / answers.replace("jsonl", "metrics.json")).read_text())["rows"]
+    metrics = json.loads(metrics_file.read_text())["rows"]
     cell = ("selfrag_adaptive", "long_tail")
     expected = {r["metric"]: r["value"] for r in rows if (r["system"], r["task"]) == cell}
     # The command has more metrics than the quickstart's report.
