@@ -48,7 +48,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """With `--dist loadgroup`, one worker runs all tests that share a slow fixture."""
     for item in items:
-        for name in {"quickstart", "trained"}.intersection(item.fixturenames):
+        for name in {"quickstart", "trained", "measured"}.intersection(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group(name))
 
 

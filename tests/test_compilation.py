@@ -332,7 +332,11 @@ def test_shipped_configs_name_slices_that_they_fit(name):
         (["--topology=v5e:4x4", "--config.architecture=llama2"], "must be one of llama2_7b"),
         (
             ["--topology=v5e:4x4", "--config.generator.mesh.fsdp=5"],
-            "mesh (1, 5, 1) cannot be laid over 5 devices of this slice",
+            "mesh (1, 5, 1) uses 5 of 16 devices; several processes must use all",
+        ),
+        (
+            ["--topology=v5e:2x2", "--config.generator.mesh.fsdp=3"],
+            "mesh (1, 3, 1) cannot be laid over 3 devices of this slice",
         ),
         (
             [
