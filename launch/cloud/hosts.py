@@ -79,7 +79,7 @@ class Hosts:
         first, *others = self.all
         if self.runner.dry_run:
             return {host: self.runner.attempt(command(host)) for host in self.all}
-        # Alone: the first connection makes the ssh key and tells the project.
+        # One host first: gcloud creates the ssh key then, and registers it with the project.
         results = {first: self.runner.attempt(command(first), seconds)}
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             done = pool.map(lambda host: self.runner.attempt(command(host), seconds), others)

@@ -23,8 +23,7 @@ INSTALL = {
 }
 
 
-# Seconds. A connection that broke off in the middle never ends by itself.
-LIMIT = 600.0
+LIMIT = 600.0  # seconds for a command; a dropped connection would otherwise hang forever
 _TIMED_OUT = 124  # our status of a command that was ended, as that of `timeout`
 
 

@@ -217,7 +217,7 @@ class Queue:
         return self.runner.json(f"describing {name}", command)
 
     def wait(self, poll: float, tell: Callable[[str], None]) -> State:
-        """Returns the state when it works or is certainly lost; tells each new one.
+        """Waits until the TPU is ready or lost, and returns that state. tell: gets each new state.
 
         Raises CloudFailure when many looks in a row have failed.
         """

@@ -101,7 +101,7 @@ def probe(name: str, workdir: str | None, start: str) -> str:
             f"echo \"checkpoint=$(find {folder} -maxdepth 1 -name '[0-9]*' -printf '%f\\n' "
             "2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -1)\""
         )
-    # A pre-empted VM may answer for a moment: it is told by its metadata server.
+    # A pre-empted VM can still accept ssh for a moment; its metadata server knows already.
     metadata = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
     return f"""mkdir -p "$HOME/{FOLDER}/{name}"
 cd "$HOME/{FOLDER}/{name}" || exit 1

@@ -1,4 +1,4 @@
-"""Brings a stage back that was pre-empted, died or hangs, and goes on from its last checkpoint."""
+"""Restarts a stage that was pre-empted, died or hangs; it resumes from its last checkpoint."""
 
 from __future__ import annotations
 
