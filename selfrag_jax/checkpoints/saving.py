@@ -48,7 +48,7 @@ _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial re
 
 # ---- saving ----------------------------------------------------------------------------------
 def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
-    """Orbax's CheckpointManager of a workdir.
+    """Orbax's CheckpointManager of a workdir, which is made if it is missing.
 
     keep_best: how many checkpoints with the lowest loss are kept beside the last ones.
     """
@@ -56,6 +56,7 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
 
     from selfrag_jax.checkpoints.orbax_streaming import preservation_policy
 
+    as_path(workdir).mkdir(parents=True, exist_ok=True)
     _repair_losses(as_path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy(keep_last, keep_best, _loss),

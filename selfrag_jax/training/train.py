@@ -77,17 +77,14 @@ def train(
     tx = optimizer.make_optimizer(config.optimizer, steps, new_rows, model.config.vocab_padding)
 
     # ---- 3. State: begin or resume ---------------------------------------------------------------
-    as_path(workdir).mkdir(parents=True, exist_ok=True)
     manager = saving.checkpoint_manager(workdir, config.keep_last, config.keep_best)
     state, position = _begin_or_resume(config, model, tx, mesh, initial, manager, workdir)
-    if is_main_process:
-        _write_architecture(workdir, model.config, tokenizer)
+    _write_architecture(workdir, model.config, tokenizer)
 
     # ---- 4. Data and log -------------------------------------------------------------------------
     packer = _make_packer(config, source, position["example"])
     truncated = position["truncated"]
-    peak = _peak_seconds_per_token(config, model.config, mesh)
-    log = TrainingLog(workdir, peak, position.get("loss", (0.0, 0.0)))
+    log = _make_log(config, model.config, mesh, workdir, position)
 
     # ---- 5. Loop ---------------------------------------------------------------------------------
     # A step's metrics are read when the next step has been dispatched, so the device never waits.
@@ -238,7 +235,21 @@ def _peak_seconds_per_token(config: TrainConfig, c: LlamaConfig, mesh: Mesh) -> 
     return flops / (peak.bf16_flops * mesh.size)
 
 
+def _make_log(
+    config: TrainConfig,
+    c: LlamaConfig,
+    mesh: Mesh,
+    workdir: str | Path,
+    position: dict[str, Any],
+) -> TrainingLog:
+    peak = _peak_seconds_per_token(config, c, mesh)
+    return TrainingLog(workdir, peak, position.get("loss", (0.0, 0.0)))
+
+
 def _write_architecture(workdir: str | Path, c: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Writes model.json and the tokenizer; of several processes, the main one does."""
+    if jax.process_index() != 0:
+        return
     # remat and attention concern this training alone.
     workdirs.write_architecture(workdir, replace(c, remat="none", attention="auto"), tokenizer)
 
