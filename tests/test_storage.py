@@ -6,13 +6,15 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import bucket as buckets
 import pytest
 
 from selfrag_jax import artifacts, cli, files
 from selfrag_jax.checkpoints import saving, workdirs
-from selfrag_jax.errors import UserError
+from selfrag_jax.commands import load_command
+from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.records import write_jsonl
 from selfrag_jax.storage import copies, paths
 from selfrag_jax.storage.copies import is_copy
@@ -125,6 +127,28 @@ def test_files_of_one_folder_do_not_concern_each_other(bucket):
     for m in (first, second, out):
         m.push()
     assert bucket.names("side/") == ["out.jsonl", "p.jsonl", "p.jsonl.manifest.json", "q.jsonl"]
+
+
+def test_the_copy_of_another_address_is_not_sent_again(bucket):
+    """data.tsv was an input once, and has been removed from the bucket since."""
+    put("again/data.tsv", "old")
+    Mirror(f"{GS}/again/data.tsv").pull()
+    paths.as_path(f"{GS}/again/data.tsv").unlink()
+    out = Mirror(f"{GS}/again/data.jsonl")
+    out.pull(must_exist=False).write_text("made")
+    out.path.with_name("data.scores.jsonl").write_text("scored")
+    out.push()
+    assert bucket.names("again/") == ["data.jsonl", "data.scores.jsonl"]
+
+
+def test_a_stage_that_fails_names_addresses(bucket, monkeypatch, capsys):
+    def fail(values, _):
+        raise StageFailed(f"{values['out']}: nothing worked")
+
+    command = replace(load_command("world"), run=fail)
+    monkeypatch.setattr(cli, "load_command", lambda _: command)
+    assert cli.main(["world", f"--out={GS}/failing", "--config=tiny:smoke"]) == 1
+    assert capsys.readouterr().err == f"selfrag world: {GS}/failing: nothing worked\n"
 
 
 @pytest.mark.parametrize("name", ["world.v1", "world"])

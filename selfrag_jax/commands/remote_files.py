@@ -18,10 +18,10 @@ from typing import Any
 
 from selfrag_jax.artifacts import exclusive_workdir
 from selfrag_jax.commands.command import Command
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.processes.group import current
 from selfrag_jax.storage.copies import with_addresses
-from selfrag_jax.storage.mirror import Mirror, pushed_regularly
+from selfrag_jax.storage.mirror import Mirror, NotSent, pushed_regularly
 from selfrag_jax.storage.paths import check_address, is_remote
 
 
@@ -82,11 +82,12 @@ def local_copies(
                 stack.enter_context(exclusive_workdir(_lock_folder(mirror)))
             with pushed_regularly(outputs):
                 yield values, positional
-        except UserError as e:
-            raise UserError(with_addresses(str(e))) from e
+        except NotSent:
+            raise  # names the copy itself, which is where the results are
+        except (UserError, StageFailed) as e:
+            raise type(e)(with_addresses(str(e))) from e
         except OSError as e:
-            # What could not be sent lies in its copy, whose path is meant.
-            raise OSError(str(e) if "is kept in" in str(e) else with_addresses(str(e))) from e
+            raise OSError(with_addresses(str(e))) from e
 
 
 def _refuse_shards(values: dict[str, Any], name: str) -> None:

@@ -43,6 +43,10 @@ _NEVER_SENT = (".tmp", ".lock", "-wal", "-shm", _RECORD)
 _BEING_WRITTEN = "orbax-checkpoint-tmp"
 
 
+class NotSent(OSError):
+    """Results could not be sent to a bucket; the message says where they are on this machine."""
+
+
 class Mirror:
     """A file or folder in a bucket and its copy on this machine, `path`.
 
@@ -202,7 +206,7 @@ class Mirror:
             return
         roots = [self._folder]
         if not self.is_folder:
-            yield from (p.name for p in self._folder.iterdir() if self._is_here(p, p.name))
+            yield from (p.name for p in self._folder.iterdir() if self._is_own(p))
             roots = [p for p in self._folder.iterdir() if p.is_dir() and self._counts(p.name)]
         for folder in roots:
             for file in folder.rglob("*"):
@@ -212,6 +216,11 @@ class Mirror:
 
     def _is_here(self, file: Path, name: str) -> bool:
         return self._counts(name) and file.is_file()
+
+    def _is_own(self, file: Path) -> bool:
+        """Whether a file beside this one is its companion, and not the copy of another address."""
+        other = file != self.path and file.with_name(f".{file.name}{_RECORD}").exists()
+        return self._is_here(file, file.name) and not other
 
     def _is_sent(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.sends)
@@ -257,7 +266,7 @@ class Mirror:
 def pushed_regularly(mirrors: Iterable[Mirror]) -> Iterator[None]:
     """Sends what the block has written, every half minute and at its end, however it ends.
 
-    A push in between that fails is tried again the next time; one at the end raises OSError. What
+    A push in between that fails is tried again the next time; one at the end raises NotSent. What
     could not be sent is kept on this machine, and the same command sends it.
     """
     mirrors, done = list(mirrors), threading.Event()
@@ -288,7 +297,7 @@ def pushed_regularly(mirrors: Iterable[Mirror]) -> Iterator[None]:
         if failed:
             kept = ", ".join(str(mirror.path) for mirror, _ in failed)
             error = failed[0][1]
-            raise OSError(
+            raise NotSent(
                 f"{error}. What was made is kept in {kept}; the same command sends it"
             ) from error
 
