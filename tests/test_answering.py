@@ -1,6 +1,7 @@
 """SelfRAG: questions in, answers out; what an answer holds, and how one question fails alone."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from plain_search import make_passages, make_questions, make_rag
 
-from selfrag_jax.answering.citations import cite
+from selfrag_jax.answering.asked import missing_names
+from selfrag_jax.answering.citations import Citation, cite
 from selfrag_jax.answering.config import DEFAULT
 from selfrag_jax.answering.records import _doubts
 from selfrag_jax.answering.selfrag import SelfRAG
@@ -251,36 +253,45 @@ def test_every_citation_points_into_the_answer(talkative):
         assert a.num_tokens == sum(n["num_tokens"] for n in a.tree) > a.num_answer_tokens
 
 
+def answer_of(rag, segments, question="Who?"):
+    """An answer by hand, whose segments (text, passage) are relevant and supported."""
+    nodes = []
+    for i, (text, passage) in enumerate(segments):
+        parts = [Control("[Relevant]"), text, Control("[Fully supported]")]
+        tokens = tuple(rag.loaded.tokenizer.encode(parts))
+        nodes.append(
+            Node(
+                id=i,
+                parent=i - 1,
+                depth=i,
+                action="retrieve",
+                p_retrieve=1.0,
+                retrieve=(0.0, 1.0, 0.0),
+                passage=passage,
+                tokens=tokens,
+                num_tokens=len(tokens),
+                p_segment=1.0,
+                isrel=(0.1, 0.9),
+                issup=(0.9, 0.1, 0.0),
+                isuse=(0, 0, 0, 0, 1),
+                score=1.0,
+                total=1.0 + i,
+                allowed=True,
+                fed_position=5,
+                finished=True,
+                complete=True,
+            )
+        )
+    tree = SearchTree([Beam(nodes[-1], np.zeros(3), 9)], nodes)
+    return rag._answer(rag._search({}), tree, Question("0", question), [])
+
+
 def test_a_segment_without_text_cites_nothing(talkative):
     """Whatever its critique tokens say of the passage."""
-    rag, t = make_rag(talkative), talkative.tokenizer
-    [passage] = make_passages(np.random.default_rng(6), t, 1)
+    [passage] = make_passages(np.random.default_rng(6), talkative.tokenizer, 1)
     num_cited = []
     for text in ("", "Mara studied."):
-        tokens = t.encode([Control("[Relevant]"), text, Control("[Fully supported]")])
-        node = Node(
-            id=0,
-            parent=-1,
-            depth=0,
-            action="retrieve",
-            p_retrieve=1.0,
-            retrieve=(0.0, 1.0, 0.0),
-            passage=passage,
-            tokens=tuple(tokens),
-            num_tokens=len(tokens),
-            p_segment=1.0,
-            isrel=(0.1, 0.9),
-            issup=(0.9, 0.1, 0.0),
-            isuse=(0, 0, 0, 0, 1),
-            score=1.0,
-            total=1.0,
-            allowed=True,
-            fed_position=5,
-            finished=True,
-            complete=True,
-        )
-        tree = SearchTree([Beam(node, np.zeros(3), 9)], [node])
-        answer = rag._answer(rag._search({}), tree, Question("0", "Who?"), [])
+        answer = answer_of(make_rag(talkative), [(text, passage)])
         assert answer.segments[0].passage == passage
         num_cited.append((len(answer.citations), len(answer.passages)))
     assert num_cited == [(0, 0), (1, 1)]
@@ -318,4 +329,73 @@ def test_an_answer_that_no_passage_supports_has_a_notice():
     assert any(unsupported in d for d in _doubts([without_passage, relevant], []))
     nothing_found = "no passage about this was found"
     assert any(nothing_found in d for d in _doubts([without_passage, irrelevant], []))
-    assert _doubts([relevant], ["a citation"]) == _doubts([without_passage], []) == []
+    citation = Citation(0, 0, "[Fully supported]")
+    assert _doubts([relevant], [citation]) == _doubts([without_passage], []) == []
+    [doubt] = _doubts([relevant, irrelevant], [citation])
+    assert doubt == "segment 2: the model judges its passage irrelevant; not cited"
+
+
+def test_a_citation_of_another_name_has_a_notice(talkative):
+    """In the citation, once in the answer, and in the row; nothing else differs."""
+    passages = [Passage(str(i), "Marvin Tellgate", f"Marvin Tellgate, {i}.") for i in range(2)]
+    segments = [("He plays.", p) for p in (*passages, passages[0])]
+    rag = make_rag(talkative)
+    other = answer_of(rag, segments, "Where was Marvin Tellock born?")
+    same = answer_of(rag, segments, "Where was Marvin Tellgate born?")
+    text = '"Marvin Tellgate" does not mention Marvin Tellock'
+    assert [c.notice for c in other.citations] == 3 * [text]
+    assert other.notices == (f"[1] [2] {text}",)
+    assert other.to_row()["citations"][0]["notice"] == text
+    assert [c.notice for c in same.citations] == 3 * [""] and not same.notices
+    bare = [replace(c, notice="") for c in other.citations]
+    assert replace(other, question=same.question, citations=tuple(bare), notices=()) == same
+
+
+# The question, a passage's title and text, and what it does not mention ("" for nothing).
+ABOUT = (
+    ("Where was Marvin Tellock born?", "Marvin Tellock", "He was born in Lisford.", ""),
+    ("Where was Marvin Tellock born?", "", "Marvin Tellock was born in Lisford.", ""),
+    ("Where was Marvin Tellock born?", "Marvin Tellgate", "Born.", "Marvin Tellock"),
+    ("Where was Marvin Tellock born?", "Oslo", "A city.", "Marvin Tellock"),
+    ("What does Red Oak praise and where is Blue Fen?", "Blue Fen", "A fen.", ""),
+    ("Who was President Obama's wife?", "Barack Obama", "Barack Hussein Obama.", ""),
+    ("Where did Queen Elizabeth II die?", "Elizabeth II", "At Balmoral.", ""),
+    ("When was J. K. Rowling born?", "J. K. Rowling", "Joanne Rowling, 1965.", ""),
+    ("When was J. K. Rowling born?", "Stephen King", "In 1947.", "Rowling"),
+    ("What is the capital of the US?", "Washington, D.C.", "Of the United States.", ""),
+    ("Who is Michelle O’Neill?", "Michelle O'Neill", "A politician.", ""),
+    ("What did Beyoncé release?", "Beyonce", "Lemonade.", ""),
+    ("Welche Farbe haben Goethes Augen?", "Goethe", "Braun.", ""),
+    ("Что построили в Москве?", "Москва", "Столица.", ""),
+    ("Где родился Александр Пушкин?", "Лев Толстой", "В Поляне.", "Александр Пушкин"),
+    ("Where is Moscow?", "Москва", "Столица России.", ""),  # another script
+    ("居里夫人在哪里?", "玛丽·居里", "又称居里夫人", ""),
+    ("居里夫人在哪里?", "牛顿", "英国物理学家", "what was asked"),
+    ("「吾輩は猫である」の作者は?", "夏目漱石", "「吾輩は猫である」を書いた", ""),
+    ("「吾輩は猫である」の作者は?", "村上春樹", "小説家", "吾輩は猫である"),
+    ('Who sang "Bohemian rhapsody"?', "ABBA", "Waterloo.", "Bohemian rhapsody"),
+    # No name that can be told from other words: nothing is doubted.
+    ("What is the opposite of big?", "Oxick Bay", "A bay.", ""),
+    ("who was marie curie", "Isaac Newton", "A physicist.", ""),
+    ("WHO WAS MARIE CURIE?", "Isaac Newton", "A physicist.", ""),
+    ("Who Wrote The Great Gatsby?", "Ulysses", "A novel.", ""),
+)
+
+
+@pytest.mark.parametrize(("question", "title", "text", "missing"), ABOUT)
+def test_a_passage_is_doubted_if_it_has_no_name_of_the_question(question, title, text, missing):
+    assert missing_names(question, Passage("0", title, text)) == missing
+
+
+def test_in_the_world_all_other_passages_are_doubted_and_no_own_one(small_world):
+    """Many names share a word, so each is asked with the passages of all entities."""
+    own, similar, other = Counter(), Counter(), Counter()
+    for e in small_world.entities:
+        question = f"Tell me about {e.name}."
+        for p in small_world.passages:
+            kind = own if p.title == e.name else other
+            if kind is other and set(e.words) & set(p.title.split()):
+                kind = similar
+            kind[bool(missing_names(question, p))] += 1
+    assert own[False] and not own[True] and other[True] and not other[False]
+    assert similar[True] > 0.95 * similar.total()

@@ -61,6 +61,29 @@ def test_answers_scored_again_are_those_of_a_search(asked):
     assert changed  # the weights matter
 
 
+def test_notices_are_those_of_the_segment_that_is_chosen_again():
+    """A notice on a citation goes with it; the other notices stay."""
+    common = dict(
+        parent=-1, action="retrieve", p_retrieve=0.9, retrieve=[0.1, 0.9, 0.0], text="He plays.",
+        allowed=True, isrel=[0.1, 0.9], isuse=[0.0, 0.0, 0.0, 0.0, 1.0],
+    )  # fmt: skip
+    tree = [
+        common
+        | dict(id=i, passage=dict(id=title, title=title, text="He plays."))
+        | dict(p_segment=p_segment, issup=[issup, 1 - issup, 0.0])
+        for i, (title, p_segment, issup) in enumerate(
+            [("Marvin Tellgate", 0.9, 0.6), ("Marvin Tellock", 0.1, 0.9)]
+        )
+    ]
+    row = dict(id="0", question="Who is Marvin Tellock?", tree=tree, citations=[])
+    other = rescored(row | {"notices": ["cut"]}, Weights(w_sup=0.0))
+    text = '"Marvin Tellgate" does not mention Marvin Tellock'
+    assert other["notices"] == ["cut", f"[1] {text}"] and other["citations"][0]["notice"] == text
+    same = rescored(other, Weights(w_seq=0.0))
+    assert same["notices"] == ["cut"] and same["citations"][0]["notice"] == ""
+    assert rescored(same, Weights(w_sup=0.0)) == other
+
+
 def test_the_passages_of_a_question_with_options_vote_again(asked):
     """Two weak branches of one option beat a strong one of the other, as in PaperSearch.elect."""
     row = rows(*asked, mode="always_retrieve")[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from selfrag_jax.answering.asked import missing_names
 from selfrag_jax.records import Passage
 from selfrag_jax.text import reflection
 
@@ -26,13 +27,15 @@ class Citation:
     segment: int  # index into the answer's segments
     passage: int  # index into the answer's passages
     support: str  # the most likely IsSup token
+    notice: str = ""  # why the passage may not be about what was asked
 
 
-def cite(path: Sequence[Judged]) -> tuple[list[Passage], list[Citation]]:
+def cite(path: Sequence[Judged], question: str = "") -> tuple[list[Passage], list[Citation]]:
     """The passages that a path's segments rest on, in order of first use, and the citations.
 
     A segment cites its passage unless the model judges the passage irrelevant, or the segment
-    unsupported by it.
+    unsupported by it. question: a citation whose passage does not mention what it asks about gets
+    a notice (asked.py). No citation is left out for it.
     """
     passages: list[Passage] = []
     index: dict[tuple[str, str, str], int] = {}  # by content: scores differ between queries
@@ -41,13 +44,33 @@ def cite(path: Sequence[Judged]) -> tuple[list[Passage], list[Citation]]:
         if node.passage is None:
             continue
         support = reflection.ISSUP[max(range(3), key=lambda j: node.issup[j])]
-        is_relevant = node.isrel[1] >= node.isrel[0]
         was_judged = sum(node.issup) > 0  # all zeros if the search never read IsSup
-        if not was_judged or not is_relevant or support == reflection.NO_SUPPORT:
+        if not was_judged or is_irrelevant(node) or support == reflection.NO_SUPPORT:
             continue
         key = (node.passage.id, node.passage.title, node.passage.text)
         if key not in index:
             index[key] = len(passages)
             passages.append(node.passage)
-        citations.append(Citation(i, index[key], support))
+        notice = _notice(question, node.passage)
+        citations.append(Citation(i, index[key], support, notice))
     return passages, citations
+
+
+def is_irrelevant(node: Judged) -> bool:
+    """Whether the model judges the segment's passage irrelevant."""
+    return node.passage is not None and node.isrel[0] > node.isrel[1]
+
+
+def _notice(question: str, passage: Passage) -> str:
+    missing = missing_names(question, passage)
+    title = f'"{passage.title}"' if passage.title else "the passage"
+    return f"{title} does not mention {missing}" if missing else ""
+
+
+def citation_notices(citations: Iterable[Citation]) -> list[str]:
+    """The notices of citations as an answer shows them, with the numbers of their passages."""
+    numbers: dict[str, dict[int, None]] = {}
+    for c in citations:
+        if c.notice:
+            numbers.setdefault(c.notice, {})[c.passage + 1] = None
+    return [" ".join(f"[{n}]" for n in found) + f" {text}" for text, found in numbers.items()]

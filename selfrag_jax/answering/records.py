@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from selfrag_jax.answering.citations import Citation, cite
+from selfrag_jax.answering.citations import Citation, citation_notices, cite, is_irrelevant
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.search.search import SegmentSearch
 from selfrag_jax.search.tree import Beam, Node, SearchTree
@@ -88,7 +88,8 @@ def make_answer(
     whole_path = tree.path(best)
     # A segment without text cites nothing.
     passages, citations = cite(
-        [n if search.text(n.tokens) else replace(n, passage=None) for n in path]
+        [n if search.text(n.tokens) else replace(n, passage=None) for n in path],
+        question.question,
     )
     return Answer(
         id=question.id,
@@ -175,11 +176,16 @@ def _rounded(p: Sequence[float]) -> list[float]:
 def _doubts(path: Sequence[Node], citations: Sequence[Citation]) -> list[str]:
     doubts = []
     with_passage = [n for n in path if n.passage is not None]
+    irrelevant = [i for i, n in enumerate(path, 1) if is_irrelevant(n)]
     if with_passage and not citations:
-        if all(n.isrel[0] > n.isrel[1] for n in with_passage):
+        if len(irrelevant) == len(with_passage):
             doubts.append("no passage about this was found: take the answer as a guess")
         else:
             doubts.append("no passage that was found supports this answer: take it as a guess")
+    elif irrelevant:
+        listed = ", ".join(map(str, irrelevant))
+        doubts.append(f"segment {listed}: the model judges its passage irrelevant; not cited")
+    doubts += citation_notices(citations)
     if not all(n.complete for n in path):
         doubts.append("a segment was cut at the length limit")
     return doubts

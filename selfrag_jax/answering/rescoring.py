@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from selfrag_jax.answering.citations import cite
+from selfrag_jax.answering.citations import Citation, citation_notices, cite
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
@@ -53,7 +53,10 @@ def rescored(row: Row, weights: Weights, options: Sequence[str] = ()) -> Row:
     tree = [n | {"score": s, "total": s} for n, s in zip(tree, scores, strict=True)]
     best = _chosen(tree, options)
     tree = [n | {"chosen": n["id"] == best["id"]} for n in tree]
-    return row | _as_answer(best) | {"score": best["score"], "tree": tree}
+    answer = _as_answer(best, row["question"])
+    before, now = (citation_notices(Citation(**c) for c in r["citations"]) for r in (row, answer))
+    notices = [n for n in row["notices"] if n not in before] + now
+    return row | answer | {"score": best["score"], "tree": tree, "notices": notices}
 
 
 def _score(node: Row, weights: Weights) -> float:
@@ -77,13 +80,13 @@ def _chosen(tree: Sequence[Row], options: Sequence[str]) -> Row:
     return max(winner, key=lambda n: n["score"])
 
 
-def _as_answer(node: Row) -> Row:
+def _as_answer(node: Row, question: str) -> Row:
     """The fields of an answer that is this one segment."""
     p = node["passage"]
     passage = None if p is None else Passage(p["id"], p["title"], p["text"])
     cited = passage if node["text"] else None
     branch = _Branch(cited, tuple(node["isrel"]), tuple(node["issup"]))
-    passages, citations = cite([branch])
+    passages, citations = cite([branch], question)
     # Answers that were written before tokens were counted have no number.
     counted = {"num_answer_tokens": node["num_tokens"]} if "num_tokens" in node else {}
     segment = {

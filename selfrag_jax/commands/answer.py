@@ -190,6 +190,12 @@ def _report(rows: list[Row], compiled: list[tuple[str, float]], seconds: float, 
     """Says on the screen how the questions were answered, and whether some failed."""
     note = f"; {seconds / timed:.3g} s a question" if timed else ""
     print(_summary(rows, compiled) + note, file=sys.stderr)
+    if doubtful := [row["id"] for row in rows if any(c.get("notice") for c in row["citations"])]:
+        print(
+            f"{len(doubtful)} of {len(rows)} answers cite a passage that does not mention what was "
+            f"asked about, {doubtful[0]!r} first; see the field `notice` of their citations",
+            file=sys.stderr,
+        )
     if failed := [row["id"] for row in rows if row["error"]]:
         print(
             f"{len(failed)} of {len(rows)} questions failed, {failed[0]!r} first; "
