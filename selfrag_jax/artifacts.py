@@ -103,7 +103,8 @@ def fingerprint(path: str | Path) -> str:
     """Returns a hash of an input: of a file's content, or of a finished folder's manifest.
 
     For a folder in Hugging Face format, which other programs write too, the model's files are
-    hashed and a manifest is ignored. Raises UserError if the path does not exist.
+    hashed and a manifest is ignored; for an unfinished training, the records of its checkpoints,
+    which have the fingerprints of all arrays. Raises UserError if the path does not exist.
     """
     path = as_path(path)
     if path.is_file():
@@ -119,6 +120,8 @@ def fingerprint(path: str | Path) -> str:
         raise UserError(f"{path}: no such file or folder")
     if is_model:
         found = [p for pattern in MODEL_FILE_PATTERNS for p in path.glob(pattern)]
+    elif (path / STARTED).is_file() and (path / "model.json").is_file():
+        found = [path / STARTED, *path.glob("checkpoints/*/data/metadata")]
     else:
         found = list(path.rglob("*"))
     files = sorted(p for p in found if p.is_file())

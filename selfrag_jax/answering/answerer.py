@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfrag_jax.answering.records import Answer
+from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.records import Question
 from selfrag_jax.retrieval.retriever import Retriever
 
@@ -18,6 +19,9 @@ class AnswerSettings(Protocol):
 
 class Answerer(Protocol):
     """SelfRAG, or a baseline (PlainModel)."""
+
+    @property
+    def loaded(self) -> LoadedModel: ...
 
     @property
     def retriever(self) -> Retriever | None: ...

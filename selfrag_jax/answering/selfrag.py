@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import jax
 import numpy as np
 
-from selfrag_jax import artifacts
+from selfrag_jax.answering import generator
 from selfrag_jax.answering.config import DEFAULT, AnswerConfig
 from selfrag_jax.answering.loading import prepare_model
 from selfrag_jax.answering.records import (
@@ -27,11 +27,10 @@ from selfrag_jax.answering.records import (
     failed_answer,
     make_answer,
 )
-from selfrag_jax.checkpoints import loading, workdirs
+from selfrag_jax.checkpoints import loading
 from selfrag_jax.config import check_type
 from selfrag_jax.engine.engine import place_params
 from selfrag_jax.errors import UserError
-from selfrag_jax.huggingface import hub
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever, search_passages
 from selfrag_jax.search.algorithms import ALGORITHMS
@@ -70,21 +69,22 @@ class SelfRAG:
 
         index: a folder made by `selfrag index`. retriever: your own in its place, any object with
         `search(queries, k)` (retrieval/retriever.py). config: default: DEFAULT
-        (answering/config.py). Raises UserError if model or index is missing or unfinished, if the
-        tokenizer has no reflection tokens, and if both an index and a retriever are given.
+        (answering/config.py). Notices go to stderr: of a training that is unfinished, whose last
+        checkpoint is taken, and of a model of the synthetic world that meets another corpus.
+        Raises UserError if model or index is missing or something else, if the index is unfinished
+        or the tokenizer has no reflection tokens, and if both an index and a retriever are given.
         """
         if index and retriever is not None:
             raise UserError("give either an index or a retriever, not both")
         if retriever is not None and not callable(getattr(retriever, "search", None)):
             raise UserError(f"retriever={retriever!r}: has no method search(queries, k)")
-        folder = hub.model_folder(model)
-        if (folder / workdirs.MODEL_FILE).is_file():
-            artifacts.require_finished(folder, "train", "generator")
+        folder = generator.find_generator(model)
+        generator.require_reflection_tokens(folder)
         loaded = loading.load(folder)
-        loaded.tokenizer.reflection_ids()  # raises before weights are put anywhere
         config = config or DEFAULT
         sources = {"model": folder} | ({"index": Path(index)} if index else {})
         retriever = IndexRetriever(index) if index else retriever
+        generator.print_notices(folder, loaded.tokenizer, retriever)
         return cls(prepare_model(loaded, config), retriever, config, sources)
 
     def answer(

@@ -26,6 +26,7 @@ from selfrag_jax.files import read_object
 from selfrag_jax.processes.group import current
 from selfrag_jax.profiling import Profile, check_steps
 from selfrag_jax.records import Question, read_rows, write_jsonl
+from selfrag_jax.search.config import NEVER
 
 if TYPE_CHECKING:
     from selfrag_jax.answering.answerer import Answerer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from selfrag_jax.answering.plain import PlainConfig
 
 Row = dict[str, Any]
+_LOOKED_AT = 20  # questions whose passages are compared with what the model knows
 INSTRUCTIONS_FLAG = Flag(
     "instructions",
     "the tasks' instructions, in place of our wording: a JSON file of task and instruction, or the "
@@ -91,6 +93,8 @@ def answer_file(
 
         # 2. Answer this process's share of the rest.
         rest = [q for q in questions if q.id in left]
+        if mode != NEVER:
+            _notice_of_passages(rag, rest)
         answer_rest(f, rag, rest, done, changes, len(questions), traced)
 
         # 3. Process 0 writes them, in the order of the questions.
@@ -133,6 +137,16 @@ def read_checked(
             "give --index, or --mode=no_retrieval"
         )
     return questions
+
+
+def _notice_of_passages(rag: Answerer, questions: list[Question]) -> None:
+    """Says so if a model of the synthetic world is asked with other passages than the world's."""
+    from selfrag_jax.answering import generator
+
+    some = [p for q in questions[:_LOOKED_AT] for p in q.ctxs]
+    model = rag.sources.get("model", "the model")
+    if some:
+        generator.print_notice(generator.corpus_notice(rag.loaded.tokenizer, some, model))
 
 
 def answering_time(answers: str | Path) -> tuple[float, int]:

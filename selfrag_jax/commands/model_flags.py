@@ -116,12 +116,15 @@ def model_and_config(
     calibrated: take the threshold that `selfrag calibrate` left in the model's folder, unless the
     user gave one.
     """
-    from selfrag_jax.huggingface import hub
+    from selfrag_jax.answering import generator
+    from selfrag_jax.checkpoints import workdirs
 
     model, index = values["model"], values["index"]
     if workdir := values["workdir"]:
         defaults = {"generator": model, "index": index}
         needed = [Path(workdir) / name for name, path in defaults.items() if not path]
+        # A training that is unfinished can answer, from its last checkpoint on.
+        needed = [path for path in needed if not workdirs.saved_steps(path)]
         require_quickstart(workdir, *map(artifacts.manifest_path, needed))
         model, index = model or Path(workdir) / "generator", index or Path(workdir) / "index"
     if not model:
@@ -129,7 +132,7 @@ def model_and_config(
             "give --model (a training workdir, a Hugging Face folder or a hub name) "
             "or --workdir of a finished quickstart"
         )
-    model = hub.model_folder(model)
+    model = generator.find_generator(model)
     if values["config"] is None:
         values = values | {"config": config_for(model, "any_model")}
     config = config_section(values, AnswerConfig, "answer")

@@ -107,12 +107,12 @@ class Planner:
         return self._settings[flag]
 
     def _require_reflection_tokens(self, system: System, model: Path) -> None:
-        from selfrag_jax.checkpoints import loading
+        from selfrag_jax.answering import generator
         from selfrag_jax.text.reflection import MissingReflectionTokens
 
         if model not in self._searchable:
             try:
-                loading.read_tokenizer(model).reflection_ids()
+                generator.require_reflection_tokens(model)
             except MissingReflectionTokens as e:
                 raise UserError(f"{e} (--systems={system.name}; baselines need none)") from None
             self._searchable.add(model)

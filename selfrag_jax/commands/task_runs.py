@@ -115,10 +115,12 @@ class Models:
 
 
 def _load(run: SystemRun) -> LoadedModel:
+    from selfrag_jax.answering import generator
     from selfrag_jax.answering.loading import prepare_model
     from selfrag_jax.checkpoints import loading
     from selfrag_jax.engine.engine import place_params
 
+    generator.print_notice(generator.unfinished_notice(run.model))
     loaded = prepare_model(loading.load(run.model), run.config)
     return replace(loaded, params=place_params(loaded.model, loaded.params))
 

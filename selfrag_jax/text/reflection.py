@@ -65,7 +65,14 @@ class ReflectionIds:
 
 
 class MissingReflectionTokens(UserError):
-    """A tokenizer lacks reflection tokens; the message names them."""
+    """A tokenizer lacks reflection tokens; the message names them.
+
+    has_none: of the four groups, as a base model.
+    """
+
+    def __init__(self, message: str, has_none: bool = False):
+        super().__init__(message)
+        self.has_none = has_none
 
 
 def missing_tokens(token_to_id: Callable[[str], int | None], name: str = "tokenizer") -> list[str]:
@@ -97,7 +104,8 @@ def lookup(token_to_id: Callable[[str], int | None], name: str = "tokenizer") ->
         raise MissingReflectionTokens(
             f"{name}: lacks {len(missing)} reflection token(s): {', '.join(missing)}. "
             "Add them (Tokenizer.with_reflection_tokens) or use a Self-RAG tokenizer; "
-            "a plain Llama has none."
+            "a plain Llama has none.",
+            has_none={*ALL} - {*MARKUP} <= {*missing},
         )
     token_of: dict[int, str] = {}
     for token, i in ids.items():
