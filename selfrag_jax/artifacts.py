@@ -174,6 +174,12 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     if path.is_file() and stage in FOLDER_STAGES:
         raise UserError(f"{path}: is a file; expected a folder made by `selfrag {stage}`")
     if not manifest_path(path).is_file():
+        if stage == "train" and (path / "config.json").is_file():
+            raise UserError(
+                f"{path}: is a model in Hugging Face format; expected a {role or 'model'} made by "
+                f"`selfrag train`: train one from it (--role={role} --config.base={path}), or make "
+                "a workdir of a published one by `selfrag convert --format=orbax`"
+            )
         state = "is unfinished" if path.exists() else "does not exist"
         raise UserError(
             f"{path}: {state}; run `selfrag {stage}` first (it resumes unfinished work)"

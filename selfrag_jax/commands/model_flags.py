@@ -68,18 +68,19 @@ ANSWER_CONFIG_FLAG = config_flag(
 def search_changes(values: dict[str, Any]) -> dict[str, Any]:
     """The search settings that the user gave.
 
-    A scorer brings defaults of its own, so a weight or an accumulation that the user set in the
-    config has to count as given beside --scorer.
+    A scorer brings defaults of its own where nothing was said. So a weight or an accumulation that
+    the user set by --config.answer.search counts as given beside it, and so does the scorer.
     """
     changes = given(values, SEARCH_FLAGS)
-    if "scorer" in changes:
-        for assignment in values["overrides"]:
-            key, _, text = assignment.partition("=")
-            section, _, name = key.rpartition(".")
-            if section == "answer.search.weights":
-                changes.setdefault(name, _weight(key, text))
-            elif key == "answer.search.accumulate":
-                changes.setdefault(name, text)
+    in_config = dict(o.partition("=")[::2] for o in values["overrides"])
+    if scorer := in_config.get("answer.search.scorer"):
+        changes.setdefault("scorer", scorer)
+    for key, text in in_config.items() if "scorer" in changes else ():
+        section, _, name = key.rpartition(".")
+        if section == "answer.search.weights":
+            changes.setdefault(name, _weight(key, text))
+        elif key == "answer.search.accumulate":
+            changes.setdefault(name, text)
     return changes
 
 
