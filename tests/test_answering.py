@@ -374,6 +374,8 @@ ABOUT = (
     ("「吾輩は猫である」の作者は?", "夏目漱石", "「吾輩は猫である」を書いた", ""),
     ("「吾輩は猫である」の作者は?", "村上春樹", "小説家", "吾輩は猫である"),
     ('Who sang "Bohemian rhapsody"?', "ABBA", "Waterloo.", "Bohemian rhapsody"),
+    ("Was M*A*S*H made by Mara Oak?", "M*A*S*H", "A film.", ""),
+    ("Was it made by Mrs. Oak?", "Oak", "A film.", ""),
     # No name that can be told from other words: nothing is doubted.
     ("What is the opposite of big?", "Oxick Bay", "A bay.", ""),
     ("who was marie curie", "Isaac Newton", "A physicist.", ""),

@@ -7,10 +7,11 @@ so a passage is doubted only where its own text gives reason to:
   another    some words of a name stand there and some do not, and the title is another name:
              "Marvin Tellgate" for "Marvin Tellock"
 
-One name of the question is enough. A word counts as present if the passage has it with another
-ending ("Goethes", "Москве"). Left out are the first word of a sentence, abbreviations (US), forms
-of address (President), and questions in which every word is capitalised or none is. Of a question
-in a script without capitals, no two neighbouring letters stand in the passage.
+One name of the question is enough, and so is a title that stands in the question. A word counts as
+present if the passage has it with another ending ("Goethes", "Москве"). Left out are the first word
+of a sentence, abbreviations (US), forms of address (President), and questions in which every word
+is capitalised or none is. Where a question's script has no capitals, and nothing is quoted, a
+passage is doubted if it has no two neighbouring letters of the question.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from selfrag_jax.records import Passage
@@ -29,6 +30,7 @@ _QUOTED = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.?!:;…。？！]\s*[\"“«„(\[]*\s*$")
 _SAME_NAME = re.compile(r"[\s\-‐–.]*")  # what may stand between two words of a name
+_MAX_QUESTION = 2000  # characters; a longer one is a document, with many names
 _QUOTED_WORDS = 4  # longer quotations are no names, and only their absence counts
 _ENDING = 2  # letters in which two forms of a word may differ
 _STEM = 3  # letters in which they may not
@@ -44,13 +46,17 @@ def missing_names(question: str, passage: Passage) -> str:
 
     "what was asked" for a question without names in a script without capitals.
     """
+    if len(question) > _MAX_QUESTION:
+        return ""
     names = _names(question)
     text = f"{passage.title}\n{passage.text}"
     if not names:
         return "what was asked" if _has_nothing_of(question, text) else ""
-    words = frozenset(_plain(text))
-    asked = frozenset(_plain(question))
-    others = [w for w in _capitalised(passage.title) if not _is_in(w, asked, question)]
+    title, asked = _plain(passage.title), _plain(question)
+    if title and f" {' '.join(title)} " in f" {' '.join(asked)} ":
+        return ""
+    words, asked_words = _by_start(_plain(text)), _by_start(asked)
+    others = [w for w in _capitalised(passage.title) if not _is_in(w, asked_words, question)]
     for name in names:
         if not _same_script(name[0], text):
             return ""  # a name may be written otherwise there
@@ -62,7 +68,8 @@ def missing_names(question: str, passage: Passage) -> str:
 
 # ---- the names in a question ---------------------------------------------------------------------
 def _names(question: str) -> list[tuple[str, ...]]:
-    return [tuple(w for word in name for w in _plain(word)) for name in _spelled(question)]
+    names = [tuple(w for word in name for w in _plain(word)) for name in _spelled(question)]
+    return [name for name in names if name]
 
 
 @lru_cache(maxsize=256)
@@ -88,8 +95,8 @@ def _runs(text: str, words: Sequence[re.Match[str]]) -> Iterator[list[str]]:
         if run and not _SAME_NAME.fullmatch(between):
             yield run
             run = []
-        is_initial = len(before) == 1  # "J. K. Rowling" begins no sentence
-        begins = not end or (bool(_SENTENCE_END.search(text[: m.start()])) and not is_initial)
+        is_short = len(before) == 1 or before.casefold() in _NOT_NAMES  # "J. K.", "Mrs."
+        begins = not end or (bool(_SENTENCE_END.search(between)) and not is_short)
         if word[0].isupper() and not begins:
             run.append(word)
         elif run:
@@ -122,16 +129,25 @@ def _plain(text: str) -> list[str]:
     return [re.sub(r"['’]s?$", "", w).replace("’", "'") for w in _WORD.findall(bare)]
 
 
-def _is_in(word: str, words: frozenset[str], text: str) -> bool:
-    """Whether a passage has a word, or a form of it."""
-    if word in words:
+def _by_start(words: Sequence[str]) -> dict[str, set[str]]:
+    """Words by their first two letters."""
+    found: dict[str, set[str]] = {}
+    for w in words:
+        found.setdefault(w[:2], set()).add(w)
+    return found
+
+
+def _is_in(word: str, words: Mapping[str, set[str]], text: str) -> bool:
+    """Whether a text has a word, or a form of it. words: the text's, by their start."""
+    similar = words.get(word[:2], set())
+    if word in similar:
         return True
     if not _has_case(word):  # scripts without spaces have no words to compare
         return word in unicodedata.normalize("NFKD", text).casefold()
     stem = word[: max(_STEM, len(word) - _ENDING)]
     return any(
         w.startswith(stem) and len(w) - len(os.path.commonprefix([word, w])) <= _ENDING
-        for w in words
+        for w in similar
     )
 
 

@@ -53,8 +53,8 @@ class SearchConfig:
     max_new_tokens: int = setting("maximum number of tokens in a segment")
     length_bucket: int  # lengths are padded to its multiples, to bound the number of compilations
     scorer: str = setting(
-        "paper: the equations; released: what the authors' scripts compute, quirks included, with "
-        "--w_use=1"
+        "paper: the equations; released: what the authors' scripts compute, quirks included; its "
+        "--w_use is 1 unless given"
     )
     temperature: float = setting(
         "0 takes the most likely token; above 0, tokens are sampled, and higher is more random"
