@@ -29,7 +29,7 @@ from selfrag_jax.text.tokenizer import Control, Tokenizer
 # ---- loading -------------------------------------------------------------------------------------
 def test_a_model_without_reflection_tokens_is_refused(tiny_model, tmp_path):
     weights.save_folder(tmp_path, tiny_model.model.config, tiny_model.params, make_tokenizer(4000))
-    with pytest.raises(UserError, match=r"\[Retrieval\]"):
+    with pytest.raises(UserError, match="is a base model without reflection tokens; run `selfrag"):
         SelfRAG.load(tmp_path)
 
 
