@@ -39,7 +39,9 @@ MODEL_FILE_PATTERNS = (
     "pytorch_model.bin",
 )
 # Stages whose artifact is a file.
-FILE_STAGES = ("collect", "retrieve", "label", "answer", "export", "compare", "calibrate")
+FILE_STAGES = (
+    "check", "collect", "retrieve", "label", "answer", "export", "compare", "calibrate",
+)  # fmt: skip
 _OTHER = {"stage": "another stage", "config": "another config", "inputs": "other inputs"}
 FOLDER_STAGES = ("embed", "index", "prepare", "report")
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")

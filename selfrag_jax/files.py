@@ -95,11 +95,25 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:
                 yield text, raw
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 ({e.reason})") from None
+            where = f"{path}:{_line_that_is_not_utf8(path)}"
+            raise UserError(f"{where}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
         except EOFError:
             raise UserError(f"{path}: is cut off; copy or download it again") from None
         except (gzip.BadGzipFile, zlib.error) as e:
             raise UserError(f"{path}: not readable as gzip ({e})") from None
+
+
+def _line_that_is_not_utf8(path: Any) -> int:
+    """The number of the first one. Text is decoded in pieces, so its error does not tell."""
+    number = 0
+    with path.open("rb") as raw:
+        for line in gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw:
+            number += 1
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return number
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -149,24 +149,20 @@ def read_rows(
     path = as_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file of JSON lines")
-    number = 0
     with open_text(path) as (f, raw):
-        try:
-            is_list = begins_list(f)
-            for number, text in list_items(path, f) if is_list else enumerate(f, 1):
-                if on_position:
-                    on_position(raw.tell())
-                if not is_list and not text.strip():
-                    continue
-                try:
-                    where = f"{path}: item {number}" if is_list else f"{path}:{number}"
-                    checked = checked_row(where, text) if is_list else _parsed_line(where, text)
-                except UserError as e:
-                    on_error(e)
-                else:
-                    yield checked
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 after line {number} ({e.reason})") from None
+        is_list = begins_list(f)
+        for number, text in list_items(path, f) if is_list else enumerate(f, 1):
+            if on_position:
+                on_position(raw.tell())
+            if not is_list and not text.strip():
+                continue
+            try:
+                where = f"{path}: item {number}" if is_list else f"{path}:{number}"
+                checked = checked_row(where, text) if is_list else _parsed_line(where, text)
+            except UserError as e:
+                on_error(e)
+            else:
+                yield checked
 
 
 def _parsed_line(where: str, line: str) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import atomic_write, open_text
 from selfrag_jax.records import (
     PASSAGE_ID_FIELDS,
@@ -47,9 +47,9 @@ class Corpus:
     Passages with neither title nor text are left out and counted in `num_empty`.
     """
 
-    def __init__(self, path: str | Path):
-        """Raises UserError if there is no such file."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, on_error: OnError = raise_error):
+        """on_error: takes the UserError of a row. Raises UserError if there is no such file."""
+        self.path, self.on_error = Path(path), on_error
         if not self.path.is_file():
             what = "is a folder; expected one file" if self.path.is_dir() else "no such file"
             raise UserError(
@@ -97,16 +97,17 @@ class Corpus:
                 for row in reader:
                     if row:
                         where = f"{path}:{line}"
+                        self.bytes_read = raw.tell()
                         if len(row) != len(header):
-                            raise UserError(
+                            self.on_error(UserError(
                                 f"{where}: {len(row)} columns, but the header has {len(header)}; "
                                 "quote fields that contain tabs"
-                            )
-                        title = "" if title_column is None else row[title_column]
-                        if not row[id_column]:
-                            raise UserError(f"{where}: the id is empty")
-                        self.bytes_read = raw.tell()
-                        yield where, Passage(row[id_column], title, row[text_column])
+                            ))  # fmt: skip
+                        elif not row[id_column]:
+                            self.on_error(UserError(f"{where}: the id is empty"))
+                        else:
+                            title = "" if title_column is None else row[title_column]
+                            yield where, Passage(row[id_column], title, row[text_column])
                     line = reader.line_num + 1
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}: not UTF-8 after line {line - 1} ({e.reason})") from None
@@ -118,8 +119,13 @@ class Corpus:
         def at(position: int) -> None:
             self.bytes_read = position
 
-        for number, (where, row) in enumerate(read_rows(self.path, at)):
-            yield where, _passage(where, row, number)
+        for number, (where, row) in enumerate(read_rows(self.path, at, self.on_error)):
+            try:
+                passage = _passage(where, row, number)
+            except UserError as e:
+                self.on_error(e)
+            else:
+                yield where, passage
 
 
 def _passage(where: str, row: dict[str, Any], number: int) -> Passage:
