@@ -7,6 +7,7 @@ import re
 import tracemalloc
 from pathlib import Path
 
+import documents
 import pytest
 from rich.console import Console
 
@@ -285,6 +286,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000  # bytes; the larger file has six millions more
+
+
+# ---- the formats, as docs/data.md describes them ------------------------------------------------
+DOCUMENT = Path(__file__).parents[1] / "docs" / "data.md"
+
+
+def test_every_example_of_the_document_is_good(tmp_path, monkeypatch, capsys):
+    documents.run(DOCUMENT, tmp_path, monkeypatch)
+    text = DOCUMENT.read_text()
+    for file in tmp_path.glob("*.jsonl"):
+        assert f"selfrag check {file.name}" in text
+    # The one that is wrong on purpose, and what is said of it.
+    assert cli.main(["check", "draft.jsonl"]) == 2
+    printed = "".join(capsys.readouterr())
+    [said] = [b for b in documents.blocks(DOCUMENT) if b.text.startswith("draft.jsonl: ")]
+    documents._check_printed(said.text, printed, "draft.jsonl")
 
 
 # ---- what a model sees --------------------------------------------------------------------------
