@@ -267,7 +267,7 @@ class SelfRAG:
 
 
 def _as_questions(questions: Questions) -> list[Question]:
-    """Questions as records; those without an id are numbered. Raises UserError for anything else."""
+    """Questions as records; one without an id gets its number. Raises UserError for all else."""
     if isinstance(questions, (str, dict, Question)):
         questions = [questions]
     if not isinstance(questions, Sequence):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -14,12 +15,14 @@ from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
 from selfrag_jax.commands.train import is_released
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
-from selfrag_jax.progress import progress
+from selfrag_jax.progress import Progress, progress
 
 if TYPE_CHECKING:
     from selfrag_jax.commands.check_text import ShownRow
     from selfrag_jax.data.file_summary import ExampleBuilder, FileSummary, Problems
     from selfrag_jax.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 # Where a config says to how many tokens a row of each kind is cut; the first that it has.
 _LENGTHS = {
@@ -56,7 +59,7 @@ def check_file(path: str | Path, s: CheckSettings) -> tuple[FileSummary, Problem
     Raises UserError if there are no rows, or none could be read.
     """
     from selfrag_jax.data.file_kinds import UNIQUE_IDS, file_rows
-    from selfrag_jax.data.file_summary import FileSummary, Problems, repeated_places
+    from selfrag_jax.data.file_summary import FileSummary, Problems
 
     summary, problems, stopped = FileSummary(), Problems(), ""
     build = s.builder().build
@@ -72,16 +75,36 @@ def check_file(path: str | Path, s: CheckSettings) -> tuple[FileSummary, Problem
             stopped = str(e)
     if not summary.num_good + summary.num_left_out + problems.count:
         raise UserError(f"{path}: holds no rows")
+    if s.kind in UNIQUE_IDS and not stopped:
+        _report_repeated_ids(path, s, summary, problems)
+    return summary, problems, stopped
+
+
+def _report_repeated_ids(
+    path: str | Path, s: CheckSettings, summary: FileSummary, problems: Problems
+) -> None:
+    """Reads the file again if ids occur twice: to find them is cheaper than to remember all."""
+    from selfrag_jax.data.file_kinds import file_rows
+    from selfrag_jax.data.file_summary import repeated_places
+
     _, repeats, hashes = summary.repeated_ids()
-    if repeats and s.kind in UNIQUE_IDS and not stopped:
-        rows = file_rows(s.kind, path, s.released, lambda _: None)
-        named = 0
+    if not repeats:
+        return
+    named = 0
+    with progress("find repeated ids", 0, "rows") as bar:
+        rows = _counted(file_rows(s.kind, path, s.released, lambda _: None), bar)
         for where, id_, first in repeated_places(rows, hashes):
             problems(UserError(f"{where}: id {id_!r} is also the id of {first}"))
             named += 1
-        problems.count += repeats - named
-        summary.num_good -= repeats
-    return summary, problems, stopped
+    problems.count += repeats - named
+    summary.num_good -= repeats
+
+
+def _counted(rows: Iterable[T], bar: Progress) -> Iterator[T]:
+    """Yields the rows, and counts them on the bar."""
+    for row in rows:
+        bar.advance()
+        yield row
 
 
 def _settings(path: str, values: dict[str, Any]) -> tuple[CheckSettings, str]:

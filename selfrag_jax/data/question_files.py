@@ -21,6 +21,7 @@ from typing import Any
 from selfrag_jax.data.question_fields import QUESTION, ROWS
 from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import open_text
+from selfrag_jax.json_lists import begins_list
 from selfrag_jax.records import build_records, checked_row, read_rows
 
 Row = dict[str, Any]
@@ -94,6 +95,8 @@ def _json_rows(path: Path, suffix: str, on_error: OnError) -> Iterator[tuple[str
 def _one_object(path: Path, suffix: str) -> Row | None:
     """The object that the file consists of; None for a list and for JSON lines."""
     with open_text(path) as (f, _):
+        if begins_list(f):
+            return None  # its first line may be all of a large file
         first = next((line for line in f if line.strip()), "")
         if not first.lstrip().startswith("{"):
             return None
