@@ -9,14 +9,15 @@ from pathlib import Path
 
 import documents
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from selfrag_jax import cli
 from selfrag_jax.commands import check, check_text
-from selfrag_jax.data import file_kinds
-from selfrag_jax.data.critic_examples import CriticSource
+from selfrag_jax.commands.prepare import prepare_sets
+from selfrag_jax.data.critic_examples import CriticSource, read_critic_examples
 from selfrag_jax.data.file_kinds import KINDS, file_rows, guess_kind
-from selfrag_jax.data.file_summary import ExampleBuilder
 from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.data.instructions import read_instructions
 from selfrag_jax.data.questions import read_questions
@@ -92,6 +93,20 @@ def test_tables_and_folders_have_their_kinds(tmp_path):
         guess_kind(tmp_path)
 
 
+def test_a_prepared_folder_is_checked_as_it_is_trained(run, tmp_path, tokenizer):
+    """Its outputs are plain: what looks like a control token there is text."""
+    rows = [{"instruction": "Say it.", "input": "", "output": "[Relevant] it."}]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
+    prepare_sets(["stanford_alpaca"], tmp_path, tmp_path / "out")
+    status, out, _ = run("out")
+    assert status == 0 and "out: instructions (told by a folder of `selfrag prepare`" in out
+    status, out, _ = run("out", None, "--for=generator")
+    assert status == 0 and "1 rows: 1 good" in out and "isrel" not in out
+    source = GeneratorSource.read(tmp_path / "out", tokenizer, WEIGHTS)
+    [row] = file_rows("generator", tmp_path / "out", False, raise_error)
+    assert row.record == source.rows[0]
+
+
 def strictly(kind, path, tokenizer):
     """The records that the kind's own commands read."""
     if kind == "instructions":
@@ -126,6 +141,29 @@ def test_a_file_is_good_if_and_only_if_its_commands_read_it(run, tokenizer, kind
     assert "rows.jsonl: 1 of 2 rows cannot be used; mend or remove them" in err
 
 
+POOL = [*ROWS.values(), *FAULTS.values(), PUBLISHED, CHAT, {}, {"id": 3, "output": None}]
+
+
+@settings(max_examples=25)
+@given(kind=st.sampled_from(sorted(KINDS)), rows=st.lists(st.sampled_from(POOL), max_size=6))
+def test_rows_are_refused_as_they_are_alone(tmp_path_factory, tokenizer, kind, rows):
+    """Ids aside: whether a row can be used does not depend on those around it."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in rows]
+    refused = []
+    for number, row in enumerate(rows, 1):
+        write_jsonl(folder / "one.jsonl", [row])
+        try:
+            strictly(kind, folder / "one.jsonl", tokenizer)
+        except UserError as e:
+            refused.append(str(e).replace("one.jsonl:1:", f"all.jsonl:{number}:"))
+    write_jsonl(folder / "all.jsonl", rows)
+    found = []
+    read = list(file_rows(kind, folder / "all.jsonl", False, found.append))
+    assert [str(e) for e in found] == refused
+    assert len(read) == len(rows) - len(refused)
+
+
 # ---- problems -----------------------------------------------------------------------------------
 def test_twenty_problems_are_listed_and_the_others_counted(run):
     rows = [{"question": "Who?"}, *[{"question": ""}] * 31, {"question": "What?"}]
@@ -154,7 +192,9 @@ def test_malformed_rows_of_published_files_are_left_out_as_in_training(run):
     assert status == 0 and "3 rows: 2 good, 1 left out" in out
     assert "  c.jsonl:2: unknown control token" in out
     status, out, err = run("c.jsonl", [bad, bad, PUBLISHED], "--format=released")
-    assert status == 2 and "2 of 3 rows are malformed; is it the right file?" in err
+    assert status == 2 and "2 of 3 rows are malformed, which is too many to train with" in err
+    with pytest.raises(UserError, match="2 of 3 rows are malformed"):
+        read_critic_examples("c.jsonl", released=True)
     status, out, err = run("c.jsonl", [PUBLISHED, bad, PUBLISHED])
     assert status == 2 and "c.jsonl:2: unknown control token; --format=released leaves out" in out
 
@@ -351,14 +391,3 @@ def test_an_input_reaches_the_prompt_in_every_kind(tokenizer, tmp_path):
 def test_a_long_row_is_shown_without_its_middle(tokenizer, tmp_path):
     text = shown({"question": "begin " + "word " * 9000 + "end"}, tokenizer, "questions", tmp_path)
     assert len(text) < 2000 and "begin" in text and "end" in text and " characters ... " in text
-
-
-def test_every_kind_has_a_builder(tokenizer, tmp_path):
-    builder = ExampleBuilder(tokenizer, False, "each")
-    for kind in file_kinds.KINDS:
-        write_jsonl(tmp_path / "rows.jsonl", [ROWS[kind]])
-        [row] = file_rows(kind, tmp_path / "rows.jsonl", False, raise_error)
-        example = builder.build(row.record)
-        assert tokenizer.decode(example.tokens[1:].tolist()) == "".join(
-            text for text, _ in builder.runs(example)
-        ) or kind in ("generator", "critic", "instructions")

@@ -224,11 +224,14 @@ def run(values: dict[str, Any], files: list[str]) -> None:
         print(f"\n{out}")
     if stopped:
         raise UserError(f"{stopped}; what comes after it was not read")
-    if problems.count and not settings.released:
+    bad, rows = problems.count, report["rows"]
+    if settings.released and 2 * bad > rows:
         raise UserError(
-            f"{path}: {problems.count:,} of {report['rows']:,} rows cannot be used; mend or remove "
-            "them"
+            f"{path}: {bad:,} of {rows:,} rows are malformed, which is too many to train with; is "
+            "it the right file?"
         )
+    if bad and not settings.released:
+        raise UserError(f"{path}: {bad:,} of {rows:,} rows cannot be used; mend or remove them")
 
 
 COMMAND = Command(

@@ -24,7 +24,6 @@ from selfrag_jax.data.released import (
     critic_example,
     generator_example,
     released_records,
-    require_most,
 )
 from selfrag_jax.errors import OnError, UserError
 from selfrag_jax.records import (
@@ -95,7 +94,11 @@ def _critic_row(where: str, made: CriticExample) -> FileRow:
 
 
 def _generator_rows(path: str | Path, on_error: OnError) -> Iterator[FileRow]:
+    is_plain = Path(path).is_dir() and prepared.GENERATOR not in prepared.datasets(path)
+
     def build(where: str, row: Row) -> tuple[GeneratorExample, bool]:
+        if is_plain:  # training escapes them, too
+            row = row | {"output": prompts.escape_controls(row["output"])}
         return checked_generator_example(where, row), is_chat(row)
 
     rows = _rows_or_folder(path, on_error)
@@ -123,21 +126,13 @@ def _released_rows(kind: str, path: str | Path, on_error: OnError) -> Iterator[F
             super().add(fault, number)
             on_error(UserError(f"{path}:{number}: {fault}"))
 
-    faults, read = ReportedFaults(), 0
+    faults = ReportedFaults()
     if kind == "critic":
-        rows = (
-            _critic_row(f"{path}:{number}", made)
-            for number, made in released_records(path, critic_example, faults)
-        )
+        for number, critique in released_records(path, critic_example, faults):
+            yield _critic_row(f"{path}:{number}", critique)
     else:
-        rows = (
-            _generator_row(f"{path}:{number}", made)
-            for number, made in released_records(path, generator_example, faults)
-        )
-    for row in rows:
-        read += 1
-        yield row
-    require_most(path, read + faults.total, faults)
+        for number, example in released_records(path, generator_example, faults):
+            yield _generator_row(f"{path}:{number}", example)
 
 
 # ---- instructions, questions, passages ----------------------------------------------------------

@@ -72,7 +72,11 @@ def _read(path: str | Path, build: Callable[[dict[str, Any]], T], faults: Faults
     read = len(found) + faults.total
     if not read:
         raise UserError(f"{path}: holds no rows")
-    require_most(path, read, faults)
+    if 2 * faults.total > read:
+        raise UserError(
+            f"{path}: {faults.total:,} of {read:,} rows are malformed; is it the right file? "
+            + "; ".join(faults.by_frequency())
+        )
     if faults.total:
         print(f"{path}: {faults.total:,} of {read:,} rows are left out", file=sys.stderr)
         for line in faults.by_frequency():
@@ -93,15 +97,6 @@ def released_records(
             faults.add(str(fault), number)
         else:
             yield number, record
-
-
-def require_most(path: str | Path, read: int, faults: Faults) -> None:
-    """Raises UserError if more than half of the rows that were read are malformed."""
-    if 2 * faults.total > read:
-        raise UserError(
-            f"{path}: {faults.total:,} of {read:,} rows are malformed; is it the right file? "
-            + "; ".join(faults.by_frequency())
-        )
 
 
 def is_released_critic(row: dict[str, Any]) -> bool:
