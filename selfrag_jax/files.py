@@ -78,6 +78,26 @@ def read_object(path: str | Path, fields: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+def not_utf8(path: str | Path, e: UnicodeDecodeError, where: str = "") -> UserError:
+    """Returns the error of a text file in another encoding, with what converts it.
+
+    where: such as "after line 3".
+    """
+    path = as_path(path)
+    if path.suffix == ".gz":
+        remedy = "uncompress it and convert it with iconv"
+    else:
+        with path.open("rb") as f:
+            start = f.read(4096)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            remedy = f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
+        elif b"\0" in start:
+            remedy = "is it a text file at all?"
+        else:
+            remedy = f"if it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 {path}"
+    return UserError(f"{path}: not UTF-8 {where + ' ' if where else ''}({e.reason}); {remedy}")
+
+
 @contextmanager
 def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[TextIO, BinaryIO]]:
     """Opens a UTF-8 text file, decompressed if its name ends in .gz.
@@ -89,13 +109,17 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
     if not path.is_file():
         what = "is a folder; expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
-    with path.open("rb") as raw:
+    try:
+        opened = path.open("rb")
+    except PermissionError:
+        raise UserError(f"{path}: may not be read (permission denied); see `ls -l`") from None
+    with opened as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:
                 yield text, raw
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 ({e.reason})") from None
+            raise not_utf8(path, e) from None
         except EOFError:
             raise UserError(f"{path}: is cut off; copy or download it again") from None
         except (gzip.BadGzipFile, zlib.error) as e:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import atomic_write, open_text
+from selfrag_jax.files import atomic_write, not_utf8, open_text
 from selfrag_jax.storage.paths import as_path
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ def read_rows(
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
             raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 after line {number} ({e.reason})") from None
+            raise not_utf8(path, e, f"after line {number}") from None
         except RecursionError:
             raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
 

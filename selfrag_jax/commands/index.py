@@ -19,12 +19,18 @@ from selfrag_jax.commands.command import (
     flags_of,
     given,
 )
-from selfrag_jax.commands.embed import ENCODER_FLAGS, embed_corpus, encoder_config
+from selfrag_jax.commands.embed import (
+    CORPUS_FLAGS,
+    ENCODER_FLAGS,
+    corpus_config,
+    embed_corpus,
+    encoder_config,
+)
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import link_or_copy_tree, open_text, read_json, write_json
 from selfrag_jax.retrieval import bm25, embedding
 from selfrag_jax.retrieval.bm25 import MIXES
-from selfrag_jax.retrieval.corpus import Corpus
+from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.encoders import open_encoder
 from selfrag_jax.retrieval.passages import BATCH_ROWS
 from selfrag_jax.retrieval.plan import IndexConfig, Plan, budget_of, plan, show_bytes
@@ -154,22 +160,28 @@ def _link(source: Path, target: Path) -> None:
 
 
 # ---- additions and removals ----------------------------------------------------------------------
-def add_passages(out: str | Path, passages: str | Path, config: IndexConfig) -> int:
+def add_passages(
+    out: str | Path,
+    passages: str | Path,
+    config: IndexConfig,
+    reading: CorpusConfig | None = None,
+) -> int:
     """Adds a corpus to a finished index as a new segment; returns the number of new passages.
 
-    Raises UserError for ids that the index has already.
+    reading: how the corpus is read. Raises UserError for ids that the index has already.
     """
     from selfrag_jax.retrieval import index, segments
 
     out = artifacts.require_finished(out, "index")
-    corpus = Corpus(passages)
+    corpus = Corpus(passages, reading)
     with artifacts.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         name = f"{len(opened.segments):04d}"
         folder = out / index.SEGMENTS / name
         shutil.rmtree(folder, ignore_errors=True)  # of an addition killed before it counted
         unfinished = folder.with_name(f".{name}.tmp")
-        started = artifacts.identity("add", config, {"passages": passages})
+        made = asdict(config) | corpus.config.changes()
+        started = artifacts.identity("add", made, {"passages": corpus})
         if not (unfinished / started).is_file():  # of an addition of another corpus
             shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(exist_ok=True)
@@ -186,7 +198,7 @@ def add_passages(out: str | Path, passages: str | Path, config: IndexConfig) -> 
         artifacts.remove_temporary_files(unfinished)
         unfinished.rename(folder)
         n = len(opened) + len(work.store)
-        _change_manifest(out, f"added {name}", passages, n)
+        _change_manifest(out, f"added {name}", corpus, n)
         row = read_json(out / index.INDEX)
         write_json(out / index.INDEX, row | {"segments": [*row["segments"], name]})
         return len(work.store)
@@ -207,7 +219,8 @@ def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork) -> None:
 def remove_passages(out: str | Path, ids_file: str | Path) -> int:
     """Removes the passages whose ids a file lists, one in each line; returns their number.
 
-    Raises UserError naming a line with an id that the index does not have.
+    The id of a document that was split stands for all of its passages. Raises UserError naming a
+    line with an id that the index does not have.
     """
     from selfrag_jax.retrieval import index
 
@@ -235,7 +248,7 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
         return len(np.unique(rows))
 
 
-def _change_manifest(out: Path, name: str, source: str | Path, num_passages: int) -> None:
+def _change_manifest(out: Path, name: str, source: artifacts.Input, num_passages: int) -> None:
     """Adds an input to the manifest, by which later stages see that the index has changed."""
     path = artifacts.manifest_path(out)
     manifest = read_json(path)
@@ -255,6 +268,11 @@ def run(values: dict[str, Any], _: list[str]) -> None:
             "give either --embeddings (made by `selfrag embed`), --passages (a corpus), or --add "
             f"or --remove to change --out; found {' and '.join(asked) or 'none'}"
         )
+    about_the_corpus = given(values, CORPUS_FLAGS)
+    if about_the_corpus and asked[0] not in ("passages", "add"):
+        raise UserError(
+            f"--{next(iter(about_the_corpus))}: goes with --passages or --add, which read a corpus"
+        )
     about_the_encoder = given(values, ENCODER_FLAGS)
     if not values["passages"] and about_the_encoder:
         raise UserError(
@@ -267,8 +285,10 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     config = config_section(values, IndexConfig, "index")
     config = replace(config, **given(values, INDEX_FLAGS))
     out = Path(values["out"]).absolute()
+    reading = corpus_config(values)
     if values["add"]:
-        print(f"{out}: {add_passages(out, values['add'], config):,} passages added")
+        n = add_passages(out, values["add"], config, reading)
+        print(f"{out}: {n:,} passages added")
         return
     if values["remove"]:
         print(f"{out}: {remove_passages(out, values['remove']):,} passages removed")
@@ -278,7 +298,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         if not artifacts.manifest_path(out).is_file():
             _require_free(out)
         embeddings = out.with_name(out.name + "_embeddings")
-        embed_corpus(values["passages"], encoder_config(values), embeddings)
+        embed_corpus(values["passages"], encoder_config(values), embeddings, reading=reading)
     n = build_index(embeddings, config, out, values["mix"])
     print(f"{out}: {n:,} passages")
 
@@ -288,7 +308,12 @@ COMMAND = Command(
     "--memory=8GB --out=index",
     flags=(
         Flag("embeddings", "made by `selfrag embed`"),
-        Flag("passages", "a corpus (.tsv, .jsonl, or .gz) to embed and index in one step"),
+        Flag(
+            "passages",
+            "a corpus to embed and index in one step: .tsv, .csv or .jsonl (id, text, title), "
+            ".txt or .md, each also .gz; or a folder of them",
+        ),
+        *CORPUS_FLAGS,
         *ENCODER_FLAGS,
         Flag(
             "out",

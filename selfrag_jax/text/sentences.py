@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
+# sentencex takes time that grows with the square of a run without white space (Chinese, Japanese).
+_LONG_RUN = re.compile(r"\S{2000,}")
+_BLOCK = 1000  # characters of such a run, at least, that are split at once
+_END = re.compile(r"[.!?。！？।؟]+[\"'”’」』）)\]]*")
+
 
 def split_sentences(text: str) -> list[str]:
     """Splits a text into sentences that, joined, are the text: no character is ever lost.
@@ -29,8 +37,21 @@ def _pieces(text: str) -> list[str]:
         return [text]  # a single sentence, as most short answers are; nothing is imported
     import sentencex
 
-    pieces = list(sentencex.segment("en", text))
+    pieces = [piece for block in _blocks(text) for piece in sentencex.segment("en", block)]
     return pieces if "".join(pieces) == text else [text]
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """Cuts long runs without white space after some ends of sentences."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        at = run.start() + _BLOCK
+        while end := _END.search(text, at, run.end()):
+            yield text[start : end.end()]
+            start = end.end()
+            at = start + _BLOCK
+    if start < len(text):
+        yield text[start:]
 
 
 def _has_word(text: str) -> bool:
