@@ -234,9 +234,11 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
     with artifacts.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         rows = opened.rows_of(ids)
-        if (rows < 0).any():
-            i = int(np.argmax(rows < 0))
-            raise UserError(f"{ids_file}:{numbers[i] + 1}: the index has no passage {ids[i]!r}")
+        for i in np.flatnonzero(rows < 0):
+            if not (pieces := _rows_of_pieces(opened, ids[i])):
+                raise UserError(f"{ids_file}:{numbers[i] + 1}: the index has no passage {ids[i]!r}")
+            rows = np.append(rows, pieces)
+        rows = rows[rows >= 0]
         removed = np.union1d(opened.removed, rows)
         if len(removed) == sum(len(segment) for segment in opened.segments):
             raise UserError(
@@ -246,6 +248,14 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
         _change_manifest(out, name, ids_file, len(opened) - len(np.unique(rows)))
         index.write_removed(out, removed)
         return len(np.unique(rows))
+
+
+def _rows_of_pieces(opened: Index, document: str) -> list[int]:
+    """The rows of the passages into which a document was split."""
+    rows: list[int] = []
+    while (row := int(opened.rows_of([f"{document}#{len(rows) + 1}"])[0])) >= 0:
+        rows.append(row)
+    return rows
 
 
 def _change_manifest(out: Path, name: str, source: artifacts.Input, num_passages: int) -> None:

@@ -48,7 +48,7 @@ def split_words(text: str, most: int) -> list[str]:
 
 
 def sections(markdown: str) -> list[tuple[str, str]]:
-    """Returns (heading, text) of a Markdown document's sections; the texts, joined, are the document.
+    """Returns (heading, text) of a Markdown document's sections; joined, the texts are all of it.
 
     A text begins with its heading's line. What stands before the first heading has the heading "",
     and a heading without a text of its own goes with the next one. Lines within fences (```) are no
