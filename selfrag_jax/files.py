@@ -92,7 +92,7 @@ def not_utf8(path: str | Path, e: UnicodeDecodeError, where: str = "") -> UserEr
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             remedy = f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
         elif b"\0" in start:
-            remedy = "is it a text file at all?"
+            remedy = "is it a text file at all? If not, take it out"
         else:
             remedy = f"if it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 {path}"
     return UserError(f"{path}: not UTF-8 {where + ' ' if where else ''}({e.reason}); {remedy}")
@@ -109,11 +109,7 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
     if not path.is_file():
         what = "is a folder; expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
-    try:
-        opened = path.open("rb")
-    except PermissionError:
-        raise UserError(f"{path}: may not be read (permission denied); see `ls -l`") from None
-    with opened as raw:
+    with path.open("rb") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:

@@ -164,7 +164,7 @@ def read_rows(
             where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
             raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
         except UnicodeDecodeError as e:
-            raise not_utf8(path, e, f"after line {number}") from None
+            raise not_utf8(path, e, f"after line {number}" if number else "") from None
         except RecursionError:
             raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
 

@@ -69,9 +69,16 @@ def kind_of(path: Path) -> str:
 def corpus_files(path: Path) -> tuple[list[Path], str]:
     """Returns the files of a corpus, in a fixed order, and a line about files that are left out.
 
-    Raises UserError if there is no such file, if it is of a kind that is not read, and if a folder
-    has none.
+    Raises UserError if there is no such file, if it is of a kind that is not read or may not be
+    read, and if a folder has none.
     """
+    files, left_out = _chosen(path)
+    if denied := next((f for f in files if not os.access(f, os.R_OK)), None):
+        raise UserError(f"{denied}: you may not read it (see `ls -l`); change that, or take it out")
+    return files, left_out
+
+
+def _chosen(path: Path) -> tuple[list[Path], str]:
     known = (*TABLES, *ROWS, *DOCUMENTS)
     if path.is_file():
         if kind_of(path) not in known:
@@ -98,12 +105,16 @@ def _refusal(kind: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder in sorted order; hidden ones and links in circles are not."""
+    """Yields the files below a folder in sorted order, without hidden ones.
+
+    Links are followed, but not to a folder that was read already or that this one is in.
+    """
 
     def failed(e: OSError) -> None:
         raise UserError(f"{e.filename}: may not be read ({e.strerror}); see `ls -l`")
 
-    seen: set[str] = set()
+    root = Path(os.path.realpath(folder))
+    seen: set[str] = set(map(str, root.parents))
     for above, folders, names in os.walk(folder, onerror=failed, followlinks=True):
         if (real := os.path.realpath(above)) in seen:
             folders.clear()
@@ -213,7 +224,7 @@ def _table_rows(
                 at(raw.tell())
                 yield where, dict(zip(header, cells, strict=True))
         except UnicodeDecodeError as e:
-            raise not_utf8(path, e, f"after line {line - 1}") from None
+            raise not_utf8(path, e, f"after line {line - 1}" if line > 1 else "") from None
         except csv.Error as e:
             hint = "is a quote not closed?"
             if "limit" not in str(e) and "end" not in str(e):

@@ -19,17 +19,21 @@ def split_sentences(text: str) -> list[str]:
     """
     if not text.strip():
         return []
-    sentences: list[str] = []
+    sentences: list[list[str]] = []  # of parts
+    last_has_word = False
     for piece in _pieces(text):
         start = len(piece) - len(piece.lstrip())
         if sentences and start:
-            sentences[-1] += piece[:start]
+            sentences[-1].append(piece[:start])
             piece = piece[start:]
-        if sentences and not (_has_word(piece) and _has_word(sentences[-1])):
-            sentences[-1] += piece
+        has_word = _has_word(piece)
+        if sentences and not (has_word and last_has_word):
+            sentences[-1].append(piece)
+            last_has_word = last_has_word or has_word
         else:
-            sentences.append(piece)
-    return sentences
+            sentences.append([piece])
+            last_has_word = has_word
+    return ["".join(parts) for parts in sentences]
 
 
 def _pieces(text: str) -> list[str]:
