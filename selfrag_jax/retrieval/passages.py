@@ -80,7 +80,8 @@ def write_passages(corpus: Corpus, folder: Path) -> dict[str, int]:
         _write_ids(np.concatenate(hashes), corpus, folder)
         if before != corpus.state():
             raise UserError(f"{corpus.path}: changed while it was read; run the command again")
-    repeated = n - len(np.unique(np.concatenate(contents)))
+    sorted_contents = np.sort(np.concatenate(contents))
+    repeated = int(np.sum(sorted_contents[1:] == sorted_contents[:-1]))
     counts = {"passages": n, "empty": corpus.num_empty, "repeated": repeated}
     write_json(folder / COUNTS, counts)
     for line in _notices(corpus, n, repeated):
