@@ -29,6 +29,8 @@ def test_joined_pieces_are_the_text_and_none_is_longer(text, most):
         ("Ants bite. Cats sleep. Eels flee. Go.", ["Ants bite. Cats sleep. ", "Eels flee. Go."]),
         ("one two three four five six. Seven", ["one two three four", " five six. Seven"]),
         ("北京是中国的首都。", ["北京是中国的首都", "。"]),  # two characters are a word
+        ("# A\n| b c |\n| d e |\n", ["# A\n", "| b c |\n", "| d e |\n"]),
+        ("A b. \nc d e f g. H", ["A b. \nc d", " e f g. H"]),
         ("x" * 100, ["x" * 80, "x" * 20]),
     ],
 )

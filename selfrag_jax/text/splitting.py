@@ -24,27 +24,35 @@ _FENCE = re.compile(r" {0,3}(```|~~~)")
 def split_words(text: str, most: int) -> list[str]:
     """Splits a text into pieces of at most `most` words that, joined, are the text.
 
-    A piece ends where a sentence does, unless the sentence alone is longer. Takes linear time.
-    Returns [] for blank text.
+    A piece ends where a sentence does. A longer sentence (a table, say) may be cut at the end of
+    any of its lines, and a longer line anywhere. Takes linear time. Returns [] for blank text.
     """
     pieces: list[str] = []
     start = at = words = 0  # of the piece that is growing: where it begins and ends, its words
-    for sentence in split_sentences(text):
-        ends = [at + word.end() for word in _WORD.finditer(sentence)]
-        if words and words + len(ends) > most:
+    for unit in _units(text, most):
+        ends = [at + word.end() for word in _WORD.finditer(unit)]
+        if words == most or (words + len(ends) > most >= len(ends)):
             pieces.append(text[start:at])
             start, words = at, 0
-        if len(ends) > most:  # its last words may be joined by the next sentence
-            for end in ends[most - 1 : -1 : most]:
-                pieces.append(text[start:end])
-                start = end
-            words = (len(ends) - 1) % most + 1
-        else:
-            words += len(ends)
-        at += len(sentence)
+        # A longer line is cut anyway, so it follows on. The last piece may be joined by what comes.
+        cuts = ends[most - words - 1 : -1 : most]
+        for end in cuts:
+            pieces.append(text[start:end])
+            start = end
+        words += len(ends) - most * len(cuts)
+        at += len(unit)
     if start < len(text) and text.strip():
         pieces.append(text[start:])
     return pieces
+
+
+def _units(text: str, most: int) -> Iterator[str]:
+    """Yields the sentences of a text, and the lines of those that have more than `most` words."""
+    for sentence in split_sentences(text):
+        if len(_WORD.findall(sentence)) > most:
+            yield from sentence.splitlines(keepends=True)
+        else:
+            yield sentence
 
 
 def sections(markdown: str) -> list[tuple[str, str]]:
