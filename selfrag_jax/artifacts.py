@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, read_object, write_json
 from selfrag_jax.storage.paths import as_path, is_remote
 
+Input = str | os.PathLike[str]  # a path, or an object that stands for one
 STARTED = "started.json"
 LOCK = ".lock"  # a separate file: one that is rewritten and renamed would lose its lock
 MODEL_FILE_PATTERNS = (
@@ -101,13 +103,16 @@ def manifest_path(artifact: str | Path) -> Path:
     return artifact / "manifest.json"
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: Input) -> str:
     """Returns a hash of an input: of a file's content, or of a finished folder's manifest.
 
     For a folder in Hugging Face format, which other programs write too, the model's files are
-    hashed and a manifest is ignored. Raises UserError if the path does not exist.
+    hashed and a manifest is ignored. An input may bring a method `fingerprint` of its own. Raises
+    UserError if the path does not exist.
     """
-    path = as_path(path)
+    if own := getattr(path, "fingerprint", None):
+        return own()
+    path = as_path(path)  # type: ignore[arg-type]
     if path.is_file():
         stat: Any = path.stat()
         if is_remote(path):
@@ -137,7 +142,7 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _made_from(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dict[str, Any]:
+def _made_from(stage: str, config: Any, inputs: Mapping[str, Input]) -> dict[str, Any]:
     """The stage, config and input hashes of an artifact, as JSON data."""
     is_instance = is_dataclass(config) and not isinstance(config, type)
     made = {
@@ -148,7 +153,7 @@ def _made_from(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dic
     return json.loads(json.dumps(made, sort_keys=True, default=str))
 
 
-def identity(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> str:
+def identity(stage: str, config: Any, inputs: Mapping[str, Input]) -> str:
     """Returns a short hash of what an artifact is made from; it names an unfinished one's parts."""
     return _short_hash(json.dumps(_made_from(stage, config, inputs), sort_keys=True))
 
@@ -212,7 +217,7 @@ def claim_workdir(
     folder: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     write: bool = True,
 ) -> None:
     """Records the stage, config and inputs in an unfinished folder; only the same may resume it.
@@ -240,7 +245,7 @@ def claim_workdir(
 def check_output(
     artifact: str | Path,
     stage: str,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     beside: Iterable[str | Path] = (),
 ) -> None:
     """Raises UserError if a stage cannot write `artifact`, or the files `beside` it, there."""
@@ -269,7 +274,7 @@ def is_finished(
     artifact: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     beside: Iterable[str | Path] = (),
 ) -> bool:
     """Returns whether this stage already made `artifact` from this config and these inputs.
@@ -324,7 +329,7 @@ def write_manifest(
     artifact: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     counts: Mapping[str, Any],
 ) -> None:
     """Writes the manifest, which marks the artifact as finished.

@@ -87,10 +87,12 @@ def test_tables_and_folders_have_their_kinds(tmp_path):
     (tmp_path / "p.tsv").write_text("id\ttext\ttitle\n1\ta\tb\n")
     (tmp_path / "q.tsv").write_text("question\tanswer\nWho?\tMara\n")
     (tmp_path / "q.txt").write_text("Who?\n")
-    kinds = [guess_kind(tmp_path / name)[0] for name in ("p.tsv", "q.tsv", "q.txt")]
-    assert kinds == ["corpus", "questions", "questions"]
-    with pytest.raises(UserError, match="expected JSON lines, or a folder"):
-        guess_kind(tmp_path)
+    (tmp_path / "d").mkdir()
+    with pytest.raises(UserError, match="the folder has no files of passages"):
+        guess_kind(tmp_path / "d")
+    (tmp_path / "d" / "p.md").write_text("# Sea\n\nIt is in the west.\n")
+    kinds = [guess_kind(tmp_path / name)[0] for name in ("p.tsv", "q.tsv", "q.txt", "d", "d/p.md")]
+    assert kinds == ["corpus", "questions", "questions", "corpus", "corpus"]
 
 
 def test_a_prepared_folder_is_checked_as_it_is_trained(run, tmp_path, tokenizer):
@@ -255,8 +257,8 @@ def test_a_strange_but_good_file_is_good(run, name, content):
         (["q.jsonl", "q.jsonl"], "one file is checked, found 2"),
         ([], "one file is checked, found 0"),
         (["none.jsonl"], "none.jsonl: no such file"),
-        (["."], "expected JSON lines, or a folder made by `selfrag prepare`"),
-        ([".", "--for=corpus"], "is a folder"),
+        (["none.zip", "--for=corpus"], "none.zip: no such file or folder of passages"),
+        ([".", "--for=questions"], "is a folder"),
         (["q.jsonl", "--format=released"], "is for critic and generator data, not for questions"),
         (["q.jsonl", "--format=new"], "--format=new: must be one of own, released"),
         (["q.jsonl", "--length=0"], "--length=0: must be at least 1"),

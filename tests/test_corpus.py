@@ -77,7 +77,7 @@ def test_passages_with_neither_title_nor_text_are_left_out_and_counted(tmp_path)
     path.write_text("id\ttext\ttitle\n1\t \t\n2\t\tTitle\n3\tText\t\n")
     corpus = Corpus(path)
     assert [p.id for _, p in corpus] == ["2", "3"] and corpus.num_empty == 1
-    assert write_passages(corpus, tmp_path / "s") == {"passages": 2, "empty": 1}
+    assert write_passages(corpus, tmp_path / "s") == {"passages": 2, "empty": 1, "repeated": 0}
 
 
 @pytest.mark.parametrize(

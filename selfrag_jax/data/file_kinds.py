@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfrag_jax import artifacts
 from selfrag_jax.data import prepared, question_fields
 from selfrag_jax.data.chats import flatten_chat, is_chat
 from selfrag_jax.data.critic_examples import checked_critic_example
@@ -36,6 +37,7 @@ from selfrag_jax.records import (
     read_rows,
 )
 from selfrag_jax.retrieval.corpus import Corpus
+from selfrag_jax.retrieval.corpus_files import TABLES, corpus_files, kind_of
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 
@@ -181,7 +183,7 @@ def _question_rows(path: str | Path, on_error: OnError) -> Iterator[FileRow]:
 
 
 def _corpus_rows(path: str | Path, on_error: OnError) -> Iterator[FileRow]:
-    corpus = Corpus(path, on_error)
+    corpus = Corpus(path, on_error=on_error)
     for where, p in corpus:
         notes = {
             "without a title": not p.title.strip(),
@@ -217,10 +219,12 @@ def guess_kind(path: str | Path) -> tuple[str, str]:
     Raises UserError if its first row, or its header, fits none, and if it has no row.
     """
     if Path(path).is_dir():
-        is_labelled = prepared.GENERATOR in prepared.datasets(path)
-        return "generator" if is_labelled else "instructions", "a folder of `selfrag prepare`"
-    if Path(str(path).removesuffix(".gz")).suffix.lower() == ".tsv" and _is_corpus_table(path):
-        return "corpus", "its columns id and text"
+        return _kind_of_folder(Path(path))
+    suffix = kind_of(Path(path))
+    if suffix in (".md", ".rst"):
+        return "corpus", f"its name, {suffix}"
+    if suffix in TABLES and _is_corpus_table(path):
+        return "corpus", "its columns"
     errors: list[UserError] = []
     _, row = next(question_rows(path, errors.append), ("", None))
     if row is None:
@@ -251,9 +255,20 @@ def _kind_of(row: Row) -> tuple[str, str] | None:
     return ("corpus", f"field {text!r}") if text else None
 
 
+def _kind_of_folder(folder: Path) -> tuple[str, str]:
+    if artifacts.manifest_path(folder).is_file() or (folder / artifacts.STARTED).is_file():
+        is_labelled = prepared.GENERATOR in prepared.datasets(folder)
+        return "generator" if is_labelled else "instructions", "a folder of `selfrag prepare`"
+    corpus_files(folder)  # raises if there are none
+    return "corpus", "a folder of files"
+
+
 def _is_corpus_table(path: str | Path) -> bool:
-    try:
-        next(iter(Corpus(path, lambda _: None)), None)
-    except UserError:
-        return False
-    return True
+    """Whether a table has the columns of a corpus, and none that is a question."""
+    for rows in (question_rows(path, lambda _: None), Corpus(path, on_error=lambda _: None)):
+        try:
+            next(iter(rows), None)
+        except UserError:
+            continue
+        return isinstance(rows, Corpus)
+    return False
