@@ -166,6 +166,16 @@ def test_rows_are_refused_as_they_are_alone(tmp_path_factory, tokenizer, kind, r
     assert len(read) == len(rows) - len(refused)
 
 
+def test_a_corpus_is_read_as_index_is_told_to(run):
+    row = {"key": "a", "abstract": "One is here. Two is there."}
+    assert run("p.jsonl", [row], "--for=corpus")[0] == 2
+    flags = ["--for=corpus", "--fields=text=abstract,id=key", "--split=3"]
+    status, out, _ = run("p.jsonl", [row], *flags)
+    assert status == 0 and "2 rows: 2 good" in out and "different ids: 2" in out
+    status, _, err = run("q.jsonl", Q, "--split=3")
+    assert status == 2 and "--split: is for a corpus, not for questions" in err
+
+
 # ---- problems -----------------------------------------------------------------------------------
 def test_twenty_problems_are_listed_and_the_others_counted(run):
     rows = [{"question": "Who?"}, *[{"question": ""}] * 31, {"question": "What?"}]

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import Command, Flag, config_flag, given, load_config
+from selfrag_jax.commands.embed import CORPUS_FLAGS, corpus_config
 from selfrag_jax.commands.train import is_released
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import OnError, UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.progress import Progress, progress
 
 if TYPE_CHECKING:
     from selfrag_jax.commands.check_text import ShownRow
+    from selfrag_jax.data.file_kinds import FileRow
     from selfrag_jax.data.file_summary import ExampleBuilder, FileSummary, Problems
+    from selfrag_jax.retrieval.corpus import CorpusConfig
     from selfrag_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -46,6 +49,12 @@ class CheckSettings:
     tokenizer_name: str
     brief: bool
     mask: str
+    reading: CorpusConfig | None = None
+
+    def rows(self, path: str | Path, on_error: OnError) -> Iterator[FileRow]:
+        from selfrag_jax.data.file_kinds import file_rows
+
+        return file_rows(self.kind, path, self.released, on_error, self.reading)
 
     def builder(self) -> ExampleBuilder:
         from selfrag_jax.data.file_summary import ExampleBuilder
@@ -58,14 +67,14 @@ def check_file(path: str | Path, s: CheckSettings) -> tuple[FileSummary, Problem
 
     Raises UserError if there are no rows, or none could be read.
     """
-    from selfrag_jax.data.file_kinds import UNIQUE_IDS, file_rows
+    from selfrag_jax.data.file_kinds import UNIQUE_IDS
     from selfrag_jax.data.file_summary import FileSummary, Problems
 
     summary, problems, stopped = FileSummary(), Problems(), ""
     build = s.builder().build
     with progress("check", 0, "rows") as bar:
         try:
-            for row in file_rows(s.kind, path, s.released, problems):
+            for row in s.rows(path, problems):
                 wanted = row.record is not None and summary.wants_example(s.counts_tokens)
                 summary.add(row, build(row.record) if wanted else None, s.counts_tokens)
                 bar.advance(note=f"{problems.count:,} problems" if problems.count else "")
@@ -84,7 +93,6 @@ def _report_repeated_ids(
     path: str | Path, s: CheckSettings, summary: FileSummary, problems: Problems
 ) -> None:
     """Reads the file again if ids occur twice: to find them is cheaper than to remember all."""
-    from selfrag_jax.data.file_kinds import file_rows
     from selfrag_jax.data.file_summary import repeated_places
 
     _, repeats, hashes = summary.repeated_ids()
@@ -92,7 +100,7 @@ def _report_repeated_ids(
         return
     named = 0
     with progress("find repeated ids", 0, "rows") as bar:
-        rows = _counted(file_rows(s.kind, path, s.released, lambda _: None), bar)
+        rows = _counted(s.rows(path, lambda _: None), bar)
         for where, id_, first in repeated_places(rows, hashes):
             problems(UserError(f"{where}: id {id_!r} is also the id of {first}"))
             named += 1
@@ -123,6 +131,8 @@ def _settings(path: str, values: dict[str, Any]) -> tuple[CheckSettings, str]:
         raise UserError(f"--format=released: is for critic and generator data, not for {kind}")
     if values["length"] is not None and values["length"] < 1:
         raise UserError(f"--length={values['length']}: must be at least 1")
+    if kind != "corpus" and (wrong := given(values, CORPUS_FLAGS)):
+        raise UserError(f"--{next(iter(wrong))}: is for a corpus, not for {kind}")
     c = load_config(values)
     tokenizer, name = _tokenizer(values["model"], c)
     length = values["length"]
@@ -137,6 +147,7 @@ def _settings(path: str, values: dict[str, Any]) -> tuple[CheckSettings, str]:
         name,
         brief=_field(c, "label.critic.brief", False),
         mask=_field(c, "generator.mask", "each"),
+        reading=corpus_config(values) if kind == "corpus" else None,
     )
     return settings, told_by
 
@@ -252,6 +263,7 @@ COMMAND = Command(
         ),
         Flag("length", "rows of more tokens are counted (default: the config's)", type=int),
         Flag("tokens", "count tokens; false is faster for a large corpus", True, type=bool),
+        *CORPUS_FLAGS,
         Flag("out", "JSON file to write: the same report", writes=True),
         config_flag(note="; prompts, mask and length are those that it trains with"),
     ),

@@ -28,7 +28,6 @@ from selfrag_jax.data.released import (
 )
 from selfrag_jax.errors import OnError, UserError
 from selfrag_jax.records import (
-    PASSAGE_TEXT_FIELDS,
     CriticExample,
     GeneratorExample,
     Instruction,
@@ -36,8 +35,8 @@ from selfrag_jax.records import (
     build_records,
     read_rows,
 )
-from selfrag_jax.retrieval.corpus import Corpus
-from selfrag_jax.retrieval.corpus_files import TABLES, corpus_files, kind_of
+from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
+from selfrag_jax.retrieval.corpus_files import TABLES, TEXT, corpus_files, kind_of
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 
@@ -68,15 +67,23 @@ class FileRow:
     notes: tuple[str, ...] = ()  # what is counted about it
 
 
-def file_rows(kind: str, path: str | Path, released: bool, on_error: OnError) -> Iterator[FileRow]:
+def file_rows(
+    kind: str,
+    path: str | Path,
+    released: bool,
+    on_error: OnError,
+    reading: CorpusConfig | None = None,
+) -> Iterator[FileRow]:
     """Yields the rows of a file.
 
     kind: of KINDS. released: read critic or generator data as `--format=released` does. on_error:
-    takes the UserErrors of rows, which name file and line. Raises UserError for a file that cannot
-    be read on.
+    takes the UserErrors of rows, which name file and line. reading: how a corpus is read. Raises
+    UserError for a file that cannot be read on.
     """
     if released:
         yield from _released_rows(kind, path, on_error)
+    elif kind == "corpus":
+        yield from _passage_rows(path, on_error, reading)
     else:
         yield from _READERS[kind](path, on_error)
 
@@ -182,8 +189,10 @@ def _question_rows(path: str | Path, on_error: OnError) -> Iterator[FileRow]:
         yield FileRow(where, q.id, q, notes=_true(notes))
 
 
-def _corpus_rows(path: str | Path, on_error: OnError) -> Iterator[FileRow]:
-    corpus = Corpus(path, on_error=on_error)
+def _passage_rows(
+    path: str | Path, on_error: OnError, reading: CorpusConfig | None
+) -> Iterator[FileRow]:
+    corpus = Corpus(path, reading, on_error)
     for where, p in corpus:
         notes = {
             "without a title": not p.title.strip(),
@@ -200,7 +209,6 @@ _READERS: dict[str, Callable[[str | Path, OnError], Iterator[FileRow]]] = {
     "critic": _critic_rows,
     "generator": _generator_rows,
     "questions": _question_rows,
-    "corpus": _corpus_rows,
 }
 
 
@@ -251,7 +259,7 @@ def _kind_of(row: Row) -> tuple[str, str] | None:
     question = next((n for n in question_fields.QUESTION if row.get(n) is not None), "")
     if question:
         return "questions", f"field {question!r}"
-    text = next((n for n in (*PASSAGE_TEXT_FIELDS, "title") if n in row), "")
+    text = next((n for n in (*TEXT, "title") if n in row), "")
     return ("corpus", f"field {text!r}") if text else None
 
 
