@@ -148,7 +148,9 @@ class Corpus:
         words = self.config.split
         if words is None:
             words = DEFAULT_WORDS if d.is_file else 0
-        pieces = _pieces(d, words) if words else [(d.title, d.text)]
+        # Most rows are short, and counting words takes longer than all else.
+        is_long = words and (d.is_file or len(d.text) > words)
+        pieces = _pieces(d, words) if is_long else [(d.title, d.text)]
         for i, (title, text) in enumerate(pieces, 1):
             id_ = d.id if len(pieces) == 1 else f"{d.id}#{i}"
             if len(text) > LONG:

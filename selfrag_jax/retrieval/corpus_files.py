@@ -17,9 +17,9 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import open_text
@@ -47,8 +47,7 @@ _MAX_FIELD = 1 << 26  # characters
 Fields = Mapping[str, str]  # what the file calls "id", "text" and "title", where it was said
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """What a row or a file holds, before it is split into passages."""
 
     where: str  # "file:line"
@@ -146,12 +145,12 @@ def documents(
     if kind in DOCUMENTS:
         yield _text_document(path, name, kind == ".md")
         return
-    start = f"{name}:" if name else ""
+    start, said = f"{name}:" if name else "", tuple(fields.items())
     is_table = kind in TABLES
     rows = _table_rows(path, fields, at, on_error) if is_table else read_rows(path, at, on_error)
     for number, (where, row) in enumerate(rows):
         try:
-            document = _from_row(where, row, f"{start}{number}", fields)
+            document = _from_row(where, row, f"{start}{number}", _names(tuple(row), said))
         except UserError as e:
             on_error(e)
         else:
@@ -172,40 +171,58 @@ def _text_document(path: Path, name: str, is_markdown: bool) -> Document:
     return Document(str(path), id_, title, text, is_file=True, is_markdown=is_markdown)
 
 
-def _from_row(where: str, row: dict[str, Any], number: str, fields: Fields) -> Document:
-    """A document from a row; `number` is the id of one without."""
-    names = {
-        role: _present(row, (fields[role],) if fields.get(role) else usual)
+class _Names(NamedTuple):
+    """The fields of a row that may hold its id, text and title, as it spells them."""
+
+    id: tuple[str, ...]
+    text: tuple[str, ...]
+    title: tuple[str, ...]
+    missing: tuple[str, str] | None  # (role, field): what the row should have
+
+
+@lru_cache(maxsize=256)  # most rows of a file have the same fields
+def _names(row: tuple[str, ...], said: tuple[tuple[str, str], ...]) -> _Names:
+    """said: `fields` as pairs."""
+    fields, missing = dict(said), None
+    found = {
+        role: _present(row, (fields[role],) if role in fields else usual)
         for role, usual in (("id", ID), ("text", TEXT), ("title", TITLE))
     }
-    for role, usual in (("text", TEXT), ("id", ID)):
+    for role in ("id", "text"):
         # A corpus of titles alone is a mistake.
-        if not names[role] and (role == "text" or fields.get(role)):
-            wanted = fields.get(role) or usual[0]
-            raise UserError(
-                f"{where}: missing field {wanted!r} (the row has: {', '.join(row) or 'nothing'}); "
-                f"name the field of the {role}: --fields={role}=NAME"
-            )
-    text = text_field(where, row, names["text"], "")
-    title = text_field(where, row, names["title"], "")
-    first, newline, rest = text.partition("\n")
-    # FlashRAG and Pyserini put the title into `contents`, as a quoted first line.
-    has_quoted_line = newline and first[:1] == first[-1:] == '"'
-    if "contents" in names["text"] and not names["title"] and has_quoted_line:
-        title, text = first[1:-1], rest
-    id_ = text_field(where, row, names["id"], number)
-    if not id_:
-        raise UserError(f"{where}: the id is empty; leave the field out to number the rows")
-    has_id = any(row[name] is not None for name in names["id"])
-    return Document(where, id_, title, text, has_id)
+        if not found[role] and (role == "text" or role in fields):
+            missing = (role, fields.get(role, role))
+    return _Names(**found, missing=missing)
 
 
-def _present(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+def _present(row: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Those of some fields that a row has, as it spells them."""
     if found := tuple(n for n in names if n in row):
         return found
     spelt = {key.strip().casefold(): key for key in row}
     return tuple(spelt[n.casefold()] for n in names if n.casefold() in spelt)
+
+
+def _from_row(where: str, row: dict[str, Any], number: str, names: _Names) -> Document:
+    """A document from a row; `number` is the id of one without."""
+    if names.missing:
+        role, wanted = names.missing
+        raise UserError(
+            f"{where}: missing field {wanted!r} (the row has: {', '.join(row) or 'nothing'}); "
+            f"name the field of the {role}: --fields={role}=NAME"
+        )
+    text = text_field(where, row, names.text, "")
+    title = text_field(where, row, names.title, "")
+    # FlashRAG and Pyserini put the title into `contents`, as a quoted first line.
+    if "contents" in names.text and not names.title and text.startswith('"'):
+        first, newline, rest = text.partition("\n")
+        if newline and first.endswith('"'):
+            title, text = first[1:-1], rest
+    id_ = text_field(where, row, names.id, number)
+    if not id_:
+        raise UserError(f"{where}: the id is empty; leave the field out to number the rows")
+    has_id = any(row[name] is not None for name in names.id)
+    return Document(where, id_, title, text, has_id)
 
 
 def _table_rows(
@@ -254,7 +271,7 @@ def _header(where: str, cells: list[str], fields: Fields) -> list[str]:
         raise UserError(f"{where}: the column {twice[0]!r} occurs more than once")
     for role in dict.fromkeys(("text", *fields)):
         wanted = (fields[role],) if role in fields else TEXT
-        if not _present(dict.fromkeys(cells), wanted):
+        if not _present(cells, wanted):
             shown = ", ".join(c if len(c) <= 40 else c[:37] + "..." for c in cells[:6])
             raise UserError(
                 f"{where}: the header lacks {wanted[0]} (it has: {shown}); expected the columns "
