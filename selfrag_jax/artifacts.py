@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, read_object, write_json
 from selfrag_jax.storage.paths import as_path, is_remote
 
+Input = str | os.PathLike[str]  # a path, or an object that stands for one
 STARTED = "started.json"
 LOCK = ".lock"  # a separate file: one that is rewritten and renamed would lose its lock
 MODEL_FILE_PATTERNS = (
@@ -39,7 +41,9 @@ MODEL_FILE_PATTERNS = (
     "pytorch_model.bin",
 )
 # Stages whose artifact is a file.
-FILE_STAGES = ("collect", "retrieve", "label", "answer", "export", "compare", "calibrate")
+FILE_STAGES = (
+    "check", "collect", "retrieve", "label", "answer", "export", "compare", "calibrate",
+)  # fmt: skip
 _OTHER = {"stage": "another stage", "config": "another config", "inputs": "other inputs"}
 FOLDER_STAGES = ("embed", "index", "prepare", "report")
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
@@ -99,14 +103,17 @@ def manifest_path(artifact: str | Path) -> Path:
     return artifact / "manifest.json"
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: Input) -> str:
     """Returns a hash of an input: of a file's content, or of a finished folder's manifest.
 
     For a folder in Hugging Face format, which other programs write too, the model's files are
     hashed and a manifest is ignored; for an unfinished training, the records of its checkpoints,
-    which have the fingerprints of all arrays. Raises UserError if the path does not exist.
+    which have the fingerprints of all arrays. An input may bring a method `fingerprint` of its own.
+    Raises UserError if the path does not exist.
     """
-    path = as_path(path)
+    if own := getattr(path, "fingerprint", None):
+        return own()
+    path = as_path(path)  # type: ignore[arg-type]
     if path.is_file():
         stat: Any = path.stat()
         if is_remote(path):
@@ -138,7 +145,7 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _made_from(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dict[str, Any]:
+def _made_from(stage: str, config: Any, inputs: Mapping[str, Input]) -> dict[str, Any]:
     """The stage, config and input hashes of an artifact, as JSON data."""
     is_instance = is_dataclass(config) and not isinstance(config, type)
     made = {
@@ -149,7 +156,7 @@ def _made_from(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> dic
     return json.loads(json.dumps(made, sort_keys=True, default=str))
 
 
-def identity(stage: str, config: Any, inputs: Mapping[str, str | Path]) -> str:
+def identity(stage: str, config: Any, inputs: Mapping[str, Input]) -> str:
     """Returns a short hash of what an artifact is made from; it names an unfinished one's parts."""
     return _short_hash(json.dumps(_made_from(stage, config, inputs), sort_keys=True))
 
@@ -219,7 +226,7 @@ def claim_workdir(
     folder: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     write: bool = True,
 ) -> None:
     """Records the stage, config and inputs in an unfinished folder; only the same may resume it.
@@ -247,7 +254,7 @@ def claim_workdir(
 def check_output(
     artifact: str | Path,
     stage: str,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     beside: Iterable[str | Path] = (),
 ) -> None:
     """Raises UserError if a stage cannot write `artifact`, or the files `beside` it, there."""
@@ -276,7 +283,7 @@ def is_finished(
     artifact: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     beside: Iterable[str | Path] = (),
 ) -> bool:
     """Returns whether this stage already made `artifact` from this config and these inputs.
@@ -331,7 +338,7 @@ def write_manifest(
     artifact: str | Path,
     stage: str,
     config: Any,
-    inputs: Mapping[str, str | Path],
+    inputs: Mapping[str, Input],
     counts: Mapping[str, Any],
 ) -> None:
     """Writes the manifest, which marks the artifact as finished.

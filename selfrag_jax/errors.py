@@ -1,11 +1,21 @@
 """Errors that the command line prints as one line, without a traceback."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 
 class UserError(ValueError):
     """An error the user can fix: a wrong flag, file or value. Exit status 2."""
+
+
+# What a reader does with a row that it cannot use. Returning, it leaves the row out.
+OnError = Callable[[UserError], None]
+
+
+def raise_error(error: UserError) -> None:
+    """The OnError of most readers: the first row that cannot be used ends the reading."""
+    raise error
 
 
 class StageFailed(RuntimeError):

@@ -78,6 +78,24 @@ def read_object(path: str | Path, fields: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+def not_utf8(path: str | Path, e: UnicodeDecodeError) -> UserError:
+    """Returns the error of a text file in another encoding, with its line and what converts it."""
+    path = as_path(path)
+    if path.suffix == ".gz":
+        remedy = "uncompress it and convert it with iconv"
+    else:
+        with path.open("rb") as f:
+            start = f.read(4096)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            remedy = f"convert it: iconv -f UTF-16 -t UTF-8 {path}"
+        elif b"\0" in start:
+            remedy = "is it a text file at all? If not, take it out"
+        else:
+            remedy = f"if it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 {path}"
+    line = _line_that_is_not_utf8(path)
+    return UserError(f"{path}:{line}: not UTF-8 ({e.reason}); {remedy}")
+
+
 @contextmanager
 def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[TextIO, BinaryIO]]:
     """Opens a UTF-8 text file, decompressed if its name ends in .gz.
@@ -95,11 +113,24 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:
                 yield text, raw
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 ({e.reason})") from None
+            raise not_utf8(path, e) from None
         except EOFError:
             raise UserError(f"{path}: is cut off; copy or download it again") from None
         except (gzip.BadGzipFile, zlib.error) as e:
             raise UserError(f"{path}: not readable as gzip ({e})") from None
+
+
+def _line_that_is_not_utf8(path: Any) -> int:
+    """The number of the first one. Text is decoded in pieces, so its error does not tell."""
+    number = 0
+    with path.open("rb") as raw:
+        for line in gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw:
+            number += 1
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return number
 
 
 def link_or_copy(source: Path, target: Path) -> None:

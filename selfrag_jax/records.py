@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import atomic_write, open_text
+from selfrag_jax.json_lists import begins_list, list_items
 from selfrag_jax.storage.paths import as_path
 
 T = TypeVar("T")
 
 PASSAGE_ID_FIELDS = ("id", "_id", "docid", "doc_id", "passage_id", "pid")
-ROW_ID_FIELDS = ("id", "_id", "qid", "question_id", "sample_id", "docid")
+ROW_ID_FIELDS = (
+    "id", "_id", "qid", "q_id", "question_id", "QuestionId", "query_id", "sample_id", "claim_id",
+    "docid",
+)  # fmt: skip
 PASSAGE_TEXT_FIELDS = ("text", "contents", "content")
 
 
@@ -130,43 +134,44 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> int:
 
 
 def read_rows(
-    path: str | Path, on_position: Callable[[int], None] | None = None
+    path: str | Path,
+    on_position: Callable[[int], None] | None = None,
+    on_error: OnError = raise_error,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:line", row) from a JSON-lines file, or from a JSON file with a list of objects.
 
-    Either may be compressed (.gz). on_position: called before each line with the number of bytes of
-    the file on disk that were read.
+    Either may be compressed (.gz). on_position: called before each row with the number of bytes of
+    the file on disk that were read. on_error: takes the UserError of a row that is not a JSON
+    object, which names file and line.
 
-    Raises UserError naming file and line if a row is not a JSON object.
+    Raises UserError for a file that cannot be read on.
     """
     path = as_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a file of JSON lines")
-    number = 0
     with open_text(path) as (f, raw):
-        try:
-            head = f.read(1)
-            while head.isspace():
-                head = f.read(1)
-            f.seek(0)
-            if head == "[":
-                for i, row in enumerate(json.load(f)):
-                    yield checked_row(f"{path}: item {i + 1}", row)
-                return
-            for number, line in enumerate(f, 1):
-                if on_position:
-                    on_position(raw.tell())
-                if line.strip():
-                    yield checked_row(f"{path}:{number}", json.loads(line), line)
-        except UserError:
-            raise
-        except json.JSONDecodeError as e:
-            where = f"{path}:{e.lineno}" if head == "[" else f"{path}:{number}"
-            raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 after line {number} ({e.reason})") from None
-        except RecursionError:
-            raise UserError(f"{path}:{number}: nested too deeply to be a row of data") from None
+        is_list = begins_list(f)
+        for number, text in list_items(path, f) if is_list else enumerate(f, 1):
+            if on_position:
+                on_position(raw.tell())
+            if not is_list and not text.strip():
+                continue
+            try:
+                where = f"{path}: item {number}" if is_list else f"{path}:{number}"
+                checked = checked_row(where, text) if is_list else _parsed_line(where, text)
+            except UserError as e:
+                on_error(e)
+            else:
+                yield checked
+
+
+def _parsed_line(where: str, line: str) -> tuple[str, dict[str, Any]]:
+    try:
+        return checked_row(where, json.loads(line), line)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be a row of data") from None
 
 
 def checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[str, Any]]:
@@ -189,10 +194,28 @@ def checked_row(where: str, row: Any, source: str = "\\ud") -> tuple[str, dict[s
 
 def read_records(path: str | Path, build: Callable[[str, dict[str, Any]], T]) -> list[T]:
     """Returns `build(where, row)` of all rows of a file. Raises UserError if there are none."""
-    records = [build(where, row) for where, row in read_rows(path)]
+    records = [record for _, record in build_records(read_rows(path), build)]
     if not records:
         raise UserError(f"{path}: holds no rows")
     return records
+
+
+def build_records(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    build: Callable[[str, dict[str, Any]], T],
+    on_error: OnError = raise_error,
+) -> Iterator[tuple[str, T]]:
+    """Yields ("file:line", build(where, row)) of each row.
+
+    on_error: takes the UserErrors of `build`.
+    """
+    for where, row in rows:
+        try:
+            record = build(where, row)
+        except UserError as e:
+            on_error(e)
+        else:
+            yield where, record
 
 
 # ---- rows to records ----------------------------------------------------------------------------
@@ -267,7 +290,7 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
         preceding=text_field(where, row, "preceding", ""),
         evidence=None if evidence is None else passage_from(where, evidence, 0),
         segment=text_field(where, row, "segment", ""),
-        id=text_field(where, row, "id", ""),
+        id=text_field(where, row, ROW_ID_FIELDS, ""),
         explanation=text_field(where, row, "explanation", ""),
     )
 
@@ -278,7 +301,10 @@ def generator_example_from(where: str, row: dict[str, Any]) -> GeneratorExample:
             f"{where}: field 'task': this is critic data; "
             "the generator is trained on what `selfrag label` writes"
         )
-    optional = ("input", "dataset_name", "id")
-    names = [f.name for f in fields(GeneratorExample)]
-    values = {n: text_field(where, row, n, "" if n in optional else None) for n in names}
-    return GeneratorExample(**values)
+    return GeneratorExample(
+        id=text_field(where, row, ROW_ID_FIELDS, ""),
+        instruction=text_field(where, row, "instruction"),
+        output=text_field(where, row, "output"),
+        input=text_field(where, row, "input", ""),
+        dataset_name=text_field(where, row, "dataset_name", ""),
+    )

@@ -57,7 +57,7 @@ def test_unknown_fields_and_values_are_refused(talkative):
     with pytest.raises(UserError, match="max_length=0"):
         replace(DEFAULT, max_length=0)
     for questions in (None, 5, [None], ["q", 5], [["q"]]):
-        with pytest.raises(UserError, match="expected text or a Question|expected questions"):
+        with pytest.raises(UserError, match="expected text, a dict or|expected questions"):
             rag.answer(questions)
 
 

@@ -77,7 +77,7 @@ def test_passages_with_neither_title_nor_text_are_left_out_and_counted(tmp_path)
     path.write_text("id\ttext\ttitle\n1\t \t\n2\t\tTitle\n3\tText\t\n")
     corpus = Corpus(path)
     assert [p.id for _, p in corpus] == ["2", "3"] and corpus.num_empty == 1
-    assert write_passages(corpus, tmp_path / "s") == {"passages": 2, "empty": 1}
+    assert write_passages(corpus, tmp_path / "s") == {"passages": 2, "empty": 1, "repeated": 0}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_errors_in_a_corpus_name_file_and_line(tmp_path, name, content, message)
         ("p.tsv", b"id\ttext\ttitle\n1\t\xff\xfe\tb\n", "not UTF-8"),
         ("p.tsv.gz", b"id\ttext\n", "not readable as gzip"),
         ("p.tsv.gz", gzip.compress(b"id\ttext\n" + b"1\ta\n" * 9000, mtime=0)[:-9], "cut off"),
-        ("p.jsonl", b'{"text": "a"}\n' * 2000 + b'{"text": "\xff"}\n', "not UTF-8 after line"),
+        ("p.jsonl", b'{"text": "a"}\n' * 2000 + b'{"text": "\xff"}\n', r"p\.jsonl:2001: not UTF-8"),
         ("p.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9000, mtime=0)[:-9], "cut off"),
     ],
     ids=["bytes", "no gzip", "cut tsv", "late byte", "cut json"],

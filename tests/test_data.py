@@ -67,8 +67,8 @@ def test_a_critic_example_learns_one_token(tokenizer):
             r"critic\.jsonl:2: output '\[Utility:1\]'",
         ),
         (
-            '{"task": "relevance", "instruction": "q", "output": "[Relevant]"}',
-            r"critic\.jsonl:2: task 'relevance'",
+            '{"task": "relevancy", "instruction": "q", "output": "[Relevant]"}',
+            r"critic\.jsonl:2: task 'relevancy' must be one of retrieve",
         ),
         (
             '{"task": "isrel", "output": "[Relevant]"}',

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_search import make_rag
 
+from selfrag_jax.answering.selfrag import _as_questions
 from selfrag_jax.data import question_fields
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
@@ -601,6 +602,12 @@ def test_an_input_reaches_prompt_and_query(talkative):
     assert len(cut) == 20 and "was cut from" in notices[0]
     heading = encode(prompts.instruction(""), before_control=True)[-1]
     assert cut[-1] == heading
+
+    row = {"_id": "2", "instruction": "Who?", "input": "[Retrieval] Mara"}
+    asked = [replace(with_input, id="2", choices=()), Question("1", "Why?")]
+    assert _as_questions([row, "Why?"]) == asked and _as_questions(row) == asked[:1]
+    with pytest.raises(UserError, match="question 1: missing field 'question'"):
+        _as_questions(["Why?", {"input_text": "Who?"}])
 
     rag._retrieve([(plain, []), (with_input, ["First."])], 1)
     assert found == ["Who?", "Who? [Retrieval] Mara First."]

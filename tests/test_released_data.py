@@ -95,6 +95,9 @@ CRITIC = [
 ]
 
 
+OWN_CRITIC = {"task": "retrieve", "instruction": "Who?", "output": "[Retrieval]"}
+
+
 # ---- critic files --------------------------------------------------------------------------------
 @pytest.mark.parametrize("as_list", [False, True])
 def test_published_critic_rows_are_split_into_fields(tmp_path, capsys, as_list):
@@ -167,11 +170,26 @@ def test_a_malformed_critic_row_is_left_out_and_reported(tmp_path, capsys, kind)
     assert "(rows 2, 3, 4, 5, 6, ...)" in str(e.value)
 
 
-def test_without_the_flag_a_published_critic_file_is_refused_with_the_remedy(tmp_path):
-    file = tmp_path / "critic.jsonl"
-    file.write_text(json.dumps(CRITIC[3][0]))
-    with pytest.raises(UserError, match=r"critic.jsonl:1: task 'relevance' .* --format=released"):
+def test_without_the_flag_published_critic_rows_are_read_and_a_malformed_one_ends_it(tmp_path):
+    file, rows = tmp_path / "critic.jsonl", [row for row, _ in CRITIC]
+    write_jsonl(file, rows)
+    assert read_critic_examples(file) == read_critic_examples(file, released=True)
+    write_jsonl(file, [*rows, CRITIC_FAULTS["no evidence in input"]])
+    with pytest.raises(UserError, match=r"critic.jsonl:8: no evidence in .* --format=released"):
         read_critic_examples(file)
+
+
+@pytest.mark.parametrize("name", ["id", "_id", "qid", "question_id", "sample_id", "docid"])
+@pytest.mark.parametrize("released", [False, True])
+def test_ids_of_training_rows_are_kept_under_any_name(tmp_path, tokenizer, name, released):
+    write_jsonl(tmp_path / "critic.jsonl", [CRITIC[0][0] | {name: 7}])
+    assert read_critic_examples(tmp_path / "critic.jsonl", released)[0].id == "7"
+    write_jsonl(tmp_path / "own.jsonl", [OWN_CRITIC | {name: "7"}])
+    assert read_critic_examples(tmp_path / "own.jsonl")[0].id == "7"
+    row = {k: v for k, v in GOOD.items() if k != "id"} | {name: "7"}
+    write_jsonl(tmp_path / "generator.jsonl", [row])
+    source = GeneratorSource.read(tmp_path / "generator.jsonl", tokenizer, WEIGHTS, released)
+    assert source.rows[0].id == "7"
 
 
 def test_headings_within_an_instruction_stay_there():

@@ -16,7 +16,8 @@ from test_corpus import contents
 
 from selfrag_jax import SelfRAG, cli, config, records
 from selfrag_jax.commands.embed import embed_corpus
-from selfrag_jax.commands.index import add_passages, build_index, remove_passages
+from selfrag_jax.commands.index import build_index
+from selfrag_jax.commands.index_changes import add_passages, remove_passages
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError

@@ -34,9 +34,21 @@ def test_sentences_of_real_text(text, sentences):
 
 @pytest.mark.parametrize(
     "text",
-    ["..[484 216 622 139 651 592 379 228 242 355] that day." * 2000, "word " * 10**6, "(." * 10**5],
+    [
+        "..[484 216 622 139 651 592 379 228 242 355] that day." * 2000,
+        "word " * 10**6,
+        "(." * 10**5,
+        "北京是中国的首都。" * 10**5,
+        "“。”" * 10**5,
+    ],
 )
 def test_no_text_takes_long(text):
     start = time.perf_counter()
     split_sentences(text)
     assert time.perf_counter() - start < 5  # seconds; milliseconds are usual
+
+
+def test_a_run_without_spaces_is_split_as_its_parts_are():
+    text = "他说：“你好。”然后走了。"
+    assert split_sentences(text) == ["他说：“你好。”", "然后走了。"]
+    assert split_sentences(text * 1000) == split_sentences(text) * 1000

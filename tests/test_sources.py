@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import artifacts, cli
+from selfrag_jax import artifacts, cli, json_lists
 from selfrag_jax.commands.prepare import counts_table, prepare_sets
 from selfrag_jax.commands.retrieve import retrieve_file
-from selfrag_jax.data import prepared, published_files
+from selfrag_jax.data import prepared
 from selfrag_jax.data.instructions import instruction_rows, read_instructions
 from selfrag_jax.data.published_files import RowFault, published_rows
 from selfrag_jax.data.sources import knowledge_sets as knowledge
@@ -309,7 +309,7 @@ def test_an_interrupted_preparation_continues_after_the_last_finished_set(tmp_pa
         (["--dataset=nq", "--manual_dir=."], "has no biencoder-nq-train.json or NQ-open"),
         (["--dataset=nq", "--manual_dir=none"], "none: no such folder; expected it to hold"),
         (["--dataset=nq,fever", "--manual_dir=cut.json"], "cut.json: is a file; give one"),
-        (["--dataset=stanford_alpaca", "--manual_dir=cut.json"], "cut.json: item 2: not valid"),
+        (["--dataset=stanford_alpaca", "--manual_dir=cut.json"], "cut.json:1: the list is cut off"),
         (["--dataset=gpt4_alpaca", "--manual_dir=cut.jsonl.gz"], "cut.jsonl.gz: is cut off"),
         (["--dataset=asqa", "--manual_dir=cut.json"], "cut.json: not valid JSON"),
         (
@@ -346,9 +346,30 @@ VALUES = st.text(max_size=6) | st.integers() | st.floats(allow_nan=False, allow_
 def test_a_list_read_piece_by_piece_is_the_list(values):
     text = json.dumps(values, ensure_ascii=False, indent=1)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(published_files, "_PIECE", 3)
-        items = list(published_files._list_items("x.json", io.StringIO(text)))
+        m.setattr(json_lists, "_PIECE", 3)
+        items = list(json_lists.list_items("x.json", io.StringIO(text)))
     assert items == list(enumerate(values, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[{"a": 1},\n {"b" 2}, {"c": "a long way on"}]',
+            r"x:2: not valid JSON: .*column 7",
+        ),
+        ('[{"a": 1} {"b": 2}]', "x:1: not valid JSON: expected ','.*column 11"),
+        ('[\n{"a": 1}, ', "x:2: the list is cut off"),
+        ('[{"a": "on and', "x:1: the list is cut off"),
+        ('[{"a": 1}] {}', "x:1: not valid JSON: text after the end"),
+        ("[" * 100_000, "x:1: nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("piece", [3, 1 << 20])
+def test_a_damaged_list_names_line_and_column(monkeypatch, text, message, piece):
+    monkeypatch.setattr(json_lists, "_PIECE", piece)
+    with pytest.raises(UserError, match=message):
+        list(json_lists.list_items("x", io.StringIO(text)))
 
 
 def test_a_list_and_json_lines_are_the_same_rows(tmp_path):

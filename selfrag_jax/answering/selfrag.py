@@ -29,6 +29,7 @@ from selfrag_jax.answering.records import (
 )
 from selfrag_jax.checkpoints import loading
 from selfrag_jax.config import check_type
+from selfrag_jax.data.questions import question_from
 from selfrag_jax.engine.engine import place_params
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage, Question
@@ -41,7 +42,9 @@ from selfrag_jax.search.search import SegmentSearch
 from selfrag_jax.search.tree import SearchTree
 from selfrag_jax.text import prompts
 
-Questions = str | Question | Sequence[str | Question]
+# A dict is a row of a question file, {"instruction", "input"} or {"question", "ctxs"}, say.
+AnyQuestion = str | dict[str, Any] | Question
+Questions = AnyQuestion | Sequence[AnyQuestion]
 
 
 @dataclass
@@ -264,21 +267,25 @@ class SelfRAG:
 
 
 def _as_questions(questions: Questions) -> list[Question]:
-    """Questions as records; texts are numbered. Raises UserError for anything else."""
-    if isinstance(questions, (str, Question)):
+    """Questions as records; one without an id gets its number. Raises UserError for all else."""
+    if isinstance(questions, (str, dict, Question)):
         questions = [questions]
     if not isinstance(questions, Sequence):
         raise UserError(f"expected questions, text or a list of texts, not {questions!r}")
-    for i, q in enumerate(questions):
-        if not isinstance(q, (str, Question)):
-            raise UserError(f"question {i} is {q!r}; expected text or a Question")
-    rows = [
-        q if isinstance(q, Question) else Question(id=str(i), question=q)
-        for i, q in enumerate(questions)
-    ]
+    rows = [_as_question(i, q) for i, q in enumerate(questions)]
     if empty := [q.id for q in rows if not q.question.strip()]:
         raise UserError(f"question {empty[0]!r} is empty")
     return rows
+
+
+def _as_question(i: int, q: Any) -> Question:
+    if isinstance(q, Question):
+        return q
+    if isinstance(q, str):
+        return Question(id=str(i), question=q)
+    if isinstance(q, dict):
+        return question_from(f"question {i}", q, "", i)[0]
+    raise UserError(f"question {i} is {q!r}; expected text, a dict or a Question")
 
 
 def _common_suffix_length(a: list[int], b: list[int]) -> int:

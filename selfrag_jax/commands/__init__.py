@@ -16,6 +16,7 @@ SUMMARIES = {
     "world": "Writes the synthetic world: passages, instructions, evaluation files.",
     "embed": "Embeds a corpus of passages; killed and run again, it continues.",
     "index": "Builds an index within a memory budget; adds passages to it and removes them.",
+    "check": "Checks a file of your own, and shows its rows as the model will see them.",
     "prepare": "Reads published instruction sets into one folder of instructions and outputs.",
     "retrieve": "Adds the best passages (ctxs) to each row of a question or instruction file.",
     "collect": "Collects a teacher's critiques: the critic's training data.",

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from selfrag_jax.commands.command import (
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
 from selfrag_jax.processes.group import Group, current
-from selfrag_jax.retrieval.corpus import Corpus
+from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.embedding import (
     ENCODER,
     PASSAGES,
@@ -39,6 +39,7 @@ from selfrag_jax.retrieval.passages import COUNTS
 from selfrag_jax.storage import copies, mirror
 
 _PATIENCE = 60  # seconds until a network disk shows what other hosts have written
+CORPUS_FLAGS = flags_of(CorpusConfig)
 ENCODER_FLAGS = (
     Flag("encoder", "hashed, or an encoder model: a folder or a hub name (default: the config's)"),
     *flags_of(EncoderConfig),
@@ -51,19 +52,21 @@ def embed_corpus(
     out: str | Path,
     shard: tuple[int, int] = (0, 1),
     pickles: str = "",
+    reading: CorpusConfig | None = None,
 ) -> int:
     """Embeds a corpus into the folder `out`; returns the number of passages.
 
     Does nothing if `out` is already finished, and continues if it was interrupted. shard: (i, n):
     writes every n-th file of vectors only; the last of n such runs finishes the folder. Of the
     processes of a job (`--distributed`), each writes its share, and process 0 finishes the folder.
-    pickles: a pattern of published embeddings (`passages_*`) to take the vectors from. Raises
-    UserError as reading the corpus does, and if `out` is a folder of something
-    else or was begun with other settings.
+    pickles: a pattern of published embeddings (`passages_*`) to take the vectors from. reading: how
+    the corpus is read. Raises UserError as reading the corpus does, and if `out` is a folder of
+    something else or was begun with other settings.
     """
     out = Path(out)
-    corpus = Corpus(passages)
-    inputs: dict[str, str | Path] = {"passages": passages}
+    corpus = Corpus(passages, reading)
+    made = asdict(config) | corpus.config.changes()
+    inputs: dict[str, artifacts.Input] = {"passages": corpus}
     if Path(config.name).is_dir():
         inputs["encoder"] = config.name
     sources = sorted(map(Path, glob(pickles))) if pickles else []
@@ -78,7 +81,7 @@ def embed_corpus(
     inputs |= {f"vectors {source.name}": source for source in sources}
 
     def num_finished() -> int | None:
-        done = artifacts.is_finished(out, "embed", config, inputs) and not missing_files(out)
+        done = artifacts.is_finished(out, "embed", made, inputs) and not missing_files(out)
         return num_passages(out) if done else None
 
     finished = group.from_main("embeddings are there", num_finished)
@@ -93,14 +96,14 @@ def embed_corpus(
             (out / artifacts.STARTED).unlink()
             for name in (PASSAGES, ENCODER, VECTORS):
                 shutil.rmtree(out / name, ignore_errors=True)
-        artifacts.claim_workdir(out, "embed", config, inputs)
+        artifacts.claim_workdir(out, "embed", made, inputs)
         work = EmbeddingWork.start(out, corpus, config)
         if sources and work.missing():
             work.import_pickled(sources)
     if group.count > 1:
         _embed_share(work, out, group)
         if group.is_main:
-            artifacts.write_manifest(out, "embed", config, inputs, work.counts())
+            artifacts.write_manifest(out, "embed", made, inputs, work.counts())
         group.barrier("embeddings are finished")
         return len(work.store)
     work.embed(range(shard[0], work.layout.num_files, shard[1]))
@@ -111,7 +114,7 @@ def embed_corpus(
         )
         return len(work.store)
     artifacts.remove_temporary_files(out)
-    artifacts.write_manifest(out, "embed", config, inputs, work.counts())
+    artifacts.write_manifest(out, "embed", made, inputs, work.counts())
     return len(work.store)
 
 
@@ -194,12 +197,18 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
     return replace(config, **changes)
 
 
+def corpus_config(values: dict[str, Any]) -> CorpusConfig:
+    """How the flags say that the corpus is read."""
+    return CorpusConfig(**given(values, CORPUS_FLAGS))
+
+
 def run(values: dict[str, Any], _: list[str]) -> None:
     shard = parse_shard(values["shard"])
     if shard != (0, 1) and values["distributed"]:
         raise UserError("--shard: goes without --distributed, which shares the work itself")
     config, out = encoder_config(values), values["out"]
-    n = embed_corpus(values["passages"], config, out, shard, values["vectors"] or "")
+    reading = corpus_config(values)
+    n = embed_corpus(values["passages"], config, out, shard, values["vectors"] or "", reading)
     if current().is_main:
         print(f"{out}: {n:,} passages")
 
@@ -210,9 +219,10 @@ COMMAND = Command(
     flags=(
         Flag(
             "passages",
-            ".tsv (columns id, text, title) or .jsonl (id, title, text or contents), or .gz",
+            ".tsv, .csv or .jsonl (id, text, title), .txt or .md, each also .gz; or a folder",
             required=True,
         ),
+        *CORPUS_FLAGS,
         *ENCODER_FLAGS,
         Flag(
             "vectors",

@@ -1,4 +1,7 @@
-"""Chat rows, {"messages": [{"role", "content"}]}, as an instruction and its output."""
+"""Chat rows as an instruction and its output.
+
+{"messages": [{"role", "content"}]}, or ShareGPT's {"conversations": [{"from", "value"}]}.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,41 @@ from selfrag_jax.errors import UserError
 USERS, ASSISTANTS = ("user", "human", "prompter"), ("assistant", "gpt", "chatgpt", "bard", "bing")
 
 
+_CHATS = ("messages", "conversations")
+
+
 def is_chat(row: dict[str, Any]) -> bool:
-    return "messages" in row and "instruction" not in row
+    return any(name in row for name in _CHATS) and "instruction" not in row
 
 
 def flatten_chat(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a chat row with `instruction` and `output` in place of `messages`.
+    """Returns a chat row with `instruction` and `output` in place of its messages.
 
     They are the last assistant turn and the user turn before it; a system turn stands in front of
     the instruction. Earlier turns are dropped. Raises UserError if there is no such pair.
     """
-    turns = [(role, text) for role, text in _turns(where, row["messages"])]
+    name = next(n for n in _CHATS if n in row)
+    turns = _turns(where, name, row[name])
     roles = [role for role, _ in turns]
     last = max((i for i, role in enumerate(roles) if role in ASSISTANTS), default=-1)
     asked = max((i for i in range(last) if roles[i] in USERS), default=-1)
     if asked < 0:
-        raise UserError(f"{where}: messages: has no user turn that an assistant turn answers")
+        raise UserError(f"{where}: {name}: has no user turn that an assistant turn answers")
     system = "\n\n".join(text for role, text in turns[:asked] if role == "system")
     instruction = f"{system}\n\n{turns[asked][1]}" if system else turns[asked][1]
-    rest = {k: v for k, v in row.items() if k != "messages"}
+    rest = {k: v for k, v in row.items() if k != name}
     return rest | {"instruction": instruction, "output": turns[last][1]}
 
 
-def _turns(where: str, messages: Any) -> list[tuple[str, str]]:
-    """(role, text) of each message."""
+def _turns(where: str, name: str, messages: Any) -> list[tuple[str, str]]:
+    """(role, text) of each message in the field `name`."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: field 'messages' must be a list of objects with role, content")
+        raise UserError(f"{where}: field {name!r} must be a list of objects with role, content")
     turns = []
     for i, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        text = _text(message.get("content")) if isinstance(message, dict) else None
+        message = message if isinstance(message, dict) else {}
+        role = message.get("role", message.get("from"))
+        text = _text(message.get("content", message.get("value")))
         if not isinstance(role, str) or text is None:
             raise UserError(f"{where}: message {i} must be an object with role and content (text)")
         turns.append((role, text))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.data.batches import Example, Span, build_example
-from selfrag_jax.data.published_files import Faults
-from selfrag_jax.data.released import is_released_critic, read_released_critic
+from selfrag_jax.data.published_files import Faults, RowFault
+from selfrag_jax.data.released import critic_example, is_released_critic, read_released_critic
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import CriticExample, critic_example_from, read_records
 from selfrag_jax.text import prompts, reflection
@@ -60,13 +60,12 @@ def read_critic_examples(
 ) -> list[CriticExample]:
     """Returns the rows of a file of critic data.
 
-    released: the file is in the published layout; malformed rows are left out, reported, and noted
-    in `faults`. Without it, raises UserError with file and line if a row has an unknown task, lacks
-    its evidence, or has a label of another group.
+    released: malformed rows of a published file are left out, reported, and noted in `faults`.
+    Without it, raises UserError as `checked_critic_example` does.
     """
     if released:
         return read_released_critic(path, faults)
-    return read_records(path, _checked_example)
+    return read_records(path, checked_critic_example)
 
 
 def critique_query(row: CriticExample) -> prompts.CritiqueQuery:
@@ -76,12 +75,23 @@ def critique_query(row: CriticExample) -> prompts.CritiqueQuery:
     )
 
 
-def _checked_example(where: str, row: dict[str, Any]) -> CriticExample:
+def checked_critic_example(where: str, row: dict[str, Any]) -> CriticExample:
+    """Returns a row of critic data, of our layout or of the published one.
+
+    Raises UserError with file and line if the row has an unknown task, lacks its evidence, or has a
+    label of another group.
+    """
+    if is_released_critic(row):
+        try:
+            return critic_example(row)
+        except RowFault as fault:
+            raise UserError(
+                f"{where}: {fault}; --format=released leaves out such rows of published data"
+            ) from None
     example = critic_example_from(where, row)
     if example.task not in reflection.GROUPS:
         groups = ", ".join(reflection.GROUPS)
-        hint = "; read published files with --format=released" if is_released_critic(row) else ""
-        raise UserError(f"{where}: task {example.task!r} must be one of {groups}{hint}")
+        raise UserError(f"{where}: task {example.task!r} must be one of {groups}")
     if example.output not in reflection.GROUPS[example.task]:
         known = ", ".join(reflection.GROUPS[example.task])
         raise UserError(

@@ -123,7 +123,7 @@ class _PreparedExamples(Sequence[GeneratorExample]):
         row = self.rows[i]
         if not self.is_labelled:  # what looks like a control token there is text
             row = row | {"output": prompts.escape_controls(row["output"])}
-        return _checked_example(f"{self.rows.folder}: row {i + 1}", row)
+        return checked_generator_example(f"{self.rows.folder}: row {i + 1}", row)
 
 
 def print_plain_outputs(path: str | Path) -> None:
@@ -140,9 +140,8 @@ def _read_strictly(path: str | Path) -> list[GeneratorExample]:
 
     def build(where: str, row: dict[str, Any]) -> GeneratorExample:
         nonlocal chats
-        if is_chat(row):
-            row, chats = flatten_chat(where, row), chats + 1
-        return _checked_example(where, row)
+        chats += is_chat(row)
+        return checked_generator_example(where, row)
 
     rows = read_records(path, build)
     if chats:
@@ -175,7 +174,13 @@ def _is(part: Part, token: str) -> bool:
     return isinstance(part, Control) and part.token == token
 
 
-def _checked_example(where: str, row: dict[str, Any]) -> GeneratorExample:
+def checked_generator_example(where: str, row: dict[str, Any]) -> GeneratorExample:
+    """Returns a row of generator data, or a chat's last exchange.
+
+    Raises UserError with file and line if the row is malformed or a passage is not closed.
+    """
+    if is_chat(row):
+        row = flatten_chat(where, row)
     example = generator_example_from(where, row)
     if not prompts.closes_paragraphs(prompts.parse_output(example.output)):
         raise UserError(

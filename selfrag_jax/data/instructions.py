@@ -24,12 +24,17 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     """
     found: list[Instruction] = []
     for where, made in checked_instructions(path):
-        if not made.full_instruction:
-            raise UserError(f"{where}: the instruction is empty")
-        if not made.output.strip():
-            raise UserError(f"{where}: the output is empty; add it, or remove the row")
+        require_text(where, made)
         found.append(made)
     return found
+
+
+def require_text(where: str, row: Instruction) -> None:
+    """Raises UserError if a row's instruction or output is empty."""
+    if not row.full_instruction:
+        raise UserError(f"{where}: the instruction is empty")
+    if not row.output.strip():
+        raise UserError(f"{where}: the output is empty; add it, or remove the row")
 
 
 def checked_instructions(

@@ -10,14 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import open_text
+from selfrag_jax.json_lists import begins_list, list_items
 
-_PIECE = 1 << 20  # characters read at a time
 _FIRST_SHOWN = 5  # row numbers of each kind of fault in a message
-_SPACE = " \t\r\n"
 
 
 class RowFault(Exception):
@@ -56,12 +55,8 @@ def published_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | Row
     that is not valid JSON.
     """
     with open_text(path) as (f, _):
-        head = f.read(1)
-        while head and head in _SPACE:
-            head = f.read(1)
-        f.seek(0)
-        if head == "[":
-            for number, item in _list_items(path, f):
+        if begins_list(f):
+            for number, item in list_items(path, f):
                 yield number, _checked(item)
             return
         for number, line in enumerate(f, 1):
@@ -104,56 +99,3 @@ def _checked_line(line: str) -> dict[str, Any] | RowFault:
 
 def _checked(row: Any) -> dict[str, Any] | RowFault:
     return row if isinstance(row, dict) else RowFault("not a JSON object")
-
-
-def _is_separator(text: str) -> bool:
-    return bool(text) and text[0] in f"{_SPACE},]"
-
-
-def _list_items(path: str | Path, f: TextIO) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the items of a JSON list, which is never held as a whole."""
-    decoder, buffer, at, number = json.JSONDecoder(), "", 0, 0
-    ended = False  # the file
-
-    def damaged(what: str) -> UserError:
-        return UserError(f"{path}: item {number + 1}: {what}; download the file again")
-
-    def fill() -> None:
-        """Reads on; as much again as there is, so that a large item is decoded few times."""
-        nonlocal buffer, at, ended
-        piece = f.read(max(_PIECE, len(buffer) - at))
-        buffer, at, ended = buffer[at:] + piece, 0, not piece
-
-    def next_sign() -> str:
-        nonlocal at
-        while True:
-            while at < len(buffer) and buffer[at] in _SPACE:
-                at += 1
-            if at < len(buffer):
-                return buffer[at]
-            if ended:
-                raise damaged("the list is cut off")
-            fill()
-
-    assert next_sign() == "["
-    at += 1
-    while next_sign() != "]":
-        if number:
-            if buffer[at] != ",":
-                raise damaged("not valid JSON")
-            at += 1
-            next_sign()
-        while True:
-            try:
-                value, end = decoder.raw_decode(buffer, at)
-                # A number may go on in the next piece; other values end with their own last sign.
-                if ended or not isinstance(value, (int, float)) or _is_separator(buffer[end:]):
-                    break
-            except RecursionError:
-                raise damaged("nested too deeply") from None
-            except json.JSONDecodeError:
-                if ended:
-                    raise damaged("not valid JSON") from None
-            fill()
-        at, number = end, number + 1
-        yield number, value

@@ -21,6 +21,8 @@ the synthetic world         options, the closed set; facts [[relation, value]]
 
 from __future__ import annotations
 
+from selfrag_jax.records import ROW_ID_FIELDS
+
 QUESTION = (
     "question",
     "instruction",
@@ -33,18 +35,7 @@ QUESTION = (
     "Question",
 )
 STEM = ("stem", "text")  # within a question that is an object
-ID = (
-    "id",
-    "_id",
-    "qid",
-    "q_id",
-    "question_id",
-    "QuestionId",
-    "query_id",
-    "sample_id",
-    "claim_id",
-    "docid",
-)
+ID = ROW_ID_FIELDS
 GOLD = (
     "answers",
     "golden_answers",

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.data.question_fields import QUESTION, ROWS
-from selfrag_jax.errors import UserError
+from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import open_text
-from selfrag_jax.records import checked_row, read_rows
+from selfrag_jax.json_lists import begins_list
+from selfrag_jax.records import build_records, checked_row, read_rows
 
 Row = dict[str, Any]
 
@@ -29,16 +30,20 @@ Row = dict[str, Any]
 _MAX_FIELD = 1 << 22  # characters
 
 
-def question_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yields ("file:line", row) of each row. Raises UserError naming file and line if malformed."""
+def question_rows(path: str | Path, on_error: OnError = raise_error) -> Iterator[tuple[str, Row]]:
+    """Yields ("file:line", row) of each row.
+
+    on_error: takes the UserError of a malformed row, which names file and line. Raises UserError
+    for a file that cannot be read on.
+    """
     path = Path(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix in (".tsv", ".csv"):
-        yield from _table_rows(path, suffix)
+        yield from _table_rows(path, suffix, on_error)
     elif suffix == ".txt":
         yield from _text_rows(path)
     else:
-        yield from _json_rows(path, suffix)
+        yield from _json_rows(path, suffix, on_error)
 
 
 def parse_literal(where: str, name: str, text: str) -> Any:
@@ -73,22 +78,25 @@ def _python_literal(text: str) -> Any:
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
-def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
+def _json_rows(path: Path, suffix: str, on_error: OnError) -> Iterator[tuple[str, Row]]:
     whole = _one_object(path, suffix)
     if whole is None:
-        yield from read_rows(path)
+        yield from read_rows(path, on_error=on_error)
         return
     name = next((n for n in ROWS if isinstance(whole.get(n), list)), None)
     if name is None:
         yield checked_row(f"{path}: item 1", whole)
         return
-    for i, row in enumerate(whole[name]):
-        yield checked_row(f"{path}: {name} item {i + 1}", row)
+    items = ((f"{path}: {name} item {i}", row) for i, row in enumerate(whole[name], 1))
+    for _, checked in build_records(items, checked_row, on_error):
+        yield checked
 
 
 def _one_object(path: Path, suffix: str) -> Row | None:
     """The object that the file consists of; None for a list and for JSON lines."""
     with open_text(path) as (f, _):
+        if begins_list(f):
+            return None  # its first line may be all of a large file
         first = next((line for line in f if line.strip()), "")
         if not first.lstrip().startswith("{"):
             return None
@@ -122,7 +130,7 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{path}:{number}", {"question": line.strip()}
 
 
-def _table_rows(path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
+def _table_rows(path: Path, suffix: str, on_error: OnError) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(_MAX_FIELD)
     with open_text(path, newline="") as (f, _):
         # DPR's .csv files are separated by tabs.
@@ -140,12 +148,12 @@ def _table_rows(path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
                     header, is_header = _header(where, cells)
                     if is_header:
                         continue
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{where}: {len(cells)} columns, but the first row has {len(header)}; "
-                        f"quote fields that contain {'tabs' if delimiter == '	' else 'commas'}"
-                    )
-                yield where, _table_row(where, header, cells)
+                try:
+                    row = _table_row(where, header, cells, delimiter)
+                except UserError as e:
+                    on_error(e)
+                else:
+                    yield where, row
         except csv.Error as e:
             raise UserError(
                 f"{path}:{line}: {e}; put a field that begins with a quote into quotes, and "
@@ -171,7 +179,12 @@ def _header(where: str, cells: list[str]) -> tuple[list[str], bool]:
     )
 
 
-def _table_row(where: str, header: list[str], cells: list[str]) -> Row:
+def _table_row(where: str, header: list[str], cells: list[str], delimiter: str) -> Row:
+    if len(cells) != len(header):
+        raise UserError(
+            f"{where}: {len(cells)} columns, but the first row has {len(header)}; "
+            f"quote fields that contain {'tabs' if delimiter == '	' else 'commas'}"
+        )
     row: Row = {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
     if header == ["question", "answers"] and "answers" in row:
         row["answers"] = parse_literal(where, "answers", row["answers"])

@@ -33,7 +33,7 @@ def read_questions(path: str | Path, task: str = "") -> list[Question]:
     questions: list[Question] = []
     undecided: list[str] = []
     for number, (where, row) in enumerate(question_rows(path)):
-        question, label = _question(where, row, task, number)
+        question, label = question_from(where, row, task, number)
         if label:
             undecided.append(label)
         else:
@@ -49,8 +49,11 @@ def read_questions(path: str | Path, task: str = "") -> list[Question]:
     return questions
 
 
-def _question(where: str, row: Row, task: str, number: int) -> tuple[Question, str]:
-    """The question, and the label of a claim that cannot be asked."""
+def question_from(where: str, row: Row, task: str, number: int) -> tuple[Question, str]:
+    """Returns the question of a row, and the label of a claim that cannot be asked, else "".
+
+    number: the row's, its id if it has no other.
+    """
     name, text, input_text = question_and_input(where, row)
     gold = read_gold(where, row, name == "claim")
     extra = _extra(where, row)

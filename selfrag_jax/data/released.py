@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from selfrag_jax.data.chats import flatten_chat, is_chat
 from selfrag_jax.data.published_files import Faults, RowFault, published_rows
 from selfrag_jax.errors import UserError
-from selfrag_jax.records import CriticExample, GeneratorExample, Passage
+from selfrag_jax.records import ROW_ID_FIELDS, CriticExample, GeneratorExample, Passage
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
 from selfrag_jax.text.tokenizer import Control
@@ -67,15 +67,8 @@ def read_released_critic(path: str | Path, faults: Faults | None = None) -> list
 
 
 def _read(path: str | Path, build: Callable[[dict[str, Any]], T], faults: Faults | None) -> list[T]:
-    found: list[T] = []
     faults = Faults() if faults is None else faults
-    for number, row in published_rows(path):
-        try:
-            if isinstance(row, RowFault):
-                raise row
-            found.append(build(row))
-        except RowFault as fault:
-            faults.add(str(fault), number)
+    found = [record for _, record in released_records(path, build, faults)]
     read = len(found) + faults.total
     if not read:
         raise UserError(f"{path}: holds no rows")
@@ -89,6 +82,21 @@ def _read(path: str | Path, build: Callable[[dict[str, Any]], T], faults: Faults
         for line in faults.by_frequency():
             print(f"  {line}", file=sys.stderr)
     return found
+
+
+def released_records(
+    path: str | Path, build: Callable[[dict[str, Any]], T], faults: Faults
+) -> Iterator[tuple[int, T]]:
+    """Yields (number, build(row)) of the well-formed rows; notes the others in `faults`."""
+    for number, row in published_rows(path):
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            record = build(row)
+        except RowFault as fault:
+            faults.add(str(fault), number)
+        else:
+            yield number, record
 
 
 def is_released_critic(row: dict[str, Any]) -> bool:
@@ -106,7 +114,7 @@ def generator_example(row: dict[str, Any]) -> GeneratorExample:
         except UserError:
             raise RowFault("malformed messages") from None
     example = GeneratorExample(
-        id=_field(row, "id", ""),
+        id=_id(row),
         instruction=_field(row, "instruction"),
         output=_field(row, "output"),
         input=_field(row, "input", ""),
@@ -159,7 +167,7 @@ def critic_example(row: dict[str, Any]) -> CriticExample:
         preceding=fields.get("preceding", ""),
         evidence=_passage(fields.get("evidence", "")),
         segment=fields.get("output", ""),
-        id=_field(row, "id", ""),
+        id=_id(row),
         explanation=_field(row, "explanation", ""),
     )
 
@@ -212,6 +220,11 @@ def _passage(evidence: str) -> Passage | None:
         return None
     title, newline, text = evidence.partition("\n")
     return Passage("0", title.strip(), text.strip()) if newline else Passage("0", "", evidence)
+
+
+def _id(row: dict[str, Any]) -> str:
+    """The row's id under any of its names; "" if it has none."""
+    return _field(row, next((n for n in ROW_ID_FIELDS if row.get(n) is not None), "id"), "")
 
 
 def _field(row: dict[str, Any], name: str, default: str | None = None) -> str:

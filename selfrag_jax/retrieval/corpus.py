@@ -1,32 +1,29 @@
-"""Corpus files: streamed, in any of the published layouts, never read into memory.
+"""A corpus as a stream of passages, never read into memory; long documents are split.
 
-- TSV with a header: `id text title`, quoted as Python's csv module does it (DPR's psgs_w100.tsv).
-- JSON lines: an id (any of records.PASSAGE_ID_FIELDS), `text` or `contents`, and `title`, as BEIR,
-  Pyserini, FlashRAG and Tevatron have them.
-
-Both may be compressed (.gz). Ids are kept as the file has them.
+What files it may have: corpus_files.py. How documents are split: text/splitting.py.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.errors import UserError
-from selfrag_jax.files import atomic_write, open_text
-from selfrag_jax.records import (
-    PASSAGE_ID_FIELDS,
-    PASSAGE_TEXT_FIELDS,
-    Passage,
-    read_rows,
-    text_field,
-)
+from selfrag_jax import artifacts
+from selfrag_jax.config import setting
+from selfrag_jax.errors import OnError, UserError, raise_error
+from selfrag_jax.files import atomic_write
+from selfrag_jax.records import Passage
+from selfrag_jax.retrieval.corpus_files import Document, corpus_files, documents
+from selfrag_jax.text.splitting import sections, split_words
 
 COLUMNS = ("id", "text", "title")
-# A longer field is taken for an unclosed quote, which would swallow the rest of the file.
-_MAX_FIELD = 1 << 22  # characters
+DEFAULT_WORDS = 100  # of a passage from a text file: DPR's
+# A passage of more is not read whole by most encoders (256 or 512 tokens).
+LONG = 2400  # characters
 
 
 def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
@@ -41,98 +38,138 @@ def write_tsv(path: str | Path, passages: Iterable[Passage]) -> int:
     return n
 
 
-class Corpus:
-    """A corpus file as a stream of passages.
+@dataclass(frozen=True)
+class CorpusConfig:
+    """How a corpus is read."""
 
-    Passages with neither title nor text are left out and counted in `num_empty`.
+    split: int | None = setting(
+        f"words of a passage, at most; longer texts are split at ends of sentences, with ids like "
+        f"doc#3 (default: {DEFAULT_WORDS} for .txt, .md and .rst; rows are left whole); 0: never",
+        default=None,
+    )
+    fields: str | None = setting(
+        "how the file names its fields, e.g. text=abstract,title=name,id=key", default=None
+    )
+
+    def __post_init__(self):
+        if self.split is not None and self.split < 0:
+            raise UserError(f"--split={self.split}: expected a number of words, or 0: never")
+        for part in (self.fields or "").split(",") if self.fields is not None else ():
+            role, equals, name = part.partition("=")
+            if role.strip() not in COLUMNS or not equals or not name.strip():
+                raise UserError(
+                    f"--fields={self.fields}: expected id=, text= or title= and the file's name "
+                    "for it, with commas between them"
+                )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the file calls id, text and title, where `fields` says it."""
+        parts = (part.partition("=") for part in (self.fields or "").split(",") if part)
+        return {role.strip(): name.strip() for role, _, name in parts}
+
+    def changes(self) -> dict[str, Any]:
+        """What was set, for a manifest: {} if nothing was."""
+        given = {"split": self.split, "fields": self.fields}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Corpus:
+    """A file of passages, or a folder of such files, as a stream of passages.
+
+    What is counted while it is read: `num_empty`, rows with neither title nor text, which are left
+    out; `num_without_id`, rows whose number is their id; `num_long`, passages longer than LONG.
     """
 
-    def __init__(self, path: str | Path):
-        """Raises UserError if there is no such file."""
-        self.path = Path(path)
-        if not self.path.is_file():
-            what = "is a folder; expected one file" if self.path.is_dir() else "no such file"
-            raise UserError(
-                f"{path}: {what} of passages: .tsv (columns id, text, title) or .jsonl, or .gz"
-            )
-        self.num_bytes = self.path.stat().st_size
+    def __init__(
+        self,
+        path: str | Path,
+        config: CorpusConfig | None = None,
+        on_error: OnError = raise_error,
+    ):
+        """on_error: takes the UserErrors of rows, which name file and line.
+
+        Raises UserError if there is no such file, or none in a folder that can be read.
+        """
+        self.path, self.config, self.on_error = Path(path), config or CorpusConfig(), on_error
+        self.files, self.left_out = corpus_files(self.path)
+        self.num_bytes = sum(file.stat().st_size for file in self.files)
         self.bytes_read = 0  # so far, on disk
-        self.num_empty = 0
+        self.num_empty = self.num_without_id = self.num_long = self.longest = 0
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+    def fingerprint(self) -> str:
+        """A hash of what the corpus is read from, for manifests: hidden files do not count."""
+        if self.path.is_file():
+            return artifacts.fingerprint(self.path)
+        names = "".join(f"{self._name(f)}\0{artifacts.fingerprint(f)}\n" for f in self.files)
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def state(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of each file, by which a change is noticed while they are read."""
+        stats = ((str(file), file.stat()) for file in corpus_files(self.path)[0])
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def _name(self, file: Path) -> str:
+        """Of a file within a folder; "" for a single file."""
+        return "" if self.path.is_file() else file.relative_to(self.path).as_posix()
 
     def __iter__(self) -> Iterator[tuple[str, Passage]]:
         """Yields ("file:line", passage).
 
-        A JSON row without an id gets its row number. Raises UserError naming file and line for a
-        missing column or field and for an empty id.
+        A row without an id gets its row number, in a folder behind the file's name. Raises
+        UserError naming file and line for a missing column or field and for an empty id.
         """
-        self.bytes_read = self.num_empty = 0
-        name = self.path.name.removesuffix(".gz")
-        is_json = name.endswith((".jsonl", ".json", ".ndjson"))
-        for where, passage in self._read_json() if is_json else self._read_tsv():
-            if passage.text.strip() or passage.title.strip():
-                yield where, passage
-            else:
-                self.num_empty += 1
-        self.bytes_read = self.num_bytes
+        self.num_empty = self.num_without_id = self.num_long = self.longest = 0
+        self.bytes_read = before = 0
 
-    def _read_tsv(self) -> Iterator[tuple[str, Passage]]:
-        path = self.path
-        csv.field_size_limit(_MAX_FIELD)
-        with open_text(path, newline="") as (f, raw):
-            reader = csv.reader(f, delimiter="\t", strict=True)
-            line = 1  # where the row begins
-            try:
-                header = next(reader, None)
-                if header is None:
-                    return
-                missing = [c for c in ("id", "text") if c not in header]
-                if missing:
-                    raise UserError(
-                        f"{path}:1: the header lacks {' and '.join(missing)}; "
-                        "expected the columns id, text, title"
-                    )
-                id_column, text_column = header.index("id"), header.index("text")
-                title_column = header.index("title") if "title" in header else None
-                line = reader.line_num + 1
-                for row in reader:
-                    if row:
-                        where = f"{path}:{line}"
-                        if len(row) != len(header):
-                            raise UserError(
-                                f"{where}: {len(row)} columns, but the header has {len(header)}; "
-                                "quote fields that contain tabs"
-                            )
-                        title = "" if title_column is None else row[title_column]
-                        if not row[id_column]:
-                            raise UserError(f"{where}: the id is empty")
-                        self.bytes_read = raw.tell()
-                        yield where, Passage(row[id_column], title, row[text_column])
-                    line = reader.line_num + 1
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}: not UTF-8 after line {line - 1} ({e.reason})") from None
-            except csv.Error as e:
-                hint = "; is a quote not closed?" if "limit" in str(e) or "end" in str(e) else ""
-                raise UserError(f"{path}:{line}: {e}{hint}") from None
-
-    def _read_json(self) -> Iterator[tuple[str, Passage]]:
         def at(position: int) -> None:
-            self.bytes_read = position
+            self.bytes_read = before + position
 
-        for number, (where, row) in enumerate(read_rows(self.path, at)):
-            yield where, _passage(where, row, number)
+        for file in self.files:
+            for document in documents(file, self._name(file), self.config.names, at, self.on_error):
+                if not (document.text.strip() or document.title.strip()):
+                    self.num_empty += 1
+                elif document.is_file and not document.text.strip():
+                    self.num_empty += 1  # its title is the file's name
+                else:
+                    self.num_without_id += not document.has_id
+                    for passage in self._split(document):
+                        yield document.where, passage
+            before += file.stat().st_size
+            self.bytes_read = before
+
+    def _split(self, d: Document) -> Iterator[Passage]:
+        """Yields the passages of a document: itself, or its pieces, with ids like doc#3."""
+        words = self.config.split
+        if words is None:
+            words = DEFAULT_WORDS if d.is_file else 0
+        # Most rows are short, and counting words takes longer than all else.
+        is_long = words and (d.is_file or len(d.text) > words)
+        pieces = _pieces(d, words) if is_long else [(d.title, d.text)]
+        for i, (title, text) in enumerate(pieces, 1):
+            id_ = d.id if len(pieces) == 1 else f"{d.id}#{i}"
+            if len(text) > LONG:
+                self.num_long += 1
+                self.longest = max(self.longest, len(text))
+            yield Passage(id_, title, text)
 
 
-def _passage(where: str, row: dict[str, Any], number: int) -> Passage:
-    """A passage from a JSON row. `number` is the id of a row without one."""
-    if not any(name in row for name in PASSAGE_TEXT_FIELDS):
-        text_field(where, row, PASSAGE_TEXT_FIELDS)  # raises: a corpus of titles alone is a mistake
-    text = text_field(where, row, PASSAGE_TEXT_FIELDS, "")
-    title = text_field(where, row, "title", "")
-    first, newline, rest = text.partition("\n")
-    # FlashRAG and Pyserini put the title into `contents`, as a quoted first line.
-    if "title" not in row and "text" not in row and newline and first[:1] == first[-1:] == '"':
-        title, text = first[1:-1], rest
-    id_ = text_field(where, row, PASSAGE_ID_FIELDS, str(number))
-    if not id_:
-        raise UserError(f"{where}: the id is empty")
-    return Passage(id_, title, text)
+def _pieces(d: Document, words: int) -> list[tuple[str, str]]:
+    """(title, text) of the pieces of a document, without white space around them.
+
+    Those of a Markdown document end at its headings, and have them in their titles.
+    """
+    if not d.is_markdown:
+        return [(d.title, piece.strip()) for piece in split_words(d.text, words)] or [
+            (d.title, d.text)
+        ]
+    found = []
+    for heading, text in sections(d.text):
+        title = d.title if heading in ("", d.title) else f"{d.title}: {heading}"
+        found += [(title, piece.strip()) for piece in split_words(text, words)]
+    return found

@@ -3,7 +3,7 @@
     passages.arrow   columns id, title, text; record batches of BATCH_ROWS rows
     id_hashes.npy    [n] uint64, sorted: hashes of the ids
     id_rows.npy      [n] uint32: the row of each of those hashes
-    counts.json      number of passages, and of rows left out
+    counts.json      number of passages, of rows left out, and of repeated passages
 
 Arrow's file format is memory-mapped, so an open store takes almost no memory, whatever its size;
 a row takes microseconds. It is written in one pass with one batch in memory, the same corpus gives
@@ -26,7 +26,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import atomic_write, read_json, read_object, write_json
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Passage
-from selfrag_jax.retrieval.corpus import Corpus
+from selfrag_jax.retrieval.corpus import DEFAULT_WORDS, LONG, Corpus
 
 BATCH_ROWS = 4096
 COUNTS = "counts.json"
@@ -55,9 +55,10 @@ def write_passages(corpus: Corpus, folder: Path) -> dict[str, int]:
 
     if (folder / COUNTS).is_file():
         return read_json(folder / COUNTS)
-    before = corpus.path.stat()
+    before = corpus.state()
     schema = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text")])
     hashes: list[np.ndarray] = []
+    contents: list[np.ndarray] = []
     n = 0
     with (
         progress("read corpus", max(1, corpus.num_bytes // _MB), "MB") as bar,
@@ -68,6 +69,7 @@ def write_passages(corpus: Corpus, folder: Path) -> dict[str, int]:
             columns = [[p.id for p in batch], [p.title for p in batch], [p.text for p in batch]]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             hashes.append(id_hashes(columns[0]))
+            contents.append(id_hashes(f"{p.title}\0{p.text}" for p in batch))
             n += len(batch)
             bar.advance(corpus.bytes_read // _MB - bar.done, f"{n:,} passages")
         if not n:
@@ -76,17 +78,39 @@ def write_passages(corpus: Corpus, folder: Path) -> dict[str, int]:
             )
             raise UserError(f"{corpus.path}: holds no passages{why}")
         _write_ids(np.concatenate(hashes), corpus, folder)
-        after = corpus.path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        if before != corpus.state():
             raise UserError(f"{corpus.path}: changed while it was read; run the command again")
-    counts = {"passages": n, "empty": corpus.num_empty}
+    sorted_contents = np.sort(np.concatenate(contents))
+    repeated = int(np.sum(sorted_contents[1:] == sorted_contents[:-1]))
+    counts = {"passages": n, "empty": corpus.num_empty, "repeated": repeated}
     write_json(folder / COUNTS, counts)
-    if corpus.num_empty:
-        print(
-            f"{corpus.path}: {corpus.num_empty:,} rows without title and text were left out",
-            file=sys.stderr,
-        )
+    for line in _notices(corpus, n, repeated):
+        print(line, file=sys.stderr)
     return counts
+
+
+def _notices(corpus: Corpus, n: int, repeated: int) -> Iterator[str]:
+    """Yields a line for each thing about a corpus of n passages that its owner should know."""
+    if corpus.left_out:
+        yield corpus.left_out
+    if corpus.num_empty:
+        yield f"{corpus.path}: {corpus.num_empty:,} rows without title and text were left out"
+    if corpus.num_without_id:
+        yield (
+            f"{corpus.path}: {corpus.num_without_id:,} rows have no id and got their numbers; "
+            "--fields=id=NAME names the field of the id"
+        )
+    if repeated:
+        yield (
+            f"{corpus.path}: {repeated:,} of {n:,} passages repeat the title and text of another "
+            "one; all are kept, and can take several places of one answer"
+        )
+    if corpus.num_long:
+        yield (
+            f"{corpus.path}: {corpus.num_long:,} of {n:,} passages are longer than {LONG:,} "
+            f"characters (the longest has {corpus.longest:,}), which most encoders cut; "
+            f"--split={DEFAULT_WORDS} makes passages of {DEFAULT_WORDS} words of them"
+        )
 
 
 def _batches(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
@@ -129,7 +153,8 @@ def _refuse_duplicates(corpus: Corpus, hashes: set[int], total: int) -> None:
         for i, where in repeated[:_SHOWN_DUPLICATES]
     )
     more = max(total, len(repeated)) - _SHOWN_DUPLICATES
-    raise UserError(shown + (f"; {more} more ids are used twice" if more > 0 else ""))
+    more_text = f"; {more} more ids are used twice" if more > 0 else ""
+    raise UserError(f"{shown}{more_text}; make them differ, or leave the field out")
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
+# sentencex takes time that grows with the square of a run without white space (Chinese, Japanese).
+_LONG_RUN = re.compile(r"\S{2000,}")
+_BLOCK = 1000  # characters of such a run, at least, that are split at once
+_END = re.compile(r"[.!?。！？।؟]+[\"'”’」』）)\]]*")
+
 
 def split_sentences(text: str) -> list[str]:
     """Splits a text into sentences that, joined, are the text: no character is ever lost.
@@ -11,17 +19,21 @@ def split_sentences(text: str) -> list[str]:
     """
     if not text.strip():
         return []
-    sentences: list[str] = []
+    sentences: list[list[str]] = []  # of parts
+    last_has_word = False
     for piece in _pieces(text):
         start = len(piece) - len(piece.lstrip())
         if sentences and start:
-            sentences[-1] += piece[:start]
+            sentences[-1].append(piece[:start])
             piece = piece[start:]
-        if sentences and not (_has_word(piece) and _has_word(sentences[-1])):
-            sentences[-1] += piece
+        has_word = _has_word(piece)
+        if sentences and not (has_word and last_has_word):
+            sentences[-1].append(piece)
+            last_has_word = last_has_word or has_word
         else:
-            sentences.append(piece)
-    return sentences
+            sentences.append([piece])
+            last_has_word = has_word
+    return ["".join(parts) for parts in sentences]
 
 
 def _pieces(text: str) -> list[str]:
@@ -29,8 +41,21 @@ def _pieces(text: str) -> list[str]:
         return [text]  # a single sentence, as most short answers are; nothing is imported
     import sentencex
 
-    pieces = list(sentencex.segment("en", text))
+    pieces = [piece for block in _blocks(text) for piece in sentencex.segment("en", block)]
     return pieces if "".join(pieces) == text else [text]
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """Cuts long runs without white space after some ends of sentences."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        at = run.start() + _BLOCK
+        while end := _END.search(text, at, run.end()):
+            yield text[start : end.end()]
+            start = end.end()
+            at = start + _BLOCK
+    if start < len(text):
+        yield text[start:]
 
 
 def _has_word(text: str) -> bool:
