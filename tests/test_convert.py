@@ -374,14 +374,6 @@ def test_a_spoilt_source_is_one_line_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["spoilt"]
 
 
-def test_torch_weights_are_refused_with_a_remedy(tiny_model, tmp_path):
-    save_folder(tmp_path, tiny_model)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    message = r"there is pytorch_model.bin.*Torch's own format.*save_pretrained"
-    with pytest.raises(UserError, match=message):
-        weights.load_folder(tmp_path)
-
-
 # ---- the hub ---------------------------------------------------------------------------------
 def test_a_model_of_the_hub_is_downloaded(folder, tmp_path, monkeypatch):
     """Tests have no network: a copy replaces the download."""

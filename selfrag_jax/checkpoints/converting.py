@@ -27,6 +27,7 @@ from selfrag_jax.checkpoints.vocabulary_rows import (
 )
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
+from selfrag_jax.huggingface.weight_files import DTYPES
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, leaf_at, unflatten
@@ -105,8 +106,8 @@ def _check_arguments(
     """The absolute paths of `source` and `out`; a model of the hub is downloaded."""
     if form not in FORMATS:
         raise UserError(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     source, out = hub.model_folder(source), Path(out).resolve()
     source = source if is_remote(source) else source.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -216,15 +217,15 @@ def _with_reflection_tokens(model: StoredModel) -> StoredModel:
 
 # ---- Hugging Face folders --------------------------------------------------------------------
 def _open_folder(folder: Path, tokenizer: Tokenizer, target_dtype: str | None) -> StoredModel:
-    config = weights.config_from_json(folder / weights.CONFIG)
-    files, shapes = weights.WeightFiles(folder), Model(config).shapes()
+    config, files = weights.open_folder(folder)
+    shapes = Model(config).shapes()
     weights.check_names(files, [path for path, _ in flatten(shapes)], config)
 
     def stored_parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         return weights.read_leaf(files, path, config, leaf_at(shapes, path).shape)
 
     def stored_dtype(path: tuple[str, ...]) -> str:
-        return files.dtype(weights.tensor_names(path, config))
+        return files.dtype(weights.stored_names(files, path, config))
 
     return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype)
 
