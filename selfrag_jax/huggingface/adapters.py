@@ -39,7 +39,7 @@ from selfrag_jax.models.llama import LlamaConfig
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer_mode.json", "tokenizer.json", "tokenizer.model")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _ROWS = 4096  # of a weight, merged at a time
 
 
@@ -121,7 +121,7 @@ class AdaptedWeights:
         """Notes what a tensor of the adapter is for."""
         if not self._file.shape(stored):
             raise UserError(f"{self._path}: tensor {stored!r} is a single number")
-        name = stored.removeprefix(_PREFIX)
+        name = stored.removeprefix(PREFIX)
         for suffix, (factor, transposed) in _FACTORS.items():
             if name.endswith(suffix):
                 pair = self._pairs.setdefault(name.removesuffix(suffix), _Pair())
