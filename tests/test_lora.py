@@ -94,7 +94,8 @@ def test_merging_adapters_keeps_the_model(tiny_model, config, trained, tmp_path)
 
 
 def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, tmp_path):
-    """PEFT computes with it what we compute, and we read it as the same model."""
+    """PEFT computes with it what we compute, and we read it as the same model. As with a real base,
+    the vocabulary has grown in training."""
     import peft
     import torch
     import transformers
@@ -103,8 +104,11 @@ def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, t
     shutil.copytree(trained[0], workdir)
     with pytest.raises(UserError, match="does not say which model was trained"):
         convert(workdir, tmp_path / "adapter", "peft", None, False)
-    folder_of = (tiny_model.model.config, tiny_model.params, tiny_model.tokenizer)
-    weights.save_folder(base, *folder_of)
+    V = tiny_model.model.config.vocab_size
+    table = tiny_model.params["embed"]["embedding"][: V - 5]
+    small = replace(tiny_model.model.config, vocab_size=V - 5)
+    params = {**tiny_model.params, "embed": {"embedding": table}}
+    weights.save_folder(base, small, params, tiny_model.tokenizer)
     write_json(workdir / "manifest.json", {"stage": "train", "config": {"base": str(base)}})
     convert(workdir, tmp_path / "adapter", "peft", None, False)
     ours, again = loading.load(workdir), loading.load(tmp_path / "adapter")
@@ -112,6 +116,7 @@ def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, t
     for (_, actual), (_, expected) in zip(flatten(again.params), flatten(ours.params), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-6)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs.resize_token_embeddings(V)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()

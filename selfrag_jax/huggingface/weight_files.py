@@ -61,7 +61,7 @@ class SafetensorsFile:
         return self._file.get_tensor(name)
 
 
-class Weights(Protocol):
+class ModelWeights(Protocol):
     """What reads a model's tensors: WeightFiles, or AdaptedWeights (adapters.py)."""
 
     folder: Path

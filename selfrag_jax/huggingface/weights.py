@@ -28,7 +28,7 @@ from selfrag_jax.huggingface.weight_files import (
     INDEX,
     WEIGHTS,
     WeightFiles,
-    Weights,
+    ModelWeights,
 )
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
@@ -68,7 +68,7 @@ def tensor_names(path: tuple[str, ...], c: LlamaConfig) -> list[str]:
     return [TOP_TABLE[path]]
 
 
-def stored_names(files: Weights, path: tuple[str, ...], c: LlamaConfig) -> list[str]:
+def stored_names(files: ModelWeights, path: tuple[str, ...], c: LlamaConfig) -> list[str]:
     """The same as they are stored: of a tied table, some folders have only the head."""
     names = tensor_names(path, c)
     has_only_head = EMBEDDING not in files.file_of and HEAD in files.file_of
@@ -76,7 +76,7 @@ def stored_names(files: Weights, path: tuple[str, ...], c: LlamaConfig) -> list[
 
 
 def read_leaf(
-    files: Weights, path: tuple[str, ...], c: LlamaConfig, shape: tuple[int, ...]
+    files: ModelWeights, path: tuple[str, ...], c: LlamaConfig, shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     """The parts of one array of ours, in order: its layers one by one, or the array itself.
 
@@ -90,7 +90,9 @@ def read_leaf(
             yield files.tensor(name, part_shape)
 
 
-def read_params(files: Weights, c: LlamaConfig, shapes: Params, dtype: str = "float32") -> Params:
+def read_params(
+    files: ModelWeights, c: LlamaConfig, shapes: Params, dtype: str = "float32"
+) -> Params:
     """All parameters in host memory. shapes: from Model.shapes."""
 
     def read(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -103,7 +105,7 @@ def read_params(files: Weights, c: LlamaConfig, shapes: Params, dtype: str = "fl
     return unflatten((path, read(path, leaf.shape)) for path, leaf in flatten(shapes))
 
 
-def check_names(files: Weights, paths: Iterable[tuple[str, ...]], c: LlamaConfig) -> None:
+def check_names(files: ModelWeights, paths: Iterable[tuple[str, ...]], c: LlamaConfig) -> None:
     """Raises UserError for a tensor that the model has no place for: none is silently dropped."""
     known = {name for path in paths for name in stored_names(files, path, c)}
     # Some folders store the tied table twice.
@@ -220,7 +222,7 @@ def is_model(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or is_adapter(folder)
 
 
-def open_folder(folder: str | Path) -> tuple[LlamaConfig, Weights]:
+def open_folder(folder: str | Path) -> tuple[LlamaConfig, ModelWeights]:
     """The config of a folder and its weights, which are not read yet; an adapter's are merged.
 
     Raises UserError naming the file, field or tensor at fault.
