@@ -27,8 +27,8 @@ from selfrag_jax.huggingface.weight_files import (
     HEAD,
     INDEX,
     WEIGHTS,
-    WeightFiles,
     ModelWeights,
+    WeightFiles,
 )
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
