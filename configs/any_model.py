@@ -3,7 +3,7 @@
 `selfrag ask` and `selfrag answer` take this config when no --config is given and the model is not
 of the synthetic world.
 
-    selfrag ask --model=selfrag_llama2_7b-safetensors --index=I "Who wrote Middlemarch?"
+    selfrag ask --model=selfrag/selfrag_llama2_7b --index=I "Who wrote Middlemarch?"
 
 It is the paper's search (Section 4.2): adaptive retrieval with a threshold of 0.2, five passages,
 two beams, up to seven segments, paths ranked by sums. A 7B model in bf16 takes 46 GB of one H100

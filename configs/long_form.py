@@ -2,7 +2,7 @@ r"""Answers long-form questions as in the paper (Section 4.2).
 
 Up to seven segments, five passages for each, two beams.
 
-    selfrag answer --config=long_form --model=selfrag_llama2_7b-safetensors \
+    selfrag answer --config=long_form --model=selfrag/selfrag_llama2_7b \
         --input=asqa.jsonl --task=asqa --out=answers.jsonl
 
 Variants: those of short_form.py. `selfrag compile` assumes the longest history the last segment

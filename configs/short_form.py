@@ -2,7 +2,7 @@ r"""Answers short-form questions as in the paper (Section 4.2).
 
 One segment for each of ten passages; the critique scores choose the best.
 
-    selfrag answer --config=short_form --model=selfrag_llama2_7b-safetensors \
+    selfrag answer --config=short_form --model=selfrag/selfrag_llama2_7b \
         --input=popqa.jsonl --out=answers.jsonl
     # Does it fit? Check before you rent the slice:
     selfrag compile --config=short_form --program=decode --topology=v5e:1x1

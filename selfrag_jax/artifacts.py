@@ -31,6 +31,7 @@ from selfrag_jax.storage.paths import as_path, is_remote
 Input = str | os.PathLike[str]  # a path, or an object that stands for one
 STARTED = "started.json"
 LOCK = ".lock"  # a separate file: one that is rewritten and renamed would lose its lock
+ADAPTER_CONFIG, ADAPTER_BASE = "adapter_config.json", "base_model_name_or_path"  # PEFT's
 MODEL_FILE_PATTERNS = (
     "config.json",
     "*.safetensors",
@@ -38,7 +39,10 @@ MODEL_FILE_PATTERNS = (
     "tokenizer*",
     "added_tokens.json",
     "special_tokens_map.json",
-    "pytorch_model.bin",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    ADAPTER_CONFIG,
+    "adapter_model.bin",
 )
 # Stages whose artifact is a file.
 FILE_STAGES = (
@@ -119,7 +123,8 @@ def fingerprint(path: Input) -> str:
         if is_remote(path):
             return _file_hash(path, stat.length, stat.mtime)
         return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    manifest, is_model = manifest_path(path), (path / "config.json").is_file()
+    manifest = manifest_path(path)
+    is_model = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if manifest.is_file() and not is_model:
         made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
         return _short_hash(json.dumps(made, sort_keys=True))
@@ -132,7 +137,19 @@ def fingerprint(path: Input) -> str:
     else:
         found = list(path.rglob("*"))
     files = sorted(p for p in found if p.is_file())
-    return _short_hash("".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files))
+    content = "".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files)
+    adapted = local_base(path)
+    return _short_hash(content + (fingerprint(adapted) if adapted else ""))
+
+
+def local_base(folder: Path) -> Path | None:
+    """The local folder of the model that a PEFT adapter names: beside the adapter, or from here."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    row = read_json(folder / ADAPTER_CONFIG)
+    name = row.get(ADAPTER_BASE) if isinstance(row, dict) else None
+    candidates = [folder / name, Path(name)] if isinstance(name, str) and name else []
+    return next((path for path in candidates if path.is_dir()), None)
 
 
 @lru_cache(maxsize=4096)  # weights are large, so an unchanged file is read once

@@ -614,7 +614,7 @@ def test_other_content_of_torchs_own_format_is_refused_and_not_run(folder, tmp_p
 
 
 def test_the_hub_is_asked_for_an_encoders_files(folder, monkeypatch):
-    """A model without safetensors, such as facebook/contriever, is refused with a conversion."""
+    """Torch's own format comes second: facebook/contriever has nothing else."""
     asked = []
 
     def download(name, allow_patterns, local_files_only):
@@ -626,6 +626,7 @@ def test_the_hub_is_asked_for_an_encoders_files(folder, monkeypatch):
         "(as Contriever encoders are used)"
     )
     assert asked == [("facebook/contriever", hub._DOWNLOADED_FILES_OF_ENCODERS)]
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="facebook/contriever: the hub has no safetensors.*AutoMod"):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: is damaged, or of before.*AutoModel"):
         sentence_encoder.load_encoder("facebook/contriever")
+    assert "pytorch_model*.bin" in asked[-1][1]

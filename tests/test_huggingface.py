@@ -264,6 +264,13 @@ def test_neutral_fields_are_ignored(tiny_model, tmp_path, model_type):
     row |= dict.fromkeys(("quantization_config", "attn_logit_softcapping", "hidden_act"))
     row |= dict(gradient_checkpointing=False, max_length=20, max_sequence_length=2048)
     row |= dict(_attn_implementation_autoset=True, use_sliding_window=model_type == "mistral")
+    # Of SmolLM2, of unsloth's copies, of early transformers, and of Llama-2's fine-tunes.
+    row |= {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}}
+    row |= dict(unsloth_fixed=True, unsloth_version="2026.4.2", tokenizer_class="LlamaTokenizer")
+    row |= dict(_flash_attn_2_enabled=True, _attn_implementation="sdpa", do_sample=True, top_k=50)
+    row |= dict(is_decoder=False, add_cross_attention=False, pruned_heads={}, tie_encoder_decoder=0)
+    row |= dict(temperature=0.9, top_p=0.6, model_max_length=2048, _model_name_or_path="x")
+    row |= dict(task_specific_params=None, tf_legacy_loss=False, use_bfloat16=False, min_length=0)
     file.write_text(json.dumps(row))
     assert weights.config_from_json(file) == c
     file.write_text(json.dumps(row | dict(use_sliding_window=model_type == "llama")))
@@ -325,6 +332,10 @@ def test_neutral_fields_are_ignored(tiny_model, tmp_path, model_type):
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false': must be true or false"),
         ({"rms_norm_eps": True}, "rms_norm_eps=True: must be a number"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
+        ({"rope_interleaved": True}, "rope_interleaved=True is not supported; only False"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map="),
         (
             {"model_type": "mistral", "sliding_window": 0},
             "sliding_window=0: must be a whole number above 0",

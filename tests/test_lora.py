@@ -1,4 +1,5 @@
-"""LoRA: new adapters change nothing, only they and the tables learn, merging keeps the model."""
+"""LoRA: new adapters change nothing, only they and the tables learn, merging keeps the model, and
+PEFT reads what is exported."""
 
 import shutil
 from dataclasses import replace
@@ -12,6 +13,8 @@ from selfrag_jax.checkpoints import loading
 from selfrag_jax.checkpoints.converting import convert
 from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import write_json
+from selfrag_jax.huggingface import weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
@@ -88,6 +91,44 @@ def test_merging_adapters_keeps_the_model(tiny_model, config, trained, tmp_path)
     convert(workdir, tmp_path / "hf", "huggingface", None, False)
     exported = loading.load(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), exported.params)
+
+
+def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, tmp_path):
+    """PEFT computes with it what we compute, and we read it as the same model. As with a real base,
+    the vocabulary has grown in training."""
+    import peft
+    import torch
+    import transformers
+
+    base, workdir = tmp_path / "base", tmp_path / "w"
+    shutil.copytree(trained[0], workdir)
+    with pytest.raises(UserError, match="does not say which model was trained"):
+        convert(workdir, tmp_path / "adapter", "peft", None, False)
+    V = tiny_model.model.config.vocab_size
+    table = tiny_model.params["embed"]["embedding"][: V - 5]
+    small = replace(tiny_model.model.config, vocab_size=V - 5)
+    params = {**tiny_model.params, "embed": {"embedding": table}}
+    weights.save_folder(base, small, params, tiny_model.tokenizer)
+    write_json(workdir / "manifest.json", {"stage": "train", "config": {"base": str(base)}})
+    convert(workdir, tmp_path / "adapter", "peft", None, False)
+    ours, again = loading.load(workdir), loading.load(tmp_path / "adapter")
+    assert again.model.config == ours.model.config  # the tied tables are still one
+    for (_, actual), (_, expected) in zip(flatten(again.params), flatten(ours.params), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs.resize_token_embeddings(V)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(ours.model, ours.params), expected, atol=1e-4)
+    for source, flags, message in (
+        (base, {}, "is no training workdir with LoRA"),
+        (workdir, {"reflection_tokens": True}, "an adapter has those that it was trained with"),
+    ):
+        with pytest.raises(UserError, match=message):
+            given = {"dtype": None, "reflection_tokens": False} | flags
+            convert(source, tmp_path / "other", "peft", **given)
+        assert not (tmp_path / "other").exists()
 
 
 def test_merging_into_half_precision_weights_keeps_small_updates(tmp_path):

@@ -24,6 +24,7 @@ CASES = [
     json.loads(line)
     for line in (Path(__file__).parent / "data" / "llama_tokenizer_ids.jsonl").open()
 ]
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\n"
 CONTROLS = (*reflection.ALL, "<s>", "</s>", "<unk>", "[PAD]")
 SPLIT = re.compile("(" + "|".join(map(re.escape, CONTROLS)) + ")")
 LLAMA_MODES = (("llama_slow", "slow"), ("llama_fast", "fast"))
@@ -176,7 +177,10 @@ def test_an_export_has_the_same_ids_in_transformers(tmp_path):
 
 
 def test_another_vocabulary_keeps_its_own_rules(tmp_path):
-    """Byte-level byte pairs with other names for beginning and end of text, like Llama-3's."""
+    """Byte-level byte pairs with other names for beginning and end of text, like Llama-3's.
+
+    The authors' own tokenizer.model, of tiktoken, may lie beside it.
+    """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
@@ -194,6 +198,7 @@ def test_another_vocabulary_keeps_its_own_rules(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     config = {"bos_token": bos, "eos_token": {"content": eos}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes(TIKTOKEN)
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.mode == "json"
     assert tokenizer.encode(text) == plain and tokenizer.decode(plain) == text
@@ -263,6 +268,11 @@ WRONG_MODE = '{"mode": "json", "added": {}, "names": {}}'
         (
             {"tokenizer.model": LLAMA[:5000]},
             "tokenizer.model: not readable as a sentencepiece model",
+        ),
+        (
+            {"tokenizer.model": TIKTOKEN},
+            "tokenizer.model: is tiktoken's, as Llama 3 is published by its authors; put the "
+            "tokenizer.json of the same model beside it",
         ),
         ({"tokenizer.json": "{"}, "tokenizer.json: not readable as a tokenizer"),
         ({"tokenizer.json": NOT_BPE}, "type 'WordPiece'; only BPE"),

@@ -1,5 +1,7 @@
 """Converts models between Hugging Face's format and training workdirs, layer by layer.
 
+What LoRA trained can be written as a PEFT adapter, too (peft_export.py).
+
 Our arrays stack the layers of a model, so one array may be larger than the free memory (13B: 11 GB
 in f32). Neither direction holds a whole stack. To write, Orbax is given arrays that produce one
 layer at a time; to read, it opens arrays of which one layer at a time is read.
@@ -18,7 +20,14 @@ from typing import Any
 import numpy as np
 
 from selfrag_jax import artifacts
-from selfrag_jax.checkpoints import fingerprints, integrity, loading, orbax_streaming, workdirs
+from selfrag_jax.checkpoints import (
+    fingerprints,
+    integrity,
+    loading,
+    orbax_streaming,
+    peft_export,
+    workdirs,
+)
 from selfrag_jax.checkpoints.integrity import DamagedCheckpoint
 from selfrag_jax.checkpoints.vocabulary_rows import (
     VOCABULARY_AXIS,
@@ -27,6 +36,7 @@ from selfrag_jax.checkpoints.vocabulary_rows import (
 )
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
+from selfrag_jax.huggingface.weight_files import DTYPES
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, leaf_at, unflatten
@@ -34,7 +44,7 @@ from selfrag_jax.progress import Progress, progress
 from selfrag_jax.storage.paths import is_remote
 from selfrag_jax.text.tokenizer import Tokenizer
 
-FORMATS = ("orbax", "huggingface")
+FORMATS = ("orbax", "huggingface", "peft")
 EMBEDDING = ("embed", "embedding")
 
 
@@ -59,6 +69,8 @@ def convert(
     is wrong with the source, and when `out` already exists.
     """
     source, out = _check_arguments(source, out, form, dtype, step)
+    if form == "peft" and reflection_tokens:
+        raise UserError("--reflection_tokens: an adapter has those that it was trained with")
     tokenizer = loading.read_tokenizer(source, mode)
     temporary = out.with_name(f".{out.name}.tmp")
     new_parents = [p for p in out.parents if not p.exists()]  # innermost first
@@ -76,7 +88,13 @@ def convert(
         return model.num_parameters
 
     try:
-        if _is_workdir(source):
+        if form == "peft":
+            _, num_parameters = integrity.latest_intact(
+                workdirs.candidate_steps(source, step),
+                source,
+                lambda step: write(_open_adapter(source, step, tokenizer, dtype)),
+            )
+        elif _is_workdir(source):
             _, num_parameters = integrity.latest_intact(
                 workdirs.candidate_steps(source, step),
                 source,
@@ -105,14 +123,18 @@ def _check_arguments(
     """The absolute paths of `source` and `out`; a model of the hub is downloaded."""
     if form not in FORMATS:
         raise UserError(f"--format={form!r}: must be one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     source, out = hub.model_folder(source), Path(out).resolve()
     source = source if is_remote(source) else source.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --to, or remove it")
     if source in (out, *out.parents):
         raise UserError(f"{out}: is inside --from={source}; choose another --to")
+    if form == "peft" and not (_is_workdir(source) and workdirs.read_architecture(source).lora):
+        raise UserError(
+            f"--format=peft: {source} is no training workdir with LoRA, and holds no adapter"
+        )
     if not _is_workdir(source) and step != "last":
         raise UserError(
             f"--step={step}: {source} is no training workdir; a Hugging Face folder holds one "
@@ -126,7 +148,7 @@ def _is_workdir(folder: Path) -> bool:
 
 
 def _write_model(model: StoredModel, out: Path, form: str) -> None:
-    write = _write_workdir if form == "orbax" else _write_folder
+    write = {"orbax": _write_workdir, "huggingface": _write_folder, "peft": _write_adapter}[form]
     with progress("convert", sum(1 for _ in flatten(model.shapes)), "arrays") as bar:
         write(model, out, bar)
 
@@ -154,6 +176,7 @@ class StoredModel:
     stored_dtype: Callable[[tuple[str, ...]], str]
     tokenizer: Tokenizer
     target_dtype: str | None  # to convert to; None: each array keeps its own
+    base: str = ""  # of an adapter: the model that it adapts
     content_hash: hashlib._Hash = field(default_factory=hashlib.sha256)  # of all parts read so far
 
     @property
@@ -216,15 +239,15 @@ def _with_reflection_tokens(model: StoredModel) -> StoredModel:
 
 # ---- Hugging Face folders --------------------------------------------------------------------
 def _open_folder(folder: Path, tokenizer: Tokenizer, target_dtype: str | None) -> StoredModel:
-    config = weights.config_from_json(folder / weights.CONFIG)
-    files, shapes = weights.WeightFiles(folder), Model(config).shapes()
+    config, files = weights.open_folder(folder)
+    shapes = Model(config).shapes()
     weights.check_names(files, [path for path, _ in flatten(shapes)], config)
 
     def stored_parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
         return weights.read_leaf(files, path, config, leaf_at(shapes, path).shape)
 
     def stored_dtype(path: tuple[str, ...]) -> str:
-        return files.dtype(weights.tensor_names(path, config))
+        return files.dtype(weights.stored_names(files, path, config))
 
     return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype)
 
@@ -304,20 +327,20 @@ class _WorkdirReader:
     def parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
         axis = VOCABULARY_AXIS.get(path[0])
         if axis is not None and self.trained.vocab_padding:
-            for table in self._saved_parts(path):
+            for table in self.saved_parts(path):
                 yield np.take(table, range(self.config.vocab_size), axis)
         elif self.trained.lora is not None and self._has_adapter(path):
             names = ("kernel", lora.LORA_A, lora.LORA_B)
-            saved = (self._saved_parts((*path[:-1], name)) for name in names)
+            saved = (self.saved_parts((*path[:-1], name)) for name in names)
             for kernel, a, b in zip(*saved, strict=True):
                 yield lora.merged_kernel(kernel, a, b, self.trained.lora)
         else:
-            yield from self._saved_parts(path)
+            yield from self.saved_parts(path)
 
     def _has_adapter(self, path: tuple[str, ...]) -> bool:
         return path[-1] == "kernel" and (*path[:-1], lora.LORA_A) in self.opened.fingerprints
 
-    def _saved_parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
+    def saved_parts(self, path: tuple[str, ...]) -> Iterator[np.ndarray]:
         """The parts of an array as saved; compares their fingerprint when all have been read."""
         array = leaf_at(self.opened.arrays, path)
         parts = [array[i] for i in range(array.shape[0])] if path[0] == "layers" else [array]
@@ -352,6 +375,36 @@ def _open_workdir(
     return StoredModel(reader.config, shapes, reader.parts, reader.dtype, tokenizer, target_dtype)
 
 
+# ---- PEFT adapters -----------------------------------------------------------------------------
+def _open_adapter(
+    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None
+) -> StoredModel:
+    """What LoRA trained, not merged; its config is that of the model with LoRA."""
+    reader = _WorkdirReader(workdir, step)
+    config = replace(reader.trained, vocab_padding=0)
+    shapes = lora.split_trained(Model(config).shapes())[0]
+
+    def stored_parts(path: tuple[str, ...]) -> Iterator[np.ndarray]:
+        return reader.saved_parts(path) if path[0] == "layers" else reader.parts(path)
+
+    def stored_dtype(path: tuple[str, ...]) -> str:
+        return str(leaf_at(reader.opened.arrays, path).dtype.numpy_dtype)
+
+    base = peft_export.base_name(workdir)
+    return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype, base)
+
+
+def _write_adapter(model: StoredModel, out: Path, bar: Progress) -> None:
+    def tensors():
+        for path, _ in flatten(model.shapes):
+            yield from peft_export.adapter_tensors(path, model.config, model.read_parts(path))
+            bar.advance(note="/".join(path))
+
+    model.tokenizer.save(out)
+    peft_export.write_adapter(out, model.config, model.base, tensors())
+
+
+# ---- training workdirs, written ----------------------------------------------------------------
 def _write_workdir(model: StoredModel, out: Path, bar: Progress) -> None:
     """Writes a training workdir whose checkpoint of step 0 holds the parameters."""
     written: dict[str, int] = {}  # fingerprints by name

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.checkpoints import fingerprints
 from selfrag_jax.checkpoints.integrity import (
     compare_fingerprints,
@@ -31,7 +32,7 @@ from selfrag_jax.checkpoints.workdirs import (
     read_architecture,
 )
 from selfrag_jax.errors import UserError
-from selfrag_jax.huggingface import hub, weights
+from selfrag_jax.huggingface import adapters, hub, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params, flatten
@@ -70,12 +71,13 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
     path = hub.model_folder(path)
     if (path / MODEL_FILE).is_file():
         model = Model(replace(read_architecture(path), lora=None, vocab_padding=0))
-    elif (path / weights.CONFIG).is_file():
-        model = Model(weights.config_from_json(path / weights.CONFIG))
+    elif weights.is_model(path):
+        model = Model(weights.read_config(path))
     else:
         raise UserError(
             f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
-            f"or a Hugging Face folder ({weights.CONFIG}, {weights.WEIGHTS})"
+            f"a Hugging Face folder ({weights.CONFIG}, {weights.WEIGHTS}) or a PEFT adapter's "
+            f"({ADAPTER_CONFIG})"
         )
     tokenizer = read_tokenizer(path, mode)
     check_vocabulary_fits(path, tokenizer.vocab_size, model.config)
@@ -85,7 +87,7 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError."""
     try:
-        return Tokenizer.load(path, mode)
+        return Tokenizer.load(adapters.tokenizer_folder(path), mode)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
 

@@ -27,12 +27,18 @@ COMMAND = Command(
     flags=(
         Flag(
             "from",
-            "a Hugging Face folder, a hub name (owner/model), or a training workdir",
+            "a Hugging Face folder, that of a PEFT adapter, a hub name (owner/model), or a "
+            "training workdir",
             required=True,
             in_place=True,
         ),
         Flag("to", "folder to write", required=True, writes=True),
-        Flag("format", "orbax (a training workdir) or huggingface", required=True),
+        Flag(
+            "format",
+            "orbax (a training workdir), huggingface, or peft (the adapter alone of a training "
+            "with LoRA)",
+            required=True,
+        ),
         Flag(
             "step",
             "which checkpoint of a workdir: last, best (the lowest training loss), or its number",

@@ -15,14 +15,27 @@ from selfrag_jax.files import read_json
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.models.rope import RopeScaling
 
-# Fields that do not affect what the model computes, or only how transformers runs or prints it.
+# Fields that do not affect what the model computes, or only how other programs run or print it.
 # tokenizer.py passes on the ids of control tokens.
 NEUTRAL = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures bos_token_id chunk_size_feed_forward "
-    "dtype eos_token_id gradient_checkpointing id2label initializer_range label2id max_length "
-    "max_sequence_length output_attentions output_hidden_states pad_token_id pretraining_tp "
-    "problem_type return_dict torch_dtype transformers_version unk_token_id use_cache".split()
+    "_attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class "
+    "_commit_hash _flash_attn_2_enabled _model_name_or_path _name_or_path architectures "
+    "attn_implementation bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task "
+    "gradient_checkpointing id2label initializer_range label2id max_sequence_length "
+    "model_max_length output_attentions output_hidden_states output_past pad_token_id "
+    "padding_side pretraining_tp problem_type return_dict sep_token_id tokenizer_class "
+    "torch_dtype torchscript transformers.js_config transformers_version unk_token_id "
+    "use_bfloat16 use_cache use_flash_attention_2 use_return_dict".split()
+    # Settings of generation, and of other kinds of models, that early transformers wrote for all.
+    + "bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size epsilon_cutoff "
+    "eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+    "length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores penalty_alpha prefix remove_invalid_values "
+    "repetition_penalty return_dict_in_generate suppress_tokens task_specific_params temperature "
+    "tf_legacy_loss tie_encoder_decoder top_k top_p typical_p".split()
 )
+_NEUTRAL_PREFIX = "unsloth_"  # how a model was made
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,11 @@ _LLAMA = ConfigFields(
         "attention_dropout": 0.0,
         "is_encoder_decoder": False,
         "partial_rotary_factor": 1.0,
+        "pruned_heads": {},
+        "add_cross_attention": False,
+        "rope_interleaved": False,
     },
-    neutral=NEUTRAL,
+    neutral=NEUTRAL | {"is_decoder", "is_llama_config"},  # a Llama decodes in any case
 )
 _COUNTS = tuple(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -148,7 +164,9 @@ def read_fields(path: str | Path, known: ConfigFields) -> dict[str, Any]:
     row = read_json(path)
     if not isinstance(row, dict):
         raise UserError(f"{path}: expected the fields of a model, found a {type(row).__name__}")
-    row = {k: v for k, v in row.items() if k not in known.neutral}
+    row = {
+        k: v for k, v in row.items() if k not in known.neutral and not k.startswith(_NEUTRAL_PREFIX)
+    }
     required = ("model_type", *known.required)
     # The type first: another type's fields have other names.
     if "model_type" in row and row["model_type"] not in known.model_types:

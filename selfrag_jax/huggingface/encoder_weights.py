@@ -1,4 +1,4 @@
-"""BERT-family folders in Hugging Face's format: config.json and safetensors (one file, or shards).
+"""BERT-family folders in Hugging Face's format: config.json and the tensors.
 
 One table maps tensors. Hugging Face stores a linear layer as [outputs, inputs], one tensor per
 layer; here it is [inputs, outputs], and the layers share one array [L, inputs, outputs].
@@ -19,8 +19,7 @@ from selfrag_jax.huggingface.config_json import (
     read_fields,
 )
 from selfrag_jax.huggingface.hub import encoder_conversion_hint
-from selfrag_jax.huggingface.torch_weights import TORCH_WEIGHTS, TorchWeights
-from selfrag_jax.huggingface.weights import CONFIG, INDEX, WEIGHTS, WeightFiles
+from selfrag_jax.huggingface.weight_files import CONFIG, WeightFiles
 from selfrag_jax.models.encoder import BertConfig, Encoder
 from selfrag_jax.models.params import Params, flatten, unflatten
 
@@ -128,7 +127,7 @@ def load_bert(folder: str | Path, dtype: str = "float32") -> tuple[Encoder, Para
     Raises UserError naming the file, field or tensor at fault.
     """
     encoder = Encoder(bert_config_from_json(Path(folder) / CONFIG, dtype))
-    files = _open_weights(Path(folder))
+    files = WeightFiles(folder, encoder_conversion_hint)
     prefix = _prefix(files)
     shapes, used = encoder.shapes(), set()
 
@@ -156,14 +155,6 @@ def load_bert(folder: str | Path, dtype: str = "float32") -> tuple[Encoder, Para
     return encoder, params
 
 
-def _open_weights(folder: Path) -> WeightFiles | TorchWeights:
-    """The weights of a folder: safetensors or, if there are none, torch's own format."""
-    has_safetensors = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
-    if not has_safetensors and (folder / TORCH_WEIGHTS).is_file():
-        return TorchWeights(folder)
-    return WeightFiles(folder, encoder_conversion_hint)
-
-
 def _tensor_names(path: tuple[str, ...], num_layers: int) -> list[str]:
     """Hugging Face's names of the tensors of one array of ours: one, or one per layer."""
     if path[0] == "layers":
@@ -171,13 +162,13 @@ def _tensor_names(path: tuple[str, ...], num_layers: int) -> list[str]:
     return [TOP_TABLE[path]]
 
 
-def _prefix(files: WeightFiles | TorchWeights) -> str:
+def _prefix(files: WeightFiles) -> str:
     """The prefix of the file's names; the first one if none fits, for the error's sake."""
     table = TOP_TABLE["words", "embedding"]
     return next((p for p in _PREFIXES if p + table in files.file_of), _PREFIXES[0])
 
 
-def _stored_name(files: WeightFiles | TorchWeights, name: str) -> str:
+def _stored_name(files: WeightFiles, name: str) -> str:
     for now, early in _EARLY_NAMES.items():
         early_name = name.replace(now, early)
         if name not in files.file_of and early_name in files.file_of:

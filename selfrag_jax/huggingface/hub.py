@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,14 +15,14 @@ from selfrag_jax.storage.paths import as_path, explained, is_remote
 WORKDIR_FILE = "model.json"  # what a training workdir has, and no other folder
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
 # Not consolidated.safetensors, which is a second copy of the weights.
-_DOWNLOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_SAFETENSORS = ["model*.safetensors", "adapter_model.safetensors"]
+_DOWNLOADED_FILES = [*_SAFETENSORS, "*.json", "*.jinja", "tokenizer.model"]
 # "*.json" is of subfolders, too: 1_Pooling/config.json.
 _DOWNLOADED_FILES_OF_ENCODERS = ["model*.safetensors", "*.json", "vocab.txt"]
+# Taken only where there are no safetensors.
+_TORCH_FILES = ["pytorch_model*.bin", "adapter_model.bin"]
 _PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-_NO_PICKLES = (
-    ". Torch's own format (pytorch_model.bin) can hold any program and is not read here. Make "
-    "safetensors of it, where torch and transformers are installed:"
-)
+_CONVERT = ". Make safetensors of the model, where torch and transformers are installed:"
 
 
 def model_folder(name: str | Path) -> Path:
@@ -31,17 +30,15 @@ def model_folder(name: str | Path) -> Path:
 
     Raises UserError when there is neither, or when there is no network and no earlier download.
     """
-    return _find(name, _DOWNLOADED_FILES, torch_conversion_hint)
+    return _find(name, _DOWNLOADED_FILES)
 
 
 def encoder_folder(name: str | Path) -> Path:
     """The same for an encoder of texts, which has other files."""
-    return _find(name, _DOWNLOADED_FILES_OF_ENCODERS, encoder_conversion_hint, "pytorch_model.bin")
+    return _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
 
 
-def _find(
-    name: str | Path, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
-) -> Path:
+def _find(name: str | Path, patterns: list[str]) -> Path:
     if is_remote(name):
         return _in_bucket(str(name))
     path = Path(name)
@@ -50,7 +47,7 @@ def _find(
             problem = "is a file" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
-    return _download(str(name), patterns, hint, fallback)
+    return _download(str(name), patterns)
 
 
 def _in_bucket(address: str) -> Path:
@@ -63,12 +60,7 @@ def _in_bucket(address: str) -> Path:
     return folder if is_workdir else Mirror(address).pull()
 
 
-def _download(
-    name: str, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
-) -> Path:
-    """hint: what to do about a model without weights that are read. fallback: a file to take where
-    there are no safetensors.
-    """
+def _download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -80,15 +72,15 @@ def _download(
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
-        if not any(folder.glob("model*.safetensors")) and fallback:
-            patterns = [*patterns, fallback]
+        if not _has_any(folder, _SAFETENSORS):
+            patterns = [*patterns, *_TORCH_FILES]
             folder = Path(
                 snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
             )
-        if not any(folder.glob("model*.safetensors")) and not (
-            fallback and (folder / fallback).is_file()
-        ):
-            raise UserError(f"{name}: the hub has no safetensors of it{hint(name)}")
+        if not _has_any(folder, _SAFETENSORS + _TORCH_FILES):
+            raise UserError(
+                f"{name}: the hub has no weights of it, neither safetensors nor torch's"
+            )
         return folder
     except HFValidationError as e:
         raise UserError(
@@ -106,6 +98,10 @@ def _download(
         ) from None
 
 
+def _has_any(folder: Path, patterns: list[str]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def hub_is_reachable() -> bool:
     """Whether a connection to the hub opens. Without this check, each file would time out."""
     from huggingface_hub.constants import ENDPOINT
@@ -121,10 +117,10 @@ def hub_is_reachable() -> bool:
 
 
 def torch_conversion_hint(source: str | Path) -> str:
-    """What to do about a model whose weights are only in torch's own format."""
+    """What to do about a file in torch's own format that is not read."""
     out = _converted_name(source)
     return (
-        f"{_NO_PICKLES} "
+        f"{_CONVERT} "
         'python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{source}', dtype='auto').save_pretrained('{out}')\", "
         "and copy its tokenizer files there"
@@ -135,7 +131,7 @@ def encoder_conversion_hint(source: str | Path) -> str:
     """The same for an encoder of texts."""
     out = _converted_name(source)
     return (
-        f"{_NO_PICKLES} "
+        f"{_CONVERT} "
         'python -c "from transformers import AutoModel as M, AutoTokenizer as T; '
         f"M.from_pretrained('{source}').save_pretrained('{out}'); "
         f"T.from_pretrained('{source}').save_pretrained('{out}')\", "

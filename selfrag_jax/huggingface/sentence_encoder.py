@@ -25,8 +25,7 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
 from selfrag_jax.huggingface.encoder_weights import load_bert
 from selfrag_jax.huggingface.hub import encoder_folder
-from selfrag_jax.huggingface.torch_weights import TORCH_WEIGHTS
-from selfrag_jax.huggingface.weights import CONFIG, INDEX, WEIGHTS
+from selfrag_jax.huggingface.weight_files import CONFIG, FORMATS
 from selfrag_jax.models.encoder import POOLINGS, Encoder
 from selfrag_jax.models.params import Params
 from selfrag_jax.text.wordpiece import CONFIG_FILE as TOKENIZER_CONFIG
@@ -107,11 +106,13 @@ def encoder_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     candidates = [CONFIG, TOKENIZER_CONFIG, MODULES, TRANSFORMER, PROMPTS]
     candidates += [JSON_FILE if (folder / JSON_FILE).is_file() else VOCAB_FILE]
-    if (folder / INDEX).is_file():
-        weight_map = _read_object(folder / INDEX).get("weight_map") or {}
-        candidates += [INDEX, *sorted(set(weight_map.values()))]
-    else:
-        candidates += [WEIGHTS if (folder / WEIGHTS).is_file() else TORCH_WEIGHTS]
+    for single, index in FORMATS:
+        if (folder / index).is_file():
+            weight_map = _read_object(folder / index).get("weight_map") or {}
+            candidates += [index, *sorted(set(weight_map.values()))]
+        if (folder / single).is_file() or (folder / index).is_file():
+            candidates += [single]
+            break
     if (folder / MODULES).is_file():
         candidates += [f"{path}/{CONFIG}" for _, path in _read_modules(folder) if path]
     files = [Path(name) for name in candidates if (folder / name).is_file()]

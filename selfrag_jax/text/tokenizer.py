@@ -34,7 +34,14 @@ from selfrag_jax.files import write_text
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection, tokenizer_files
 from selfrag_jax.text.tokenizer_files import BOS, EOS, PAD
-from selfrag_jax.text.vocabularies import JSON_FILE, MODEL_FILE, Bpe, SentencePiece, Vocabulary
+from selfrag_jax.text.vocabularies import (
+    JSON_FILE,
+    MODEL_FILE,
+    Bpe,
+    SentencePiece,
+    Vocabulary,
+    is_tiktoken,
+)
 
 NEWLINE = "\n"
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
@@ -268,10 +275,16 @@ class PublishedTokenizer(Tokenizer):
         """record: the content of MODE_FILE, for a folder written here."""
         vocabulary: Vocabulary
         source = folder / MODEL_FILE
-        if source.is_file():
+        tiktoken = source.is_file() and is_tiktoken(source)
+        if source.is_file() and not tiktoken:
             vocabulary = SentencePiece(source)
         elif (source := folder / JSON_FILE).is_file():
             vocabulary = Bpe(source)
+        elif tiktoken:
+            raise ValueError(
+                f"{folder / MODEL_FILE}: is tiktoken's, as Llama 3 is published by its authors; "
+                f"put the {JSON_FILE} of the same model beside it"
+            )
         else:
             raise FileNotFoundError(
                 f"{folder}: no tokenizer here; expected {MODEL_FILE} or {JSON_FILE}"

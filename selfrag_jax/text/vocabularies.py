@@ -22,6 +22,8 @@ from selfrag_jax.files import atomic_write
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"
+# A line of tiktoken's vocabularies, which Llama 3 has under the same name: base64, and a rank.
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _LLAMA_CONTROLS = ("<unk>", "<s>", "</s>")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -36,6 +38,12 @@ class Vocabulary(Protocol):
     def piece(self, i: int) -> str: ...
     def save(self, folder: Path) -> None: ...
     def to_json(self, added: dict[str, int]) -> dict[str, Any]: ...
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a `tokenizer.model` is tiktoken's, not sentencepiece's."""
+    with path.open("rb") as f:
+        return _TIKTOKEN_LINE.fullmatch(f.readline(1000)) is not None
 
 
 class SentencePiece:
