@@ -113,6 +113,7 @@ setup(
         "sentencex>=1.0.30",
         "matplotlib>=3.9",
         "rich>=14",
+        "argcomplete>=3.5",
         "tensorboardX>=2.6",
     ],
     extras_require=EXTRAS,

@@ -1,7 +1,7 @@
 """SelfRAG, the public object: questions in, answers with citations and critiques out.
 
 rag = SelfRAG.load("W/generator", index="W/index")
-for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
+for answer in rag.answer(["What does Silverlight Waltz praise?"], threshold=0.2):
     print(answer.answer, answer.citations)
 """
 

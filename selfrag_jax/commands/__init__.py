@@ -10,7 +10,6 @@ from importlib import import_module
 
 from selfrag_jax.commands.command import Command
 
-# In the order of the flow, as `selfrag` lists them.
 SUMMARIES = {
     "quickstart": "Builds a whole Self-RAG in a small synthetic world, and measures it.",
     "world": "Writes the synthetic world: passages, instructions, evaluation files.",
@@ -34,6 +33,17 @@ SUMMARIES = {
     "doctor": "Prints devices, versions, memory and disk, and what is missing for which command.",
     "compile": "Compiles for TPUs or GPUs that you do not have: memory, traffic, least time.",
     "base": "Trains the small base model of the quickstart; it is shipped, and takes an hour.",
+    "completion": "Prints the script that makes a shell complete commands, flags and values.",
+}
+# The headings of `selfrag help`. A command that is missing here stands under the last one.
+GROUPS = {
+    "The whole flow": ("quickstart",),
+    "Data": ("world", "prepare", "collect", "agree", "label"),
+    "Training": ("train", "base"),
+    "Retrieval": ("embed", "index", "retrieve"),
+    "Answering": ("ask", "answer", "calibrate"),
+    "Evaluation": ("evaluate", "sweep", "compare", "export", "report"),
+    "Tools": ("convert", "doctor", "compile", "completion"),
 }
 
 

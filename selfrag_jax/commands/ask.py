@@ -6,9 +6,10 @@ import json
 import sys
 from typing import Any
 
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import OUTPUT, Command, Flag
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -17,7 +18,7 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.errors import StageFailed, UserError
 
-_EXAMPLE = 'selfrag ask --workdir=W "Where was Marvin Tellock born?"'
+_EXAMPLE = 'selfrag ask --workdir=W "What does Silverlight Waltz praise?"'
 
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
@@ -50,9 +51,10 @@ COMMAND = Command(
         *MODEL_FLAGS,
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
-        Flag("json", "print the record instead", False, type=bool),
+        Flag("json", "print the record instead", False, type=bool, group=OUTPUT),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
     positional="question",
 )

@@ -17,6 +17,7 @@ from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     CALIBRATION,
     CALIBRATION_FIELDS,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -130,9 +131,10 @@ COMMAND = Command(
     flags=(
         *MODEL_FLAGS,
         Flag("input", "questions with gold answers, other than those you evaluate", required=True),
-        Flag("rate", "the share of questions that shall retrieve, from 0 to 1", type=float),
+        Flag("rate", "the share of questions that shall retrieve, from 0 to 1", type=float,
+             group="Threshold"),
         Flag("best", "true: the most accurate threshold; of equals, the one that retrieves least",
-             False, type=bool),
+             False, type=bool, group="Threshold"),
         Flag(
             "out",
             f"default: {CALIBRATION} in the model's folder, where `answer` finds it",
@@ -146,4 +148,5 @@ COMMAND = Command(
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import selfrag_jax
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import OUTPUT, Command, Flag
 from selfrag_jax.errors import StageFailed, UserError
 
 
@@ -129,11 +129,27 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag doctor\nselfrag doctor --stage=prepare --json",
     flags=(
-        Flag("stage", "a command; exit status 1 if a package that it may use is missing"),
-        Flag("workdir", "folder whose disk is looked at", "."),
+        Flag(
+            "stage",
+            "a command; exit status 1 if a package that it may use is missing",
+            group="What is looked at",
+        ),
+        Flag(
+            "workdir",
+            "folder whose disk is looked at",
+            ".",
+            group="What is looked at",
+            is_folder=True,
+        ),
         Flag("timeout", "seconds for JAX to find its devices", 60.0, type=float),
-        Flag("network", "try to reach the hub and buckets", False, type=bool),
-        Flag("json", "print everything as JSON", False, type=bool),
+        Flag(
+            "network",
+            "try to reach the hub and buckets",
+            False,
+            type=bool,
+            group="What is looked at",
+        ),
+        Flag("json", "print everything as JSON", False, type=bool, group=OUTPUT),
     ),
     run=run,
 )

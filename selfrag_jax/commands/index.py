@@ -12,6 +12,7 @@ import numpy as np
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import (
+    INPUT,
     Command,
     Flag,
     config_flag,
@@ -33,7 +34,8 @@ from selfrag_jax.retrieval.vectors import VectorLayout
 if TYPE_CHECKING:
     from selfrag_jax.retrieval.index import Index
 
-INDEX_FLAGS = flags_of(IndexConfig)
+_INDEX, _CHANGES = "Index", "Changes to an index"
+INDEX_FLAGS = flags_of(IndexConfig, "index", _INDEX)
 _PLAN = "plan.json"
 _LOW_RECALL = 0.9
 
@@ -287,8 +289,12 @@ COMMAND = Command(
     example="selfrag index --passages=corpus.tsv --encoder=facebook/contriever-msmarco "
     "--memory=8GB --out=index",
     flags=(
-        Flag("embeddings", "made by `selfrag embed`"),
-        Flag("passages", "a corpus (.tsv, .jsonl, or .gz) to embed and index in one step"),
+        Flag("embeddings", "made by `selfrag embed`", group=INPUT, is_folder=True),
+        Flag(
+            "passages",
+            "a corpus (.tsv, .jsonl, or .gz) to embed and index in one step",
+            group=INPUT,
+        ),
         *ENCODER_FLAGS,
         Flag(
             "out",
@@ -297,9 +303,19 @@ COMMAND = Command(
             writes=True,
         ),
         *INDEX_FLAGS,
-        Flag("mix", "bm25: index the words as well, and fuse both rankings", "none"),
-        Flag("add", "a corpus to add to the index --out"),
-        Flag("remove", "a file with the ids of passages to remove from the index --out"),
+        Flag(
+            "mix",
+            "bm25: index the words as well, and fuse both rankings",
+            "none",
+            group=_INDEX,
+            choices=MIXES,
+        ),
+        Flag("add", "a corpus to add to the index --out", group=_CHANGES),
+        Flag(
+            "remove",
+            "a file with the ids of passages to remove from the index --out",
+            group=_CHANGES,
+        ),
         config_flag("index", examples="index, index:wikipedia"),
     ),
     run=run,

@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.judging import JUDGE_FLAG, open_judge
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -241,7 +242,7 @@ COMMAND = Command(
             writes=True,
         ),
         *(
-            Flag(f.name, f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
+            replace(f, help=f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
             for f in SEARCH_FLAGS
         ),
         JUDGE_FLAG,
@@ -250,4 +251,5 @@ COMMAND = Command(
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
 )

@@ -36,7 +36,9 @@ class EncoderConfig:
     name: str  # "hashed", a folder, or a name on the Hugging Face hub
     dim: int = 384  # of the hashed encoder
     word_weight: float = 2.0  # of the hashed encoder: of whole words relative to trigrams
-    pooling: str | None = setting("mean or cls (default: as the model says)", default=None)
+    pooling: str | None = setting(
+        "mean or cls (default: as the model says)", choices=("mean", "cls"), default=None
+    )
     normalize: bool | None = setting("unit vectors (default: as the model says)", default=None)
     query_prefix: str | None = setting("text before each query, e.g. 'query: '", default=None)
     passage_prefix: str | None = setting("text before each passage", default=None)
