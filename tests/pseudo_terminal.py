@@ -30,6 +30,7 @@ class PseudoTerminal:
             env=os.environ | {"TERM": "dumb", "HOME": str(folder), **environment},
         )  # fmt: skip
         os.close(child)
+        self.unread = ""
 
     def __enter__(self):
         return self
@@ -45,7 +46,7 @@ class PseudoTerminal:
 
     def read_until(self, text, seconds=60):
         """Returns what is printed, up to `text`."""
-        out, end = "", time.monotonic() + seconds
+        out, end = self.unread, time.monotonic() + seconds
         while text not in out:
             left = end - time.monotonic()
             assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {text!r} in {out!r}"
@@ -53,11 +54,12 @@ class PseudoTerminal:
                 out += os.read(self.fd, 65536).decode(errors="replace")
             except OSError:  # the program has ended
                 raise AssertionError(f"no {text!r} in {out!r}") from None
-        return out
+        before, found, self.unread = out.partition(text)
+        return before + found
 
     def read_to_end(self, seconds=60):
         """Returns the rest of what is printed, and the exit status."""
-        out, end = "", time.monotonic() + seconds
+        out, end = self.unread, time.monotonic() + seconds
         while select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]:
             try:
                 out += os.read(self.fd, 65536).decode(errors="replace")

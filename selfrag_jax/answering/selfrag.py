@@ -19,7 +19,7 @@ import numpy as np
 
 from selfrag_jax import artifacts
 from selfrag_jax.answering.config import DEFAULT, AnswerConfig
-from selfrag_jax.answering.loading import prepare_model
+from selfrag_jax.answering.loading import describe, prepare_model
 from selfrag_jax.answering.records import (
     Answer,
     SegmentDone,
@@ -57,6 +57,9 @@ class SelfRAG:
     def __post_init__(self):
         params = place_params(self.loaded.model, self.loaded.params)
         self.loaded = replace(self.loaded, params=params)
+
+    def __repr__(self) -> str:
+        return describe("SelfRAG", self.loaded, self.retriever, self.config.search.mode)
 
     @classmethod
     def load(
