@@ -21,7 +21,7 @@ SUMMARIES = {
     "agree": "Compares the labels of two teachers: accuracy and Cohen's kappa in each group.",
     "train": "Trains a critic or a generator; run again after an interruption, it continues.",
     "label": "Labels instructions with passages and critiques: the generator's training data.",
-    "ask": "Answers one question, with citations and the critique of every passage.",
+    "ask": "Answers a question, or many at a prompt, with citations and critiques.",
     "answer": "Answers a file of questions; run again after an interruption, it continues.",
     "evaluate": "Scores answers against gold answers, or a critic against labels it has not seen.",
     "sweep": "Answers and scores under many settings, generating only what they change.",

@@ -89,13 +89,13 @@ COMMAND = Command(
         ),
         Flag(
             "format",
-            "of both: own; or released, for published files",
+            "format of both files: own; or released, for published files",
             "own",
             group=INPUT,
             choices=FORMATS,
         ),
         Flag("out", "JSON file to write: the rows and the confusion matrices", writes=True),
-        Flag("seed", "of the bootstrap", 0, type=int),
+        Flag("seed", "seed of the bootstrap", 0, type=int),
     ),
     run=run,
 )

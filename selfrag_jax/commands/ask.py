@@ -118,5 +118,5 @@ COMMAND = Command(
     ),
     run=run,
     default_config=DEFAULT_CONFIG,
-    positional="question; without one: a prompt for questions, or one a line from stdin",
+    positional="question",
 )

@@ -133,7 +133,8 @@ COMMAND = Command(
         Flag("input", "questions with gold answers, other than those you evaluate", required=True),
         Flag("rate", "the share of questions that shall retrieve, from 0 to 1", type=float,
              group="Threshold"),
-        Flag("best", "true: the most accurate threshold; of equals, the one that retrieves least",
+        Flag("best", "instead of --rate: the most accurate threshold; of equals, the one that "
+             "retrieves least",
              False, type=bool, group="Threshold"),
         Flag(
             "out",
@@ -144,7 +145,7 @@ COMMAND = Command(
         Flag("work", "folder of the answers; default: beside --out, as .answers", writes=True),
         *(f for f in SEARCH_FLAGS if f.name not in ("mode", "threshold")),
         *LOADING_FLAGS,
-        Flag("bootstrap_seed", "of the intervals", 0, type=int),
+        Flag("bootstrap_seed", "seed of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,

@@ -306,4 +306,5 @@ COMMAND = Command(
         config_flag(None, " (default: tiny for the rule teacher, else critic_7b)", "critic_7b"),
     ),
     run=run,
+    default_config="critic_7b",
 )

@@ -111,7 +111,7 @@ COMMAND = Command(
             "JSON file to write: the differences, with the ids that only one has right",
             writes=True,
         ),
-        Flag("seed", "of the bootstrap and the test", 0, type=int),
+        Flag("seed", "seed of the bootstrap and the test", 0, type=int),
     ),
     run=run,
     positional_paths=True,

@@ -134,7 +134,7 @@ def _fields(name: str) -> list[str]:
 
 
 COMMAND = Command(
-    example=f"{_EXAMPLE}\nselfrag completion zsh >> ~/.zshrc\n"
+    example=f"{_EXAMPLE}\n{_EXAMPLE.replace('bash', 'zsh')}\n"
     "selfrag completion fish > ~/.config/fish/completions/selfrag.fish",
     flags=(),
     run=run,

@@ -46,7 +46,7 @@ COMMAND = Command(
         ),
         Flag(
             "dtype",
-            "of the parameters: float32, bfloat16 or float16; default: unchanged",
+            "type of the parameters: float32, bfloat16 or float16; default: unchanged",
             choices=("float32", "bfloat16", "float16"),
         ),
         Flag(

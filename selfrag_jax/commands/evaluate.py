@@ -301,11 +301,11 @@ COMMAND = Command(
         ),
         Flag(
             "format",
-            "of --data: own (default); or released, for published files",
+            "format of --data: own (default); or released, for published files",
             group=INPUT,
             choices=FORMATS,
         ),
-        Flag("seed", "of the bootstrap", 0, type=int),
+        Flag("seed", "seed of the bootstrap", 0, type=int),
         Flag(
             "out",
             "default: beside the predictions, as .metrics.json, with each question's scores in "

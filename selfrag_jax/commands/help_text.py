@@ -99,8 +99,8 @@ def _note(flag: Flag, numbers: Any) -> str:
     """The default, unless the help tells it."""
     if flag.required or "default" in flag.help:
         return ""
-    if flag.field and numbers is None and flag.field_default is None:
-        return " (default: the task's or the config's)"
+    if flag.field and numbers is None:  # which config it is depends on other flags
+        return " (default: the config's)"
     value = _look_up(numbers, flag) if flag.field else flag.default
     return f" (default: {_shown(value)})"
 

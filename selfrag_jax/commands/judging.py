@@ -16,7 +16,7 @@ VERIFIERS: dict[str, FactReader | None] = {"none": None, "world": truth.stated_f
 _JUDGES = "Judges"
 JUDGE_FLAG = Flag(
     "judge",
-    "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
+    "who judges citations: none (default), the local folder of a Hugging Face NLI model, or world "
     "(the synthetic world's truth)",
     group=_JUDGES,
 )
@@ -24,8 +24,8 @@ JUDGING_FLAGS = (
     JUDGE_FLAG,
     Flag(
         "verifier",
-        "of the facts in answers about a topic: none, the local folder of a Hugging Face NLI "
-        "model, or world (the synthetic world's truth, for its own files; default)",
+        "who verifies the facts in answers about a topic: none, the local folder of a Hugging Face "
+        "NLI model, or world (the synthetic world's truth, for its own files; default)",
         group=_JUDGES,
     ),
     Flag(

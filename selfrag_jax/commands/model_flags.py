@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MODEL_FLAGS = (
     Flag(
         "workdir",
-        "of a finished quickstart: stands for --model=W/generator --index=W/index",
+        "folder W of a finished quickstart; stands for --model=W/generator --index=W/index",
         group=MODEL,
         is_folder=True,
     ),
@@ -41,7 +41,7 @@ MODEL_FLAGS = (
     ),
     Flag(
         "index",
-        "made by `selfrag index`; without one, the questions' own passages (ctxs) serve",
+        "an index made by `selfrag index`; without one, the questions' own passages (ctxs) serve",
         group=MODEL,
         is_folder=True,
     ),
@@ -65,7 +65,7 @@ SYSTEM_FLAGS = (
     ),
     Flag(
         "plain_model",
-        "of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
+        "model of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
         "reflection tokens",
         group=_SYSTEMS,
         is_folder=True,
@@ -73,20 +73,20 @@ SYSTEM_FLAGS = (
     ),
     Flag(
         "plain_prompt",
-        "of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
+        "prompt of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
         "llama_chat_prompt (the released script's), or a JSON file of two templates",
         group=_SYSTEMS,
     ),
     Flag(
         "no_retriever_model",
-        "of train_no_retriever: trained on `selfrag label --plain=closed`",
+        "model of the system train_no_retriever: trained on `selfrag label --plain=closed`",
         group=_SYSTEMS,
         is_folder=True,
         in_place=True,
     ),
     Flag(
         "no_critic_model",
-        "of train_no_critic: trained on `selfrag label --plain=top1`",
+        "model of the system train_no_critic: trained on `selfrag label --plain=top1`",
         group=_SYSTEMS,
         is_folder=True,
         in_place=True,

@@ -118,7 +118,10 @@ COMMAND = Command(
     ),
     flags=(
         Flag(
-            "workdir", "of a finished quickstart; several with commas", group=INPUT, is_folder=True
+            "workdir",
+            "folder of a finished quickstart; several with commas",
+            group=INPUT,
+            is_folder=True,
         ),
         Flag(
             "run",

@@ -247,7 +247,7 @@ COMMAND = Command(
         ),
         JUDGE_FLAG,
         *LOADING_FLAGS,
-        Flag("bootstrap_seed", "of the intervals", 0, type=int),
+        Flag("bootstrap_seed", "seed of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
