@@ -87,6 +87,25 @@ def test_help_of_ask_groups_its_flags_and_tells_the_numbers_of_its_config():
     assert "Search (defaults of --config=any_model)" in text
 
 
+def test_the_values_that_complete_are_those_that_the_library_takes():
+    """Where a command spells them out, so that its help imports nothing that takes long."""
+    from selfrag_jax.checkpoints.converting import FORMATS
+    from selfrag_jax.compilation.compile import PROGRAMS
+    from selfrag_jax.models.params import DTYPES
+    from selfrag_jax.retrieval.bm25 import MIXES
+    from selfrag_jax.retrieval.index import BACKENDS
+
+    for command, flag, known in (
+        ("retrieve", "backend", BACKENDS),
+        ("retrieve", "mix", MIXES),
+        ("compile", "program", PROGRAMS),
+        ("convert", "format", FORMATS),
+        ("convert", "dtype", DTYPES),
+    ):
+        [choices] = [f.choices for f in load_command(command).flags if f.name == flag]
+        assert choices == known, (command, flag)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

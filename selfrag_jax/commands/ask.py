@@ -33,7 +33,7 @@ _NOT_PRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
     question = " ".join(positional).strip()
-    is_typed = not question and sys.stdin.isatty()
+    is_typed = not question and sys.stdin is not None and sys.stdin.isatty()
     piped = iter(()) if question or is_typed else question_prompt.piped_lines()
     first = next(piped, None)  # before a model is loaded
     if not (question or is_typed or first):

@@ -70,8 +70,7 @@ def _add_flags(parser: argparse.ArgumentParser, command: Command, words: list[st
             names = [f"--{f.name}"] if f.default is False else [f"--{f.name}", f"--no{f.name}"]
             parser.add_argument(*names, action="store_true", help=f.help)
             continue
-        choices = [*SUMMARIES] if f.name == "stage" else f.choices or None
-        action: Any = parser.add_argument(f"--{f.name}", help=f.help, choices=choices)
+        action: Any = parser.add_argument(f"--{f.name}", help=f.help, choices=f.choices or None)
         action.completer = _completer(f)
         if f.name == "config" and words[-1].startswith("--config."):
             for name in _fields(_config_name(words, command)):
@@ -87,7 +86,7 @@ def _completer(flag: Flag) -> Any:
     """What argcomplete asks for a flag's values; None: the flag's choices."""
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
-    if flag.choices or flag.name == "stage":
+    if flag.choices:
         return None
     if flag.name == "config":
         return _configs

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import selfrag_jax
+from selfrag_jax.commands import SUMMARIES
 from selfrag_jax.commands.command import OUTPUT, Command, Flag
 from selfrag_jax.errors import StageFailed, UserError
 
@@ -100,8 +101,6 @@ def _size(n: float) -> str:
 
 
 def _check_stage(name: str) -> None:
-    from selfrag_jax.commands import SUMMARIES
-
     if name not in SUMMARIES:
         close = difflib.get_close_matches(name, SUMMARIES, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(SUMMARIES)}"
@@ -133,6 +132,7 @@ COMMAND = Command(
             "stage",
             "a command; exit status 1 if a package that it may use is missing",
             group="What is looked at",
+            choices=tuple(SUMMARIES),
         ),
         Flag(
             "workdir",

@@ -289,7 +289,12 @@ COMMAND = Command(
     example="selfrag index --passages=corpus.tsv --encoder=facebook/contriever-msmarco "
     "--memory=8GB --out=index",
     flags=(
-        Flag("embeddings", "made by `selfrag embed`", group=INPUT, is_folder=True),
+        Flag(
+            "embeddings",
+            "folder of embeddings, made by `selfrag embed`",
+            group=INPUT,
+            is_folder=True,
+        ),
         Flag(
             "passages",
             "a corpus (.tsv, .jsonl, or .gz) to embed and index in one step",

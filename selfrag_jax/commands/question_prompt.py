@@ -69,7 +69,7 @@ def answer_lines(ask: Ask, lines: Iterator[str]) -> None:
 def piped_lines() -> Iterator[str]:
     """The lines of stdin that are not empty, as they come. Raises UserError if they are no text."""
     try:
-        for line in sys.stdin:
+        for line in sys.stdin or ():  # None: closed
             if question := line.strip():
                 yield question
     except UnicodeDecodeError as e:
@@ -135,6 +135,9 @@ def _open_history() -> Callable[[], None]:
 
     def remember() -> None:
         with contextlib.suppress(OSError):
-            readline.append_history_file(1, file)
+            if hasattr(readline, "append_history_file"):
+                readline.append_history_file(1, file)
+            else:  # libedit
+                readline.write_history_file(file)
 
     return remember

@@ -40,10 +40,15 @@ class EncoderConfig:
         "mean or cls (default: as the model says)", choices=("mean", "cls"), default=None
     )
     normalize: bool | None = setting("unit vectors (default: as the model says)", default=None)
-    query_prefix: str | None = setting("text before each query, e.g. 'query: '", default=None)
-    passage_prefix: str | None = setting("text before each passage", default=None)
+    query_prefix: str | None = setting(
+        "text before each query, e.g. 'query: ' (default: as the model says)", default=None
+    )
+    passage_prefix: str | None = setting(
+        "text before each passage (default: as the model says)", default=None
+    )
     max_length: int | None = setting(
-        "tokens of a text that are embedded; longer ones are cut", default=None
+        "tokens of a text that are embedded; longer ones are cut (default: as the model says)",
+        default=None,
     )
     dtype: str = "float32"  # of activations; bfloat16 on TPUs
     batch_tokens: int | None = None  # in a batch, on each device; None: 1k on a CPU, else 32k
