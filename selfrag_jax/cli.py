@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from selfrag_jax import accelerators, allocator
+from selfrag_jax import __version__, accelerators, allocator
 from selfrag_jax.commands import SUMMARIES, load_command, remote_files
 from selfrag_jax.commands.command import Command, load_config
 from selfrag_jax.errors import StageFailed, UserError
@@ -37,20 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM exits with 143.
     """
     is_whole_process = argv is None
+    if is_whole_process and "_ARGCOMPLETE" in os.environ:  # set by the script of a shell
+        from selfrag_jax.commands import completion
+
+        completion.answer_shell()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(_overview())
+        return _help(argv[1:])
+    if argv[0] in ("--version", "-V"):
+        print(_versions())
         return 0
     name, arguments = argv[0], argv[1:]
     if name not in SUMMARIES:
-        close = difflib.get_close_matches(name, SUMMARIES, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        print(f"selfrag: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
-        return 2
-    command = load_command(name)
+        return _unknown(name)
     if any(a in ("--help", "-h") for a in arguments):
-        print(_help(name, command))
-        return 0
+        return _help([name])
+    command = load_command(name)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         status, message = _run(command, name, arguments, is_whole_process)
@@ -128,8 +131,8 @@ def parse(
     except flags.UnrecognizedFlagError as e:
         names = [f.name for f in command.flags]
         close = e.flagname and difflib.get_close_matches(e.flagname, names, 1, 0.5)
-        every = ", ".join(f"--{n}" for n in names)
-        hint = f"did you mean --{close[0]}?" if close else f"flags: {every}"
+        every = f"flags: {', '.join(f'--{n}' for n in names)}" if names else "it has no flags"
+        hint = f"did you mean --{close[0]}?" if close else every
         raise UserError(f"unknown flag --{e.flagname}; {hint}") from None
     except flags.Error as e:
         raise UserError(str(e)) from None
@@ -166,22 +169,43 @@ def _absl_flags(command: Command) -> flags.FlagValues:
     return values
 
 
-def _overview() -> str:
-    width = max(map(len, SUMMARIES))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in SUMMARIES.items()]
-    return (
-        "selfrag COMMAND --flags\n\n" + "\n".join(lines) + "\n\n"
-        "`selfrag COMMAND --help` explains a command. Start with: selfrag quickstart --workdir=W"
-    )
+def _help(arguments: Sequence[str]) -> int:
+    """Prints the overview, or the help of the command that `selfrag help` is asked about."""
+    from selfrag_jax.commands import help_text
+
+    width = help_text.terminal_width()
+    if not arguments:
+        print(help_text.overview(width))
+    elif arguments[0] in SUMMARIES:
+        print(help_text.command_help(arguments[0], load_command(arguments[0]), width))
+    else:
+        return _unknown(arguments[0])
+    return 0
 
 
-def _help(name: str, command: Command) -> str:
-    lines = [SUMMARIES[name], "", *(f"  {example}" for example in command.examples), ""]
-    width = max(len(f.name) for f in command.flags)
-    for f in command.flags:
-        note = "" if f.default is None else f" (default: {f.default})"
-        lines.append(f"  --{f.name:<{width}}  {f.help}{' (required)' if f.required else note}")
-    return "\n".join(lines)
+def _unknown(name: str) -> int:
+    """Says that there is no such command, and which one was probably meant."""
+    known = [*SUMMARIES, "help", "--help", "--version"]
+    close = difflib.get_close_matches(name, known, 1)
+    if close:
+        hint = f"did you mean {close[0]!r}?"
+    elif name.startswith("-"):
+        hint = "flags come after the command: selfrag COMMAND --flag=value"
+    else:
+        hint = "`selfrag help` lists the commands"
+    print(f"selfrag: unknown command {name!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def _versions() -> str:
+    """One line: the package, JAX (which is not imported) and Python."""
+    from importlib import metadata
+
+    try:
+        jax = metadata.version("jax")
+    except metadata.PackageNotFoundError:
+        jax = "missing"
+    return f"selfrag-jax {__version__}, jax {jax}, Python {platform.python_version()}"
 
 
 def _keep_compiled_programs() -> None:

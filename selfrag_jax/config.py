@@ -22,9 +22,13 @@ from selfrag_jax.errors import UserError
 T = TypeVar("T")
 
 
-def setting(help: str, **default: Any) -> Any:
-    """A dataclass field that is also a command-line flag with this help (commands/command.py)."""
-    return dataclasses.field(metadata={"help": help}, **default)
+def setting(help: str, *, group: str = "", choices: Collection[str] = (), **default: Any) -> Any:
+    """A dataclass field that is also a command-line flag with this help (commands/command.py).
+
+    group, choices: of the flag. default: what dataclasses.field takes.
+    """
+    metadata = {"help": help, "group": group, "choices": tuple(choices)}
+    return dataclasses.field(metadata=metadata, **default)
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """The command line: help that teaches, and wrong flags, fields and files met with a remedy."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from plain_search import make_rag
 
+import selfrag_jax
 from selfrag_jax import cli, config
 from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.commands import SUMMARIES, ask, load_command
+from selfrag_jax.commands import GROUPS, SUMMARIES, ask, help_text, load_command
 from selfrag_jax.critic.collecting import CollectConfig
 from selfrag_jax.critic.labelling import LabelConfig
 from selfrag_jax.errors import UserError
@@ -28,20 +31,111 @@ def run(capsys, *argv):
 
 
 # ---- help and wrong input ------------------------------------------------------------------------
-def test_overview_and_help_name_every_command_and_flag(capsys):
+def test_the_overview_lists_every_command_once(capsys):
     code, out, _ = run(capsys)
-    assert code == 0 and all(name in out for name in SUMMARIES)
-    for name in SUMMARIES:
-        command = load_command(name)
-        code, out, _ = run(capsys, name, "--help")
-        assert code == 0 and all(example in out for example in command.examples)
-        assert all(f"--{f.name}" in out for f in command.flags)
+    assert code == 0 and run(capsys, "help")[1] == run(capsys, "--help")[1] == out
+    listed = [line.split()[0] for line in out.splitlines() if re.match(r"  \w", line)]
+    assert sorted(listed) == sorted(SUMMARIES) and set().union(*GROUPS.values()) <= set(SUMMARIES)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["", *SUMMARIES])
+def test_help_fits_the_terminal(capsys, monkeypatch, name, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, out, _ = run(capsys, "help", *([name] if name else []))
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert name not in ("ask", "answer", "evaluate") or max(map(len, lines)) > width - 10
+    assert not any(line.endswith(" ") for line in lines)
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_help_has_every_flag_in_a_group_with_its_default(capsys, name):
+    command = load_command(name)
+    code, out, _ = run(capsys, "help", name)
+    assert code == 0 and run(capsys, name, "--help")[1] == out
+    unwrapped = out.replace(" \\\n     ", "")
+    assert all(f"\n  {example}\n" in unwrapped for example in command.examples)
+    group, described = "", {}  # flag -> [group, help]
+    for line in out.partition("\nExamples\n")[2].splitlines():
+        if line and not line.startswith(" "):
+            group = line.partition(" (defaults of")[0]
+        elif found := re.match(r"  --(\w+)(.*)", line):
+            flag = found[1]
+            described[flag] = [group, found[2]]
+        elif line and group:
+            described[flag][1] += " " + line.strip()
+    assert set(described) == {f.name for f in command.flags}
+    for f in command.flags:
+        group, text = described[f.name]
+        assert group == ("Required" if f.required else f.heading)
+        assert f.required or "default" in text, f.name
+    headings = [group for group, _ in described.values()]
+    assert headings == sorted(headings, key=[*dict.fromkeys(headings)].index), "in one piece"
+    assert "Required" not in headings[sum(f.required for f in command.flags) :]
+
+
+def test_help_of_ask_groups_its_flags_and_tells_the_numbers_of_its_config():
+    groups = help_text.flag_groups(load_command("ask"))
+    assert [*groups] == ["Model and index", "Search", "Sampling", "Output", "Settings"]
+    assert sum(map(len, groups.values())) >= 26 and max(map(len, groups.values())) <= 15
+    text = help_text.command_help("ask", load_command("ask"), 120)
+    search = config.load("any_model").answer.search
+    for name in ("ndocs", "beam_width", "max_depth", "threshold"):
+        row = re.search(rf"  --{name} .*?\(default: (.*?)\)", text, re.DOTALL)
+        assert row and row[1] == str(search[name])
+    assert "Search (defaults of --config=any_model)" in text
+
+
+def test_the_values_that_complete_are_those_that_the_library_takes():
+    """Where a command spells them out, so that its help imports nothing that takes long."""
+    from selfrag_jax.checkpoints.converting import FORMATS
+    from selfrag_jax.compilation.compile import PROGRAMS
+    from selfrag_jax.models.params import DTYPES
+    from selfrag_jax.retrieval.bm25 import MIXES
+    from selfrag_jax.retrieval.index import BACKENDS
+
+    for command, flag, known in (
+        ("retrieve", "backend", BACKENDS),
+        ("retrieve", "mix", MIXES),
+        ("compile", "program", PROGRAMS),
+        ("convert", "format", FORMATS),
+        ("convert", "dtype", DTYPES),
+    ):
+        [choices] = [f.choices for f in load_command(command).flags if f.name == flag]
+        assert choices == known, (command, flag)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["help", "anser"], "unknown command 'anser'; did you mean 'answer'?"),
+        (["xyzzy"], "unknown command 'xyzzy'; `selfrag help` lists the commands"),
+        (["--workdir=W", "ask"], "flags come after the command"),
+        (["--versoin"], "did you mean '--version'?"),
+        (["completion"], "completion of which shell? bash, zsh, fish"),
+        (["completion", "bsh"], "completion of which shell?"),
+        (["completion", "--zzz"], "unknown flag --zzz; it has no flags"),
+    ],
+)
+def test_an_unknown_command_is_met_in_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+def test_version_names_package_jax_and_python(capsys):
+    code, out, _ = run(capsys, "--version")
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert code == 0
+    assert out == f"selfrag-jax {selfrag_jax.__version__}, jax {jax.__version__}, Python {python}\n"
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_wrong_flags_of_every_command_exit_with_2(capsys, name):
     """A misspelt flag names the right one; a missing one and an unknown address are named."""
     flags = load_command(name).flags
+    if not flags:
+        return  # `completion`
     for f in flags:
         misspelt = f.name + "x"
         code, _, err = run(capsys, name, f"--{misspelt}=1")
@@ -66,7 +160,6 @@ def test_wrong_flags_of_every_command_exit_with_2(capsys, name):
         (["quickstart", "--workdir=W", "extra"], "unexpected argument 'extra'"),
         (["retrieve", "--index=I", "--input=Q", "--out=O", "--k=five"], "--k=five"),
         (["ask", "--workdir=nowhere", "Who?"], "holds no finished quickstart"),
-        (["ask", "--workdir=nowhere"], "ask what?"),
         (
             ["ask", "--model=nowhere", "Who?"],
             "nowhere: no such folder; expected the folder of a model",

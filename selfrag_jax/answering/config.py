@@ -18,8 +18,10 @@ class AnswerConfig:
     batch: int  # maximum number of questions searched at once
     max_length: int  # maximum number of tokens in a prompt, and in a passage
     closed_set: bool  # let the passages of a question with options vote (paper, Section 3.3)
-    dtype: str | None = setting("float32, bfloat16 or float16; default: the model's")
-    quantization: str | None = setting("int8: weights in 8 bits")
+    dtype: str | None = setting(
+        "float32, bfloat16 or float16; default: the model's", choices=tuple(DTYPES)
+    )
+    quantization: str | None = setting("int8: weights in 8 bits", choices=("int8",))
     tensor: int = setting("devices to split the model over")
 
     def __post_init__(self):

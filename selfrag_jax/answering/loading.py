@@ -13,6 +13,7 @@ from selfrag_jax.engine.engine import unstack_layers
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import quantize, sharding
 from selfrag_jax.models.llama import Model
+from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever
 
 
 def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
@@ -40,3 +41,14 @@ def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
         params = model.per_layer(params)
     params = jax.device_put(params, sharding.shardings(mesh, params))
     return replace(loaded, model=model, params=params, mesh=mesh)
+
+
+def describe(name: str, loaded: LoadedModel, retriever: Retriever | None, mode: str) -> str:
+    """One line about what answers: the model and its device, where passages come from, the mode."""
+    if isinstance(retriever, IndexRetriever):
+        passages = repr(retriever)
+    elif retriever is None:
+        passages = "no index"
+    else:  # one of the user's own, whose repr may be long
+        passages = type(retriever).__name__
+    return f"{name}({loaded!r}; {passages}; {mode})"

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from selfrag_jax.answering.loading import describe
 from selfrag_jax.answering.records import Answer, failed_answer
 from selfrag_jax.checkpoints.loading import LoadedModel
 from selfrag_jax.config import check_type
@@ -67,6 +68,9 @@ class PlainModel:
         params = place_params(self.loaded.model, self.loaded.params)
         self.loaded = replace(self.loaded, params=params)
         self._controls = _controls(self.loaded)
+
+    def __repr__(self) -> str:
+        return describe("PlainModel", self.loaded, self.retriever, self.config.mode)
 
     def check(self, changes: dict[str, Any]) -> None:
         """Raises UserError if `changes`, as in `answer`, are wrong."""

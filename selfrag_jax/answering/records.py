@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from selfrag_jax.answering.citations import Citation, citation_notices, cite, is_irrelevant
+from selfrag_jax.answering.printable import printable, shortened
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.search.search import SegmentSearch
 from selfrag_jax.search.tree import Beam, Node, SearchTree
@@ -65,6 +66,31 @@ class Answer:
         row["scores"] = [s["score"] for s in row["segments"]]
         row["passages"] = [{k: v for k, v in p.items() if v is not None} for p in row["passages"]]
         return json.loads(json.dumps(row))  # tuples become lists, as in a file
+
+    def __str__(self) -> str:
+        """The answer with its marks, the passages they point to, and notices."""
+        if self.error:
+            return f"no answer: {self.error}"
+        lines = [cited_text(self)]
+        for i, p in enumerate(self.passages, 1):
+            lines.append(f"  [{i}] " + shortened(f"{p.title}: {p.text}".lstrip(": "), 400)[0])
+        return printable("\n".join([*lines, *(f"note: {n}" for n in self.notices)]))
+
+    def __repr__(self) -> str:
+        question, answer = shortened(self.question, 60)[0], shortened(self.answer, 80)[0]
+        said = f"error={self.error!r}" if self.error else f"answer={answer!r}"
+        return (
+            f"Answer(id={self.id!r}, question={question!r}, {said}, "
+            f"citations={len(self.citations)}, score={self.score:.3f})"
+        )
+
+
+def cited_text(answer: Answer) -> str:
+    """The answer's segments, each with the number of the passage that it cites."""
+    marks = {c.segment: c.passage + 1 for c in answer.citations}
+    return " ".join(
+        f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)
+    )
 
 
 @dataclass(frozen=True)

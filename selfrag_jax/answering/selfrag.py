@@ -1,7 +1,7 @@
 """SelfRAG, the public object: questions in, answers with citations and critiques out.
 
 rag = SelfRAG.load("W/generator", index="W/index")
-for answer in rag.answer(["Where was Marvin Tellock born?"], threshold=0.2):
+for answer in rag.answer(["What does Silverlight Waltz praise?"], threshold=0.2):
     print(answer.answer, answer.citations)
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from selfrag_jax.answering import generator
 from selfrag_jax.answering.config import DEFAULT, AnswerConfig
-from selfrag_jax.answering.loading import prepare_model
+from selfrag_jax.answering.loading import describe, prepare_model
 from selfrag_jax.answering.records import (
     Answer,
     SegmentDone,
@@ -59,6 +59,9 @@ class SelfRAG:
     def __post_init__(self):
         params = place_params(self.loaded.model, self.loaded.params)
         self.loaded = replace(self.loaded, params=params)
+
+    def __repr__(self) -> str:
+        return describe("SelfRAG", self.loaded, self.retriever, self.config.search.mode)
 
     @classmethod
     def load(

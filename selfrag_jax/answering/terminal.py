@@ -7,49 +7,97 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from selfrag_jax.answering.records import Answer
+from selfrag_jax.answering.printable import printable, shortened
+from selfrag_jax.answering.records import Answer, cited_text
 
 _LEGEND = "IsRel: p(Relevant)  IsSup: p(Fully supported)  IsUse: p(Utility:5)  p(seg): text"
+_CITED_LINES, _TABLE_LINES = 10, 6  # of a passage at most
+_NUMBERS = ("IsRel", "IsSup", "IsUse", "p(seg)", "score")
+_PASSAGE, _SEGMENT = 3, 2  # how the rest of the table's width is shared
 
 
-def show(answer: Answer, console: Console | None = None) -> None:
-    """Prints an answer that has no `error`: text, citations, and the critique of each passage."""
+def show(
+    answer: Answer,
+    console: Console | None = None,
+    full: bool = False,
+    how_to_see_all: str = "--full",
+) -> None:
+    """Prints an answer that has no `error`: text, citations, and the critique of each passage.
+
+    full: whole passages, however long; else the last line names `how_to_see_all`. Control
+    characters in texts are never printed.
+    """
     console = console or Console()
-    marks = {c.segment: c.passage + 1 for c in answer.citations}
-    cited = [
-        f"{s.text} [{marks[i]}]" if i in marks else s.text for i, s in enumerate(answer.segments)
-    ]
+    cell = _Cells(full)
     console.print()
     for notice in answer.notices:  # first: a guess should not be read as an answer
-        console.print(f"note: {escape(notice)}", style="yellow")
-    console.print(f"[bold]{escape(' '.join(cited))}[/bold]")
-    for i, p in enumerate(answer.passages, 1):
-        console.print(escape(f"  [{i}] {p.title}: {p.text}"))
+        console.print(Text(f"note: {printable(notice)}", "yellow"))
+    console.print(Text(printable(cited_text(answer)), "bold"))
+    if answer.passages:
+        console.print(_cited(answer, console.width, cell))
     decision = "retrieved" if answer.retrieved else "answered from memory"
-    console.print(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", style="dim")
-    console.print(_critiques(answer.tree))
+    console.print(Text(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", "dim"))
+    console.print(_critiques(answer.tree, console.width, cell))
+    if cell.any_cut:
+        console.print(Text(f"Long texts are cut; {how_to_see_all} shows them whole.", "dim"))
 
 
-def _critiques(tree: Sequence[dict[str, Any]]) -> Table:
+class _Cells:
+    """Texts for the screen, in which rich reads no markup, cut unless all of them are wanted."""
+
+    def __init__(self, full: bool):
+        self.full, self.any_cut = full, False
+
+    def __call__(self, text: str, cells: int) -> Text:
+        if self.full:
+            return Text(printable(text))
+        shown, was_cut = shortened(text, cells)
+        self.any_cut |= was_cut
+        return Text(shown)
+
+
+def _cited(answer: Answer, width: int, cell: _Cells) -> Table:
+    """The passages that citations point to."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for i, p in enumerate(answer.passages, 1):
+        text = f"{p.title}: {p.text}" if p.title else p.text
+        mark = f"  [{i}]"
+        table.add_row(Text(mark), cell(text, _CITED_LINES * (width - len(mark) - 1)))
+    return table
+
+
+def _critiques(tree: Sequence[dict[str, Any]], width: int, cell: _Cells) -> Table:
     """A row for each segment in the search tree."""
+    rows = list(_in_tree_order(tree))
+    places = [place + ("►" if n["chosen"] else "") for place, n in rows]
     table = Table(
-        box=SIMPLE_HEAD, header_style="bold", expand=True, caption=_LEGEND, caption_justify="left"
+        box=SIMPLE_HEAD,
+        header_style="bold",
+        expand=True,
+        padding=(0, 1, 0, 0),
+        caption=_LEGEND,
+        caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    table.add_column("passage", ratio=3)
-    table.add_column("segment", ratio=2)
-    for name in ("IsRel", "IsSup", "IsUse", "p(seg)", "score"):
+    table.add_column("passage", ratio=_PASSAGE, overflow="fold")
+    table.add_column("segment", ratio=_SEGMENT, overflow="fold")
+    for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    for place, n in _in_tree_order(tree):
+    fixed = max(map(len, places), default=0) + sum(len(name) + 1 for name in _NUMBERS) + 6
+    share = max(width - fixed, 20) // (_PASSAGE + _SEGMENT)
+    for place, (_, n) in zip(places, rows, strict=True):
         passage = n["passage"]
         evidence = (f"{n['isrel'][1]:.2f}", f"{n['issup'][0]:.2f}") if passage else ("", "")
+        text = _passage_text(passage) if passage else "(none)"
         table.add_row(
-            place + ("►" if n["chosen"] else ""),
-            escape(_passage_text(passage)) if passage else "(none)",
-            escape(n["text"]),
+            place,
+            cell(text, _TABLE_LINES * share * _PASSAGE),
+            cell(n["text"], _TABLE_LINES * share * _SEGMENT),
             *evidence,
             f"{n['isuse'][4]:.2f}",
             f"{n['p_segment']:.2f}",

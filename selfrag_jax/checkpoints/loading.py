@@ -46,6 +46,27 @@ class LoadedModel:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh | None = None  # over which the parameters are sharded
 
+    def __repr__(self) -> str:
+        """One line; the parameters would be thousands."""
+        c = self.model.config
+        if self.params is None:
+            return f"Llama of {c.num_layers} layers, without its parameters"
+        leaves = jax.tree.leaves(self.params)
+        dtypes = {str(leaf.dtype) for leaf in leaves}
+        dtype = "int8" if c.quantized else "/".join(sorted(dtypes))
+        device = next(iter(leaves[0].devices())) if isinstance(leaves[0], jax.Array) else "host"
+        where = f"{self.mesh.size} devices" if self.mesh is not None else str(device)
+        count = sum(int(leaf.size) for leaf in leaves)
+        return f"Llama of {c.num_layers} layers, {_shown(count)} parameters, {dtype}, on {where}"
+
+
+def _shown(count: int) -> str:
+    """A number of parameters with three digits: 135M, 6.74B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
 
 def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     """Reads a model for inference or as the start of a fine-tune.

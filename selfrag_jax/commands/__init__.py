@@ -10,7 +10,6 @@ from importlib import import_module
 
 from selfrag_jax.commands.command import Command
 
-# In the order of the flow, as `selfrag` lists them.
 SUMMARIES = {
     "quickstart": "Builds a whole Self-RAG in a small synthetic world, and measures it.",
     "world": "Writes the synthetic world: passages, instructions, evaluation files.",
@@ -23,7 +22,7 @@ SUMMARIES = {
     "agree": "Compares the labels of two teachers: accuracy and Cohen's kappa in each group.",
     "train": "Trains a critic or a generator; run again after an interruption, it continues.",
     "label": "Labels instructions with passages and critiques: the generator's training data.",
-    "ask": "Answers one question, with citations and the critique of every passage.",
+    "ask": "Answers a question, or many at a prompt, with citations and critiques.",
     "answer": "Answers a file of questions; run again after an interruption, it continues.",
     "evaluate": "Scores answers against gold answers, or a critic against labels it has not seen.",
     "sweep": "Answers and scores under many settings, generating only what they change.",
@@ -35,6 +34,17 @@ SUMMARIES = {
     "doctor": "Prints devices, versions, memory and disk, and what is missing for which command.",
     "compile": "Compiles for TPUs or GPUs that you do not have: memory, traffic, least time.",
     "base": "Trains the small base model of the quickstart; it is shipped, and takes an hour.",
+    "completion": "Prints the script that makes a shell complete commands, flags and values.",
+}
+# The headings of `selfrag help`. A command that is missing here stands under the last one.
+GROUPS = {
+    "The whole flow": ("quickstart",),
+    "Data": ("world", "prepare", "check", "collect", "agree", "label"),
+    "Training": ("train", "base"),
+    "Retrieval": ("embed", "index", "retrieve"),
+    "Answering": ("ask", "answer", "calibrate"),
+    "Evaluation": ("evaluate", "sweep", "compare", "export", "report"),
+    "Tools": ("convert", "doctor", "compile", "completion"),
 }
 
 

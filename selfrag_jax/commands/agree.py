@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag
-from selfrag_jax.commands.train import is_released
+from selfrag_jax.commands.command import INPUT, Command, Flag
+from selfrag_jax.commands.train import FORMATS, is_released
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.text import reflection
@@ -87,9 +87,15 @@ COMMAND = Command(
             "asked, in any order; collect both with --config.collect.balance=none",
             required=True,
         ),
-        Flag("format", "of both: own; or released, for published files", "own"),
+        Flag(
+            "format",
+            "format of both files: own; or released, for published files",
+            "own",
+            group=INPUT,
+            choices=FORMATS,
+        ),
         Flag("out", "JSON file to write: the rows and the confusion matrices", writes=True),
-        Flag("seed", "of the bootstrap", 0, type=int),
+        Flag("seed", "seed of the bootstrap", 0, type=int),
     ),
     run=run,
 )

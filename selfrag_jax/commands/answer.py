@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.answer_parts import PARTIAL_FILES, AnswerParts, answer_rest
-from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag
+from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -39,6 +40,7 @@ INSTRUCTIONS_FLAG = Flag(
     "instructions",
     "the tasks' instructions, in place of our wording: a JSON file of task and instruction, or the "
     "released repository's retrieval_lm/utils.py, which is parsed and never run",
+    group=INPUT,
 )
 
 
@@ -277,6 +279,7 @@ COMMAND = Command(
             "popqa, arc_challenge, ...: asks as that task does (its search settings come with "
             "`selfrag evaluate`); another name only labels the answers; default: the input file's "
             "name, as a label. With --scorer=released, asqa and eli5 get citation marks",
+            group=INPUT,
         ),
         INSTRUCTIONS_FLAG,
         Flag(
@@ -292,4 +295,5 @@ COMMAND = Command(
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
 )

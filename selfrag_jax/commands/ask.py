@@ -1,14 +1,18 @@
-"""`selfrag ask`: a question in, an answer on the screen."""
+"""`selfrag ask`: a question in, an answer on the screen; without one, a prompt for many."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands import question_prompt
+from selfrag_jax.commands.command import OUTPUT, Command, Flag
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -17,42 +21,102 @@ from selfrag_jax.commands.model_flags import (
 )
 from selfrag_jax.errors import StageFailed, UserError
 
-_EXAMPLE = 'selfrag ask --workdir=W "Where was Marvin Tellock born?"'
+if TYPE_CHECKING:
+    from selfrag_jax.answering.records import Answer
+    from selfrag_jax.answering.selfrag import SelfRAG
+    from selfrag_jax.records import Question
+
+_EXAMPLE = 'selfrag ask --workdir=W "What does Silverlight Waltz praise?"'
+# JSON leaves them as they are, but terminals obey the first, and no encoding has the second.
+_NOT_PRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
     question = " ".join(positional).strip()
-    if not question:
+    is_typed = not question and sys.stdin is not None and sys.stdin.isatty()
+    piped = iter(()) if question or is_typed else question_prompt.piped_lines()
+    first = next(piped, None)  # before a model is loaded
+    if not (question or is_typed or first):
         raise UserError(f"ask what? For example: {_EXAMPLE}")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # answers have characters that a locale may lack
+            stream.reconfigure(errors="replace")
+
+    from selfrag_jax.answering.terminal import show
+    from selfrag_jax.records import Question
+
+    rag, changes = load_selfrag(values), search_changes(values)
+    mode = rag.search_config(changes).mode
+    if rag.retriever is None and mode != "no_retrieval":
+        raise UserError("give --index, made by `selfrag index`, or --mode=no_retrieval")
+    number = itertools.count()
+    hint = ":full" if is_typed else "--full"
+
+    def ask(text: str) -> Answer:
+        return _ask(rag, Question(id=str(next(number)), question=text), changes, values, hint)
+
+    if question:
+        ask(question)
+    elif is_typed:
+        question_prompt.converse(ask, lambda answer: show(answer, full=True), repr(rag))
+    else:
+        question_prompt.answer_lines(ask, itertools.chain([str(first)], piped))
+
+
+def _ask(
+    rag: SelfRAG, question: Question, changes: dict[str, Any], values: dict[str, Any], hint: str
+) -> Answer:
+    """Answers a question, prints the answer and returns it. Raises StageFailed without one.
+
+    hint: how to see all of a text that was cut.
+    """
+    from selfrag_jax.answering.printable import printable
     from selfrag_jax.answering.records import Answer
     from selfrag_jax.answering.terminal import show
 
-    rag = load_selfrag(values)
-    mode = values["mode"] or rag.config.search.mode
-    if rag.retriever is None and mode != "no_retrieval":
-        raise UserError("give --index, made by `selfrag index`, or --mode=no_retrieval")
-    for event in rag.stream([question], **search_changes(values)):
-        if not isinstance(event, Answer):
-            if sys.stderr.isatty() and event.segment.text:  # a long answer is read as it grows
-                print(f"... {event.segment.text}", file=sys.stderr, flush=True)
-            continue
-        if values["json"]:
-            print(json.dumps(event.to_row(), ensure_ascii=False))
-        if event.error:
-            raise StageFailed(f"no answer: {event.error}")
-        if not values["json"]:
-            show(event)
+    answer = None
+    for event in rag.stream(question, **changes):
+        if isinstance(event, Answer):
+            answer = event
+        elif sys.stderr.isatty() and event.segment.text:  # a long answer is read as it grows
+            print(f"... {printable(event.segment.text)}", file=sys.stderr, flush=True)
+    if answer is None:
+        raise StageFailed("no answer: the search ended without one")
+    if values["json"]:
+        is_utf8 = "utf" in (sys.stdout.encoding or "utf-8").lower()
+        row = json.dumps(answer.to_row(), ensure_ascii=not is_utf8)
+        print(_NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", row), flush=True)
+    if answer.error:
+        raise StageFailed(f"no answer: {printable(answer.error)}")
+    if not values["json"]:
+        show(answer, full=values["full"], how_to_see_all=hint)
+        sys.stdout.flush()
+    return answer
 
 
 COMMAND = Command(
-    example=_EXAMPLE,
+    example=f"{_EXAMPLE}\nselfrag ask --workdir=W\nselfrag ask --workdir=W < questions.txt",
     flags=(
         *MODEL_FLAGS,
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
-        Flag("json", "print the record instead", False, type=bool),
+        Flag(
+            "full",
+            "show long passages whole, instead of how much of them was cut",
+            False,
+            type=bool,
+            group=OUTPUT,
+        ),
+        Flag(
+            "json",
+            "print the record instead, on one line for each question",
+            False,
+            type=bool,
+            group=OUTPUT,
+        ),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
     positional="question",
 )

@@ -17,6 +17,7 @@ from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     CALIBRATION,
     CALIBRATION_FIELDS,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -130,9 +131,11 @@ COMMAND = Command(
     flags=(
         *MODEL_FLAGS,
         Flag("input", "questions with gold answers, other than those you evaluate", required=True),
-        Flag("rate", "the share of questions that shall retrieve, from 0 to 1", type=float),
-        Flag("best", "true: the most accurate threshold; of equals, the one that retrieves least",
-             False, type=bool),
+        Flag("rate", "the share of questions that shall retrieve, from 0 to 1", type=float,
+             group="Threshold"),
+        Flag("best", "instead of --rate: the most accurate threshold; of equals, the one that "
+             "retrieves least",
+             False, type=bool, group="Threshold"),
         Flag(
             "out",
             f"default: {CALIBRATION} in the model's folder, where `answer` finds it",
@@ -142,8 +145,9 @@ COMMAND = Command(
         Flag("work", "folder of the answers; default: beside --out, as .answers", writes=True),
         *(f for f in SEARCH_FLAGS if f.name not in ("mode", "threshold")),
         *LOADING_FLAGS,
-        Flag("bootstrap_seed", "of the intervals", 0, type=int),
+        Flag("bootstrap_seed", "seed of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
 )  # fmt: skip

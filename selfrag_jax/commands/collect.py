@@ -11,6 +11,7 @@ from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import (
+    INPUT,
     Command,
     Flag,
     config_flag,
@@ -37,10 +38,12 @@ from selfrag_jax.records import write_jsonl
 from selfrag_jax.storage.copies import is_copy
 from selfrag_jax.world.truth import read_truth
 
+_TEACHER = "Teacher"
 ENDPOINT_FLAGS = tuple(
-    replace(flag, is_url=flag.name == "base_url") for flag in flags_of(EndpointConfig)
+    replace(flag, is_url=flag.name == "base_url")
+    for flag in flags_of(EndpointConfig, "collect.endpoint", _TEACHER)
 )
-COST_FLAGS = flags_of(CostConfig)
+COST_FLAGS = flags_of(CostConfig, "", "Cost")
 
 
 @dataclass(frozen=True)
@@ -274,21 +277,34 @@ COMMAND = Command(
             "openai: an endpoint, its key in OPENAI_API_KEY; openai-batch: the same by batch "
             "files, at half the price; local: a model that runs here; rule: the synthetic "
             "world's truth (default: the config's)",
+            group=_TEACHER,
+            choices=collecting.TEACHERS,
         ),
         *ENDPOINT_FLAGS,
-        Flag("groups", "only these of retrieve, isrel, issup and isuse, with commas", type=tuple),
-        Flag("truth", "the world's teacher.jsonl, for --teacher=rule"),
-        Flag("templates", "folder of prompts, one file for each kind of query (default: ours)"),
+        Flag(
+            "groups",
+            "only these of retrieve, isrel, issup and isuse, with commas (default: all)",
+            type=tuple,
+            group=INPUT,
+        ),
+        Flag("truth", "the world's teacher.jsonl, for --teacher=rule", group=_TEACHER),
+        Flag(
+            "templates",
+            "folder of prompts, one file for each kind of query (default: ours)",
+            group=_TEACHER,
+            is_folder=True,
+        ),
         Flag(
             "cache",
             "file of all replies so far (default: in ~/.cache/selfrag_jax, or "
             "beside --out if that is in a bucket)",
             writes=True,
         ),
-        Flag("dry_run", "tell tokens, cost and time, and stop", False, type=bool),
+        Flag("dry_run", "tell tokens, cost and time, and stop", False, type=bool, group="Cost"),
         *COST_FLAGS,
         Flag("retry_failed", "ask again what got no label in earlier runs", False, type=bool),
         config_flag(None, " (default: tiny for the rule teacher, else critic_7b)", "critic_7b"),
     ),
     run=run,
+    default_config="critic_7b",
 )

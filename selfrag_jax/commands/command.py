@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -15,14 +15,29 @@ from selfrag_jax.errors import UserError
 
 T = TypeVar("T")
 
+# Headings of --help, in this order; those that are not named here come after INPUT.
+REQUIRED, INPUT = "Required", "Input"
+MODEL, SEARCH, SAMPLING = "Model and index", "Search", "Sampling"
+OUTPUT, SETTINGS = "Output", "Settings"
+
 
 @dataclass(frozen=True)
 class Flag:
+    """A flag of a command.
+
+    `selfrag COMMAND --help` adds the default to the help, unless the help has the word in it.
+    """
+
     name: str
     help: str
     default: str | int | float | bool | None = None  # None: optional, or `required`
     required: bool = False
     type: type = str  # str, int, float, bool, or tuple: text with commas
+    group: str = ""  # the heading of --help under which it stands; see `heading`
+    choices: tuple[str, ...] = ()  # for shell completion; the command itself checks the value
+    is_folder: bool = False  # for shell completion
+    field: str = ""  # the config's field that it replaces: there is its default
+    field_default: Any = None  # where the config lacks the field
     is_url: bool = False  # an address of the web, not a file
     # Where the value may be a file in a bucket (commands/remote_files.py):
     writes: bool = False  # the command writes it
@@ -33,6 +48,13 @@ class Flag:
     # to a bucket. All else is sent by process 0 alone.
     each_sends: str = ""
 
+    @property
+    def heading(self) -> str:
+        """The group in which --help lists the flag."""
+        if self.required:
+            return REQUIRED
+        return self.group or (OUTPUT if self.writes else SETTINGS)
+
 
 @dataclass(frozen=True)
 class Command:
@@ -41,6 +63,8 @@ class Command:
     run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
     positional: str = ""  # what positional arguments are, if the command takes any
     positional_paths: bool = False  # whether they are files
+    positional_choices: tuple[str, ...] = ()
+    default_config: str = ""  # where --config has no default: whose numbers --help shows
     saves_on_sigterm: bool = False  # of several processes, all save when one gets SIGTERM
 
     @property
@@ -82,19 +106,30 @@ def config_section(values: dict[str, Any], cls: type[T], name: str) -> T:
     return config.build(cls, loaded[name], name)
 
 
-def flags_of(cls: type) -> tuple[Flag, ...]:
+def flags_of(cls: type, section: str, group: str = "") -> tuple[Flag, ...]:
     """One flag for each field of a settings dataclass that carries help (see config.setting).
 
-    Nested dataclasses contribute theirs in place.
+    Nested dataclasses contribute theirs in place. section: the config's section that `cls` is made
+    from, such as answer.search; "" for none. group: of the flags whose setting names none.
     """
     hints = typing.get_type_hints(cls)
     flags: list[Flag] = []
     for f in fields(cls):
         kind = _without_none(hints[f.name])
         if is_dataclass(kind):
-            flags += flags_of(typing.cast(type, kind))
+            flags += flags_of(typing.cast(type, kind), f"{section}.{f.name}", group)
         elif text := f.metadata.get("help"):
-            flags.append(Flag(f.name, text, type=typing.get_origin(kind) or kind))
+            flags.append(
+                Flag(
+                    f.name,
+                    text,
+                    type=typing.get_origin(kind) or kind,
+                    group=f.metadata["group"] or group,
+                    choices=f.metadata["choices"],
+                    field=f"{section}.{f.name}" if section else "",
+                    field_default=None if f.default is MISSING else f.default,
+                )
+            )
     return tuple(flags)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import INPUT, Command, Flag
 from selfrag_jax.commands.evaluate import scores_path
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
@@ -101,13 +101,17 @@ def run(values: dict[str, Any], runs: list[str]) -> None:
 COMMAND = Command(
     example="selfrag compare a.scores.jsonl b.scores.jsonl --out=difference.json",
     flags=(
-        Flag("task", "the question file, if the runs are predictions of `selfrag answer`"),
+        Flag(
+            "task",
+            "the question file, if the runs are predictions of `selfrag answer`",
+            group=INPUT,
+        ),
         Flag(
             "out",
             "JSON file to write: the differences, with the ids that only one has right",
             writes=True,
         ),
-        Flag("seed", "of the bootstrap and the test", 0, type=int),
+        Flag("seed", "seed of the bootstrap and the test", 0, type=int),
     ),
     run=run,
     positional_paths=True,

@@ -46,6 +46,7 @@ COMMAND = Command(
             "train; decode: answering (configs short_form and long_form); search: all vectors of a "
             "corpus on the devices; embed: a corpus to vectors (both: config index:wikipedia)",
             "train",
+            choices=("train", "decode", "search", "embed"),
         ),
         Flag("out", "JSON file to write as well", writes=True),
         config_flag("generator_7b", "; the compilers come with the extras `.[tpu]` and `.[gpu]`"),

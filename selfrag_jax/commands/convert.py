@@ -30,25 +30,32 @@ COMMAND = Command(
             "a Hugging Face folder, that of a PEFT adapter, a hub name (owner/model), or a "
             "training workdir",
             required=True,
+            is_folder=True,
             in_place=True,
         ),
-        Flag("to", "folder to write", required=True, writes=True),
+        Flag("to", "folder to write", required=True, writes=True, is_folder=True),
         Flag(
             "format",
             "orbax (a training workdir), huggingface, or peft (the adapter alone of a training "
             "with LoRA)",
             required=True,
+            choices=("orbax", "huggingface", "peft"),
         ),
         Flag(
             "step",
             "which checkpoint of a workdir: last, best (the lowest training loss), or its number",
             "last",
         ),
-        Flag("dtype", "of the parameters: float32, bfloat16 or float16; default: unchanged"),
+        Flag(
+            "dtype",
+            "type of the parameters: float32, bfloat16 or float16; default: unchanged",
+            choices=("float32", "bfloat16", "float16"),
+        ),
         Flag(
             "tokenizer",
             "how Llama-2's tokenizer treats white space: llama_slow (as the released model was "
             "trained) or llama_fast (as it was served)",
+            choices=("llama_slow", "llama_fast"),
         ),
         Flag("reflection_tokens", "add those that the vocabulary lacks", False, type=bool),
     ),

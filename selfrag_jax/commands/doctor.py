@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 import selfrag_jax
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands import SUMMARIES
+from selfrag_jax.commands.command import OUTPUT, Command, Flag
 from selfrag_jax.errors import StageFailed, UserError
 
 
@@ -100,8 +101,6 @@ def _size(n: float) -> str:
 
 
 def _check_stage(name: str) -> None:
-    from selfrag_jax.commands import SUMMARIES
-
     if name not in SUMMARIES:
         close = difflib.get_close_matches(name, SUMMARIES, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(SUMMARIES)}"
@@ -129,11 +128,28 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag doctor\nselfrag doctor --stage=prepare --json",
     flags=(
-        Flag("stage", "a command; exit status 1 if a package that it may use is missing"),
-        Flag("workdir", "folder whose disk is looked at", "."),
+        Flag(
+            "stage",
+            "a command; exit status 1 if a package that it may use is missing",
+            group="What is looked at",
+            choices=tuple(SUMMARIES),
+        ),
+        Flag(
+            "workdir",
+            "folder whose disk is looked at",
+            ".",
+            group="What is looked at",
+            is_folder=True,
+        ),
         Flag("timeout", "seconds for JAX to find its devices", 60.0, type=float),
-        Flag("network", "try to reach the hub and buckets", False, type=bool),
-        Flag("json", "print everything as JSON", False, type=bool),
+        Flag(
+            "network",
+            "try to reach the hub and buckets",
+            False,
+            type=bool,
+            group="What is looked at",
+        ),
+        Flag("json", "print everything as JSON", False, type=bool, group=OUTPUT),
     ),
     run=run,
 )

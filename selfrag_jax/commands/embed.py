@@ -15,6 +15,7 @@ from typing import Any
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import (
     DISTRIBUTED,
+    INPUT,
     Command,
     Flag,
     config_flag,
@@ -39,10 +40,16 @@ from selfrag_jax.retrieval.passages import COUNTS
 from selfrag_jax.storage import copies, mirror
 
 _PATIENCE = 60  # seconds until a network disk shows what other hosts have written
-CORPUS_FLAGS = flags_of(CorpusConfig)
+CORPUS_FLAGS = flags_of(CorpusConfig, "", INPUT)
+_ENCODER = "Encoder"
 ENCODER_FLAGS = (
-    Flag("encoder", "hashed, or an encoder model: a folder or a hub name (default: the config's)"),
-    *flags_of(EncoderConfig),
+    Flag(
+        "encoder",
+        "hashed, or an encoder model: a folder or a hub name (default: the config's)",
+        group=_ENCODER,
+        is_folder=True,
+    ),
+    *flags_of(EncoderConfig, "encoder", _ENCODER),
 )
 
 
@@ -227,6 +234,7 @@ COMMAND = Command(
         Flag(
             "vectors",
             "published embeddings to take instead of computing them: pickles, like 'passages_*'",
+            group=INPUT,
         ),
         Flag("out", "folder to write", required=True, writes=True, each_sends=f"{VECTORS}/*.npy"),
         Flag("shard", "i/n: every n-th file only, where n machines share a disk", "0/1"),

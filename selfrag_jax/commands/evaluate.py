@@ -11,7 +11,15 @@ from selfrag_jax import artifacts
 from selfrag_jax.commands.answer import INSTRUCTIONS_FLAG
 from selfrag_jax.commands.answer_parts import PARTIAL_FILES
 from selfrag_jax.commands.asking_critic import AXES, CRITIC, evaluate_critic
-from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import (
+    DISTRIBUTED,
+    INPUT,
+    MODEL,
+    Command,
+    Flag,
+    config_flag,
+    load_config,
+)
 from selfrag_jax.commands.judging import JUDGING_FLAGS, open_judge, open_verifier
 from selfrag_jax.commands.model_flags import (
     LOADING_FLAGS,
@@ -20,7 +28,7 @@ from selfrag_jax.commands.model_flags import (
     SYSTEM_FLAGS,
     config_for,
 )
-from selfrag_jax.commands.train import is_released
+from selfrag_jax.commands.train import FORMATS, is_released
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
@@ -260,30 +268,44 @@ COMMAND = Command(
             "task",
             "a task (popqa, arc_challenge:released, ...; configs/tasks), which is answered and "
             "scored; the question file with gold answers of --predictions; or critic",
+            group=INPUT,
         ),
-        Flag("input", "with a task: its questions, in a published format"),
+        Flag("input", "with a task: its questions, in a published format", group=INPUT),
         INSTRUCTIONS_FLAG,
         *SYSTEM_FLAGS,
-        Flag("all", "every task whose published file lies in the folder --data", False, type=bool),
-        Flag("predictions", "the answers, written by `selfrag answer`"),
+        Flag(
+            "all",
+            "every task whose published file lies in the folder --data",
+            False,
+            type=bool,
+            group=INPUT,
+        ),
+        Flag("predictions", "the answers, written by `selfrag answer`", group=INPUT),
         *JUDGING_FLAGS,
-        Flag("mauve", "the local folder of a language model (gpt2-large): MAUVE is computed"),
         Flag(
             "critic",
             "with --task=critic: a trained critic, a Hugging Face folder or a hub name",
+            group=MODEL,
+            is_folder=True,
             in_place=True,
         ),
         Flag(
             "data",
             "with --task=critic: critic data that it was not trained on; with --all: a folder",
+            group=INPUT,
         ),
         Flag(
             "bins",
             f"with --task=critic: number of confidence bins of the calibration (default: {BINS})",
             type=int,
         ),
-        Flag("format", "of --data: own (default); or released, for published files"),
-        Flag("seed", "of the bootstrap", 0, type=int),
+        Flag(
+            "format",
+            "format of --data: own (default); or released, for published files",
+            group=INPUT,
+            choices=FORMATS,
+        ),
+        Flag("seed", "seed of the bootstrap", 0, type=int),
         Flag(
             "out",
             "default: beside the predictions, as .metrics.json, with each question's scores in "

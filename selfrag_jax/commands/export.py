@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import INPUT, Command, Flag
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.cited_answers import CitedAnswer, read_answers
@@ -77,19 +77,20 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example=f"{EXAMPLE}\n{CHECK_EXAMPLE}",
     flags=(
-        Flag("for", f"the judge: {', '.join(FORMATS)}", required=True),
-        Flag("answers", "the answers, written by `selfrag answer`"),
+        Flag("for", f"the judge: {', '.join(FORMATS)}", required=True, choices=tuple(FORMATS)),
+        Flag("answers", "the answers, written by `selfrag answer`", group=INPUT),
         Flag(
             "task",
             "the question file with gold answers; needed for factscore and ragchecker. Without it, "
             "alce scores citations only",
+            group=INPUT,
         ),
         Flag(
             "out",
             "alce, ragchecker: JSON; factscore, kilt: JSON lines. Written anew every time",
             writes=True,
         ),
-        Flag("check", "instead: a file of that format, whose first fault is named"),
+        Flag("check", "instead: a file of that format, whose first fault is named", group=INPUT),
     ),
     run=run,
 )

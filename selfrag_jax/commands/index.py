@@ -10,6 +10,7 @@ from typing import Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import (
+    INPUT,
     Command,
     Flag,
     config_flag,
@@ -33,7 +34,8 @@ from selfrag_jax.retrieval.bm25 import MIXES
 from selfrag_jax.retrieval.encoders import open_encoder
 from selfrag_jax.retrieval.plan import IndexConfig
 
-INDEX_FLAGS = flags_of(IndexConfig)
+_INDEX, _CHANGES = "Index", "Changes to an index"
+INDEX_FLAGS = flags_of(IndexConfig, "index", _INDEX)
 _LOW_RECALL = 0.9
 
 
@@ -191,11 +193,17 @@ COMMAND = Command(
     example="selfrag index --passages=corpus.tsv --encoder=facebook/contriever-msmarco "
     "--memory=8GB --out=index",
     flags=(
-        Flag("embeddings", "made by `selfrag embed`"),
+        Flag(
+            "embeddings",
+            "folder of embeddings, made by `selfrag embed`",
+            group=INPUT,
+            is_folder=True,
+        ),
         Flag(
             "passages",
             "a corpus to embed and index in one step: .tsv, .csv or .jsonl (id, text, title), "
             ".txt or .md, each also .gz; or a folder of them",
+            group=INPUT,
         ),
         *CORPUS_FLAGS,
         *ENCODER_FLAGS,
@@ -206,9 +214,19 @@ COMMAND = Command(
             writes=True,
         ),
         *INDEX_FLAGS,
-        Flag("mix", "bm25: index the words as well, and fuse both rankings", "none"),
-        Flag("add", "a corpus to add to the index --out"),
-        Flag("remove", "a file with the ids of passages to remove from the index --out"),
+        Flag(
+            "mix",
+            "bm25: index the words as well, and fuse both rankings",
+            "none",
+            group=_INDEX,
+            choices=MIXES,
+        ),
+        Flag("add", "a corpus to add to the index --out", group=_CHANGES),
+        Flag(
+            "remove",
+            "a file with the ids of passages to remove from the index --out",
+            group=_CHANGES,
+        ),
         config_flag("index", examples="index, index:wikipedia"),
     ),
     run=run,

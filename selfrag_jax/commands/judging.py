@@ -13,22 +13,32 @@ from selfrag_jax.world import truth
 
 JUDGES: dict[str, SupportJudge | None] = {"none": None, "world": truth.fully_supports}
 VERIFIERS: dict[str, FactReader | None] = {"none": None, "world": truth.stated_facts}
+_JUDGES = "Judges"
 JUDGE_FLAG = Flag(
     "judge",
-    "of citations: none (default), the local folder of a Hugging Face NLI model, or world "
+    "who judges citations: none (default), the local folder of a Hugging Face NLI model, or world "
     "(the synthetic world's truth)",
+    group=_JUDGES,
 )
 JUDGING_FLAGS = (
     JUDGE_FLAG,
     Flag(
         "verifier",
-        "of the facts in answers about a topic: none, the local folder of a Hugging Face NLI "
-        "model, or world (the synthetic world's truth, for its own files; default)",
+        "who verifies the facts in answers about a topic: none, the local folder of a Hugging Face "
+        "NLI model, or world (the synthetic world's truth, for its own files; default)",
+        group=_JUDGES,
     ),
     Flag(
         "facts",
         "with --verifier=FOLDER: a file of the answers' atomic facts, rows of id and facts (a "
         "list of texts); default: their sentences",
+        group=_JUDGES,
+    ),
+    Flag(
+        "mauve",
+        "the local folder of a language model (gpt2-large): MAUVE is computed",
+        group=_JUDGES,
+        is_folder=True,
     ),
 )
 

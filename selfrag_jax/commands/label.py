@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands import label_chunks
-from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, config_section
+from selfrag_jax.commands.command import (
+    DISTRIBUTED,
+    MODEL,
+    Command,
+    Flag,
+    config_flag,
+    config_section,
+)
 from selfrag_jax.commands.embed import parse_shard
 from selfrag_jax.commands.label_chunks import Chunks
 from selfrag_jax.commands.model_flags import config_for
@@ -340,12 +347,18 @@ COMMAND = Command(
     example=f"{EXAMPLE}\n{PLAIN_EXAMPLE}",
     flags=(
         Flag(
-            "critic", "workdir of a trained critic; needed unless --plain is given", in_place=True
+            "critic",
+            "workdir of a trained critic; needed unless --plain is given",
+            group=MODEL,
+            is_folder=True,
+            in_place=True,
         ),
         Flag(
             "plain",
             "instead of a critic's labels, no reflection tokens: "
             + "; ".join(f"{kind}, {what}" for kind, what in KINDS.items()),
+            group=MODEL,
+            choices=tuple(KINDS),
         ),
         Flag("seed", "with --plain=rag: which rows get all passages", 0, type=int),
         Flag(
@@ -357,8 +370,10 @@ COMMAND = Command(
             "index",
             "made by `selfrag index`: finds passages for each segment that needs some (default: "
             "the rows' ctxs, for all of their segments)",
+            group=MODEL,
+            is_folder=True,
         ),
-        Flag("k", "passages for each segment, from the index", 5, type=int),
+        Flag("k", "passages for each segment, from the index", 5, type=int, group=MODEL),
         *NEEDS_FLAGS,
         Flag(
             "out",

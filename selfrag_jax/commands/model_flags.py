@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.answering.config import AnswerConfig
-from selfrag_jax.commands.command import Flag, config_flag, config_section, flags_of, given
+from selfrag_jax.commands.command import (
+    MODEL,
+    SEARCH,
+    Flag,
+    config_flag,
+    config_section,
+    flags_of,
+    given,
+)
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
 from selfrag_jax.search.config import SearchConfig
@@ -18,50 +26,78 @@ if TYPE_CHECKING:
     from selfrag_jax.answering.selfrag import SelfRAG
 
 MODEL_FLAGS = (
-    Flag("workdir", "of a finished quickstart: stands for --model=W/generator --index=W/index"),
+    Flag(
+        "workdir",
+        "folder W of a finished quickstart; stands for --model=W/generator --index=W/index",
+        group=MODEL,
+        is_folder=True,
+    ),
     Flag(
         "model",
         "a training workdir, a Hugging Face folder, or a hub name (owner/model)",
+        group=MODEL,
+        is_folder=True,
         in_place=True,
     ),
-    Flag("index", "made by `selfrag index`; without one, the questions' own passages (ctxs) serve"),
+    Flag(
+        "index",
+        "an index made by `selfrag index`; without one, the questions' own passages (ctxs) serve",
+        group=MODEL,
+        is_folder=True,
+    ),
 )
 CALIBRATION = "calibration.json"  # in a model's folder
 CALIBRATION_FIELDS = ("threshold", "model")
-SEARCH_FLAGS = flags_of(SearchConfig)
-LOADING_FLAGS = tuple(f for f in flags_of(AnswerConfig) if f not in SEARCH_FLAGS)
+SEARCH_FLAGS = flags_of(SearchConfig, "answer.search", SEARCH)
+_SEARCH_NAMES = {f.name for f in SEARCH_FLAGS}
+LOADING_FLAGS = tuple(
+    f for f in flags_of(AnswerConfig, "answer", MODEL) if f.name not in _SEARCH_NAMES
+)
+_SYSTEMS = "Systems to compare"
 SYSTEM_FLAGS = (
     Flag(
         "systems",
         "with a task: what answers, several with commas: selfrag (default), modes, ablations, "
         "baselines, all, or single ones (docs/evaluation.md). Each is a run of its own in "
         "OUT/systems/NAME; the table is OUT/systems.json, .md and .csv",
+        group=_SYSTEMS,
         type=tuple,
     ),
     Flag(
         "plain_model",
-        "of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
+        "model of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
         "reflection tokens",
+        group=_SYSTEMS,
+        is_folder=True,
         in_place=True,
     ),
     Flag(
         "plain_prompt",
-        "of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
+        "prompt of the baselines: selfrag (default), prompt_no_input, prompt_open_instruct, "
         "llama_chat_prompt (the released script's), or a JSON file of two templates",
+        group=_SYSTEMS,
     ),
     Flag(
         "no_retriever_model",
-        "of train_no_retriever: trained on `selfrag label --plain=closed`",
+        "model of the system train_no_retriever: trained on `selfrag label --plain=closed`",
+        group=_SYSTEMS,
+        is_folder=True,
         in_place=True,
     ),
     Flag(
         "no_critic_model",
-        "of train_no_critic: trained on `selfrag label --plain=top1`",
+        "model of the system train_no_critic: trained on `selfrag label --plain=top1`",
+        group=_SYSTEMS,
+        is_folder=True,
         in_place=True,
     ),
 )
+DEFAULT_CONFIG = "any_model"  # of models that are not of the synthetic world
 ANSWER_CONFIG_FLAG = config_flag(
-    None, "; default: tiny for models of the synthetic world, else any_model, the paper's settings"
+    None,
+    f"; default: tiny for models of the synthetic world, else {DEFAULT_CONFIG}, the paper's "
+    "settings",
+    "tiny, any_model, short_form:7b",
 )
 
 
@@ -135,7 +171,7 @@ def model_and_config(
         )
     model = generator.find_generator(model)
     if values["config"] is None:
-        values = values | {"config": config_for(model, "any_model")}
+        values = values | {"config": config_for(model, DEFAULT_CONFIG)}
     config = config_section(values, AnswerConfig, "answer")
     if calibrated and not _threshold_is_given(values):
         threshold = _calibrated_threshold(model)

@@ -180,7 +180,7 @@ COMMAND = Command(
             writes=True,
         ),
         Flag("limit", "at most so many rows of each set that has no number of its own", type=int),
-        Flag("seed", "of the draw", 0, type=int),
+        Flag("seed", "seed of the draw", 0, type=int),
     ),
     run=run,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import INPUT, OUTPUT, Command, Flag
 from selfrag_jax.commands.model_flags import require_quickstart
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
@@ -117,18 +117,49 @@ COMMAND = Command(
         "selfrag report --run=popqa-adaptive,popqa-always --out=popqa"
     ),
     flags=(
-        Flag("workdir", "of a finished quickstart; several with commas"),
-        Flag("run", "folder of a finished `selfrag evaluate --task`; several with commas"),
-        Flag("sweep", "folder of a `selfrag sweep`, whose curves the report of --run shows too"),
-        Flag("critic_scores", "folder of a `selfrag evaluate --task=critic`: its reliability, too"),
-        Flag("losses", "workdirs of `selfrag train`, with commas: their losses, too"),
+        Flag(
+            "workdir",
+            "folder of a finished quickstart; several with commas",
+            group=INPUT,
+            is_folder=True,
+        ),
+        Flag(
+            "run",
+            "folder of a finished `selfrag evaluate --task`; several with commas",
+            group=INPUT,
+            is_folder=True,
+        ),
+        Flag(
+            "sweep",
+            "folder of a `selfrag sweep`, whose curves the report of --run shows too",
+            group=INPUT,
+            is_folder=True,
+        ),
+        Flag(
+            "critic_scores",
+            "folder of a `selfrag evaluate --task=critic`: its reliability, too",
+            group=INPUT,
+            is_folder=True,
+        ),
+        Flag(
+            "losses",
+            "workdirs of `selfrag train`, with commas: their losses, too",
+            group=INPUT,
+            is_folder=True,
+        ),
         Flag(
             "out",
             "folder to write; default: `report` in the first workdir or run",
             writes=True,
             default_beside=("workdir", "run"),
         ),
-        Flag("examples", "answers in the page at most, the wrong ones first", QUESTIONS, type=int),
+        Flag(
+            "examples",
+            "answers in the page at most, the wrong ones first",
+            QUESTIONS,
+            type=int,
+            group=OUTPUT,
+        ),
     ),
     run=run,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax import artifacts
-from selfrag_jax.commands.command import Command, Flag
+from selfrag_jax.commands.command import SEARCH, Command, Flag
 from selfrag_jax.data.instructions import instruction_rows
 from selfrag_jax.data.question_files import question_rows
 from selfrag_jax.data.questions import question_and_input
@@ -80,20 +80,27 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 COMMAND = Command(
     example="selfrag retrieve --index=W/index --input=questions.jsonl --out=with_passages.jsonl",
     flags=(
-        Flag("index", "made by `selfrag index`", required=True),
+        Flag("index", "made by `selfrag index`", required=True, is_folder=True),
         Flag(
             "input",
             "questions or instructions in a published format, or a folder of `selfrag prepare`",
             required=True,
         ),
         Flag("out", "JSON lines", required=True, writes=True),
-        Flag("k", "passages for each row", 5, type=int),
-        Flag("mix", "bm25: fuse with the ranking by words; none (default: bm25 if indexed)"),
+        Flag("k", "passages for each row", 5, type=int, group=SEARCH),
+        Flag(
+            "mix",
+            "bm25: fuse with the ranking by words; none (default: bm25 if indexed)",
+            group=SEARCH,
+            choices=("none", "bm25"),
+        ),
         Flag(
             "backend",
             "scann; or device: every vector, on the accelerators of this host; or "
             "device_approximate",
             "scann",
+            group=SEARCH,
+            choices=("scann", "device", "device_approximate"),
         ),
     ),
     run=run,

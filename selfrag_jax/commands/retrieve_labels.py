@@ -29,25 +29,31 @@ _QUERIES = 256  # searched at once
 # Fields of LabelConfig's critic that change how fast it judges, but not what.
 _RUNTIME_ONLY = ("min_shared",)
 
+_NEEDS = "Which instructions need retrieval"
 NEEDS_FLAGS = (
     Flag(
         "retrieve_labels",
         "who decides whether an instruction needs retrieval: critic, teacher, or self, what the "
         "generator's own base does not know (default: the config's)",
+        group=_NEEDS,
+        choices=("critic", "teacher", "self"),
     ),
     Flag(
         "teacher_labels",
         "with --retrieve_labels=teacher: critic data that `selfrag collect` wrote for the input",
+        group=_NEEDS,
     ),
     Flag(
         "self_model",
         "with --retrieve_labels=self: the generator's base, as a training workdir, a Hugging Face "
         "folder, a hub name, or embedded",
+        group=_NEEDS,
     ),
     Flag(
         "need_threshold",
         "with --retrieve_labels=self: long outputs retrieve where a passage adds more than this to "
         "the log-likelihood per token (default: calibrated on short outputs)",
+        group=_NEEDS,
         type=float,
     ),
 )

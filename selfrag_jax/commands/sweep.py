@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.judging import JUDGE_FLAG, open_judge
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
+    DEFAULT_CONFIG,
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
@@ -241,13 +242,14 @@ COMMAND = Command(
             writes=True,
         ),
         *(
-            Flag(f.name, f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
+            replace(f, help=f"values with commas; {f.help}", type=tuple) if f.name in SWEPT else f
             for f in SEARCH_FLAGS
         ),
         JUDGE_FLAG,
         *LOADING_FLAGS,
-        Flag("bootstrap_seed", "of the intervals", 0, type=int),
+        Flag("bootstrap_seed", "seed of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,
     ),
     run=run,
+    default_config=DEFAULT_CONFIG,
 )

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
-from selfrag_jax.commands.command import DISTRIBUTED, Command, Flag, config_flag, load_config
+from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag, config_flag, load_config
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.processes.group import current
@@ -225,7 +225,7 @@ COMMAND = Command(
     "selfrag train --config=generator_7b --role=generator --format=released --data=train.jsonl "
     "--workdir=generator",
     flags=(
-        Flag("role", "critic or generator", required=True),
+        Flag("role", "critic or generator", required=True, choices=("critic", "generator")),
         Flag(
             "data",
             "critic or generator data (JSON lines); or generator data as a folder made by "
@@ -236,6 +236,8 @@ COMMAND = Command(
             "format",
             "own; or released: the published files, whose malformed rows are left out and reported",
             "own",
+            group=INPUT,
+            choices=FORMATS,
         ),
         Flag(
             "workdir",

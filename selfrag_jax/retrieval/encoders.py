@@ -36,11 +36,20 @@ class EncoderConfig:
     name: str  # "hashed", a folder, or a name on the Hugging Face hub
     dim: int = 384  # of the hashed encoder
     word_weight: float = 2.0  # of the hashed encoder: of whole words relative to trigrams
-    pooling: str | None = setting("mean or cls (default: as the model says)", default=None)
+    pooling: str | None = setting(
+        "mean or cls (default: as the model says)", choices=("mean", "cls"), default=None
+    )
     normalize: bool | None = setting("unit vectors (default: as the model says)", default=None)
-    query_prefix: str | None = setting("text before each query, e.g. 'query: '", default=None)
-    passage_prefix: str | None = setting("text before each passage", default=None)
-    max_length: int | None = setting("tokens; longer texts are cut", default=None)
+    query_prefix: str | None = setting(
+        "text before each query, e.g. 'query: ' (default: as the model says)", default=None
+    )
+    passage_prefix: str | None = setting(
+        "text before each passage (default: as the model says)", default=None
+    )
+    max_length: int | None = setting(
+        "tokens of a text that are embedded; longer ones are cut (default: as the model says)",
+        default=None,
+    )
     dtype: str = "float32"  # of activations; bfloat16 on TPUs
     batch_tokens: int | None = None  # in a batch, on each device; None: 1k on a CPU, else 32k
     vector_dtype: str = "float16"  # on disk

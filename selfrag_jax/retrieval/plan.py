@@ -45,7 +45,9 @@ _SECONDS_EXACT = 1 / 40e9  # a multiplication and addition of exact search
 class IndexConfig:
     """Section `index` of a config."""
 
-    structure: str = setting("auto, exact, int8 or codes", default="auto")
+    structure: str = setting(
+        "auto, exact, int8 or codes", choices=("auto", *STRUCTURES), default="auto"
+    )
     memory: str = setting(
         "budget for the open index and for building it, like 8GB (default: half of what is free)",
         default="",

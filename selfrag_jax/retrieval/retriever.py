@@ -77,6 +77,10 @@ class IndexRetriever:
         self.mixes = self.index.has_bm25 and mix in (None, bm25.NAME)
         self._notice_lock, self._noticed = threading.Lock(), False
 
+    def __repr__(self) -> str:
+        words = " with BM25" if self.mixes else ""
+        return f"index of {len(self.index):,} passages{words}"
+
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """Returns the k best passages of each query with their scores, best first.
 

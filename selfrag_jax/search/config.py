@@ -24,7 +24,8 @@ MAX_BEAM_WIDTH = 100
 class SearchConfig:
     mode: str = setting(
         "adaptive_retrieval (the model may continue with the passage it has), always_retrieve or "
-        "no_retrieval"
+        "no_retrieval",
+        choices=MODES,
     )
     threshold: float | None = setting(
         "retrieve when p(retrieve) exceeds it, unless the model prefers to continue with its "
@@ -32,7 +33,8 @@ class SearchConfig:
     )
     normalise: str = setting(
         "p(retrieve) is the share of [Retrieval] in: yes_no, [Retrieval] and [No Retrieval]; all, "
-        "also [Continue to Use Evidence]"
+        "also [Continue to Use Evidence]",
+        choices=NORMALISE,
     )
     weights: Weights
     beam_width: int = setting("segments kept at each step")
@@ -40,7 +42,8 @@ class SearchConfig:
     ndocs: int = setting("passages per retrieval")
     accumulate: str = setting(
         "rank a path by the sum (paper), mean or product of its segments' scores; sums favour "
-        "long answers, and a product counts scores below 0 as 0"
+        "long answers, and a product counts scores below 0 as 0",
+        choices=ACCUMULATE,
     )
     constraints: tuple[str, ...] = setting(
         "drop segments that say one of these critique tokens, e.g. '[No support / Contradictory]'; "
@@ -54,16 +57,21 @@ class SearchConfig:
     length_bucket: int  # lengths are padded to its multiples, to bound the number of compilations
     scorer: str = setting(
         "paper: the equations; released: what the authors' scripts compute, quirks included; its "
-        "--w_use is 1 unless given"
+        "--w_use is 1 unless given",
+        choices=SCORERS,
     )
     temperature: float = setting(
-        "0 takes the most likely token; above 0, tokens are sampled, and higher is more random"
+        "0 takes the most likely token; above 0, tokens are sampled, and higher is more random",
+        group="Sampling",
     )
     top_p: float = setting(
-        "with --temperature: sample from the most likely tokens that make up this probability"
+        "with --temperature: sample from the most likely tokens that make up this probability",
+        group="Sampling",
     )
     seed: int = setting(
-        "with --temperature: seed of the sampling; a question's samples do not depend on the others"
+        "with --temperature: seed of the sampling; a question's samples do not depend on the "
+        "others",
+        group="Sampling",
     )
 
     def __post_init__(self):
