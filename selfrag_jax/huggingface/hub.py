@@ -39,8 +39,13 @@ def encoder_folder(name: str | Path) -> Path:
     return _find(name, _DOWNLOADED_FILES_OF_ENCODERS, encoder_conversion_hint, "pytorch_model.bin")
 
 
+def config_folder(name: str | Path) -> Path:
+    """The same where only the model's config.json is needed: no weights are downloaded."""
+    return _find(name, ["config.json"], None)
+
+
 def _find(
-    name: str | Path, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
+    name: str | Path, patterns: list[str], hint: Callable[[str], str] | None, fallback: str = ""
 ) -> Path:
     if is_remote(name):
         return _in_bucket(str(name))
@@ -64,10 +69,10 @@ def _in_bucket(address: str) -> Path:
 
 
 def _download(
-    name: str, patterns: list[str], hint: Callable[[str], str], fallback: str = ""
+    name: str, patterns: list[str], hint: Callable[[str], str] | None, fallback: str = ""
 ) -> Path:
-    """hint: what to do about a model without weights that are read. fallback: a file to take where
-    there are no safetensors.
+    """hint: what to do about a model without weights that are read; None: no weights are needed.
+    fallback: a file to take where there are no safetensors.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -80,6 +85,8 @@ def _download(
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        if hint is None:
+            return folder
         if not any(folder.glob("model*.safetensors")) and fallback:
             patterns = [*patterns, fallback]
             folder = Path(
