@@ -1,4 +1,62 @@
-r"""Trains a small model of your own, some 50M to 1B parameters, on a laptop or one GPU."""
+r"""Trains a small model of your own, some 50M to 1B parameters, on a laptop or one GPU.
+
+    selfrag train --config=small --config.base=FOLDER --role=generator \
+        --data=generator_data.jsonl --workdir=generator
+    selfrag ask --config=small --model=generator --index=index "Your question?"
+    # The critic, and the generator's data that it labels:
+    selfrag train --config=small --config.base=FOLDER --role=critic --data=critic_data.jsonl \
+        --workdir=critic
+    selfrag label --config=small --critic=critic --index=index --input=instructions.jsonl \
+        --out=generator_data.jsonl
+    # Does it fit? On a GPU or TPU that you need not have:
+    selfrag compile --config=small --config.base=FOLDER --topology=h100:1
+
+docs/your_own_model.md goes through all of it. Variants: `lora` (the default: low-rank adapters, and
+the embedding in full) and `full` (all parameters). Rows follow data/generator_examples.py.
+
+Hardware: MEASURED
+
+What one would change, in the sections `critic` and `generator`:
+
+    base              the folder of a Llama or Mistral model, or its name on the Hugging Face hub.
+                      Its tokenizer and architecture come with it
+    epochs, steps     passes over the data, or updates with epochs=none. A few hundred rows want two
+                      or three passes, ten thousand one
+    rows, length      rows of an update and tokens of a row, in which several documents are packed
+                      (packed=false: one each). A document longer than `length` is cut and counted:
+                      raise it for long outputs with several passages. Memory follows their product
+    max_targets       positions of an update that have a loss: outputs without their passages, about
+                      a third. Logits exist for these alone. Several devices need none (all)
+    learning_rate     of the adapters (variant lora) or of all layers (full, five times lower)
+    embedding_learning_rate, new_rows_factor
+                      of the embedding and the head; times the factor for the rows of the reflection
+                      tokens, which are new and have the farthest to go
+    adam_eps          keeps the rows of words that a batch does not hold where they are. Much lower
+                      than 1e-6, and a short training forgets words
+    warmup_fraction   of the updates; then the rate falls to 0 in a line
+    weight_decay, clip   as everywhere; the recipes of the paper have no decay either
+    rank, alpha       of the adapters (lora). A higher rank learns more and forgets more
+    new_rows          pairs such as ("[Relevant]", "yes"): that token starts as the row of that
+                      word, others at the mean of all rows
+    weights           critic_weights and generator_weights: of each group of reflection tokens in
+                      the loss, where a text token has 1
+    dtype             float32 on a CPU; bfloat16 on a GPU or TPU
+    remat, loss_chunk, rows_per_device
+                      less memory for more time: remat=full computes each layer again for the
+                      gradient; loss_chunk=128 holds the logits of so many positions at a time;
+                      rows_per_device (with max_targets=none) splits an update
+    mesh, pad_vocabulary   for several devices: docs/training.md
+    attention         the kernel; auto takes the fastest of the device
+    save_every, log_every, keep_last, keep_best   checkpoints and reports
+
+and in `answer`: max_depth (segments of an answer; 1 where answers are one sentence), max_new_tokens
+(of a segment), ndocs, threshold, and max_length (tokens of a prompt, and of a passage).
+
+On a GPU: --config.generator.rows=16 --config.generator.max_targets=3072
+--config.generator.dtype=bfloat16, with a fourth of the updates' number.
+
+What to expect: EXPECT
+"""
 
 from ml_collections import ConfigDict
 

@@ -7,17 +7,23 @@ import json
 import shutil
 from pathlib import Path
 
+import documents
+import numpy as np
 import pytest
+import smollm2
 import torch
 import transformers
 
 from selfrag_jax import cli
 from selfrag_jax import config as configs
+from selfrag_jax.checkpoints import loading
 from selfrag_jax.commands.default_config import config_for_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
 from selfrag_jax.models.roofline import num_weights
-from selfrag_jax.text import reflection
+from selfrag_jax.records import GeneratorExample, Passage, Question, write_jsonl
+from selfrag_jax.text import prompts, reflection
+from selfrag_jax.text.tokenizer import Control
 from selfrag_jax.training.architecture import config_architecture, follow_base
 from selfrag_jax.training.config import ROLES, TrainConfig
 from selfrag_jax.training.starting_model import embedded_base, starting_model, tokenizer_mode
@@ -197,3 +203,84 @@ def test_an_unknown_architecture_is_refused(value, message):
     c.architecture, c.base = value, "scratch"
     with pytest.raises(UserError, match=message):
         config_architecture(c, None)
+
+
+# ---- the document ---------------------------------------------------------------------------
+SHRUNK = """
+from selfrag_jax import config
+
+def get_config():
+    c = config.load("small")
+    for section in (c.critic, c.generator):
+        section.update(epochs=None, steps=2, length=384)
+    c.answer.update(batch=2, max_length=128)
+    c.answer.search.update(beam_width=1, max_depth=1, ndocs=2, max_new_tokens=4)
+    return c
+"""
+
+
+@pytest.mark.slow
+def test_the_document_on_a_model_of_ones_own_runs_as_written(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "my_base")
+    (tmp_path / "shrunk.py").write_text(SHRUNK)
+    document = Path(__file__).parents[1] / "docs" / "your_own_model.md"
+    documents.run(document, tmp_path, monkeypatch, {"--config=small": "--config=shrunk.py"})
+
+
+# ---- a real model ---------------------------------------------------------------------------
+TOWNS = ("Alder", "Birch", "Cedar", "Dogwood", "Elm", "Fir", "Hazel", "Larch", "Maple", "Oak")
+RIVERS = ("Tame", "Wye", "Dee", "Test", "Cam", "Lea", "Nene", "Ouse", "Trent", "Usk")
+
+
+def rows_about_towns():
+    """Thirty rows of generator data: a right passage, a wrong one, and no need of one."""
+    rows = []
+    for i, (town, river) in enumerate(zip(TOWNS, RIVERS, strict=True)):
+        question, say = f"By which river does {town} lie?", f"{town} lies by the {river}."
+        wrong = f"{TOWNS[i - 1]} lies by the {RIVERS[i - 1]}."
+        right, other = (
+            f"[Retrieval]<paragraph>{t}\n{text}</paragraph>"
+            for t, text in ((town, say), (TOWNS[i - 1], wrong))
+        )
+        rows += [
+            (question, f"{right}[Relevant]{say}[Fully supported][Utility:5]"),
+            (question, f"{other}[Irrelevant]{say}[No support / Contradictory][Utility:5]"),
+            (f"What is {i} plus 1?", f"[No Retrieval]{i} plus 1 is {i + 1}.[Utility:5]"),
+        ]
+    return [GeneratorExample(str(i), *row) for i, row in enumerate(rows)]
+
+
+@pytest.mark.slow
+def test_a_real_model_is_trained_exported_and_answers(tmp_path, monkeypatch, capsys):
+    """SmolLM2 with configs/small.py: 20 steps, transformers' logits, an answer from a passage."""
+    monkeypatch.chdir(tmp_path)
+    smollm2.write(tmp_path / "base")
+    write_jsonl("rows.jsonl", rows_about_towns())
+    shorter = dict(epochs="none", steps=20, rows=1, length=256, max_targets=96)
+    flags = [f"--config.generator.{k}={v}" for k, v in shorter.items()]
+    command = ["train", "--config.base=base", "--role=generator", "--data=rows.jsonl", *flags]
+    assert cli.main([*command, "--workdir=generator"]) == 0
+    assert "--config=small: none was given, and base has 135M parameters" in capsys.readouterr().err
+
+    command = ["convert", "--from=generator", "--to=exported", "--format=huggingface"]
+    assert cli.main(command) == 0
+    ours = loading.load("generator")
+    assert ours.tokenizer.mode == "json"
+    question = prompts.instruction("By which river does Oak lie?")
+    ids = np.array([[*ours.tokenizer.encode([*question, Control("[Retrieval]")])]])
+    hidden, _ = ours.model.hidden(ours.params, ids, np.arange(ids.shape[1])[None], None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("exported", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours.model.logits(ours.params, hidden), expected, atol=1e-4)
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+    assert theirs_tokenizer.convert_tokens_to_ids("[Relevant]") == ours.tokenizer.id("[Relevant]")
+
+    passages = (Passage("1", "Rowan", "Rowan lies by the Severn."), Passage("2", "Ash", "An ash."))
+    asked = Question("q", "By which river does Rowan lie?", ctxs=passages)
+    write_jsonl("questions.jsonl", [asked])
+    search = ["--mode=always_retrieve", "--max_depth=1", "--beam_width=1", "--max_new_tokens=16"]
+    command = ["answer", "--config=small", "--model=exported", "--input=questions.jsonl"]
+    assert cli.main([*command, "--out=answers.jsonl", *search]) == 0
+    [answer] = map(json.loads, Path("answers.jsonl").read_text().splitlines())
+    assert "Severn" in answer["answer"], answer
