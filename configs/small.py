@@ -12,9 +12,12 @@ r"""Trains a small model of your own, some 50M to 1B parameters, on a laptop or 
     selfrag compile --config=small --config.base=FOLDER --topology=h100:1
 
 docs/your_own_model.md goes through all of it. Variants: `lora` (the default: low-rank adapters, and
-the embedding in full) and `full` (all parameters). Rows follow data/generator_examples.py.
+the embedding in full) and `full` (all parameters).
 
-Hardware: MEASURED
+Hardware and time: an update of 2 x 512 tokens, which hold some 15 rows of one sentence each, takes
+about 10 CPU-seconds on two cores, and 8.6 GB of memory (measured 2026-11-29 with SmolLM2-135M and
+adapters). One GPU needs 0.8 GB for weights and optimizer and 2.3 GB of temporaries, with `full` 1.6
+and 2.6 (compiled for an H100, not run).
 
 What one would change, in the sections `critic` and `generator`:
 
@@ -26,7 +29,7 @@ What one would change, in the sections `critic` and `generator`:
                       (packed=false: one each). A document longer than `length` is cut and counted:
                       raise it for long outputs with several passages. Memory follows their product
     max_targets       positions of an update that have a loss: outputs without their passages, about
-                      a third. Logits exist for these alone. Several devices need none (all)
+                      a third. Logits exist for these alone. With several devices: none (all)
     learning_rate     of the adapters (variant lora) or of all layers (full, five times lower)
     embedding_learning_rate, new_rows_factor
                       of the embedding and the head; times the factor for the rows of the reflection
@@ -52,10 +55,12 @@ What one would change, in the sections `critic` and `generator`:
 and in `answer`: max_depth (segments of an answer; 1 where answers are one sentence), max_new_tokens
 (of a segment), ndocs, threshold, and max_length (tokens of a prompt, and of a passage).
 
-On a GPU: --config.generator.rows=16 --config.generator.max_targets=3072
---config.generator.dtype=bfloat16, with a fourth of the updates' number.
+A GPU is faster with more rows at a time and in bfloat16 (not run): --config.generator.rows=16
+--config.generator.max_targets=3072 --config.generator.dtype=bfloat16.
 
-What to expect: EXPECT
+What to expect: SmolLM2-135M-Instruct learned from 702 rows on cities and countries in one epoch (44
+updates), and answered 38 of 40 questions on other cities and countries from 1,388 passages
+(2026-11-29; adaptive, which retrieved for each; --max_depth=1 --beam_width=1).
 """
 
 from ml_collections import ConfigDict

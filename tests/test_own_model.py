@@ -155,7 +155,7 @@ def test_the_docstring_of_small_explains_every_field_that_it_sets():
     c = configs.load("small")
     text = (Path(__file__).parents[1] / "configs" / "small.py").read_text().split('"""')[1]
     fields = {*c.generator, *c.generator.optimizer, *c.generator.lora, "base", "new_rows"}
-    unexplained = {"seed", "name", "mask", "adam_learning_rate", "mesh", "schedule"}
+    unexplained = {"seed", "name", "mask", "adam_learning_rate", "optimizer", "schedule"}
     assert {f for f in fields - unexplained if f not in text} == set()
 
 
