@@ -5,6 +5,7 @@ The base here is a small random Llama with a byte-level vocabulary, as it is pub
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import documents
@@ -18,15 +19,19 @@ from selfrag_jax import cli
 from selfrag_jax import config as configs
 from selfrag_jax.checkpoints import loading
 from selfrag_jax.commands.default_config import config_for_base
+from selfrag_jax.compilation.train import lower_training_step, roofline_times
+from selfrag_jax.data.batches import Packer
+from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
-from selfrag_jax.models.roofline import num_weights
+from selfrag_jax.models import roofline
 from selfrag_jax.records import GeneratorExample, Passage, Question, write_jsonl
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 from selfrag_jax.training.architecture import config_architecture, follow_base
 from selfrag_jax.training.config import ROLES, TrainConfig
 from selfrag_jax.training.starting_model import embedded_base, starting_model, tokenizer_mode
+from selfrag_jax.training.step import batch_arrays
 
 LLAMA2_TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer" / "tokenizer.model"
 SHAPE = dict(
@@ -167,7 +172,7 @@ def test_compiling_takes_any_config_json(base, which):
     found = config_architecture(c, "bfloat16")
     read = weights.config_from_json(base / "config.json")
     assert found.vocab_size == read.vocab_size + ADDED and found.dtype == "bfloat16"
-    assert found.embed_dim == 32 and num_weights(found) > num_weights(read)
+    assert found.embed_dim == 32 and roofline.num_weights(found) > roofline.num_weights(read)
 
 
 def test_the_architecture_follows_a_base_that_is_given(base):
@@ -192,6 +197,28 @@ def test_of_a_model_on_the_hub_only_config_json_is_downloaded(base, monkeypatch)
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
     found = config_architecture(config_with("small", "owner/model"), None)
     assert found.embed_dim == 32 and asked == [("owner/model", ["config.json"])]
+
+
+def test_one_device_is_compiled_with_the_batches_that_training_has(base):
+    """With max_targets, the positions that have a loss are gathered."""
+    c = config_with("small", base)
+    section = configs.build(TrainConfig, c.generator, "generator")
+    architecture, mesh = config_architecture(c, section.dtype), section.make_mesh()
+    lowered = lower_training_step(section, architecture, mesh)
+    tokenizer = starting_model(c, load_params=False)[0].tokenizer
+    source = GeneratorSource(rows_about_towns(), tokenizer, dict(c.generator_weights.items()))
+    packer = Packer(source, section.rows, section.length, section.max_targets, 0)
+    expected = {k: x.shape for k, x in batch_arrays(packer.next()).items()}
+    found = lowered.args_info[0][1]
+    assert {k: x.shape for k, x in found.items()} == expected
+    chip = roofline.chip("TPU v4")
+    everywhere = replace(section, max_targets=None)
+    some, all_positions = (
+        roofline_times(s, architecture, mesh, chip, 0.0)["model_flops"]
+        for s in (section, everywhere)
+    )
+    per_target = 6 * architecture.vocab_size * architecture.embed_dim
+    assert all_positions - some == (2 * 512 - 384) * per_target
 
 
 @pytest.mark.parametrize(

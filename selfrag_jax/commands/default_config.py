@@ -26,10 +26,12 @@ def config_for_base(role: str, overrides: Sequence[str]) -> str:
         return "tiny"
     from selfrag_jax.checkpoints import loading
     from selfrag_jax.huggingface import hub
-    from selfrag_jax.models import roofline
+    from selfrag_jax.models.llama import Model
+    from selfrag_jax.models.params import flatten
     from selfrag_jax.training.architecture import model_architecture
 
-    parameters = roofline.num_weights(model_architecture(base))
+    shapes = Model(model_architecture(base)).shapes()
+    parameters = sum(x.size for _, x in flatten(shapes))
     if parameters > LARGE:
         raise UserError(
             f"--config.base={base}: has {parameters / 1e9:.1f}B parameters, for which no config is "
