@@ -107,12 +107,10 @@ def test_a_tokenizer_that_does_not_fit_names_the_cure(base, tmp_path, capsys):
 
 def test_trainings_of_llama_2_from_when_the_configs_named_its_tokenizer_go_on(base, llama2):
     """What a training is known by is the same whether the mode is named or found."""
-    from selfrag_jax.commands.train import _checked_section, _identity
+    from selfrag_jax.commands.train import _base_identity
 
     def recorded(folder, *changes):
-        c = config_with("generator_7b", folder, *changes)
-        section = _checked_section(c, "generator")
-        return _identity(c, "generator", section, "data.jsonl", False)[0]
+        return _base_identity(config_with("generator_7b", folder, *changes))
 
     named = recorded(llama2, "tokenizer=llama_fast")
     assert recorded(llama2) == named and named["tokenizer"] == "llama_fast"

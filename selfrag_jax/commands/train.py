@@ -122,7 +122,7 @@ def _identity(
     c: ConfigDict, role: str, section: TrainConfig, data: str | Path, released: bool
 ) -> tuple[dict[str, Any], dict[str, str | Path]]:
     """What identifies a training: its settings and its inputs."""
-    from selfrag_jax.training.starting_model import base_folder, new_row_words, tokenizer_mode
+    from selfrag_jax.training.starting_model import base_folder
 
     made: dict[str, Any] = {
         "role": role,
@@ -138,12 +138,22 @@ def _identity(
     if c.base == "scratch":
         made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
     else:
-        # The shipped configs once named llama_fast. What is as it must be has always been none.
-        mode = tokenizer_mode(c)
-        recorded = mode if c.tokenizer or mode.startswith("llama") else None
-        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": recorded}
+        made |= _base_identity(c)
         inputs["base"] = base_folder(c)
     return made, inputs
+
+
+def _base_identity(c: ConfigDict) -> dict[str, Any]:
+    """What identifies the base beside its files.
+
+    The tokenizer's mode is recorded where a vocabulary leaves a choice, named in the config or not:
+    trainings from when the shipped configs named llama_fast go on.
+    """
+    from selfrag_jax.training.starting_model import new_row_words, tokenizer_mode
+
+    mode = tokenizer_mode(c)
+    recorded = mode if c.tokenizer or mode.startswith("llama") else None
+    return {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": recorded}
 
 
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
