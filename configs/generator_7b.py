@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
     c.name, c.kind, c.seed = "generator_7b", "train", 0
     c.base = "meta-llama/Llama-2-7b-hf"  # a folder works too
     c.architecture = "llama2_7b"  # for `selfrag compile`; training takes that of the base
-    # As the released model was served; it was trained with llama_slow (see text/tokenizer.py).
-    c.tokenizer = "llama_fast"
+    # As the base has it: for Llama-2 llama_fast, as the released model was served. That was trained
+    # with llama_slow (see text/tokenizer.py).
+    c.tokenizer = None
     c.new_rows = ()  # all reflection tokens start at the mean of the old rows (paper, Section 3.2)
     c.generator_weights = dict(retrieve=1.0, isrel=1.0, issup=1.0, isuse=1.0)
     c.generator = dict(

@@ -62,10 +62,12 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slices are described, not looked for
     from cloud import costs
 
+    from selfrag_jax.training.architecture import follow_base
+
     positive(values, "max_chips", "fitting", "share", "rows", "epochs", "budget", "tokens")
     if values["share"] > 1:
         raise UserError(f"--share={values['share']}: nothing is faster than the roofline (1)")
-    c = load_config(values)
+    c = follow_base(load_config(values), values["overrides"])
     section = costs.training_section(c)
     chips = [chip.lower() for chip in values["chips"]]
     prices = _prices(values, chips)

@@ -34,6 +34,8 @@ from selfrag_jax.training.train import train
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 
+FORMATS = ("orbax", "huggingface")  # peft: tests/test_adapters.py
+
 
 @pytest.fixture(scope="module", params=("float32", "bfloat16", "float16"))
 def folder(request, tiny_model, tmp_path_factory):
@@ -359,7 +361,7 @@ def change_a_shape(folder):
     ],
     ids=lambda x: x.__name__ if callable(x) else "",
 )
-@pytest.mark.parametrize("form", converting.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_spoilt_source_is_one_line_and_leaves_nothing(
     tiny_model, tmp_path, capsys, form, change, flags, message
 ):
@@ -404,7 +406,7 @@ def test_a_model_of_the_hub_is_downloaded(folder, tmp_path, monkeypatch):
 
 
 # ---- failures and signals --------------------------------------------------------------------
-@pytest.mark.parametrize("form", converting.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_failed_conversion_leaves_nothing(folder, tmp_path, monkeypatch, form):
     read, calls = weights.WeightFiles.tensor, []
 

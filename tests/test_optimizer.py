@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from selfrag_jax import config
 from selfrag_jax.errors import UserError
 from selfrag_jax.training import optimizer
+from selfrag_jax.training.config import TrainConfig
 from selfrag_jax.training.optimizer import OptimizerConfig, schedule
 
 
@@ -33,6 +35,44 @@ def test_new_rows_move_faster(name):
     np.testing.assert_allclose(updates["head"]["kernel"][0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ("muon", "adamw", "adafactor"))
+def test_the_embedding_has_a_rate_of_its_own(name):
+    """As if the other parameters were trained with one rate, and the embedding with another."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (8, 3), "head": (3, 8), "layers": (2, 3, 4), "norm": (3,)}
+    params = {k: {"w": jnp.asarray(rng.normal(size=s), jnp.float32)} for k, s in shapes.items()}
+    c = OptimizerConfig(name, 0.01, 0.02, "linear", 0.1, 1e-8, 0.1, 1.0, new_rows_factor=10.0)
+    slow = replace(c, embedding_learning_rate=0.002)
+
+    def updates(config):
+        tx, found = optimizer.make_optimizer(config, 10, 2, 1), []
+        state, update = tx.init(params), jax.jit(tx.update)
+        for i in range(2):  # the first one has a rate of 0
+            gradients = jax.tree.map(lambda x, i=i: jnp.sin(x + i), params)
+            new, state = update(gradients, state, params)
+            found.append(new)
+        return found[-1]
+
+    fast, slowed = updates(c), updates(slow)
+    factor = 0.002 / (0.02 if name == "muon" else 0.01)
+    for key in shapes:
+        expected = fast[key]["w"] * (factor if key in ("embed", "head") else 1.0)
+        np.testing.assert_allclose(slowed[key]["w"], expected, rtol=1e-5, atol=1e-9)
+    alone = updates(replace(c, learning_rate=0.002, adam_learning_rate=0.002))
+    np.testing.assert_allclose(slowed["embed"]["w"], alone["embed"]["w"], rtol=1e-4, atol=1e-9)
+    assert float(jnp.abs(slowed["embed"]["w"]).max()) > 1e-4
+
+
+def test_a_training_without_a_rate_for_the_embedding_is_known_as_before():
+    c = config.load("generator_7b")
+    fields = config.build(TrainConfig, c.generator, "generator").manifest_fields()
+    assert set(fields["optimizer"]) == {*c.generator.optimizer, "new_rows_factor"}
+    with c.unlocked():
+        c.generator.optimizer.embedding_learning_rate = 1e-5
+    fields = config.build(TrainConfig, c.generator, "generator").manifest_fields()
+    assert fields["optimizer"]["embedding_learning_rate"] == 1e-5
+
+
 @pytest.mark.parametrize("size", (0.0, 0.3, 30.0))
 def test_clipping_equals_that_of_optax(size):
     """Below the limit nothing changes; above it the norm becomes the limit."""
@@ -47,7 +87,7 @@ def test_clipping_equals_that_of_optax(size):
     assert size < 1 or optax.tree.norm(found) == pytest.approx(2.0, rel=1e-2)
 
 
-@pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor"))
+@pytest.mark.parametrize("field", ("adam_eps", "new_rows_factor", "embedding_learning_rate"))
 def test_a_rate_of_zero_is_refused(field):
     c = OptimizerConfig("muon", 0.1, 0.1, "linear", 0, 1e-8, 0, 1, 1.0)
     with pytest.raises(UserError, match=f"optimizer.{field}=0"):

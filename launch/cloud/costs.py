@@ -26,10 +26,9 @@ from selfrag_jax.compilation.decode import bytes_per_chip
 from selfrag_jax.errors import StageFailed, UserError
 from selfrag_jax.files import read_json
 from selfrag_jax.models import roofline, sharding
-from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.llama import LlamaConfig
-from selfrag_jax.text import reflection
 from selfrag_jax.training import optimizer, step
+from selfrag_jax.training.architecture import config_architecture
 from selfrag_jax.training.config import ROLES, TrainConfig
 
 _GPUS_OF_A_HOST = (1, 2, 4, 8)
@@ -86,11 +85,11 @@ def hbm_of(topology: str) -> float:
 
 def training_section(c: ConfigDict) -> TrainConfig:
     """Returns the settings of a config's training. Raises UserError if it has none."""
-    role = next((name for name in ROLES if name in c), None)
+    role = next((name for name in reversed(ROLES) if name in c), None)
     if role is None or "architecture" not in c:
         raise UserError(
-            "this config has no architecture to plan for; critic_7b, generator_7b, generator_13b "
-            "and lora_7b have"
+            "this config has no architecture to plan for; critic_7b, generator_7b, generator_13b, "
+            "lora_7b and small have"
         )
     return configs.build(TrainConfig, c[role], role)
 
@@ -104,7 +103,7 @@ def estimate(c: ConfigDict, topology: str) -> Fit:
     more, often twice as much in temporaries. Time: the roofline without traffic between chips.
     """
     section = training_section(c)
-    base = architecture(c.architecture, len(reflection.ALL) + 1, section.dtype or "float32")
+    base = config_architecture(c, section.dtype)
     chip, hbm = _CHIPS[topology.partition(":")[0]], hbm_of(topology)
     try:
         mesh = _mesh(section, chips_of(topology))

@@ -15,10 +15,10 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not looked for
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     from selfrag_jax.compilation.compile import compile_program, misfit_message
+    from selfrag_jax.training.architecture import follow_base
 
-    result = compile_program(
-        load_config(values), values["topology"], values["program"], values["slices"]
-    )
+    config = follow_base(load_config(values), values["overrides"])
+    result = compile_program(config, values["topology"], values["program"], values["slices"])
     print(json.dumps(result, indent=2))
     if values["out"]:
         write_json(values["out"], result)
@@ -27,7 +27,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
 
 COMMAND = Command(
-    example="selfrag compile --config=generator_7b --topology=v5e:4x4",
+    example="selfrag compile --config=generator_7b --topology=v5e:4x4\n"
+    "selfrag compile --config=small --config.base=FOLDER --topology=h100:1",
     flags=(
         Flag(
             "topology",
@@ -49,7 +50,12 @@ COMMAND = Command(
             choices=("train", "decode", "search", "embed"),
         ),
         Flag("out", "JSON file to write as well", writes=True),
-        config_flag("generator_7b", "; the compilers come with the extras `.[tpu]` and `.[gpu]`"),
+        config_flag(
+            "generator_7b",
+            "; --config.base=FOLDER or --config.architecture=FILE compiles the architecture of any "
+            "model's config.json; the compilers come with the extras `.[tpu]` and `.[gpu]`",
+            "generator_7b, small",
+        ),
     ),
     run=run,
 )

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag, config_flag, load_config
+from selfrag_jax.commands.default_config import config_for_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.processes.group import current
@@ -121,7 +122,7 @@ def _identity(
     c: ConfigDict, role: str, section: TrainConfig, data: str | Path, released: bool
 ) -> tuple[dict[str, Any], dict[str, str | Path]]:
     """What identifies a training: its settings and its inputs."""
-    from selfrag_jax.training.starting_model import base_folder, new_row_words
+    from selfrag_jax.training.starting_model import base_folder
 
     made: dict[str, Any] = {
         "role": role,
@@ -137,9 +138,22 @@ def _identity(
     if c.base == "scratch":
         made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
     else:
-        made |= {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": c.tokenizer}
+        made |= _base_identity(c)
         inputs["base"] = base_folder(c)
     return made, inputs
+
+
+def _base_identity(c: ConfigDict) -> dict[str, Any]:
+    """What identifies the base beside its files.
+
+    The tokenizer's mode is recorded where a vocabulary leaves a choice, named in the config or not:
+    trainings from when the shipped configs named llama_fast go on.
+    """
+    from selfrag_jax.training.starting_model import new_row_words, tokenizer_mode
+
+    mode = tokenizer_mode(c)
+    recorded = mode if c.tokenizer or mode.startswith("llama") else None
+    return {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": recorded}
 
 
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
@@ -215,6 +229,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     role, data, workdir = values["role"], values["data"], values["workdir"]
     profile = check_steps(values["profile"])
     _warn_of_plain_outputs(role, data)
+    if values["config"] is None:
+        values = values | {"config": config_for_base(role, values["overrides"])}
     train_model(load_config(values), role, data, workdir, role, released, profile)
     if current().is_main:
         print(values["workdir"])
@@ -222,6 +238,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
 COMMAND = Command(
     example="selfrag train --role=critic --data=W/critic_data.jsonl --workdir=W/critic\n"
+    "selfrag train --config=small --config.base=FOLDER --role=generator "
+    "--data=generator_data.jsonl --workdir=generator\n"
     "selfrag train --config=generator_7b --role=generator --format=released --data=train.jsonl "
     "--workdir=generator",
     flags=(
@@ -247,7 +265,11 @@ COMMAND = Command(
         ),
         DISTRIBUTED,
         PROFILE_FLAG,
-        config_flag(),
+        config_flag(
+            None,
+            "; default: tiny, or small for a --config.base of your own",
+            "tiny, small, small:full, lora_7b",
+        ),
     ),
     run=run,
     saves_on_sigterm=True,

@@ -27,10 +27,8 @@ from selfrag_jax.compilation.collectives import count_collectives, count_dcn_tra
 from selfrag_jax.compilation.topology import topology_devices
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import roofline, sharding
-from selfrag_jax.models.architectures import architecture
 from selfrag_jax.models.encoder import BertConfig
-from selfrag_jax.models.llama import LlamaConfig
-from selfrag_jax.text import reflection
+from selfrag_jax.training.architecture import config_architecture
 from selfrag_jax.training.config import ROLES, TrainConfig
 
 PROGRAMS = ("train", "decode", "search", "embed")
@@ -56,12 +54,13 @@ def compile_program(c: ConfigDict, topology: str, program: str, slices: int = 1)
         return _compile_search(c, topology)
     if program == "embed":
         return _compile_embedding(c, topology)
-    sections = ROLES if program == "train" else ("answer",)
+    # A config for both roles trains them alike, as far as memory goes.
+    sections = reversed(ROLES) if program == "train" else ("answer",)
     section = next((name for name in sections if name in c), None)
     if section is None or "architecture" not in c:
-        suitable = "critic_7b, generator_7b, generator_13b and lora_7b"
+        suitable = "critic_7b, generator_7b, generator_13b, lora_7b and small"
         if program == "decode":
-            suitable = "short_form and long_form"
+            suitable = "short_form, long_form and small"
         raise UserError(
             f"this config has no architecture to compile for --program={program}; {suitable} have"
         )
@@ -73,14 +72,14 @@ def compile_program(c: ConfigDict, topology: str, program: str, slices: int = 1)
 def _compile_training(c: ConfigDict, role: str, topology: str, slices: int) -> dict[str, Any]:
     # 1. What is trained, and on which devices.
     section = configs.build(TrainConfig, c[role], role)
-    base = _model_config(c, section.dtype)
+    base = config_architecture(c, section.dtype)
     devices = topology_devices(topology, slices)
     mesh, chip = section.make_mesh(devices), _chip(devices)
     section.check(base, mesh)
-    if section.max_targets is not None:
+    if section.max_targets is not None and mesh.size > 1:
         raise UserError(
             f"config {role}: max_targets={section.max_targets} is for one device; a slice computes "
-            "all positions (none)"
+            f"all positions: --config.{role}.max_targets=none"
         )
 
     # 2. Compile the step.
@@ -100,7 +99,7 @@ def _compile_training(c: ConfigDict, role: str, topology: str, slices: int) -> d
 def _compile_answering(c: ConfigDict, name: str, topology: str) -> dict[str, Any]:
     # 1. What answers, and on which devices.
     section = configs.build(AnswerConfig, c[name], name)
-    base = replace(_model_config(c, section.dtype), quantized=section.quantization == "int8")
+    base = replace(config_architecture(c, section.dtype), quantized=section.quantization == "int8")
     devices = topology_devices(topology)
     if section.tensor != len(devices):
         raise UserError(
@@ -187,11 +186,6 @@ def _corpus_size(c: ConfigDict, program: str) -> retrieval.CorpusSize:
             "index:wikipedia has"
         )
     return configs.build(retrieval.CorpusSize, c.corpus, "corpus")
-
-
-def _model_config(c: ConfigDict, dtype: str | None) -> LlamaConfig:
-    """Returns the architecture with reflection tokens and [PAD] in its vocabulary."""
-    return architecture(c.architecture, len(reflection.ALL) + 1, dtype or "float32")
 
 
 def _chip(devices: list) -> roofline.Chip:

@@ -34,6 +34,14 @@ def lower_training_step(c: TrainConfig, base: LlamaConfig, mesh: Mesh) -> jax.st
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()
     }
+    if c.max_targets is not None:  # on one device: the positions with a loss are gathered
+        dtypes = dict.fromkeys(("loss_index", "targets", "groups"), jnp.int32)
+        dtypes |= {"weights": jnp.float32}
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        batch |= {
+            name: jax.ShapeDtypeStruct((c.max_targets,), dtype, sharding=everywhere)
+            for name, dtype in dtypes.items()
+        }
     with jax.set_mesh(mesh):
         return step.train_step.lower(state, batch, model, tx, c.loss_chunk)
 
@@ -53,7 +61,8 @@ def roofline_times(
     model = section.model(base)
     c, num_chips = model.config, mesh.size
     tokens = section.rows * section.length
-    flops = roofline.train_flops_per_token(c, section.length)
+    share = 1.0 if section.max_targets is None else section.max_targets / tokens
+    flops = roofline.train_flops_per_token(c, section.length, share)
     recomputed = roofline.recomputed_flops_per_token(
         c, section.length, section.loss_chunk is not None
     )

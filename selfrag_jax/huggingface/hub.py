@@ -38,7 +38,12 @@ def encoder_folder(name: str | Path) -> Path:
     return _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
 
 
-def _find(name: str | Path, patterns: list[str]) -> Path:
+def config_folder(name: str | Path) -> Path:
+    """The same where only the model's config.json is needed: no weights are downloaded."""
+    return _find(name, ["config.json"], needs_weights=False)
+
+
+def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> Path:
     if is_remote(name):
         return _in_bucket(str(name))
     path = Path(name)
@@ -47,7 +52,7 @@ def _find(name: str | Path, patterns: list[str]) -> Path:
             problem = "is a file" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
-    return _download(str(name), patterns)
+    return _download(str(name), patterns, needs_weights)
 
 
 def _in_bucket(address: str) -> Path:
@@ -60,7 +65,7 @@ def _in_bucket(address: str) -> Path:
     return folder if is_workdir else Mirror(address).pull()
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -72,6 +77,8 @@ def _download(name: str, patterns: list[str]) -> Path:
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        if not needs_weights:
+            return folder
         if not _has_any(folder, _SAFETENSORS):
             patterns = [*patterns, *_TORCH_FILES]
             folder = Path(

@@ -117,10 +117,11 @@ class TrainConfig:
     def manifest_fields(self) -> dict[str, Any]:
         """Returns the fields as a manifest has them.
 
-        `mask` and `slices` are left out at their defaults: trainings from before there was a choice
-        go on.
+        Some are left out at their defaults: trainings from before there was a choice go on.
         """
         values = asdict(self)
+        if self.optimizer.embedding_learning_rate is None:
+            del values["optimizer"]["embedding_learning_rate"]
         if self.mesh.slices is None:
             del values["mesh"]["slices"]
         if self.mask == MASKS[0]:

@@ -7,7 +7,9 @@ Adam.
 Adam divides by the size of the gradient. A word that is absent from a batch therefore moves as fast
 as the others, driven by the noise of its softmax gradient. A small pretrained model survives a
 short fine-tune only with an `adam_eps` above that noise, and with a low rate for everything but the
-rows of new tokens, which have the farthest to go (`new_rows_factor`).
+rows of new tokens, which have the farthest to go (`new_rows_factor`). Low-rank adapters want a
+higher rate than the embedding and the head, which are trained in full beside them
+(`embedding_learning_rate`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from selfrag_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
+_ABOVE_ZERO = (
+    "learning_rate", "adam_learning_rate", "embedding_learning_rate", "adam_eps",
+    "new_rows_factor", "clip",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,19 @@ class OptimizerConfig:
     weight_decay: float
     clip: float  # global norm of the gradients
     new_rows_factor: float = 1.0  # on the rate of the vocabulary rows that were added for training
+    # Peak rate of the embedding and the head. None: that of everything else, with muon
+    # adam_learning_rate. Their weight decay follows it.
+    embedding_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, field)
             if value not in known:
                 raise UserError(f"optimizer.{field}={value!r}: must be one of {', '.join(known)}")
-        for field in ("learning_rate", "adam_learning_rate", "adam_eps", "new_rows_factor", "clip"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise UserError(f"optimizer.{field}={getattr(self, field)!r}: must be above 0")
+        for field in _ABOVE_ZERO:
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"optimizer.{field}={value!r}: must be above 0")
         if not 0 <= self.warmup_fraction < 1:
             raise UserError(
                 f"optimizer.warmup_fraction={self.warmup_fraction!r}: must be a fraction of the "
@@ -56,6 +66,14 @@ class OptimizerConfig:
             )
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"optimizer.weight_decay={self.weight_decay!r}: must be 0 or above")
+
+    @property
+    def embedding_factor(self) -> float:
+        """The rate of the embedding and the head, relative to what the optimizer gives them."""
+        if self.embedding_learning_rate is None:
+            return 1.0
+        given = self.adam_learning_rate if self.name == "muon" else self.learning_rate
+        return self.embedding_learning_rate / given
 
 
 def schedule(name: str, peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
@@ -109,7 +127,7 @@ def make_optimizer(
     return optax.chain(
         _clip_by_global_norm(config.clip),
         inner,
-        _scale_new_rows(config.new_rows_factor, new_rows, padding),
+        _scale_vocabulary(config.embedding_factor, config.new_rows_factor, new_rows, padding),
     )
 
 
@@ -133,15 +151,21 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _scale_new_rows(factor: float, new: int, padding: int) -> optax.GradientTransformation:
-    """Multiplies the updates of the last `new` vocabulary rows before `padding` by `factor`."""
+def _scale_vocabulary(
+    factor: float, new_factor: float, new: int, padding: int
+) -> optax.GradientTransformation:
+    """Multiplies the updates of the embedding and the head.
+
+    All rows by `factor`; the last `new` ones before `padding` by `new_factor` besides.
+    """
 
     def scale(path, update):
         axis = {"embed": 0, "head": 1}.get(path[0].key)
-        if axis is None or not new:
+        if axis is None or (factor == 1.0 and not new):
             return update
         size = update.shape[axis]
-        rates = jnp.where(jnp.arange(size) < size - padding - new, 1.0, factor).astype(update.dtype)
+        old = jnp.arange(size) < size - padding - new
+        rates = jnp.where(old, factor, factor * new_factor).astype(update.dtype)
         return update * (rates[:, None] if axis == 0 else rates)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

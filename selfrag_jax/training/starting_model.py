@@ -37,10 +37,10 @@ def starting_model(c: ConfigDict, load_params: bool = True) -> tuple[loading.Loa
         tokens start at the mean of all rows. Tokens that the base already has keep their rows; from
         scratch all rows are random.
     c.tokenizer: mode of the base's tokenizer (see text/tokenizer.py); None for what its folder
-        records.
+        records or, if it records nothing, what fits its vocabulary: llama_fast for Llama-2's.
 
-    Raises UserError if c.new_rows is missing, or has an unknown token or no words for a token, and
-    if the base's tokenizer has only some of the reflection tokens.
+    Raises UserError if c.new_rows is missing, or has an unknown token or no words for a token, if
+    the base's tokenizer has only some of the reflection tokens, and if it is not of c.tokenizer.
     """
     if c.base is None:
         raise UserError(
@@ -50,6 +50,7 @@ def starting_model(c: ConfigDict, load_params: bool = True) -> tuple[loading.Loa
     if c.base == "scratch":
         return _model_from_scratch(c), 0
     load = loading.load if load_params else loading.load_without_params
+    tokenizer_mode(c)  # raises an error that names the config's field
     base = load(base_folder(c), c.tokenizer)
     tokenizer = base.tokenizer.with_reflection_tokens()
     like = {tokenizer.id(token): base.tokenizer.encode(words) for token, words in new_row_words(c)}
@@ -58,6 +59,24 @@ def starting_model(c: ConfigDict, load_params: bool = True) -> tuple[loading.Loa
         base.model.config, base.params, old, grown, like
     )
     return loading.LoadedModel(Model(config), params, tokenizer), grown - old
+
+
+def tokenizer_mode(c: ConfigDict) -> str:
+    """Returns the mode of the base's tokenizer: c.tokenizer, or what the base has.
+
+    Raises UserError if the base's tokenizer cannot be read, or is not of the mode c.tokenizer.
+    """
+    folder = base_folder(c)
+    try:
+        return loading.read_tokenizer(folder, c.tokenizer).mode
+    except UserError as e:
+        if c.tokenizer is None:
+            raise
+        own = loading.read_tokenizer(folder).mode  # raises if the files are what is wrong
+        raise UserError(
+            f"config tokenizer={c.tokenizer!r}: {e}; the base's own is {own!r}, which "
+            "--config.tokenizer=none takes"
+        ) from None
 
 
 def _model_from_scratch(c: ConfigDict) -> loading.LoadedModel:
