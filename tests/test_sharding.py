@@ -53,7 +53,7 @@ def program(job, workdir, process=0, port=0):
         tie_embeddings=False, dtype="float32", remat="none", scan_unroll=1,
     ))  # fmt: skip
     initial = jax.device_get(model.init(jax.random.key(0), 0.3))
-    losses, train_step = [], trainer.train_step
+    losses, train_step = [], trainer.run_step
     results, stop_after = {}, None
 
     def recording_step(*args):
@@ -63,7 +63,7 @@ def program(job, workdir, process=0, port=0):
         losses.append(float(metrics["total"]))
         return state, metrics
 
-    trainer.train_step = recording_step
+    trainer.run_step = recording_step
 
     def run(mesh, name, **changes):
         config = TrainConfig(

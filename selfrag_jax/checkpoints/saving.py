@@ -47,10 +47,13 @@ _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial re
 
 
 # ---- saving ----------------------------------------------------------------------------------
-def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
+def checkpoint_manager(
+    workdir: str | Path, keep_last: int, keep_best: int, in_background: bool = True
+):
     """Orbax's CheckpointManager of a workdir, which is made if it is missing.
 
     keep_best: how many checkpoints with the lowest loss are kept beside the last ones.
+    in_background: checkpoints are written while the caller continues.
     """
     import orbax.checkpoint as ocp
 
@@ -60,7 +63,7 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
     _repair_losses(as_path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy(keep_last, keep_best, _loss),
-        enable_async_checkpointing=True,
+        enable_async_checkpointing=in_background,
         best_fn=_loss,
         best_mode="min",
         cleanup_tmp_directories=True,
@@ -86,7 +89,7 @@ def _repair_losses(folder: Path) -> None:
 
 
 def save_checkpoint(manager, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
-    """Saves in the background.
+    """Saves a checkpoint, in the background if the manager does so.
 
     position: of the data iterator. loss: what the best checkpoint is chosen by.
     """
@@ -100,6 +103,14 @@ def save_checkpoint(manager, step: int, state: Any, position: dict[str, Any], lo
         data=ocp.args.JsonSave(record),
     )
     manager.save(step, args=items, metrics={"loss": loss})
+
+
+def set_loss(manager, workdir: str | Path, step: int, loss: float) -> None:
+    """Replaces the loss of a saved checkpoint; of several processes, the main one writes it."""
+    if jax.process_index() == 0:
+        write_json(checkpoint_folder(workdir, step) / "metrics" / "metrics", {"loss": loss})
+    all_processes_agree(True)  # waits for the main one
+    manager.reload()
 
 
 def _chunk_by_layer(x: jax.Array):
