@@ -52,6 +52,11 @@ def compile_programs(
     return _compile(replace(c, keep_last=1, keep_best=0), model, tx, mesh, evaluates)
 
 
+def runs_micro_batches_apart(mesh: Mesh) -> bool:
+    """Whether each micro-batch is a call of its own."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 @lru_cache(maxsize=8)  # jit's own cache has no programs that were compiled ahead
 def _compile(
     c: TrainConfig, model: Model, tx: optax.GradientTransformation, mesh: Mesh, evaluates: bool
@@ -69,7 +74,7 @@ def _compile(
 
     add_gradients = zeros = None
     with jax.set_mesh(mesh):
-        if micro_batches > 1 and is_cpu:
+        if micro_batches > 1 and runs_micro_batches_apart(mesh):
             sums = _abstract_sums(state, c, model, mesh)
             batch = abstract_batch(replace(c, rows=c.rows // micro_batches), mesh)
             total = jax.ShapeDtypeStruct((), jnp.float32, sharding=_replicated(mesh))

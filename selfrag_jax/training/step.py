@@ -75,7 +75,7 @@ def add_gradients(
     return added[0], sharding.pin_to_mesh(added[1])
 
 
-@partial(jax.jit, static_argnames=("tx",), donate_argnames=("state", "sums"))
+@partial(jax.jit, static_argnames=("tx",), donate_argnames=("state",))
 def apply_gradients(
     state: TrainState, sums: tuple[Sums, Params], tx: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Float[Array, ...]]]:

@@ -161,9 +161,10 @@ def _loop(
         if interval_ends:
             _save(run, done, state, position | ({} if loss is not None else _UNMEASURED), loss)
             saved = done
-        if stopping:
+        if stop.received:
             break
     if stop.received and saved < done:
+        pending.flush()
         # It covers too few steps for its loss to compete for "best"; the interval continues when
         # training resumes.
         _save(run, done, state, position, None)
