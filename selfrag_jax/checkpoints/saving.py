@@ -43,17 +43,20 @@ from selfrag_jax.files import write_json
 from selfrag_jax.models.params import Params
 from selfrag_jax.storage.paths import absolute, as_path, explained, is_remote
 
+_IN_TURN = 2**26  # bytes of further arrays that are written with the largest one
 _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial reads save
 
 
 # ---- saving ----------------------------------------------------------------------------------
 def checkpoint_manager(
-    workdir: str | Path, keep_last: int, keep_best: int, in_background: bool = True
+    workdir: str | Path, keep_last: int, keep_best: int, in_turn: int | None = None
 ):
     """Orbax's CheckpointManager of a workdir, which is made if it is missing.
 
     keep_best: how many checkpoints with the lowest loss are kept beside the last ones.
-    in_background: checkpoints are written while the caller continues.
+    in_turn: None to write checkpoints in the background; else the bytes of the largest array.
+        Then saving returns when all is written, with few arrays in work at a time: their compressed
+        copies take memory.
     """
     import orbax.checkpoint as ocp
 
@@ -63,12 +66,21 @@ def checkpoint_manager(
     _repair_losses(as_path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy(keep_last, keep_best, _loss),
-        enable_async_checkpointing=in_background,
+        enable_async_checkpointing=in_turn is None,
         best_fn=_loss,
         best_mode="min",
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(absolute(workdir) / CHECKPOINTS, options=options)
+    handlers: Any = None
+    if in_turn is not None:
+        # Orbax refuses an array that is larger than the limit.
+        limit = (1.1 * in_turn + _IN_TURN) / 1e9
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(save_concurrent_gb=limit),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+    folder = absolute(workdir) / CHECKPOINTS
+    return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:

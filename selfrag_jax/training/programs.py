@@ -40,6 +40,7 @@ class Programs:
     is_cpu: bool
     state_bytes: int  # weights and optimizer's state, per device
     saved_bytes: int  # of them, in a checkpoint
+    largest_saved: int  # of one array of it
     temp_bytes: int  # the most that a program needs beside them, per device; 0 where not known
     kept_block: KeptBlock  # where the temporaries of a program on a CPU lie
 
@@ -100,6 +101,7 @@ def _compile(
     temporary = max(_temporary_bytes(program) for program, _ in parts)
     return Programs(
         update, add_gradients, zeros, evaluate, is_cpu, _bytes(state), _bytes(trained),
+        max(_bytes(x) for x in jax.tree.leaves(trained)),
         max(_temporary_bytes(program) + beside for program, beside in parts),
         KeptBlock(temporary if is_cpu and temporary >= _LEAST_KEPT_BLOCK else 0),
     )  # fmt: skip

@@ -87,9 +87,8 @@ def train(
         memory.report(name, programs, 0 if waits else programs.saved_bytes, is_main_process)
 
         # ---- 4. State: begin or resume -----------------------------------------------------------
-        manager = saving.checkpoint_manager(
-            workdir, config.keep_last, config.keep_best, in_background=not waits
-        )
+        in_turn = programs.largest_saved if waits else None
+        manager = saving.checkpoint_manager(workdir, config.keep_last, config.keep_best, in_turn)
         with waiting(name, "puts the model in place", is_main_process):
             state, position = begin_or_resume(config, model, tx, mesh, initial, manager, workdir)
         _write_architecture(workdir, model.config, tokenizer)
