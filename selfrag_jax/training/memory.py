@@ -22,10 +22,11 @@ _CURE = (
 )
 
 
-def report(name: str, programs: Programs, copied_bytes: int, shown: bool) -> None:
+def report(name: str, programs: Programs, copied_bytes: int, freed_bytes: int, shown: bool) -> None:
     """Prints what the training will take, and a warning if the machine has less to give.
 
     copied_bytes: of a checkpoint that is written while training continues, on this host.
+    freed_bytes: of what the process holds now, and will have given back when training starts.
     """
     here = len(jax.local_devices()) if programs.is_cpu else 1
     state, temporary = programs.state_bytes * here, programs.temp_bytes * here
@@ -34,10 +35,10 @@ def report(name: str, programs: Programs, copied_bytes: int, shown: bool) -> Non
     parts = f"{_gb(state)} weights and optimizer, {_gb(temporary)} while computing"
     copies = f", {_gb(copied_bytes)} checkpoints on their way" if copied_bytes else ""
     if programs.is_cpu:
-        used, free = used_memory(), free_memory()
+        used, free = max(0, used_memory() - freed_bytes), free_memory()
         needed = used + state + temporary + copied_bytes
         text = f"takes about {_gb(needed)} GB of memory: {parts}, {_gb(used)} the process{copies}"
-        is_short, have = free is not None and needed - used > free, free
+        is_short, have = free is not None and needed - used - freed_bytes > free, free
     else:
         stats = jax.local_devices()[0].memory_stats() or {}
         have = stats.get("bytes_limit")

@@ -80,11 +80,14 @@ def train(
         # ---- 3. Programs -------------------------------------------------------------------------
         with waiting(name, "compiles the training step", is_main_process):
             programs = compile_programs(config, model, tx, mesh, held_out_source is not None)
+        resumes_all = config.lora is None and bool(workdirs.saved_steps(workdir))
         # On a CPU a large checkpoint is written before training goes on: no copy of it is needed,
         # and writing takes the same cores.
         waits = programs.is_cpu and programs.saved_bytes > _SMALL_CHECKPOINT
         waits = waits and not is_remote(workdir)
-        memory.report(name, programs, 0 if waits else programs.saved_bytes, is_main_process)
+        copied = 0 if waits else programs.saved_bytes
+        freed = 0 if resumes_all else 4 * roofline.num_weights(base.config)  # the base, in f32
+        memory.report(name, programs, copied, freed, is_main_process)
 
         # ---- 4. State: begin or resume -----------------------------------------------------------
         in_turn = programs.largest_saved if waits else None
