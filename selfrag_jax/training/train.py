@@ -113,6 +113,7 @@ def train(
 
     # ---- 7. Finish -------------------------------------------------------------------------------
     log.close()
+    programs.kept_block.give_up()
     if stop.received:
         raise SystemExit(143)
     run.say_which_is_best(name)
@@ -136,6 +137,7 @@ def _loop(
     micro_batches = c.micro_batches(run.mesh)
     pending = PendingMetrics(log, run.workdir, programs.kept_block)
     done = saved = int(state["step"])
+    return_freed_memory()  # what compiling and saving the frozen weights took
     run.measure_late(position, done, state)
     stop.begin()
     for step in range(done, steps):
