@@ -18,6 +18,7 @@ from selfrag_jax.checkpoints import workdirs
 from selfrag_jax.data.batches import Packer, Source
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, write_json
+from selfrag_jax.processes.group import current
 from selfrag_jax.progress import say
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.training import optimizer
@@ -129,12 +130,18 @@ def change_length(
     source: Source,
     workdir: str | Path,
 ) -> None:
-    """Records the new length in the workdir, which becomes unfinished, and says so in one line."""
+    """Records the new length in `made` and in the workdir, which becomes unfinished; says so.
+
+    Of several processes, the main one writes; the others wait for it.
+    """
     done, steps = max(workdirs.saved_steps(workdir), default=0), num_steps(config, source)
     before = num_steps(replace(config, steps=change.steps, epochs=change.epochs), source)
     made[LENGTHENED] = [*made.get(LENGTHENED, ()), done]
-    artifacts.manifest_path(workdir).unlink(missing_ok=True)
-    write_json(as_path(workdir) / artifacts.STARTED, artifacts.made_from("train", made, inputs))
+    if current().is_main:
+        artifacts.manifest_path(workdir).unlink(missing_ok=True)
+        started = artifacts.made_from("train", made, inputs)
+        write_json(as_path(workdir) / artifacts.STARTED, started)
+    current().barrier("the new length")
     c = config.optimizer
 
     def rate(length: int) -> str:
@@ -146,6 +153,7 @@ def change_length(
         f"step {done} of {before} becomes step {done} of {steps}; the learning rate goes on at "
         f"{rate(steps)} (it was {rate(before)}), as the {c.schedule} schedule is now over "
         f"{steps} steps",
+        current().is_main,
     )
 
 
