@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from typing import Any
 
 from selfrag_jax import accelerators
 
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_SLACK = 2**20  # bytes that small allocations may take before a program takes the rest
+
+_glibc: Any = None  # once freed memory is kept
 
 
 def keep_freed_memory() -> bool:
@@ -30,6 +34,65 @@ def keep_freed_memory() -> bool:
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not has_accelerator
     if not on_cpu or platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
-    return all(mallopt(*setting) for setting in settings)
+    global _glibc
+    glibc = ctypes.CDLL(None)
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1))  # -1: never
+    if not all(glibc.mallopt(*setting) for setting in settings):
+        return False
+    glibc.malloc.argtypes, glibc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    glibc.free.argtypes, glibc.free.restype = [ctypes.c_void_p], None
+    glibc.malloc_trim.argtypes = [ctypes.c_size_t]
+    _glibc = glibc
+    return True
+
+
+def return_freed_memory() -> None:
+    """Returns what is kept to the system, after work that needed more than what follows.
+
+    Does nothing unless `keep_freed_memory` is on.
+    """
+    if _glibc is not None:
+        _glibc.malloc_trim(0)
+
+
+class KeptBlock:
+    """Keeps the place of a program's temporaries in the heap from call to call.
+
+    A program on a CPU takes all of its temporaries as one block, and frees it at its end. Small
+    allocations would settle in the gap, and the next call would find no room there: the process
+    would grow by another block, and sometimes by a third. So a block of the same size holds the
+    place between the calls. It is never written to: it takes no memory of its own.
+
+    A context manager around a call; the results may still be computed when it ends, but for
+    `hold`, which is called when they are there. With size 0, and unless `keep_freed_memory` is on,
+    it does nothing.
+    """
+
+    def __init__(self, size: int):
+        self._size = size + _SLACK if size else 0
+        self._address: int | None = None
+        self._last: int | None = None
+
+    def __enter__(self) -> None:
+        if self._address is not None and _glibc is not None:
+            _glibc.free(self._address)
+            self._address = None
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def give_up(self) -> None:
+        """Returns the place to the system: the next call finds its memory anew."""
+        self.__enter__()
+        self._last = None
+        if self._size:
+            return_freed_memory()
+
+    def hold(self) -> None:
+        """Takes the place again. If something is in it, that of before goes back to the system."""
+        if not self._size or _glibc is None or self._address is not None:
+            return
+        self._address = _glibc.malloc(self._size)
+        if self._address != self._last:
+            return_freed_memory()
+        self._last = self._address

@@ -162,7 +162,7 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _made_from(stage: str, config: Any, inputs: Mapping[str, Input]) -> dict[str, Any]:
+def made_from(stage: str, config: Any, inputs: Mapping[str, Input]) -> dict[str, Any]:
     """The stage, config and input hashes of an artifact, as JSON data."""
     is_instance = is_dataclass(config) and not isinstance(config, type)
     made = {
@@ -175,7 +175,7 @@ def _made_from(stage: str, config: Any, inputs: Mapping[str, Input]) -> dict[str
 
 def identity(stage: str, config: Any, inputs: Mapping[str, Input]) -> str:
     """Returns a short hash of what an artifact is made from; it names an unfinished one's parts."""
-    return _short_hash(json.dumps(_made_from(stage, config, inputs), sort_keys=True))
+    return _short_hash(json.dumps(made_from(stage, config, inputs), sort_keys=True))
 
 
 def _difference(old: Any, new: Any, at: str = "") -> str:
@@ -251,7 +251,7 @@ def claim_workdir(
     write: False to check only, as all but one of several processes do.
     Raises UserError naming the first difference if the folder was started with other settings.
     """
-    path, new = as_path(folder) / STARTED, _made_from(stage, config, inputs)
+    path, new = as_path(folder) / STARTED, made_from(stage, config, inputs)
     if not path.is_file():
         if write:
             write_json(path, new)
@@ -317,7 +317,7 @@ def is_finished(
             if file.is_file():
                 _move_aside(file, stage)
         return False
-    old, new = read_object(path, ()), _made_from(stage, config, inputs)
+    old, new = read_object(path, ()), made_from(stage, config, inputs)
     for part in ("stage", "config", "inputs"):
         if old.get(part) != new[part]:
             raise UserError(
@@ -364,7 +364,7 @@ def write_manifest(
     """
     started = as_path(artifact) / STARTED
     made = read_json(started) if started.is_file() else None
-    manifest = made or _made_from(stage, config, inputs)
+    manifest = made or made_from(stage, config, inputs)
     manifest["counts"] = dict(counts)
     manifest["versions"] = {name: _version(name) for name in _VERSIONS}
     manifest["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")

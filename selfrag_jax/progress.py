@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +85,43 @@ def progress(
         yield bar
     finally:  # on an error too, so that its message starts on a new line
         bar.close()
+
+
+def say(name: str, text: str, shown: bool = True) -> None:
+    """Prints a line about long work, in the form of its progress."""
+    if shown:
+        print(f"{name:<22} {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def waiting(name: str, what: str, shown: bool = True) -> Iterator[None]:
+    """Says what the block does, and how long it took, if that is more than a second.
+
+    For work without a count, such as compiling. On a terminal the seconds are counted.
+    """
+    if not shown:
+        yield
+        return
+    start, ended, is_terminal = time.monotonic(), threading.Event(), sys.stderr.isatty()
+
+    def show(seconds: str, end: str) -> None:
+        line = f"{name:<22} {what}  {seconds}".rstrip()
+        line = f"\r{line:<{_LINE_WIDTH}}" if is_terminal else line
+        print(line, end=end, file=sys.stderr, flush=True)
+
+    def count() -> None:
+        interval = 1.0
+        while not ended.wait(interval):
+            seconds = time.monotonic() - start
+            show(_clock(seconds) if seconds > 1.5 else "", "" if is_terminal else "\n")
+            interval = 1.0 if is_terminal else _LOG_INTERVAL
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        counter.join()
+        if time.monotonic() - start >= 1:
+            show(_clock(time.monotonic() - start), "\n")

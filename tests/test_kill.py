@@ -43,14 +43,14 @@ def program(workdir, form, num_steps):
     fields = dict(max_length=64, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True)
     fields |= dict(dtype="float32", remat="none", scan_unroll=1)
     model = Model(LlamaConfig(vocab_size=tokenizer.vocab_size, **shape, **fields))
-    step = trainer.train_step
+    step = trainer.run_step
 
     def announced_step(state, *rest):
         print("step", int(state["step"]), flush=True)
         time.sleep(0.02)  # so that kills hit computing and saving alike
         return step(state, *rest)
 
-    trainer.train_step = announced_step
+    trainer.run_step = announced_step
     config = TrainConfig(
         seed=0,
         steps=num_steps,

@@ -146,7 +146,7 @@ def test_a_resumed_run_is_identical_and_checkpoints_hold_only_trained_weights(
 ):
     from selfrag_jax.training import train as trainer
 
-    step, calls = trainer.train_step, []
+    step, calls = trainer.run_step, []
 
     def interrupted(*args):
         calls.append(1)
@@ -154,11 +154,11 @@ def test_a_resumed_run_is_identical_and_checkpoints_hold_only_trained_weights(
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "run_step", interrupted)
     arguments = (tiny_model.model, tiny_model.params, source, tiny_model.tokenizer, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         train(config, *arguments)
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "run_step", step)
     again = jax.device_get(train(config, *arguments)["params"])
     jax.tree.map(np.testing.assert_array_equal, again, trained[1])
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -14,7 +14,7 @@ from selfrag_jax.commands.answer import answer_file
 from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.profiling import UNTRACED_STEPS, Profile, check_steps
 from selfrag_jax.records import write_jsonl
-from selfrag_jax.training.step import train_step
+from selfrag_jax.training import programs
 from selfrag_jax.training.train import train
 
 WEIGHTS = {"retrieve": 1.0, "isrel": 1.0, "issup": 1.0, "isuse": 1.0}
@@ -45,9 +45,9 @@ def train_tiny(tiny_model, tokenizer, workdir, profile):
 @pytest.mark.slow
 def test_training_is_traced_by_the_names_of_its_parts(tiny_model, tokenizer, tmp_path, capsys):
     plain = train_tiny(tiny_model, tokenizer, tmp_path / "plain", 0)
-    programs = train_step._cache_size()
+    compiled = programs._compile.cache_info().misses
     traced = train_tiny(tiny_model, tokenizer, tmp_path / "traced", 2)
-    assert train_step._cache_size() == programs
+    assert programs._compile.cache_info().misses == compiled
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (plain, traced)))
 
     folder = tmp_path / "traced" / "profile"

@@ -386,7 +386,7 @@ def test_a_training_from_a_folder_resumes_exactly(tiny_model, source, tmp_path, 
     def run(name):
         return trainer.train(c, model, params, source, tokenizer, tmp_path / name)["params"]
 
-    whole, calls, step = run("whole"), [], trainer.train_step
+    whole, calls, step = run("whole"), [], trainer.run_step
 
     def interrupted_step(*args):
         calls.append(1)
@@ -394,10 +394,10 @@ def test_a_training_from_a_folder_resumes_exactly(tiny_model, source, tmp_path, 
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    monkeypatch.setattr(trainer, "run_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         run("parts")
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "run_step", step)
     parts = run("parts")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
 

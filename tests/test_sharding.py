@@ -38,7 +38,9 @@ def program(job, workdir, process=0, port=0):
     if job == "two processes":
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
     from selfrag_jax.base_model.source import make_tokenizer
+    from selfrag_jax.checkpoints.workdirs import read_loss
     from selfrag_jax.data.generator_examples import GeneratorSource
+    from selfrag_jax.data.held_out import all_rows
     from selfrag_jax.models.llama import LlamaConfig, Model
     from selfrag_jax.training import train as trainer
     from selfrag_jax.training.config import MeshConfig, TrainConfig
@@ -47,13 +49,15 @@ def program(job, workdir, process=0, port=0):
     tokenizer = make_tokenizer(4000).with_reflection_tokens()
     group_weights = dict.fromkeys(("retrieve", "isrel", "issup", "isuse"), 1.0)
     source = GeneratorSource(EXAMPLES, tokenizer, group_weights)
+    # A number that no batch divides.
+    held_out = all_rows(GeneratorSource(EXAMPLES[:11], tokenizer, group_weights))
     model = Model(LlamaConfig(
         vocab_size=tokenizer.vocab_size, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=8, max_length=64, rope_theta=1e4, norm_eps=1e-5,
         tie_embeddings=False, dtype="float32", remat="none", scan_unroll=1,
     ))  # fmt: skip
     initial = jax.device_get(model.init(jax.random.key(0), 0.3))
-    losses, train_step = [], trainer.train_step
+    losses, train_step = [], trainer.run_step
     results, stop_after = {}, None
 
     def recording_step(*args):
@@ -63,7 +67,7 @@ def program(job, workdir, process=0, port=0):
         losses.append(float(metrics["total"]))
         return state, metrics
 
-    trainer.train_step = recording_step
+    trainer.run_step = recording_step
 
     def run(mesh, name, **changes):
         config = TrainConfig(
@@ -73,9 +77,13 @@ def program(job, workdir, process=0, port=0):
             **changes,
         )  # fmt: skip
         losses.clear()
-        state = trainer.train(config, model, initial, source, tokenizer, Path(workdir) / name)
+        folder = Path(workdir) / name
+        state = trainer.train(
+            config, model, initial, source, tokenizer, folder, held_out_source=held_out
+        )
+        measured = read_loss(folder / "checkpoints" / str(STEPS) / "metrics" / "metrics")
         norm = float(sum(abs(x).sum() for x in jax.tree.leaves(state["params"])))
-        results[name] = {"losses": list(losses), "norm": norm}
+        results[name] = {"losses": list(losses), "norm": norm, "held out": measured}
 
     if job == "two processes":
         run((1, 8, 1), "two processes")
@@ -197,6 +205,13 @@ def test_gradient_accumulation_has_the_losses_of_whole_batches(trained, run):
     assert accumulated["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_the_held_out_loss_is_the_same_on_every_mesh(trained):
+    runs = ("accumulated on one device", "accumulated", "two slices", "moved", *map(str, MESHES))
+    found = [trained[run]["held out"] for run in runs]
+    np.testing.assert_allclose(found, found[-1], atol=1e-4, rtol=0)
+
+
 # ---- two processes -------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
@@ -240,6 +255,7 @@ def test_two_processes_train_together(trained, tmp_path):
 
     for found in train_in_two_processes():
         np.testing.assert_allclose(found["losses"], one["losses"], atol=1e-4, rtol=0)
+        assert found["held out"] == pytest.approx(one["held out"], abs=1e-4)
         assert found["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
     # If one process cannot read a checkpoint, neither uses it: both resume from the one before.

@@ -20,7 +20,7 @@ from selfrag_jax.data.batches import Packer
 from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import GeneratorExample, write_jsonl
-from selfrag_jax.training import optimizer
+from selfrag_jax.training import length, optimizer
 from selfrag_jax.training import train as trainer
 from selfrag_jax.training.config import MeshConfig, TrainConfig
 from selfrag_jax.training.loss import gradients, loss_fn
@@ -153,7 +153,7 @@ def test_an_interrupted_training_ends_with_the_same_parameters(
     tiny_model, source, tmp_path, monkeypatch
 ):
     whole = run_training(tiny_model, source, tmp_path / "whole")["params"]
-    calls, step = [], trainer.train_step
+    calls, step = [], trainer.run_step
 
     def interrupted_step(*args):
         calls.append(1)
@@ -161,10 +161,10 @@ def test_an_interrupted_training_ends_with_the_same_parameters(
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    monkeypatch.setattr(trainer, "run_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         run_training(tiny_model, source, tmp_path / "parts")
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "run_step", step)
     parts = run_training(tiny_model, source, tmp_path / "parts")["params"]
     assert_same_arrays(whole, parts)
     assert_same_arrays(loading.load(tmp_path / "parts").params, parts)
@@ -174,7 +174,7 @@ def test_sigterm_saves_a_checkpoint_and_the_next_run_continues(
     tiny_model, source, tmp_path, monkeypatch
 ):
     whole = run_training(tiny_model, source, tmp_path / "whole")["params"]
-    handler, calls, step = signal.getsignal(signal.SIGTERM), [], train_step
+    handler, calls, step = signal.getsignal(signal.SIGTERM), [], trainer.run_step
 
     def terminated_step(*args):
         calls.append(1)
@@ -182,7 +182,7 @@ def test_sigterm_saves_a_checkpoint_and_the_next_run_continues(
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    monkeypatch.setattr(trainer, "train_step", terminated_step)
+    monkeypatch.setattr(trainer, "run_step", terminated_step)
     with pytest.raises(SystemExit) as exit_info:
         run_training(tiny_model, source, tmp_path / "parts")
     assert exit_info.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
@@ -243,14 +243,14 @@ def test_a_command_whose_loss_is_not_finite_fails_in_one_line(tmp_path, capsys):
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tiny_model, source, tmp_path, monkeypatch):
     """The loss of such a step is finite; its update would ruin parameters and next checkpoint."""
-    step, calls = train_step, []
+    step, calls = trainer.run_step, []
 
     def step_with_bad_gradient(*args):
         state, metrics = step(*args)
         calls.append(1)
         return state, metrics | ({"gradient_norm": jnp.inf} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(trainer, "train_step", step_with_bad_gradient)
+    monkeypatch.setattr(trainer, "run_step", step_with_bad_gradient)
     with pytest.raises(FloatingPointError, match="gradient norm of step 2 is inf"):
         run_training(tiny_model, source, tmp_path, save_every=1)
     with saving.checkpoint_manager(tmp_path, 2, 1) as saved:
@@ -285,7 +285,7 @@ def test_configs_that_cannot_run_are_refused():
 def test_epochs_are_passes_over_the_data(source, packed):
     c = config(steps=None, epochs=5.0, rows=4, max_targets=None, packed=packed)
     packer = Packer(source, c.rows, c.length, None, c.seed, packed=packed)
-    for _ in range(trainer._num_steps(c, source)):
+    for _ in range(length.num_steps(c, source)):
         packer.next()
     assert abs(packer.state - 5 * source.size) <= (0.1 * 5 * source.size if packed else 0)
 

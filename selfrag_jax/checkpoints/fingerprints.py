@@ -8,6 +8,7 @@ order: devices compute it where the array is, with the same result on every mesh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,28 +28,39 @@ def _mix(bits, index):
     return x ^ (x >> uint32(16))
 
 
-@jax.jit
-def _fingerprint_all(arrays: list[jax.Array]) -> jax.Array:
+@partial(jax.jit, static_argnames=("row_by_row",))
+def _fingerprint_all(arrays: list[jax.Array], row_by_row: bool = False) -> jax.Array:
     """The fingerprints of all arrays, [number of arrays], in one program.
 
     Each needs a collective, and collectives of separate programs could overtake each other.
+    row_by_row: for one device. On a CPU the mixed bits of whole arrays would be written to memory,
+    as much again as the arrays; row by row it is also five times as fast.
     """
 
-    def fingerprint(x):
+    def fingerprint(x, first: Any = 0):
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        index = jnp.zeros(x.shape, jnp.uint32)
+        index = jnp.full(x.shape, first, jnp.uint32)
         for axis, size in enumerate(x.shape):  # uint32 wraps around, modulo 2^32
             index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         return jnp.sum(_mix(bits, index), dtype=jnp.uint32)
 
-    return jnp.stack([fingerprint(x) for x in arrays])
+    def of_rows(x):
+        def add(carry, row):
+            total, i = carry
+            return (total + fingerprint(row, i), i + jnp.uint32(1)), None
+
+        return jax.lax.scan(add, (jnp.uint32(0), jnp.uint32(0)), x)[0][0]
+
+    return jnp.stack([of_rows(x) if row_by_row and x.ndim > 1 else fingerprint(x) for x in arrays])
 
 
 def tree_fingerprints(tree: Any) -> dict[str, int]:
     """The fingerprint of every array of a tree on devices, keyed by the array's path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get(_fingerprint_all([array for _, array in leaves]))
+    arrays = [array for _, array in leaves]
+    on_one_device = all(len(x.sharding.device_set) == 1 for x in arrays)
+    values = jax.device_get(_fingerprint_all(arrays, row_by_row=on_one_device))
     return {
         jax.tree_util.keystr(path): int(value)
         for (path, _), value in zip(leaves, values, strict=True)

@@ -43,14 +43,20 @@ from selfrag_jax.files import write_json
 from selfrag_jax.models.params import Params
 from selfrag_jax.storage.paths import absolute, as_path, explained, is_remote
 
+_IN_TURN = 2**26  # bytes of further arrays that are written with the largest one
 _MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more in overhead than partial reads save
 
 
 # ---- saving ----------------------------------------------------------------------------------
-def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
+def checkpoint_manager(
+    workdir: str | Path, keep_last: int, keep_best: int, in_turn: int | None = None
+):
     """Orbax's CheckpointManager of a workdir, which is made if it is missing.
 
     keep_best: how many checkpoints with the lowest loss are kept beside the last ones.
+    in_turn: None to write checkpoints in the background; else the bytes of the largest array.
+        Then saving returns when all is written, with few arrays in work at a time: their compressed
+        copies take memory.
     """
     import orbax.checkpoint as ocp
 
@@ -60,12 +66,21 @@ def checkpoint_manager(workdir: str | Path, keep_last: int, keep_best: int):
     _repair_losses(as_path(workdir) / CHECKPOINTS)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy(keep_last, keep_best, _loss),
-        enable_async_checkpointing=True,
+        enable_async_checkpointing=in_turn is None,
         best_fn=_loss,
         best_mode="min",
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(absolute(workdir) / CHECKPOINTS, options=options)
+    handlers: Any = None
+    if in_turn is not None:
+        # Orbax refuses an array that is larger than the limit.
+        limit = (1.1 * in_turn + _IN_TURN) / 1e9
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(save_concurrent_gb=limit),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+    folder = absolute(workdir) / CHECKPOINTS
+    return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -86,7 +101,7 @@ def _repair_losses(folder: Path) -> None:
 
 
 def save_checkpoint(manager, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
-    """Saves in the background.
+    """Saves a checkpoint, in the background if the manager does so.
 
     position: of the data iterator. loss: what the best checkpoint is chosen by.
     """
@@ -100,6 +115,14 @@ def save_checkpoint(manager, step: int, state: Any, position: dict[str, Any], lo
         data=ocp.args.JsonSave(record),
     )
     manager.save(step, args=items, metrics={"loss": loss})
+
+
+def set_loss(manager, workdir: str | Path, step: int, loss: float) -> None:
+    """Replaces the loss of a saved checkpoint; of several processes, the main one writes it."""
+    if jax.process_index() == 0:
+        write_json(checkpoint_folder(workdir, step) / "metrics" / "metrics", {"loss": loss})
+    all_processes_agree(True)  # waits for the main one
+    manager.reload()
 
 
 def _chunk_by_layer(x: jax.Array):

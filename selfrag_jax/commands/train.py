@@ -14,15 +14,24 @@ from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag, config_flag, load_config
 from selfrag_jax.commands.default_config import config_for_base
+from selfrag_jax.commands.training_rows import (
+    HELD_OUT_FLAG,
+    held_out_share,
+    hold_out,
+    read_source,
+)
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.processes.group import current
 from selfrag_jax.profiling import check_steps
+from selfrag_jax.progress import waiting
 from selfrag_jax.records import read_rows
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection
 
 if TYPE_CHECKING:
+    from selfrag_jax.data.critic_examples import CriticSource
+    from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.training.config import TrainConfig
 
 # Fields of TrainConfig that change where or how fast a model is trained, but not what it learns:
@@ -50,47 +59,50 @@ def train_model(
     name: str,
     released: bool = False,
     profile: int = 0,
+    held_out: str | None = None,
 ) -> None:
     """Trains `role` ("critic" or "generator") on `data`. Does nothing if `workdir` is finished.
 
     name: of the progress bar. released: the data is a published file. profile: number of steps to
-    trace into `workdir/profile`. Raises UserError for a role that the config has no section for,
-    and for data, mesh or base that do not fit.
+    trace into `workdir/profile`. held_out: a file of rows to measure the model on, or a share of
+    the data's. Raises UserError for a role that the config has no section for, and for data, mesh
+    or base that do not fit.
     """
     import jax
 
     from selfrag_jax.checkpoints import workdirs
-    from selfrag_jax.data.critic_examples import CriticSource
-    from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.data.published_files import Faults
+    from selfrag_jax.training import length
     from selfrag_jax.training.starting_model import starting_model
     from selfrag_jax.training.train import train
+
+    is_main_process = jax.process_index() == 0
 
     # 1. The config.
     section, weights = _checked_section(c, role), _group_weights(c, role)
 
-    # 2. What identifies this training. Finished already?
-    made, inputs = _identity(c, role, section, data, released)
-    if artifacts.is_finished(workdir, "train", made, inputs):
-        return
+    # 2. What identifies this training. Finished already, or only made longer?
+    with waiting(name, "reads what identifies the base and the data", is_main_process):
+        made, inputs = _identity(c, role, section, data, released, held_out)
+        change = length.asked_length(workdir, made, inputs)
+        if change is None and artifacts.is_finished(workdir, "train", made, inputs):
+            return
 
     # 3. Model, data and mesh, all checked before anything is written.
     resumes = bool(workdirs.saved_steps(workdir))
-    # With LoRA the frozen weights come from the base each time; else a checkpoint holds everything.
-    load_params = section.lora is not None or not resumes
-    start, num_new_tokens = starting_model(c, load_params)
-    source: CriticSource | GeneratorSource
+    with waiting(name, f"loads the base {c.base}", is_main_process):
+        # With LoRA the frozen weights come from the base each time; else a checkpoint holds
+        # everything.
+        start, num_new_tokens = starting_model(c, section.lora is not None or not resumes)
     faults = Faults()  # malformed rows of a published file
-    if role == "critic":
-        brief = c.label.critic.brief
-        source = CriticSource.read(data, start.tokenizer, brief, weights, released, faults)
-    else:
-        source = GeneratorSource.read(
-            data, start.tokenizer, weights, released, section.mask, faults
-        )
+
+    def read(path: str | Path) -> CriticSource | GeneratorSource:
+        return read_source(c, role, section, path, start.tokenizer, weights, released, faults)
+
+    with waiting(name, "reads the rows", is_main_process):
+        source, held_out_rows = hold_out(read(data), held_out, section.seed, read, name)
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
-    is_main_process = jax.process_index() == 0
     # A host may hold its own copy of the data.
     current().require_same(
         "data or base",
@@ -99,9 +111,12 @@ def train_model(
     )
     if is_main_process:
         _warn_of_tensor_over_hosts(role, mesh)
+    length.check_length(role, change, section, source, workdir)
 
     # 4. Train. One process locks the workdir; all check that it holds this same training.
     with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
+        if change is not None:
+            length.change_length(name, change, made, inputs, section, source, workdir)
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
         if is_main_process and faults.total:
             write_json(as_path(workdir) / MALFORMED, faults.rows)
@@ -110,7 +125,7 @@ def train_model(
         start = replace(start, params=None)
         result = train(
             section, start.model, params.pop, source, start.tokenizer, workdir, name,
-            num_new_tokens, profile,
+            num_new_tokens, profile, held_out_rows,
         )  # fmt: skip
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
@@ -119,7 +134,12 @@ def train_model(
 
 
 def _identity(
-    c: ConfigDict, role: str, section: TrainConfig, data: str | Path, released: bool
+    c: ConfigDict,
+    role: str,
+    section: TrainConfig,
+    data: str | Path,
+    released: bool,
+    held_out: str | None,
 ) -> tuple[dict[str, Any], dict[str, str | Path]]:
     """What identifies a training: its settings and its inputs."""
     from selfrag_jax.training.starting_model import base_folder
@@ -135,6 +155,10 @@ def _identity(
     if released:
         made["format"] = "released"
     inputs: dict[str, str | Path] = {"data": data}
+    if held_out is not None and (share := held_out_share(held_out)) is not None:
+        made["held_out"] = share
+    elif held_out is not None:
+        inputs["held_out"] = held_out
     if c.base == "scratch":
         made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
     else:
@@ -231,7 +255,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     _warn_of_plain_outputs(role, data)
     if values["config"] is None:
         values = values | {"config": config_for_base(role, values["overrides"])}
-    train_model(load_config(values), role, data, workdir, role, released, profile)
+    config, held_out = load_config(values), values["held_out"]
+    train_model(config, role, data, workdir, role, released, profile, held_out)
     if current().is_main:
         print(values["workdir"])
 
@@ -263,6 +288,7 @@ COMMAND = Command(
             required=True,
             in_place=True,
         ),
+        HELD_OUT_FLAG,
         DISTRIBUTED,
         PROFILE_FLAG,
         config_flag(

@@ -102,12 +102,20 @@ def build_example(
     )
 
 
+def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """Returns the indices of `size` examples in the order of an epoch."""
+    order = list(range(size))
+    random.Random(f"order-{seed}-{epoch}").shuffle(order)
+    return order
+
+
 class Packer:
     """Packs examples of a source into batches of `rows` x `length` tokens.
 
     state: the index of the next example, counted over all epochs. It is the only state: a packer
     that starts from it continues with the same batches.
     packed: False puts one example in each row.
+    end: the last batch ends before this example, with empty rows; None: there is no end.
     """
 
     def __init__(
@@ -119,16 +127,15 @@ class Packer:
         seed: int,
         state: int = 0,
         packed: bool = True,
+        end: int | None = None,
     ):
         self.source, self.rows, self.length, self.max_targets = source, rows, length, max_targets
-        self.seed, self.state, self.packed = seed, state, packed
+        self.seed, self.state, self.packed, self.end = seed, state, packed, end
         self._order = lru_cache(maxsize=2)(self._epoch_order)
         self._ordered = source if isinstance(source, OrderedSource) else None
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        order = list(range(self.source.size))
-        random.Random(f"order-{self.seed}-{epoch}").shuffle(order)
-        return order
+        return epoch_order(self.source.size, self.seed, epoch)
 
     def source_rows(self, first: int, end: int) -> list[int]:
         """Returns the source's indices of the examples `first` to `end` - 1 in training order."""
@@ -143,12 +150,17 @@ class Packer:
         return self._order(epoch)[i_in_epoch]
 
     def next(self) -> Batch:
-        """Returns the next batch and advances `state` by the number of examples in it."""
+        """Returns the next batch and advances `state` by the number of examples in it.
+
+        Raises StopIteration at `end`.
+        """
+        if self.state == self.end:
+            raise StopIteration
         rows: list[list[Example]] = [[] for _ in range(self.rows)]
         used = [0] * self.rows  # tokens in each row
         num_examples = num_targets = truncated = 0
         limit = self.rows * self.length if self.max_targets is None else self.max_targets
-        while True:
+        while self.state + num_examples != self.end:
             whole = self.source.example(self._source_row(self.state + num_examples))
             e = _truncate(whole, self.length)
             learned = int((e.weight[1:] > 0).sum())

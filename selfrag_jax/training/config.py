@@ -66,8 +66,8 @@ class TrainConfig:
     pad_vocabulary: int = 1  # the vocabulary is padded to a multiple of this inside the model
     lora: LoraConfig | None = None  # train only low-rank adapters, the embedding and the head
     keep_last: int = 2  # checkpoints
-    # Further checkpoints, those with the lowest training loss since the checkpoint before
-    # (`selfrag convert --step=best`).
+    # Further checkpoints (`selfrag convert --step=best`): those with the lowest loss on held-out
+    # rows or, without any, the lowest training loss since the checkpoint before.
     keep_best: int = 1
     # What of a generator's output has no loss: "each" passage, or as the released script did,
     # everything between the first and the last (data/generator_examples.py).

@@ -82,6 +82,7 @@ class TrainingLog:
         self.peak_seconds_per_token = peak_seconds_per_token
         # Replaced, never changed in place: checkpoints that hold it are written in the background.
         self.since_save = tuple(since_save)
+        self.held_out = ""  # the last losses on held-out rows, for the progress bar
         self.reset()
 
     def reset(self) -> None:
@@ -108,10 +109,8 @@ class TrainingLog:
 
     def report(self, step: int) -> str:
         """Writes the averages since the last report; returns a short line for the progress bar."""
-        count = np.maximum(self.sums["count"], 1)
-        loss, accuracy = self.sums["loss"] / count, self.sums["correct"] / count
         rate = self.tokens / (time.monotonic() - self.start)
-        scalars = {
+        scalars: dict[str, float] = {
             "tokens_per_second": rate,
             "gradient_norm": float(self.sums["gradient_norm"] / self.steps),
         }
@@ -119,16 +118,34 @@ class TrainingLog:
         if self.peak_seconds_per_token is not None:
             scalars["mfu"] = rate * self.peak_seconds_per_token
             throughput += f", MFU {100 * scalars['mfu']:.1f}%"
-        losses = []
-        for i, group in enumerate(LOSS_GROUPS):
-            if self.sums["count"][i]:
-                scalars[f"loss/{group}"], scalars[f"accuracy/{group}"] = loss[i], accuracy[i]
-                losses.append(f"{group} {loss[i]:.2f}")
+        by_group, losses = _by_group(self.sums)
         if self.writer:
-            self.writer.write(scalars, step)
+            self.writer.write(scalars | by_group, step)
         self.reset()
-        return f"loss: {', '.join(losses)}; {throughput}"
+        return f"loss: {losses}; {self.held_out}{throughput}"
+
+    def add_held_out(self, step: int, sums: dict[str, np.ndarray]) -> None:
+        """Writes the means of held-out rows (sums over them, as of a step) as `held_out/...`."""
+        by_group, losses = _by_group(sums)
+        if self.writer:
+            self.writer.write({f"held_out/{name}": x for name, x in by_group.items()}, step)
+        self.held_out = f"held out: {losses}; "
+
+    def pause(self, seconds: float) -> None:
+        """Leaves seconds in which no step ran out of the throughput."""
+        self.start += seconds
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
+
+
+def _by_group(sums: dict[str, np.ndarray]) -> tuple[dict[str, float], str]:
+    """Returns the mean loss and accuracy of each group with targets, as scalars and in a line."""
+    scalars, losses = {}, []
+    for i, group in enumerate(LOSS_GROUPS):
+        if count := sums["count"][i]:
+            scalars[f"loss/{group}"] = loss = sums["loss"][i] / count
+            scalars[f"accuracy/{group}"] = sums["correct"][i] / count
+            losses.append(f"{group} {loss:.2f}")
+    return scalars, ", ".join(losses)

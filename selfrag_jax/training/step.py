@@ -12,15 +12,16 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from selfrag_jax.data.batches import Batch
+from selfrag_jax.data.batches import LOSS_GROUPS, Batch
 from selfrag_jax.models import lora, sharding
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params
 from selfrag_jax.training.config import TrainConfig
-from selfrag_jax.training.loss import gradients
+from selfrag_jax.training.loss import GroupSums, gradients, loss_fn
 
 # {"params", "opt_state", "step"} and, with LoRA, "frozen": the parameters that are not trained.
 TrainState = dict[str, Any]
+Sums = tuple[Float[Array, ""], GroupSums]  # the loss, and the sums per loss group
 
 
 @partial(jax.jit, static_argnames=("model", "tx", "chunk"), donate_argnames=("state",))
@@ -36,7 +37,13 @@ def train_step(
     batch: see `loss_fn`, with or without a leading axis of micro-batches. chunk: see `loss_fn`.
     The metrics are loss, correct and count per loss group [G], and total and gradient_norm [].
     """
-    (loss, sums), grads = gradients(state["params"], model, batch, chunk, state.get("frozen"))
+    sums, grads = gradients(state["params"], model, batch, chunk, state.get("frozen"))
+    return _updated(state, sums, grads, tx)
+
+
+def _updated(
+    state: TrainState, sums: Sums, grads: Params, tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Float[Array, ...]]]:
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -45,7 +52,56 @@ def train_step(
     new = sharding.pin_to_mesh(
         {**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1}
     )
-    return new, {**sums, "total": loss, "gradient_norm": optax.tree.norm(grads)}
+    loss, group_sums = sums
+    return new, {**group_sums, "total": loss, "gradient_norm": optax.tree.norm(grads)}
+
+
+@partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("sums",))
+def add_gradients(
+    sums: tuple[Sums, Params],
+    params: Params,
+    frozen: Params | None,
+    micro_batch: dict[str, Array],
+    total: Float[Array, ""],
+    model: Model,
+    chunk: int | None = None,
+) -> tuple[Sums, Params]:
+    """Returns `sums` with the loss, the sums per group and the gradients of a micro-batch added.
+
+    total: sum of the weights of all micro-batches of the update.
+    """
+    compute = jax.value_and_grad(loss_fn, has_aux=True)
+    added = jax.tree.map(jnp.add, sums, compute(params, model, micro_batch, chunk, total, frozen))
+    return added[0], sharding.pin_to_mesh(added[1])
+
+
+@partial(jax.jit, static_argnames=("tx",), donate_argnames=("state",))
+def apply_gradients(
+    state: TrainState, sums: tuple[Sums, Params], tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Float[Array, ...]]]:
+    """Returns the state after the update by the sums of `add_gradients`, and the step's metrics.
+
+    state: without `frozen`.
+    """
+    return _updated(state, *sums, tx)
+
+
+def no_sums() -> Sums:
+    """Returns the loss and the sums per group of no micro-batch."""
+    zeros = jnp.zeros(len(LOSS_GROUPS), jnp.float32)
+    return jnp.zeros((), jnp.float32), {"loss": zeros, "correct": zeros, "count": zeros}
+
+
+@partial(jax.jit, static_argnames=("model", "chunk"))
+def evaluate(
+    params: Params,
+    frozen: Params | None,
+    batch: dict[str, Array],
+    model: Model,
+    chunk: int | None = None,
+) -> GroupSums:
+    """Returns the sums per loss group of a batch, without gradients."""
+    return loss_fn(params, model, batch, chunk, None, frozen)[1]
 
 
 def initial_state(
@@ -86,6 +142,34 @@ def batch_arrays(batch: Batch, packed: bool = True) -> dict[str, np.ndarray]:
     return {name: x for name, x in arrays.items() if x is not None}
 
 
+def batch_axes(ndim: int) -> PartitionSpec:
+    """Returns how an array of a batch lies on the mesh; gathered targets are on every device."""
+    return PartitionSpec() if ndim == 1 else sharding.BATCH
+
+
+def split_batch(arrays: dict[str, np.ndarray], micro_batches: int) -> dict[str, np.ndarray]:
+    """Returns the arrays [B, ...] of a batch as micro-batches [A, B / A, ...].
+
+    Row i goes to micro-batch i % A, so that every device keeps rows of every one.
+    """
+    if micro_batches == 1:
+        return arrays
+    return {
+        name: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        for name, x in arrays.items()
+    }
+
+
+def put_batch(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns the arrays of a batch on the mesh, [B, ...] or, in micro-batches, [A, B / A, ...]."""
+    is_split = arrays["tokens"].ndim == 3
+
+    def axes(x: np.ndarray) -> PartitionSpec:
+        return PartitionSpec(None, *batch_axes(x.ndim - 1)) if is_split else batch_axes(x.ndim)
+
+    return {name: sharding.put_on_mesh(mesh, x, axes(x)) for name, x in arrays.items()}
+
+
 def batch_on_mesh(
     mesh: Mesh, batch: Batch, micro_batches: int, packed: bool
 ) -> dict[str, jax.Array]:
@@ -93,12 +177,4 @@ def batch_on_mesh(
 
     Its arrays are [B, ...]; with several micro-batches [A, B / A, ...].
     """
-    out = {}
-    for name, x in batch_arrays(batch, packed).items():
-        axes = PartitionSpec() if x.ndim == 1 else sharding.BATCH
-        if micro_batches > 1:
-            # Row i goes to micro-batch i % A, so that every device keeps rows of every one.
-            x = x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-            axes = PartitionSpec(None, *axes)
-        out[name] = sharding.put_on_mesh(mesh, x, axes)
-    return out
+    return put_batch(mesh, split_batch(batch_arrays(batch, packed), micro_batches))

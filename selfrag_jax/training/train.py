@@ -1,48 +1,46 @@
 """One straight-line training loop for every model: base model, critic, generator, baselines.
 
-A jitted step over a mesh, gradients by jax.value_and_grad, updates by optax, checkpoints by Orbax.
-A training that was killed continues from its last checkpoint, with the batches that it would have
+Jitted steps over a mesh, gradients by jax.value_and_grad, updates by optax, checkpoints by Orbax. A
+training that was killed continues from its last checkpoint, with the batches that it would have
 seen. `train` reads from top to bottom, in numbered steps.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from selfrag_jax.checkpoints import saving, vocabulary_rows, workdirs
+from selfrag_jax.allocator import return_freed_memory
+from selfrag_jax.checkpoints import saving, workdirs
 from selfrag_jax.data.batches import Packer, Source
-from selfrag_jax.errors import UserError
-from selfrag_jax.models import lora, roofline, sharding
+from selfrag_jax.models import lora, roofline
 from selfrag_jax.models.llama import LlamaConfig, Model
-from selfrag_jax.models.params import Params, flatten, unflatten
+from selfrag_jax.models.params import Params
 from selfrag_jax.profiling import Profile
-from selfrag_jax.progress import progress
-from selfrag_jax.storage.paths import as_path
+from selfrag_jax.progress import Progress, progress, say, waiting
+from selfrag_jax.storage.paths import as_path, is_remote
 from selfrag_jax.text.tokenizer import Tokenizer
-from selfrag_jax.training import optimizer
+from selfrag_jax.training import held_out, length, memory, optimizer
+from selfrag_jax.training.beginning import begin_or_resume
 from selfrag_jax.training.config import TrainConfig
 from selfrag_jax.training.log import TrainingLog
-from selfrag_jax.training.step import (
-    TrainState,
-    abstract_state,
-    batch_on_mesh,
-    initial_state,
-    train_step,
-)
+from selfrag_jax.training.pending import PendingMetrics
+from selfrag_jax.training.programs import Programs, compile_programs, run_step
+from selfrag_jax.training.step import TrainState, batch_arrays, split_batch
 from selfrag_jax.training.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+_SMALL_CHECKPOINT = 2**26  # bytes that a copy of may always exist
+_UNMEASURED = {"unmeasured": True}  # the held-out loss is to be measured on resuming
 
 
 def train(
@@ -55,6 +53,7 @@ def train(
     name: str = "train",
     new_rows: int = 0,
     profile: int = 0,
+    held_out_source: Source | None = None,
 ) -> dict[str, Any]:
     """Trains from `initial`, or from the last checkpoint in `workdir`; returns params and counts.
 
@@ -62,165 +61,187 @@ def train(
     checkpoint has everything, and the caller need not hold the parameters.
     new_rows: number of tokens that were just added to the vocabulary.
     profile: number of steps to trace into `workdir/profile`; the main process does.
+    held_out_source: rows to measure the model on whenever a checkpoint is saved; their loss then
+    decides which checkpoint is the best.
 
     SIGTERM saves a checkpoint and exits with status 143. Raises FloatingPointError with step and
     examples if the loss or a gradient is not finite; earlier checkpoints are kept.
     """
     # ---- 1. Mesh ---------------------------------------------------------------------------------
     mesh = config.make_mesh()
-    micro_batches = config.micro_batches(mesh)
     is_main_process = jax.process_index() == 0  # the one that writes and reports
 
     # ---- 2. Model and optimizer ------------------------------------------------------------------
     model = config.model(base.config)
-    steps = _num_steps(config, source)
+    steps = length.num_steps(config, source)
     tx = optimizer.make_optimizer(config.optimizer, steps, new_rows, model.config.vocab_padding)
 
-    # ---- 3. State: begin or resume ---------------------------------------------------------------
-    manager = saving.checkpoint_manager(workdir, config.keep_last, config.keep_best)
-    state, position = _begin_or_resume(config, model, tx, mesh, initial, manager, workdir)
-    _write_architecture(workdir, model.config, tokenizer)
+    with StopSignal() as stop:  # catches SIGTERM until the last checkpoint is written
+        # ---- 3. Programs -------------------------------------------------------------------------
+        with waiting(name, "compiles the training step", is_main_process):
+            programs = compile_programs(config, model, tx, mesh, held_out_source is not None)
+        resumes_all = config.lora is None and bool(workdirs.saved_steps(workdir))
+        # On a CPU a large checkpoint is written before training goes on: no copy of it is needed,
+        # and writing takes the same cores.
+        waits = programs.is_cpu and programs.saved_bytes > _SMALL_CHECKPOINT
+        waits = waits and not is_remote(workdir)
+        copied = 0 if waits else programs.saved_bytes
+        freed = 0 if resumes_all else 4 * roofline.num_weights(base.config)  # the base, in f32
+        memory.report(name, programs, copied, freed, is_main_process)
 
-    # ---- 4. Data and log -------------------------------------------------------------------------
-    packer = _make_packer(config, source, position["example"])
-    truncated = position["truncated"]
-    log = _make_log(config, model.config, mesh, workdir, position)
+        # ---- 4. State: begin or resume -----------------------------------------------------------
+        in_turn = programs.largest_saved if waits else None
+        manager = saving.checkpoint_manager(workdir, config.keep_last, config.keep_best, in_turn)
+        with waiting(name, "puts the model in place", is_main_process):
+            state, position = begin_or_resume(config, model, tx, mesh, initial, manager, workdir)
+        _write_architecture(workdir, model.config, tokenizer)
 
-    # ---- 5. Loop ---------------------------------------------------------------------------------
-    # A step's metrics are read when the next step has been dispatched, so the device never waits.
-    pending_metrics: _PendingMetrics | None = None
-    first = int(state["step"])
-    with (
-        jax.set_mesh(mesh),
-        StopSignal(manager) as stop,  # catches SIGTERM until the last checkpoint is written
-        saving.writing_checkpoints(manager, workdir),
-        progress(name, steps, "steps", first, is_main_process) as bar,
-        Profile(as_path(workdir) / "profile", profile if is_main_process else 0) as traced,
-    ):
-        for step in range(first, steps):
-            example = packer.state
-            batch = packer.next()
-            truncated += batch.truncated
-            arrays = batch_on_mesh(mesh, batch, micro_batches, config.packed)
-            with traced.step(step, state):
-                state, metrics = train_step(state, arrays, model, tx, config.loss_chunk)
-            _log_finite(log, pending_metrics, workdir)
-            rows, tokens = packer.source_rows(example, packer.state), int((batch.doc_ids > 0).sum())
-            pending_metrics = _PendingMetrics(step, rows, tokens, metrics)
+        # ---- 5. Data and log ---------------------------------------------------------------------
+        packer = length.make_packer(config, source, position["example"])
+        log = _make_log(config, model.config, mesh, workdir, position)
+        run = _Run(config, mesh, programs, manager, workdir, log, stop, held_out_source, waits)
+        say(name, length.describe(config, source, steps, int(state["step"])), is_main_process)
 
-            done = step + 1
-            stopping = stop.should_stop(done)
-            interval_ends = done % config.save_every == 0 or done == steps
-            reports = done % config.log_every == 0 or done == steps
-            if interval_ends or stopping or reports:
-                _log_finite(log, pending_metrics, workdir)
-                pending_metrics = None
-            bar.advance(note=log.report(done) if reports else "")
-            if interval_ends or stopping:
-                _save(manager, done, state, (packer.state, truncated), log, interval_ends)
-            if stopping:
-                break
+        # ---- 6. Loop -----------------------------------------------------------------------------
+        with (
+            jax.set_mesh(mesh),
+            saving.writing_checkpoints(manager, workdir),
+            progress(name, steps, "steps", int(state["step"]), is_main_process) as bar,
+            Profile(as_path(workdir) / "profile", profile if is_main_process else 0) as traced,
+        ):
+            state, position = _loop(run, packer, state, position, steps, bar, traced)
 
-    # ---- 6. Finish -------------------------------------------------------------------------------
+    # ---- 7. Finish -------------------------------------------------------------------------------
     log.close()
+    programs.kept_block.give_up()
     if stop.received:
         raise SystemExit(143)
-    return _result(name, state, steps, packer.state, truncated)
+    run.say_which_is_best(name)
+    return _result(name, state, steps, position["example"], position["truncated"])
+
+
+def _loop(
+    run: _Run,
+    packer: Packer,
+    state: TrainState,
+    position: dict[str, Any],
+    steps: int,
+    bar: Progress,
+    traced: Profile,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state after `steps` steps, or where SIGTERM came, and the position in the data.
+
+    Either way a checkpoint of it was saved.
+    """
+    c, log, stop, programs = run.config, run.log, run.stop, run.programs
+    micro_batches = c.micro_batches(run.mesh)
+    pending = PendingMetrics(log, run.workdir, programs.kept_block)
+    done = saved = int(state["step"])
+    return_freed_memory()  # what compiling and saving the frozen weights took
+    run.measure_late(position, done, state)
+    stop.begin()
+    for step in range(done, steps):
+        batch = packer.next()
+        arrays = split_batch(batch_arrays(batch, c.packed), micro_batches)
+        if programs.is_cpu:  # two steps at once would need the memory of two
+            pending.flush()
+        with traced.step(step, state):
+            should_stop = run.stops_in(step * micro_batches)
+            state, metrics = run_step(state, arrays, programs, run.mesh, should_stop)
+        if metrics is None:  # stopped between micro-batches: this step was not done
+            break
+        rows = packer.source_rows(position["example"], packer.state)
+        pending.put(step, rows, int((batch.doc_ids > 0).sum()), metrics)
+        truncated = position["truncated"] + batch.truncated
+        done, position = step + 1, {"example": packer.state, "truncated": truncated}
+
+        stopping = stop.should_stop(done * micro_batches)
+        interval_ends = done % c.save_every == 0 or done == steps
+        reports = done % c.log_every == 0 or done == steps
+        if interval_ends or stopping or reports:
+            pending.flush()
+        loss = run.measure(done, state) if interval_ends else None
+        bar.advance(note=log.report(done) if reports else "")
+        if interval_ends:
+            _save(run, done, state, position | ({} if loss is not None else _UNMEASURED), loss)
+            saved = done
+        if stop.received:
+            break
+    if stop.received and saved < done:
+        pending.flush()
+        # It covers too few steps for its loss to compete for "best"; the interval continues when
+        # training resumes.
+        _save(run, done, state, position, None)
+    return state, position
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the loop needs beside the state."""
+
+    config: TrainConfig
+    mesh: Mesh
+    programs: Programs
+    manager: ocp.CheckpointManager
+    workdir: str | Path
+    log: TrainingLog
+    stop: StopSignal
+    held_out: Source | None
+    waits: bool  # until a checkpoint is written
+
+    def stops_in(self, count: int) -> Callable[[int], bool]:
+        """Returns what `run_step` asks between micro-batches, the first of which has `count`."""
+        return lambda i: self.stop.should_stop(count + i)
+
+    def measure(self, done: int, state: TrainState) -> float | None:
+        """Returns the loss by which the checkpoint at the end of an interval competes.
+
+        It is that of the held-out rows, if there are any, and None if SIGTERM interrupted it; else
+        training's since the last call.
+        """
+        loss = self.log.loss_since_save()
+        if self.held_out is None:
+            return loss
+        start = time.monotonic()
+        sums = held_out.evaluate(
+            state, self.held_out, self.config, self.programs, self.mesh, lambda: self.stop.received
+        )
+        if sums is None:
+            return None
+        self.log.add_held_out(done, sums)
+        self.log.pause(time.monotonic() - start)
+        return held_out.mean_loss(sums)
+
+    def measure_late(self, position: dict[str, Any], done: int, state: TrainState) -> None:
+        """Measures the checkpoint to resume from, if SIGTERM had come before that was done."""
+        if not position.get("unmeasured") or self.held_out is None:
+            return
+        since_save = self.log.since_save
+        loss = self.measure(done, state)
+        self.log.since_save = since_save
+        if loss is not None:
+            saving.set_loss(self.manager, self.workdir, done, loss)
+
+    def say_which_is_best(self, name: str) -> None:
+        if self.held_out is None or jax.process_index() != 0:
+            return
+        [best] = workdirs.candidate_steps(self.workdir, "best")
+        file = workdirs.checkpoint_folder(self.workdir, best) / "metrics" / "metrics"
+        loss = workdirs.read_loss(file)
+        say(name, f"lowest held-out loss: {loss:.4f} at step {best} (--step=best)")
 
 
 def _save(
-    manager: ocp.CheckpointManager,
-    done: int,
-    state: dict[str, Any],
-    position: tuple[int, int],
-    log: TrainingLog,
-    interval_ends: bool,
+    run: _Run, done: int, state: TrainState, position: dict[str, Any], loss: float | None
 ) -> None:
-    """Saves a checkpoint. position: the next example, and how many were truncated so far."""
-    # A SIGTERM checkpoint covers too few steps for its loss to compete for "best"; the interval
-    # continues when training resumes.
-    loss = log.loss_since_save() if interval_ends else workdirs.NO_LOSS
-    # Read after `loss_since_save`, which begins a new interval.
-    example, truncated = position
-    saved = {"example": example, "truncated": truncated, "loss": log.since_save}
-    saving.save_checkpoint(manager, done, state, saved, loss)
-
-
-def _num_steps(config: TrainConfig, source: Source) -> int:
-    """Returns the number of updates, `steps` or those of `epochs`.
-
-    With packing, the examples per update are measured on the first thousand or so.
-    """
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None  # TrainConfig has checked this
-    if not source.size:
-        raise UserError(f"epochs={config.epochs}: the data has no end; give steps")
-    examples_per_update: float = config.rows
-    if config.packed:
-        packer, updates = _make_packer(config, source), 0
-        while packer.state < min(1000, source.size):
-            packer.next()
-            updates += 1
-        examples_per_update = packer.state / updates
-    return max(1, round(config.epochs * source.size / examples_per_update))
-
-
-def _make_packer(c: TrainConfig, source: Source, state: int = 0) -> Packer:
-    return Packer(source, c.rows, c.length, c.max_targets, c.seed, state, c.packed)
-
-
-def _begin_or_resume(
-    config: TrainConfig,
-    model: Model,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    initial: Params | Callable[[], Params],
-    manager: ocp.CheckpointManager,
-    workdir: str | Path,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state on the mesh and the position in the data.
-
-    Both are those of the last checkpoint if there is one, else those of the beginning. With LoRA a
-    checkpoint has no frozen parameters: they come from `initial` each time.
-    """
-    abstract = abstract_state(config, model, tx, mesh)
-    saved_part = {k: v for k, v in abstract.items() if k != "frozen"}
-    restored = saving.restore_last(manager, workdir, saved_part)
-    if restored is not None and config.lora is None:
-        return restored
-    params = _initial_params(config, model, mesh, initial)
-    make = partial(initial_state, tx=tx, c=config, dtype=model.config.dtype)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
-    if config.lora is not None and not (as_path(workdir) / workdirs.FROZEN).is_dir():
-        saving.save_frozen(workdir, state["frozen"])
-    if restored is None:
-        return state, {"example": 0, "truncated": 0}
-    trained, position = restored
-    saving.check_frozen(workdir, int(trained["step"]), state["frozen"])
-    return state | trained, position
-
-
-def _initial_params(
-    config: TrainConfig, model: Model, mesh: Mesh, initial: Params | Callable[[], Params]
-) -> Params:
-    """Returns the initial parameters on the mesh: padded and, with LoRA, with adapters."""
-    params = initial() if callable(initial) else initial
-    params = vocabulary_rows.pad_vocabulary(params, model.config)
-    if config.lora is not None:
-        params = lora.add_adapters(params, model.shapes(), jax.random.key(config.seed))
-
-    def dtype(path: tuple[str, ...]):
-        trained = config.lora is None or lora.is_trained(path)
-        return np.float32 if trained else model.config.dtype
-
-    # Array by array, each in its final type. Always a copy, as the step donates its state.
-    on_mesh = dict(flatten(sharding.shardings(mesh, params)))
-    return unflatten(
-        (path, sharding.put_on_mesh(mesh, np.array(x, dtype(path)), on_mesh[path].spec))
-        for path, x in flatten(params)
-    )
+    """Saves a checkpoint. loss: what it competes by for "best"; None: it cannot be the best."""
+    if run.waits:
+        run.programs.kept_block.give_up()  # writing takes memory, too
+    saved = position | {"loss": run.log.since_save}
+    loss = workdirs.NO_LOSS if loss is None else loss
+    saving.save_checkpoint(run.manager, done, state, saved, loss)
+    if run.waits:
+        return_freed_memory()
 
 
 def _peak_seconds_per_token(config: TrainConfig, c: LlamaConfig, mesh: Mesh) -> float | None:
@@ -271,32 +292,3 @@ def _result(
         )
     counts = {"steps": steps, "examples": examples, "truncated": truncated}
     return {"params": _all_params(state), **counts}
-
-
-@dataclass(frozen=True)
-class _PendingMetrics:
-    """The metrics of a step that the device may still be computing."""
-
-    step: int
-    rows: list[int]  # of the data, in the step's batch
-    tokens: int  # in the batch, without padding
-    metrics: dict[str, jax.Array]
-
-
-def _log_finite(log: TrainingLog, pending: _PendingMetrics | None, workdir: str | Path) -> None:
-    """Waits for the metrics of a step, if there are any, and logs them.
-
-    Raises FloatingPointError if the loss or the gradient norm is not finite.
-    """
-    if pending is None:
-        return
-    metrics = jax.device_get(pending.metrics)
-    for what, key in (("loss", "total"), ("gradient norm", "gradient_norm")):
-        if not np.isfinite(metrics[key]):
-            raise FloatingPointError(
-                f"{workdir}: the {what} of step {pending.step} is {float(metrics[key])}; its batch "
-                f"holds the rows {', '.join(map(str, pending.rows))} of the data, counted from 0. "
-                "Earlier checkpoints are kept. Fix the rows or lower the learning rate, and train "
-                "in another workdir."
-            )
-    log.add({k: v for k, v in metrics.items() if k != "total"}, pending.tokens)
