@@ -237,7 +237,7 @@ from selfrag_jax import config
 def get_config():
     c = config.load("small")
     for section in (c.critic, c.generator):
-        section.update(epochs=None, steps=2, length=384)
+        section.update(epochs=1.0, steps=None, length=384)
     c.answer.update(batch=2, max_length=128)
     c.answer.search.update(beam_width=1, max_depth=1, ndocs=2, max_new_tokens=4)
     return c
