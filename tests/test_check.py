@@ -222,7 +222,7 @@ HOSTILE = {
     "blank.jsonl": ("\n \n", "blank.jsonl: holds no rows"),
     "text.json": ('"a"', "text.json:1: expected a JSON object, found str"),
     "cut.json": ('[{"question": "Who?"}, {"question', "cut.json:1: the list is cut off"),
-    "cut.jsonl.gz": (gzip.compress(Q.encode() * 9)[:-9], "cut.jsonl.gz: is cut off"),
+    "cut.jsonl.gz": (gzip.compress(Q.encode() * 9, mtime=0)[:-9], "cut.jsonl.gz: is cut off"),
     "plain.jsonl.gz": (Q, "plain.jsonl.gz: not readable as gzip"),
     "quote.csv": ('question,answer\nWho?,Mara\n"Where?,there\n', "quote.csv:3: unexpected end"),
     "columns.tsv": ("id\ttext\n1\ta\n2\n", "columns.tsv:3: 1 columns, but the header has 2"),
@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_read_on_says_what_was_read(run):
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + Q.encode()),
         ("list.json", json.dumps([json.loads(Q)], indent=2)),
-        ("q.jsonl.gz", gzip.compress(Q.encode())),
+        ("q.jsonl.gz", gzip.compress(Q.encode(), mtime=0)),
         ("nul.jsonl", '{"question": "a\\u0000b"}\n'),
         ("huge.jsonl", json.dumps({"question": "word " * 40_000})),
     ],
