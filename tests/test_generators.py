@@ -95,9 +95,8 @@ def test_a_base_without_reflection_tokens_is_to_be_trained_first(tmp_path, tiny_
         assert cli.main(argv) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert f"{tmp_path}/base: is a base model without reflection tokens; run `selfrag" in line
-        assert (
-            f"selfrag train --role=generator --config=small --config.base={tmp_path}/base" in line
-        )
+        # Without --config, which depends on the base's size.
+        assert f"selfrag train --role=generator --config.base={tmp_path}/base --data" in line
     line = error_of(capsys, "label", f"--critic={tmp_path}/base", files, out)
     assert "expected a critic made by `selfrag train`" in line and "--role=critic" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "q.jsonl"]

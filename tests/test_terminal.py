@@ -143,6 +143,26 @@ def test_no_escape_sequence_of_a_text_reaches_the_terminal():
         assert "red" in text and "tab here" in text and "title" not in text and "aGk" not in text
         text.encode()
     assert "\x1b" not in repr(answer) and "\n" not in repr(answer)
+    failed = failed_answer(Question("0", "Who?"), ValueError(evil))
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202e\ud800]", str(failed))
+
+
+def test_a_notice_of_a_citation_stands_below_it_and_others_above_the_answer():
+    passage = Passage("1", "Ada", "Ada lives in Lisford.")
+    text = '"Ada" does not mention Mara Oak'
+    answer = answer_with(
+        passage,
+        (node(as_row(passage)),),
+        citations=(Citation(0, 0, "[Fully supported]", text),),
+        notices=("the passage was cut", f"[1] {text}"),
+    )
+    lines = [line.strip() for line in shown(answer, 80).splitlines()]
+    assert lines[1:5] == [
+        "note: the passage was cut",
+        "Ada lives there. [1]",
+        "[1] Ada: Ada lives in Lisford.",
+        f"note: [1] {text}",
+    ]
 
 
 def test_an_answer_prints_as_text():
