@@ -268,6 +268,6 @@ COMMAND = Command(
         config_flag(note="; prompts, mask and length are those that it trains with"),
     ),
     run=run,
-    positional="the file to check",
+    positional="FILE",
     positional_paths=True,
 )
