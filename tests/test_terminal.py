@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from wcwidth import wcswidth
 
 from selfrag_jax.answering.citations import Citation
-from selfrag_jax.answering.printable import shortened
+from selfrag_jax.answering.printable import printable, shortened
 from selfrag_jax.answering.records import Answer, failed_answer
 from selfrag_jax.answering.terminal import _in_tree_order, show
 from selfrag_jax.records import Passage, Question
@@ -145,6 +146,14 @@ def test_no_escape_sequence_of_a_text_reaches_the_terminal():
     assert "\x1b" not in repr(answer) and "\n" not in repr(answer)
     failed = failed_answer(Question("0", "Who?"), ValueError(evil))
     assert not re.search("[\x00-\x1f\x7f-\x9f\u202e\ud800]", str(failed))
+
+
+def test_strings_that_do_not_end_take_no_long_time():
+    """Of 100,000 of them, each would be looked for to the end: minutes."""
+    for begin in ("\x90", "\x9d", "\x1b]", "\x1b["):
+        start = time.monotonic()
+        assert printable(f"{begin * 100_000} text").endswith("ext")
+        assert time.monotonic() - start < 10
 
 
 def test_a_notice_of_a_citation_stands_below_it_and_others_above_the_answer():
