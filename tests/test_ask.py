@@ -72,9 +72,9 @@ def test_no_question_at_all_is_refused_before_a_model_is_loaded(capsys, monkeypa
 
 
 def test_json_holds_nothing_that_a_terminal_obeys(capsys, monkeypatch):
-    question = "who \x9b31m is \x1b[2J \x7f 北京?"
+    question = "who \x9b31m is \x1b[2J \x7f \u202e 北京?"
     _, out, _ = piped(capsys, monkeypatch, question, "--json")
-    assert "北京" in out and not set("\x1b\x9b\x7f") & set(out)
+    assert "北京" in out and not set("\x1b\x9b\x7f\u202e") & set(out)
     assert json.loads(out)["question"] == question
 
 

@@ -101,6 +101,7 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
     """Where a command spells them out, so that its help imports nothing that takes long."""
     from selfrag_jax.checkpoints.converting import FORMATS
     from selfrag_jax.compilation.compile import PROGRAMS
+    from selfrag_jax.data.file_kinds import KINDS
     from selfrag_jax.models.params import DTYPES
     from selfrag_jax.retrieval.bm25 import MIXES
     from selfrag_jax.retrieval.index import BACKENDS
@@ -109,6 +110,7 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
         ("retrieve", "backend", BACKENDS),
         ("retrieve", "mix", MIXES),
         ("compile", "program", PROGRAMS),
+        ("check", "for", tuple(KINDS)),
         ("convert", "format", FORMATS),
         ("convert", "dtype", DTYPES),
     ):

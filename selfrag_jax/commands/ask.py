@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from selfrag_jax.records import Question
 
 _EXAMPLE = 'selfrag ask --workdir=W "What does Silverlight Waltz praise?"'
-# JSON leaves them as they are, but terminals obey the first, and no encoding has the second.
-_NOT_PRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
+# JSON leaves them as they are, but terminals obey the first two (bidirectional overrides are the
+# second), and no encoding has the third.
+_NOT_PRINTABLE = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNPAIRED = re.compile("[\ud800-\udfff]")  # bytes that could not be decoded
 
 
