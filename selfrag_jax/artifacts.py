@@ -204,6 +204,11 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
                 f"`selfrag train`: train one from it (--role={role} --config.base={path}), or make "
                 "a workdir of a published one by `selfrag convert --format=orbax`"
             )
+        if stage == "index" and path.exists() and not (path / STARTED).is_file():
+            raise UserError(
+                f"{path}: is no index; `selfrag index --passages={path} --out=INDEX` makes one of "
+                "a corpus"
+            )
         state = "is unfinished" if path.exists() else "does not exist"
         raise UserError(
             f"{path}: {state}; run `selfrag {stage}` first (it resumes unfinished work)"

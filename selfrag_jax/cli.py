@@ -6,6 +6,8 @@ import difflib
 import json
 import os
 import platform
+import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -46,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         return _help(argv[1:])
     if argv[0] in ("--version", "-V"):
-        print(_versions())
-        return 0
+        return _print(_versions())
     name, arguments = argv[0], argv[1:]
     if name not in SUMMARIES:
         return _unknown(name)
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         joining.leave(e.code if isinstance(e.code, int) else 1, _STOPPED if e.code == 143 else "")
         raise
     if message:
-        print(message, file=sys.stderr)
+        from selfrag_jax.answering.printable import printable
+
+        print(printable(message), file=sys.stderr)  # it may quote a file
     joining.leave(status, message.removeprefix(f"selfrag {name}: "))
     return status
 
@@ -88,9 +91,12 @@ def _run(
     except UserError as e:
         return 2, f"selfrag {name}: {e}"
     except (FloatingPointError, OSError, StageFailed) as e:
-        return 1, f"selfrag {name}: {e}"
+        is_unread = isinstance(e, BrokenPipeError) and _stdout_is_unread()
+        return 1, "" if is_unread else f"selfrag {name}: {e}"
     except KeyboardInterrupt:
-        return 130, "\ninterrupted; the same command continues where it was"
+        continues = any(f.writes or (f.in_place and f.required) for f in command.flags)
+        then = "; the same command continues where it was" if continues else ""
+        return 130, f"\ninterrupted{then}"
     except Exception as e:
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
             return 1, f"selfrag {name}: {_DEVICE_IS_FULL} ({str(e).splitlines()[0]})"
@@ -135,7 +141,8 @@ def parse(
         hint = f"did you mean --{close[0]}?" if close else every
         raise UserError(f"unknown flag --{e.flagname}; {hint}") from None
     except flags.Error as e:
-        raise UserError(str(e)) from None
+        message = re.sub(r": \('Non-boolean .*", ": expected true or false", str(e))
+        raise UserError(message) from None
     values: dict[str, Any] = {f.name: parser[f.name].value for f in command.flags}
     if missing := [f"--{f.name}" for f in command.flags if f.required and not values[f.name]]:
         raise UserError(f"missing {', '.join(missing)}; for example: {command.examples[0]}")
@@ -174,13 +181,33 @@ def _help(arguments: Sequence[str]) -> int:
     from selfrag_jax.commands import help_text
 
     width = help_text.terminal_width()
-    if not arguments:
-        print(help_text.overview(width))
-    elif arguments[0] in SUMMARIES:
-        print(help_text.command_help(arguments[0], load_command(arguments[0]), width))
-    else:
-        return _unknown(arguments[0])
+    names = [a for a in arguments if a not in ("help", "--help", "-h")]
+    if not names:
+        return _print(help_text.overview(width))
+    if names[0] not in SUMMARIES:
+        return _unknown(names[0])
+    return _print(help_text.command_help(names[0], load_command(names[0]), width))
+
+
+def _print(text: str) -> int:
+    """Prints a text; returns the exit status, which is 1 if nobody reads it to its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        if not _stdout_is_unread():
+            raise
+        return 1
     return 0
+
+
+def _stdout_is_unread() -> bool:
+    """Whether what reads stdout has ended, as `head` does; then the rest is dropped in silence."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _unknown(name: str) -> int:

@@ -333,6 +333,8 @@ def test_an_answer_that_no_passage_supports_has_a_notice():
     assert _doubts([relevant], [citation]) == _doubts([without_passage], []) == []
     [doubt] = _doubts([relevant, irrelevant], [citation])
     assert doubt == "segment 2: the model judges its passage irrelevant; not cited"
+    [doubt] = _doubts([relevant, irrelevant, irrelevant], [citation])
+    assert doubt == "segments 2, 3: the model judges their passages irrelevant; not cited"
 
 
 def test_a_citation_of_another_name_has_a_notice(talkative):
@@ -376,6 +378,10 @@ ABOUT = (
     ('Who sang "Bohemian rhapsody"?', "ABBA", "Waterloo.", "Bohemian rhapsody"),
     ("Was M*A*S*H made by Mara Oak?", "M*A*S*H", "A film.", ""),
     ("Was it made by Mrs. Oak?", "Oak", "A film.", ""),
+    ("What helps if I'm ill and I’ve no tea?", "Fever", "Rest.", ""),
+    ("Who won in November 2020?", "2020 election", "Joe Biden won.", ""),
+    ("Who won in May? Did Mara Oak?", "Lisford", "A town.", "Mara Oak"),
+    ("Please tell me, What is tall?", "Everest", "It is tall.", ""),
     # No name that can be told from other words: nothing is doubted.
     ("What is the opposite of big?", "Oxick Bay", "A bay.", ""),
     ("who was marie curie", "Isaac Newton", "A physicist.", ""),

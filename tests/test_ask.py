@@ -49,6 +49,15 @@ def test_a_piped_question_that_fails_does_not_end_the_others(capsys, monkeypatch
     ]
 
 
+def test_questions_in_odd_encodings(capsys, monkeypatch):
+    """A byte order mark is no part of the first question; bytes that are no text are named."""
+    status, out, err = piped(capsys, monkeypatch, "\ufefftea?\nM\udce9?\nmilk?\n", "--json")
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["tea?", "milk?"]
+    assert status == 1 and "the question is no text in utf-8: 'M\\udce9?'\n" in err
+    monkeypatch.setattr(ask, "load_selfrag", None)  # a question in the command: before that
+    assert cli.main(["ask", "--workdir=W", "M\udce9?"]) == 2
+
+
 def test_a_long_answer_is_cut_in_the_table_unless_all_is_wanted(capsys, monkeypatch):
     _, out, _ = piped(capsys, monkeypatch, "how long?")
     assert "Long texts are cut; --full shows them whole." in out
@@ -63,9 +72,9 @@ def test_no_question_at_all_is_refused_before_a_model_is_loaded(capsys, monkeypa
 
 
 def test_json_holds_nothing_that_a_terminal_obeys(capsys, monkeypatch):
-    question = "who \x9b31m is \x1b[2J \x7f 北京?"
+    question = "who \x9b31m is \x1b[2J \x7f \u202e 北京?"
     _, out, _ = piped(capsys, monkeypatch, question, "--json")
-    assert "北京" in out and not set("\x1b\x9b\x7f") & set(out)
+    assert "北京" in out and not set("\x1b\x9b\x7f\u202e") & set(out)
     assert json.loads(out)["question"] == question
 
 
@@ -117,6 +126,24 @@ def test_the_prompt_keeps_going_until_ctrl_d(tmp_path):
         assert "WHY IS IT? INDEED" in terminal.read_until("\n> ")
         terminal.type(":quit\r")
         assert terminal.read_to_end()[1] == 0
+
+
+@pytest.mark.slow
+def test_questions_are_remembered_where_only_answers_are_redirected(tmp_path):
+    file = tmp_path / "selfrag_jax" / "ask_history"
+    file.parent.mkdir()
+    file.write_text("yesterday?\n")
+    file.chmod(0o644)
+    command = ["sh", "-c", f"exec '{sys.executable}' '{SHOUTING}' > answers"]
+    environment = {"XDG_STATE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    with PseudoTerminal(command, tmp_path, **environment) as terminal:
+        for line in ("tea?\r", "tea?\r", "milk?\r", "\x04"):
+            terminal.read_until("> ")
+            terminal.type(line)
+        assert terminal.read_to_end()[1] == 0
+    assert (tmp_path / "answers").read_text().count("INDEED") == 2 * 3  # the answer, the table
+    assert [*dict.fromkeys(file.read_text().splitlines())] == ["yesterday?", "tea?", "milk?"]
+    assert file.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def run(capsys, *argv):
 # ---- help and wrong input ------------------------------------------------------------------------
 def test_the_overview_lists_every_command_once(capsys):
     code, out, _ = run(capsys)
-    assert code == 0 and run(capsys, "help")[1] == run(capsys, "--help")[1] == out
+    assert code == 0
+    for same in (["help"], ["--help"], ["help", "help"], ["help", "--help"]):
+        assert run(capsys, *same)[:2] == (0, out)
     listed = [line.split()[0] for line in out.splitlines() if re.match(r"  \w", line)]
     assert sorted(listed) == sorted(SUMMARIES) and set().union(*GROUPS.values()) <= set(SUMMARIES)
 
@@ -47,6 +49,14 @@ def test_help_fits_the_terminal(capsys, monkeypatch, name, width):
     assert max(map(len, lines)) <= width
     assert name not in ("ask", "answer", "evaluate") or max(map(len, lines)) > width - 10
     assert not any(line.endswith(" ") for line in lines)
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_help_is_narrow_on_a_narrow_terminal(name):
+    """But for examples, whose words stay whole."""
+    parts = help_text.command_help(name, load_command(name), 40).split("\n\n")
+    lines = [line for p in parts if not p.startswith("Examples") for line in p.splitlines()]
+    assert len(lines) > 1 and max(map(len, lines)) <= 40
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
@@ -91,6 +101,7 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
     """Where a command spells them out, so that its help imports nothing that takes long."""
     from selfrag_jax.checkpoints.converting import FORMATS
     from selfrag_jax.compilation.compile import PROGRAMS
+    from selfrag_jax.data.file_kinds import KINDS
     from selfrag_jax.models.params import DTYPES
     from selfrag_jax.retrieval.bm25 import MIXES
     from selfrag_jax.retrieval.index import BACKENDS
@@ -99,6 +110,7 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
         ("retrieve", "backend", BACKENDS),
         ("retrieve", "mix", MIXES),
         ("compile", "program", PROGRAMS),
+        ("check", "for", tuple(KINDS)),
         ("convert", "format", FORMATS),
         ("convert", "dtype", DTYPES),
     ):
@@ -116,11 +128,44 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
         (["completion"], "completion of which shell? bash, zsh, fish"),
         (["completion", "bsh"], "completion of which shell?"),
         (["completion", "--zzz"], "unknown flag --zzz; it has no flags"),
+        (["ask", "--full=maybe", "Who?"], "flag --full=maybe: expected true or false"),
     ],
 )
 def test_an_unknown_command_is_met_in_one_line(capsys, argv, message):
     code, out, err = run(capsys, *argv)
     assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["--version", "help", "help prepare"])
+def test_help_that_nobody_reads_to_its_end_ends_in_silence(arguments):
+    """As in `selfrag help | head -1`."""
+    command = [sys.executable, "-m", "selfrag_jax", *arguments.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_an_error_that_quotes_a_file_is_inert(capsys, monkeypatch):
+    def fail(values):
+        raise UserError("f.tsv, line 2: \x1b]0;title\x07evil \x1b[2Jid")
+
+    monkeypatch.setattr(ask, "load_selfrag", fail)
+    assert run(capsys, "ask", "Who?") == (2, "", "selfrag ask: f.tsv, line 2: evil id\n")
+
+
+@pytest.mark.parametrize(("name", "continues"), [("ask", False), ("train", True), ("label", True)])
+def test_ctrl_c_promises_to_continue_only_where_something_was_begun(
+    capsys, monkeypatch, name, continues
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    command = replace(load_command(name), run=stop)
+    monkeypatch.setattr(cli, "load_command", lambda _: command)
+    needed = [f"--{f.name}=x" for f in command.flags if f.required]
+    code, _, err = run(capsys, name, *needed)
+    assert code == 130 and err.startswith("\ninterrupted")
+    assert ("the same command continues" in err) == continues
 
 
 def test_version_names_package_jax_and_python(capsys):

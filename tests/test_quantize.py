@@ -114,10 +114,10 @@ def test_invalid_settings_are_refused(tiny_model, capsys):
             replace(DEFAULT, **changes)
     with pytest.raises(UserError, match="--tensor=3 does not divide the model's 2 key-value heads"):
         prepare_model(tiny_model, replace(DEFAULT, tensor=3))
-    with pytest.raises(UserError, match="needs 2 devices"):
+    with pytest.raises(UserError, match="--tensor=2: needs 2 devices; there are 1"):
         prepare_model(tiny_model, replace(DEFAULT, tensor=2))
     assert cli.main(["compile", "--config=tiny", "--program=decode", "--topology=v5e:1x1"]) == 2
-    assert "short_form and long_form have" in capsys.readouterr().err
+    assert "short_form, long_form and small have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ("short_form", "short_form:7b", "short_form:13b", "long_form"))

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from wcwidth import wcswidth
 
 from selfrag_jax.answering.citations import Citation
-from selfrag_jax.answering.printable import shortened
+from selfrag_jax.answering.printable import printable, shortened
 from selfrag_jax.answering.records import Answer, failed_answer
 from selfrag_jax.answering.terminal import _in_tree_order, show
 from selfrag_jax.records import Passage, Question
@@ -143,6 +144,34 @@ def test_no_escape_sequence_of_a_text_reaches_the_terminal():
         assert "red" in text and "tab here" in text and "title" not in text and "aGk" not in text
         text.encode()
     assert "\x1b" not in repr(answer) and "\n" not in repr(answer)
+    failed = failed_answer(Question("0", "Who?"), ValueError(evil))
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202e\ud800]", str(failed))
+
+
+def test_strings_that_do_not_end_take_no_long_time():
+    """Of 100,000 of them, each would be looked for to the end: minutes."""
+    for begin in ("\x90", "\x9d", "\x1b]", "\x1b["):
+        start = time.monotonic()
+        assert printable(f"{begin * 100_000} text").endswith("ext")
+        assert time.monotonic() - start < 10
+
+
+def test_a_notice_of_a_citation_stands_below_it_and_others_above_the_answer():
+    passage = Passage("1", "Ada", "Ada lives in Lisford.")
+    text = '"Ada" does not mention Mara Oak'
+    answer = answer_with(
+        passage,
+        (node(as_row(passage)),),
+        citations=(Citation(0, 0, "[Fully supported]", text),),
+        notices=("the passage was cut", f"[1] {text}"),
+    )
+    lines = [line.strip() for line in shown(answer, 80).splitlines()]
+    assert lines[1:5] == [
+        "note: the passage was cut",
+        "Ada lives there. [1]",
+        "[1] Ada: Ada lives in Lisford.",
+        f"note: [1] {text}",
+    ]
 
 
 def test_an_answer_prints_as_text():

@@ -9,9 +9,10 @@ so a passage is doubted only where its own text gives reason to:
 
 One name of the question is enough, and so is a title that stands in the question. A word counts as
 present if the passage has it with another ending ("Goethes", "Москве"). Left out are the first word
-of a sentence, abbreviations (US), forms of address (President), and questions in which every word
-is capitalised or none is. Where a question's script has no capitals, and nothing is quoted, a
-passage is doubted if it has no two neighbouring letters of the question.
+of a sentence, abbreviations (US), forms of address (President), what English capitalises besides
+names (I'm, November), and questions in which every word is capitalised or none is. Where a
+question's script has no capitals, and nothing is quoted, a passage is doubted if it has no two
+neighbouring letters of the question.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ _NOT_NAMES = frozenset(
     "a an and at by de der die el for from il in la le les of on or the to von van with "
     "mr mrs ms miss dr prof professor sir dame lord lady saint st king queen prince princess "
     "emperor president minister chancellor pope captain general judge".split()
+)
+_CAPITALISED = frozenset(
+    "i'm i'd i'll i've what what's who who's whom whose which when where why how "
+    "january february march april may june july august september october november december "
+    "monday tuesday wednesday thursday friday saturday sunday".split()
 )
 
 
@@ -109,11 +115,8 @@ def _runs(text: str, words: Sequence[re.Match[str]]) -> Iterator[list[str]]:
 
 def _name_words(words: Sequence[str]) -> list[str]:
     """Words that tell a name from others: no initials, abbreviations or forms of address."""
-    return [
-        w
-        for w in words
-        if len(w) > 1 and not (w.isupper() and w.isascii()) and w.casefold() not in _NOT_NAMES
-    ]
+    kept = (w for w in words if len(w) > 1 and not (w.isupper() and w.isascii()))
+    return [w for w in kept if w.casefold().replace("’", "'") not in _NOT_NAMES | _CAPITALISED]
 
 
 def _capitalised(title: str) -> set[str]:

@@ -108,10 +108,7 @@ def _made(folder: Path) -> dict[str, Any]:
 
 
 def _train(base: str | Path) -> str:
-    return (
-        f"`selfrag train --role=generator --config=small --config.base={base} --data=DATA "
-        "--workdir=OUT`"
-    )
+    return f"`selfrag train --role=generator --config.base={base} --data=DATA --workdir=OUT`"
 
 
 # ---- reflection tokens ---------------------------------------------------------------------------

@@ -35,8 +35,12 @@ def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
         raise UserError(
             f"--tensor={config.tensor} does not divide the model's {num_heads} key-value heads"
         )
-    # Of several processes each answers with its own devices.
-    mesh = sharding.make_mesh(tensor=config.tensor, devices=jax.local_devices())
+    devices = jax.local_devices()  # of several processes each answers with its own
+    if len(devices) < config.tensor:
+        raise UserError(
+            f"--tensor={config.tensor}: needs {config.tensor} devices; there are {len(devices)}"
+        )
+    mesh = sharding.make_mesh(tensor=config.tensor, devices=devices)
     if unstack_layers(mesh.devices.flat[0].platform, mesh.size):
         params = model.per_layer(params)
     params = jax.device_put(params, sharding.shardings(mesh, params))

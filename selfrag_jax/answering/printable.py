@@ -8,10 +8,11 @@ import unicodedata
 from rich.cells import cell_len
 
 # What moves the cursor, sets colours or titles, or writes to the clipboard: CSI, then strings such
-# as OSC with their ends, then all other escapes.
+# as OSC with their ends, then all other escapes. A string has no beginning of another in it, so
+# that each character is read once.
 _SEQUENCES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[ -/]*[0-~]"
 )
 _CONTROLS = re.compile(

@@ -70,7 +70,7 @@ class Answer:
     def __str__(self) -> str:
         """The answer with its marks, the passages they point to, and notices."""
         if self.error:
-            return f"no answer: {self.error}"
+            return printable(f"no answer: {self.error}")
         lines = [cited_text(self)]
         for i, p in enumerate(self.passages, 1):
             lines.append(f"  [{i}] " + shortened(f"{p.title}: {p.text}".lstrip(": "), 400)[0])
@@ -210,7 +210,9 @@ def _doubts(path: Sequence[Node], citations: Sequence[Citation]) -> list[str]:
             doubts.append("no passage that was found supports this answer: take it as a guess")
     elif irrelevant:
         listed = ", ".join(map(str, irrelevant))
-        doubts.append(f"segment {listed}: the model judges its passage irrelevant; not cited")
+        several = len(irrelevant) > 1
+        which, whose = ("segments", "their passages") if several else ("segment", "its passage")
+        doubts.append(f"{which} {listed}: the model judges {whose} irrelevant; not cited")
     doubts += citation_notices(citations)
     if not all(n.complete for n in path):
         doubts.append("a segment was cut at the length limit")

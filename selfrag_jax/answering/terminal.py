@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from selfrag_jax.answering.citations import citation_notices
 from selfrag_jax.answering.printable import printable, shortened
 from selfrag_jax.answering.records import Answer, cited_text
 
@@ -33,16 +34,24 @@ def show(
     console = console or Console()
     cell = _Cells(full)
     console.print()
+    of_citations = citation_notices(answer.citations)
     for notice in answer.notices:  # first: a guess should not be read as an answer
-        console.print(Text(f"note: {printable(notice)}", "yellow"))
+        if notice not in of_citations:
+            console.print(_note(notice))
     console.print(Text(printable(cited_text(answer)), "bold"))
     if answer.passages:
         console.print(_cited(answer, console.width, cell))
+    for notice in of_citations:
+        console.print(_note(notice))
     decision = "retrieved" if answer.retrieved else "answered from memory"
     console.print(Text(f"p(retrieve) = {answer.p_retrieve:.2f}: {decision}", "dim"))
     console.print(_critiques(answer.tree, console.width, cell))
     if cell.any_cut:
         console.print(Text(f"Long texts are cut; {how_to_see_all} shows them whole.", "dim"))
+
+
+def _note(notice: str) -> Text:
+    return Text(f"note: {printable(notice)}", "yellow")
 
 
 class _Cells:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from selfrag_jax.records import Question
 
 _EXAMPLE = 'selfrag ask --workdir=W "What does Silverlight Waltz praise?"'
-# JSON leaves them as they are, but terminals obey the first, and no encoding has the second.
-_NOT_PRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
+# JSON leaves them as they are, but terminals obey the first two (bidirectional overrides are the
+# second), and no encoding has the third.
+_NOT_PRINTABLE = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPAIRED = re.compile("[\ud800-\udfff]")  # bytes that could not be decoded
 
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
@@ -38,6 +40,7 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
     first = next(piped, None)  # before a model is loaded
     if not (question or is_typed or first):
         raise UserError(f"ask what? For example: {_EXAMPLE}")
+    _check_text(question)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # answers have characters that a locale may lack
             stream.reconfigure(errors="replace")
@@ -53,6 +56,7 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
     hint = ":full" if is_typed else "--full"
 
     def ask(text: str) -> Answer:
+        _check_text(text)
         return _ask(rag, Question(id=str(next(number)), question=text), changes, values, hint)
 
     if question:
@@ -61,6 +65,12 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
         question_prompt.converse(ask, lambda answer: show(answer, full=True), repr(rag))
     else:
         question_prompt.answer_lines(ask, itertools.chain([str(first)], piped))
+
+
+def _check_text(question: str) -> None:
+    if _UNPAIRED.search(question):
+        encoding = sys.getfilesystemencoding()
+        raise UserError(f"the question is no text in {encoding}: {question!a}")
 
 
 def _ask(
@@ -118,5 +128,5 @@ COMMAND = Command(
     ),
     run=run,
     default_config=DEFAULT_CONFIG,
-    positional="question",
+    positional='["QUESTION"]',
 )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import Command, Flag, config_flag, given, load_config
 from selfrag_jax.commands.embed import CORPUS_FLAGS, corpus_config
-from selfrag_jax.commands.train import is_released
+from selfrag_jax.commands.train import FORMATS, is_released
 from selfrag_jax.errors import OnError, UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.progress import Progress, progress
@@ -253,8 +253,14 @@ COMMAND = Command(
             "for",
             "what the file is for: instructions, critic, generator, questions or corpus "
             "(default: told by its first row)",
+            choices=("instructions", "critic", "generator", "questions", "corpus"),
         ),
-        Flag("format", "own; or released: as `selfrag train --format=released` reads it", "own"),
+        Flag(
+            "format",
+            "own; or released: as `selfrag train --format=released` reads it",
+            "own",
+            choices=FORMATS,
+        ),
         Flag(
             "model",
             "whose tokenizer counts: a folder, a training workdir or a hub name (default: the "
@@ -268,6 +274,6 @@ COMMAND = Command(
         config_flag(note="; prompts, mask and length are those that it trains with"),
     ),
     run=run,
-    positional="the file to check",
+    positional="FILE",
     positional_paths=True,
 )

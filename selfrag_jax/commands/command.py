@@ -61,7 +61,8 @@ class Command:
     example: str  # several, one a line, where a command has several uses
     flags: tuple[Flag, ...]
     run: Callable[[dict[str, Any], list[str]], None]  # takes flag values, positional arguments
-    positional: str = ""  # what positional arguments are, if the command takes any
+    positional: str = ""  # positional arguments as the usage shows them: FILE, [QUESTION]
+    positional_help: str = ""  # what they are, where the names do not tell
     positional_paths: bool = False  # whether they are files
     positional_choices: tuple[str, ...] = ()
     default_config: str = ""  # where --config has no default: whose numbers --help shows

@@ -115,5 +115,7 @@ COMMAND = Command(
     ),
     run=run,
     positional_paths=True,
-    positional="two runs: scores.jsonl, metrics.json or the folder of both",
+    positional="RUN RUN",
+    positional_help="RUN: scores.jsonl or metrics.json of an evaluation, or the folder of both; "
+    "with --task, answers",
 )

@@ -137,6 +137,6 @@ COMMAND = Command(
     "selfrag completion fish > ~/.config/fish/completions/selfrag.fish",
     flags=(),
     run=run,
-    positional="bash, zsh or fish",
+    positional="|".join(SHELLS),
     positional_choices=SHELLS,
 )

@@ -57,10 +57,10 @@ def command_help(name: str, command: Command, width: int) -> str:
     if len(needed) < len(command.flags):
         usage.append("[--flag=value ...]")
     if command.positional:
-        usage.append(f"[{command.positional}]")
+        usage.append(command.positional)
     parts = [
         _filled(SUMMARIES[name], width),
-        _row("Usage: ", " ".join(usage), width),
+        _row("Usage: ", " ".join(usage), width) + _note_below(command.positional_help, width),
         "\n".join(["Examples", *(_example(e, width) for e in command.examples)]),
     ]
     numbers = _config_numbers(command)
@@ -69,7 +69,7 @@ def command_help(name: str, command: Command, width: int) -> str:
         rows = [_row(f"  --{f.name:<{names}}  ", f.help + _note(f, numbers), width) for f in flags]
         if command.default_config and any(f.field for f in flags):
             title += f" (defaults of --config={command.default_config})"
-        parts.append("\n".join([title, *rows]))
+        parts.append("\n".join([_filled(title, width), *rows]))
     return "\n\n".join(parts)
 
 
@@ -121,6 +121,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _note_below(text: str, width: int) -> str:
+    return "\n" + _filled(text, width, "  ", "  ") if text else ""
 
 
 # ---- lines --------------------------------------------------------------------------------------

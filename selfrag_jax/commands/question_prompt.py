@@ -70,15 +70,17 @@ def piped_lines() -> Iterator[str]:
     """The lines of stdin that are not empty, as they come. Raises UserError if they are no text."""
     try:
         for line in sys.stdin or ():  # None: closed
-            if question := line.strip():
+            if question := line.lstrip("\ufeff").strip():  # a file may begin with a BOM
                 yield question
     except UnicodeDecodeError as e:
         raise UserError(f"stdin: questions are read as {e.encoding}, and this is not: {e}") from e
 
 
 def _message(e: Exception) -> str:
+    from selfrag_jax.answering.printable import printable
+
     kind = "" if isinstance(e, (UserError, StageFailed)) else f"{type(e).__name__}: "
-    return f"selfrag ask: {kind}{e}"
+    return f"selfrag ask: {kind}{printable(str(e))}"
 
 
 # ---- typing --------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def _typed_lines() -> Iterator[str]:
         if line in _LEAVE:
             return
         if line:
-            remember()
+            remember(line)
             yield line
 
 
@@ -114,26 +116,34 @@ def history_file() -> Path:
     return Path(state) / "selfrag_jax" / "ask_history"
 
 
-def _open_history() -> Callable[[], None]:
-    """Reads earlier questions into readline; returns what saves the last line.
+def _open_history() -> Callable[[str], None]:
+    """Reads earlier questions into readline; returns what saves one.
 
     Without readline, or where the file cannot be written, nothing is remembered.
     """
     try:
         import readline
     except ImportError:
-        return lambda: None
-    file = history_file()
+        return lambda _: None
     readline.set_history_length(HISTORY_LENGTH)
     try:
+        file = history_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(0o600)  # questions are private
+        file.touch()
+        file.chmod(0o600)  # questions are private
         readline.read_history_file(file)
         readline.write_history_file(file)  # shortens it
-    except OSError:
-        return lambda: None
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return lambda _: None
+    known = readline.get_current_history_length()
 
-    def remember() -> None:
+    def remember(line: str) -> None:
+        nonlocal known
+        if not sys.stdout.isatty():  # then `input` leaves readline aside
+            readline.add_history(line)
+        before, known = known, readline.get_current_history_length()
+        if known == before:  # the same question again
+            return
         with contextlib.suppress(OSError):
             if hasattr(readline, "append_history_file"):
                 readline.append_history_file(1, file)
