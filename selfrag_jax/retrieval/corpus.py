@@ -131,32 +131,35 @@ class Corpus:
             self.bytes_read = before + position
 
         for file in self.files:
-            for document in documents(file, self._name(file), self.config.names, at, self.on_error):
-                if not (document.text.strip() or document.title.strip()):
+            for d in documents(file, self._name(file), self.config.names, at, self.on_error):
+                # The title of a whole file may be its name.
+                if not d.text.strip() and (d.is_file or not d.title.strip()):
                     self.num_empty += 1
-                elif document.is_file and not document.text.strip():
-                    self.num_empty += 1  # its title is the file's name
-                else:
-                    self.num_without_id += not document.has_id
-                    for passage in self._split(document):
-                        yield document.where, passage
+                    continue
+                if not d.has_id:
+                    self.num_without_id += 1
+                for passage in self._split(d):
+                    yield d.where, passage
             before += file.stat().st_size
             self.bytes_read = before
 
-    def _split(self, d: Document) -> Iterator[Passage]:
-        """Yields the passages of a document: itself, or its pieces, with ids like doc#3."""
+    def _split(self, d: Document) -> list[Passage]:
+        """Returns the passages of a document: itself, or its pieces, with ids like doc#3."""
         words = self.config.split
         if words is None:
             words = DEFAULT_WORDS if d.is_file else 0
         # Most rows are short, and counting words takes longer than all else.
-        is_long = words and (d.is_file or len(d.text) > words)
-        pieces = _pieces(d, words) if is_long else [(d.title, d.text)]
-        for i, (title, text) in enumerate(pieces, 1):
-            id_ = d.id if len(pieces) == 1 else f"{d.id}#{i}"
+        if words and (d.is_file or len(d.text) > words):
+            pieces = _pieces(d, words)
+        else:
+            pieces = [(d.title, d.text)]
+        for _, text in pieces:
             if len(text) > LONG:
                 self.num_long += 1
                 self.longest = max(self.longest, len(text))
-            yield Passage(id_, title, text)
+        if len(pieces) == 1:
+            return [Passage(d.id, *pieces[0])]
+        return [Passage(f"{d.id}#{i}", *piece) for i, piece in enumerate(pieces, 1)]
 
 
 def _pieces(d: Document, words: int) -> list[tuple[str, str]]:

@@ -88,7 +88,8 @@ def _chosen(path: Path) -> tuple[list[Path], str]:
     found = list(_walk(path))
     # A folder's .json files are settings more often than passages.
     files = [p for p in found if kind_of(p) in known and kind_of(p) != ".json"]
-    others = Counter(kind_of(p) or "without a suffix" for p in found if p not in set(files))
+    is_read = set(files)
+    others = Counter(kind_of(p) or "without a suffix" for p in found if p not in is_read)
     counted = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5))
     cures = "".join(f"; {kind}: {_CURES[kind]}" for kind in others if kind in _CURES)
     if not files:
@@ -211,18 +212,28 @@ def _from_row(where: str, row: dict[str, Any], number: str, names: _Names) -> Do
             f"{where}: missing field {wanted!r} (the row has: {', '.join(row) or 'nothing'}); "
             f"name the field of the {role}: --fields={role}=NAME"
         )
-    text = text_field(where, row, names.text, "")
-    title = text_field(where, row, names.title, "")
+    text = _field(where, row, names.text) or ""
+    title = _field(where, row, names.title) or ""
     # FlashRAG and Pyserini put the title into `contents`, as a quoted first line.
-    if "contents" in names.text and not names.title and text.startswith('"'):
+    if names.text[0] == "contents" and not names.title and text.startswith('"'):
         first, newline, rest = text.partition("\n")
         if newline and first.endswith('"'):
             title, text = first[1:-1], rest
-    id_ = text_field(where, row, names.id, number)
-    if not id_:
+    id_ = _field(where, row, names.id)
+    if id_ == "":
         raise UserError(f"{where}: the id is empty; leave the field out to number the rows")
-    has_id = any(row[name] is not None for name in names.id)
-    return Document(where, id_, title, text, has_id)
+    return Document(where, number if id_ is None else id_, title, text, id_ is not None)
+
+
+def _field(where: str, row: dict[str, Any], names: Sequence[str]) -> str | None:
+    """The first of some fields that is not null, as text; None if there is none."""
+    for name in names:
+        value = row[name]
+        if isinstance(value, str):  # in millions of rows: at once
+            return value
+        if value is not None:
+            return text_field(where, row, name)
+    return None
 
 
 def _table_rows(
@@ -234,24 +245,26 @@ def _table_rows(
         delimiter = "\t" if kind_of(path) == ".tsv" else _delimiter(f.readline())
         f.seek(0)
         reader = csv.reader(f, delimiter=delimiter, strict=True)
-        line, header = 1, None  # where the row begins
+        name = str(path)  # once: it takes as long as reading a row
+        line, header, columns = 1, None, 0  # where the row begins
         try:
             for cells in reader:
-                where, line = f"{path}:{line}", reader.line_num + 1
+                where, line = f"{name}:{line}", reader.line_num + 1
                 if not cells:
                     continue
                 if header is None:
                     header = _header(where, cells, fields)
+                    columns = len(header)
                     continue
                 at(raw.tell())
-                if len(cells) != len(header):
+                if len(cells) != columns:
                     separators = {"\t": "tabs", ",": "commas"}.get(delimiter, "semicolons")
                     on_error(UserError(
                         f"{where}: {len(cells)} columns, but the header has {len(header)}; "
                         f"quote fields that contain {separators}"
                     ))  # fmt: skip
                     continue
-                yield where, dict(zip(header, cells, strict=True))
+                yield where, dict(zip(header, cells))  # noqa: B905 (as many as there are columns)
         except csv.Error as e:
             hint = "is a quote not closed?"
             if "limit" not in str(e) and "end" not in str(e):
