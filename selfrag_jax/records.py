@@ -288,7 +288,7 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
         instruction=text_field(where, row, "instruction"),
         output=text_field(where, row, "output"),
         preceding=text_field(where, row, "preceding", ""),
-        evidence=None if evidence is None else passage_from(where, evidence, 0),
+        evidence=None if evidence is None else passage_from(f"{where}: evidence", evidence, 0),
         segment=text_field(where, row, "segment", ""),
         id=text_field(where, row, ROW_ID_FIELDS, ""),
         explanation=text_field(where, row, "explanation", ""),

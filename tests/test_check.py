@@ -230,6 +230,10 @@ HOSTILE = {
     "quote.csv": ('question,answer\nWho?,Mara\n"Where?,there\n', "quote.csv:3: unexpected end"),
     "columns.tsv": ("id\ttext\n1\ta\n2\n", "columns.tsv:3: 1 columns, but the header has 2"),
     "other.jsonl": ('{"a": 1}\n', "other.jsonl: cannot tell what it is for by its fields (a)"),
+    "evidence.jsonl": (
+        '{"task": "isrel", "instruction": "Who?", "output": "[Relevant]", "evidence": "Sea"}',
+        "evidence.jsonl:1: evidence: passage 1 must be an object with title and text",
+    ),
     "no_user.jsonl": ('{"messages": []}\n', "no_user.jsonl:1: messages: has no user turn"),
 }
 
@@ -270,6 +274,7 @@ def test_a_strange_but_good_file_is_good(run, name, content):
         (["q.jsonl", "q.jsonl"], "one file is checked, found 2"),
         ([], "one file is checked, found 0"),
         (["none.jsonl"], "none.jsonl: no such file"),
+        (["book.pdf"], r"book.pdf: .pdf files are not read; .*: pdftotext"),
         (["none.zip", "--for=corpus"], "none.zip: no such file or folder of passages"),
         ([".", "--for=questions"], "is a folder"),
         (["q.jsonl", "--format=released"], "is for critic and generator data, not for questions"),
@@ -283,6 +288,7 @@ def test_a_strange_but_good_file_is_good(run, name, content):
 def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("q.jsonl").write_text(Q)
+    Path("book.pdf").write_text("%PDF")
     assert cli.main(["check", *flags]) == 2
     *progress, line = capsys.readouterr().err.splitlines()
     assert re.search(message, line) and all(p.startswith("check ") for p in progress)

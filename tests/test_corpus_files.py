@@ -78,6 +78,11 @@ def test_fields_name_what_a_file_calls_them(tmp_path):
     assert read(tmp_path / "p.jsonl", fields=fields) == [Passage("3", "T", "x")]
     with pytest.raises(UserError, match=r"p\.jsonl:1: missing field 'K2' .*--fields=id=NAME"):
         read(tmp_path / "p.jsonl", fields="id=K2")
+    (tmp_path / "p.csv").write_text("id,Text\n1,x\n")
+    with pytest.raises(
+        UserError, match=r"p\.csv:1: the header lacks body .*; correct text= in --f"
+    ):
+        read(tmp_path / "p.csv", fields="text=body")
     for wrong in ("abstract", "body=x", "text=", ""):
         with pytest.raises(UserError, match=f"--fields={wrong}: expected id=, text= or title="):
             CorpusConfig(fields=wrong)

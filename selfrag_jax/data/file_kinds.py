@@ -39,7 +39,7 @@ from selfrag_jax.records import (
 )
 from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.corpus_files import TEXT, is_passage_table
-from selfrag_jax.retrieval.corpus_listing import TABLES, corpus_files, kind_of
+from selfrag_jax.retrieval.corpus_listing import CURES, TABLES, corpus_files, kind_of
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 
@@ -234,6 +234,8 @@ def guess_kind(path: str | Path) -> tuple[str, str]:
     if Path(path).is_dir():
         return _kind_of_folder(Path(path))
     suffix = kind_of(Path(path))
+    if suffix in CURES:
+        corpus_files(Path(path))  # raises, and says what turns it into text
     if suffix in (".md", ".rst"):
         return "corpus", f"its name, {suffix}"
     if suffix == ".txt":

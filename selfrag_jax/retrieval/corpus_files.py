@@ -218,8 +218,7 @@ def _header(where: str, cells: list[str], fields: Fields) -> list[str]:
         wanted = (fields[role],) if role in fields else TEXT
         if not _present(cells, wanted):
             shown = ", ".join(c if len(c) <= 40 else c[:37] + "..." for c in cells[:6])
-            raise UserError(
-                f"{where}: the header lacks {wanted[0]} (it has: {shown}); expected the columns "
-                f"id, text, title, or --fields={role}=NAME"
-            )
+            usual = f"expected the columns id, text, title, or --fields={role}=NAME"
+            remedy = f"correct {role}= in --fields" if role in fields else usual
+            raise UserError(f"{where}: the header lacks {wanted[0]} (it has: {shown}); {remedy}")
     return cells

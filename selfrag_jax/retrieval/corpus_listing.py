@@ -14,7 +14,7 @@ TABLES, ROWS, DOCUMENTS = (".tsv", ".csv"), (".jsonl", ".ndjson", ".json"), (".t
 _KINDS = f"{', '.join((*TABLES, *ROWS, *DOCUMENTS))}, each also as .gz, or a folder of them"
 # Kinds of file that other programs turn into text.
 _PANDOC = (".html", ".htm", ".docx", ".odt", ".epub")
-_CURES = {
+CURES = {
     ".pdf": "pdftotext FILE.pdf",
     **{suffix: f"pandoc -t plain FILE{suffix} -o FILE.txt" for suffix in _PANDOC},
     ".doc": "soffice --convert-to txt FILE.doc",
@@ -55,7 +55,7 @@ def _chosen(path: Path) -> tuple[list[Path], str]:
     is_read = set(files)
     others = Counter(kind_of(p) or "without a suffix" for p in found if p not in is_read)
     counted = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5))
-    cures = "".join(f"; {kind}: {_CURES[kind]}" for kind in others if kind in _CURES)
+    cures = "".join(f"; {kind}: {CURES[kind]}" for kind in others if kind in CURES)
     if not files:
         what = f"; it has {counted}{cures}" if others else ""
         raise UserError(f"{path}: the folder has no files of passages ({_KINDS}){what}")
@@ -63,8 +63,8 @@ def _chosen(path: Path) -> tuple[list[Path], str]:
 
 
 def _refusal(kind: str) -> str:
-    if kind in _CURES:
-        return f"{kind} files are not read; turn it into text first: {_CURES[kind]}"
+    if kind in CURES:
+        return f"{kind} files are not read; turn it into text first: {CURES[kind]}"
     return f"is of no kind that is read; expected {_KINDS}; rename it if it is one of these"
 
 
