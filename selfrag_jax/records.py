@@ -169,7 +169,8 @@ def _parsed_line(where: str, line: str) -> tuple[str, dict[str, Any]]:
     try:
         return checked_row(where, json.loads(line), line)
     except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+        hint = "; a row must end on its line" if e.pos >= len(line.rstrip()) else ""
+        raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno}){hint}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply to be a row of data") from None
 

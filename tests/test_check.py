@@ -230,6 +230,7 @@ HOSTILE = {
     "quote.csv": ('question,answer\nWho?,Mara\n"Where?,there\n', "quote.csv:3: unexpected end"),
     "columns.tsv": ("id\ttext\n1\ta\n2\n", "columns.tsv:3: 1 columns, but the header has 2"),
     "other.jsonl": ('{"a": 1}\n', "other.jsonl: cannot tell what it is for by its fields (a)"),
+    "pretty.jsonl": ('{"question": "Who?"}\n{\n', "at column 1); a row must end on its line"),
     "evidence.jsonl": (
         '{"task": "isrel", "instruction": "Who?", "output": "[Relevant]", "evidence": "Sea"}',
         "evidence.jsonl:1: evidence: passage 1 must be an object with title and text",

@@ -4,15 +4,17 @@ import csv
 import gzip
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from selfrag_jax import cli
+from selfrag_jax import artifacts, cli
 from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.index_changes import add_passages, remove_passages
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_json
 from selfrag_jax.records import Passage
 from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.encoders import EncoderConfig
@@ -173,6 +175,15 @@ def test_a_folder_that_changed_is_noticed_and_hidden_files_do_not_count(tmp_path
     write(notes, a_txt="Two.")
     with pytest.raises(UserError, match="made with other inputs"):
         index(notes, tmp_path)
+
+
+def test_what_was_embedded_before_these_settings_existed_is_still_finished(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "text": "x"}')
+    index(path, tmp_path)
+    made = read_json(tmp_path / "e" / "manifest.json")
+    assert made["config"] == asdict(ENCODER)  # no trace of --split and --fields
+    assert made["inputs"] == {"passages": artifacts.fingerprint(path)}
 
 
 def test_documents_are_added_and_removed_by_their_own_ids(tmp_path):
