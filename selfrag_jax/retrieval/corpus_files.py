@@ -68,9 +68,12 @@ def documents(
     start, said = f"{name}:" if name else "", tuple(fields.items())
     is_table = kind in TABLES
     rows = _table_rows(path, fields, at, on_error) if is_table else read_rows(path, at, on_error)
+    names = None
     for number, (where, row) in enumerate(rows):
+        if names is None or not is_table:  # all rows of a table have its columns
+            names = _names(tuple(row), said)
         try:
-            document = _from_row(where, row, f"{start}{number}", _names(tuple(row), said))
+            document = _from_row(where, row, f"{start}{number}", names)
         except UserError as e:
             on_error(e)
         else:
@@ -170,7 +173,7 @@ def _table_rows(
         name = str(path)  # once: it takes as long as reading a row
         line, header, columns = 1, None, 0  # where the row begins
         try:
-            for cells in reader:
+            for count, cells in enumerate(reader):
                 where, line = f"{name}:{line}", reader.line_num + 1
                 if not cells:
                     continue
@@ -178,7 +181,8 @@ def _table_rows(
                     header = _header(where, cells, fields)
                     columns = len(header)
                     continue
-                at(raw.tell())
+                if not count % 64:  # it is for a progress bar
+                    at(raw.tell())
                 if len(cells) != columns:
                     separators = {"\t": "tabs", ",": "commas"}.get(delimiter, "semicolons")
                     on_error(UserError(
