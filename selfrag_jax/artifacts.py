@@ -239,6 +239,16 @@ def require_own_or_empty(folder: Path, stage: str) -> None:
             )
 
 
+def is_of_a_stage(folder: Path) -> bool:
+    """Whether a stage made this folder, or has begun it."""
+    if (folder / STARTED).is_file():
+        return True
+    try:
+        return "stage" in read_object(folder / "manifest.json", ())
+    except UserError:  # there is none, or it is another program's
+        return False
+
+
 def _require_folders_above(path: Path) -> None:
     if (parent := next(p for p in path.absolute().parents if p.exists())).is_file():
         raise UserError(f"{path}: {parent} is a file; choose another --out")

@@ -169,7 +169,8 @@ def _parsed_line(where: str, line: str) -> tuple[str, dict[str, Any]]:
     try:
         return checked_row(where, json.loads(line), line)
     except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+        hint = "; a row must end on its line" if e.pos >= len(line.rstrip()) else ""
+        raise UserError(f"{where}: not valid JSON ({e.msg} at column {e.colno}){hint}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply to be a row of data") from None
 
@@ -288,7 +289,7 @@ def critic_example_from(where: str, row: dict[str, Any]) -> CriticExample:
         instruction=text_field(where, row, "instruction"),
         output=text_field(where, row, "output"),
         preceding=text_field(where, row, "preceding", ""),
-        evidence=None if evidence is None else passage_from(where, evidence, 0),
+        evidence=None if evidence is None else passage_from(f"{where}: evidence", evidence, 0),
         segment=text_field(where, row, "segment", ""),
         id=text_field(where, row, ROW_ID_FIELDS, ""),
         explanation=text_field(where, row, "explanation", ""),

@@ -93,6 +93,9 @@ def test_tables_and_folders_have_their_kinds(tmp_path):
     (tmp_path / "d" / "p.md").write_text("# Sea\n\nIt is in the west.\n")
     kinds = [guess_kind(tmp_path / name)[0] for name in ("p.tsv", "q.tsv", "q.txt", "d", "d/p.md")]
     assert kinds == ["corpus", "questions", "questions", "corpus", "corpus"]
+    assert guess_kind(tmp_path / "q.txt")[1] == "its name, .txt: a question a line"
+    (tmp_path / "p.tsv").write_text('id\ttext\n1\t"not closed\n')
+    assert guess_kind(tmp_path / "p.tsv") == ("corpus", "its columns")
 
 
 def test_a_prepared_folder_is_checked_as_it_is_trained(run, tmp_path, tokenizer):
@@ -227,6 +230,11 @@ HOSTILE = {
     "quote.csv": ('question,answer\nWho?,Mara\n"Where?,there\n', "quote.csv:3: unexpected end"),
     "columns.tsv": ("id\ttext\n1\ta\n2\n", "columns.tsv:3: 1 columns, but the header has 2"),
     "other.jsonl": ('{"a": 1}\n', "other.jsonl: cannot tell what it is for by its fields (a)"),
+    "pretty.jsonl": ('{"question": "Who?"}\n{\n', "at column 1); a row must end on its line"),
+    "evidence.jsonl": (
+        '{"task": "isrel", "instruction": "Who?", "output": "[Relevant]", "evidence": "Sea"}',
+        "evidence.jsonl:1: evidence: passage 1 must be an object with title and text",
+    ),
     "no_user.jsonl": ('{"messages": []}\n', "no_user.jsonl:1: messages: has no user turn"),
 }
 
@@ -267,6 +275,7 @@ def test_a_strange_but_good_file_is_good(run, name, content):
         (["q.jsonl", "q.jsonl"], "one file is checked, found 2"),
         ([], "one file is checked, found 0"),
         (["none.jsonl"], "none.jsonl: no such file"),
+        (["book.pdf"], r"book.pdf: .pdf files are not read; .*: pdftotext"),
         (["none.zip", "--for=corpus"], "none.zip: no such file or folder of passages"),
         ([".", "--for=questions"], "is a folder"),
         (["q.jsonl", "--format=released"], "is for critic and generator data, not for questions"),
@@ -280,9 +289,30 @@ def test_a_strange_but_good_file_is_good(run, name, content):
 def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("q.jsonl").write_text(Q)
+    Path("book.pdf").write_text("%PDF")
     assert cli.main(["check", *flags]) == 2
     *progress, line = capsys.readouterr().err.splitlines()
     assert re.search(message, line) and all(p.startswith("check ") for p in progress)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("corpus", {"id": "1", "title": "", "text": " "}),
+        ("questions", {"claim": "It is in the west.", "label": "NOT ENOUGH INFO"}),
+    ],
+)
+def test_a_file_of_which_nothing_is_left_is_refused(run, kind, row):
+    status, out, err = run("f.jsonl", [row], f"--for={kind}")
+    assert status == 2 and "0 good, 1 left out" in out
+    assert err.splitlines()[-1] == "selfrag check: f.jsonl: all rows would be left out"
+
+
+def test_rows_of_a_published_list_are_named_as_items(run):
+    row = {"instruction": "Who?", "output": LABELLED}
+    rows = json.dumps([row, row, {"instruction": "Who?", "output": "Mara"}])
+    status, out, _ = run("f.json", rows, "--for=generator", "--format=released")
+    assert status == 0 and "f.json: item 3: no reflection token" in out
 
 
 # ---- what is counted ----------------------------------------------------------------------------

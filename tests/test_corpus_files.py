@@ -4,14 +4,17 @@ import csv
 import gzip
 import json
 import os
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from selfrag_jax import cli
+from selfrag_jax import artifacts, cli
 from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.index_changes import add_passages, remove_passages
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_json
 from selfrag_jax.records import Passage
 from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.encoders import EncoderConfig
@@ -77,6 +80,11 @@ def test_fields_name_what_a_file_calls_them(tmp_path):
     assert read(tmp_path / "p.jsonl", fields=fields) == [Passage("3", "T", "x")]
     with pytest.raises(UserError, match=r"p\.jsonl:1: missing field 'K2' .*--fields=id=NAME"):
         read(tmp_path / "p.jsonl", fields="id=K2")
+    (tmp_path / "p.csv").write_text("id,Text\n1,x\n")
+    with pytest.raises(
+        UserError, match=r"p\.csv:1: the header lacks body .*; correct text= in --f"
+    ):
+        read(tmp_path / "p.csv", fields="text=body")
     for wrong in ("abstract", "body=x", "text=", ""):
         with pytest.raises(UserError, match=f"--fields={wrong}: expected id=, text= or title="):
             CorpusConfig(fields=wrong)
@@ -169,6 +177,15 @@ def test_a_folder_that_changed_is_noticed_and_hidden_files_do_not_count(tmp_path
         index(notes, tmp_path)
 
 
+def test_what_was_embedded_before_these_settings_existed_is_still_finished(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "text": "x"}')
+    index(path, tmp_path)
+    made = read_json(tmp_path / "e" / "manifest.json")
+    assert made["config"] == asdict(ENCODER)  # no trace of --split and --fields
+    assert made["inputs"] == {"passages": artifacts.fingerprint(path)}
+
+
 def test_documents_are_added_and_removed_by_their_own_ids(tmp_path):
     text = "Otters live in rivers. " * 30
     out = index(write(tmp_path / "one", otters_txt=text, frogs_txt="Frogs jump."), tmp_path)
@@ -180,9 +197,39 @@ def test_documents_are_added_and_removed_by_their_own_ids(tmp_path):
     assert remove_passages(out, tmp_path / "ids.txt") == 2 + 1
     [found] = IndexRetriever(out).search(["otters"], 9)
     assert sorted(p.id for p in found) == ["frogs.txt", *(f"newts.txt#{i}" for i in range(2, 8))]
+    (tmp_path / "ids.txt").write_text("newts.txt#4\n")
+    remove_passages(out, tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_text("newts.txt\n")  # also what comes after a removed passage
+    assert remove_passages(out, tmp_path / "ids.txt") == 5
+    assert [p.id for p in IndexRetriever(out).search(["newts"], 9)[0]] == ["frogs.txt"]
     (tmp_path / "ids.txt").write_text("frogs.txt\notters\n")
     with pytest.raises(UserError, match=r"ids\.txt:2: the index has no passage 'otters'"):
         remove_passages(out, tmp_path / "ids.txt")
+
+
+def test_what_a_stage_made_beside_the_notes_is_no_part_of_them(tmp_path):
+    notes = write(tmp_path / "notes", a_txt="One.", app__a_txt="Two.", app__manifest_json="{}")
+    out = index(notes, notes)
+    write(out, encoder__vocab_txt="three")  # as encoder models bring it
+    assert sorted(p.id for p in read(notes)) == ["a.txt", "app/a.txt"]
+    assert index(notes, notes) == out  # finished, and known by the same files
+    assert [p.id for p in read(out)] == ["encoder/vocab.txt"]  # asked for by name
+
+
+def test_a_title_field_that_no_row_has_is_refused(tmp_path):
+    write(tmp_path, p_jsonl='{"name": "A", "text": "x"}\n{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"no row has a title in its field 'nmae'; correct title="):
+        read(tmp_path / "p.jsonl", fields="title=nmae")
+    assert [p.title for p in read(tmp_path / "p.jsonl", fields="title=name")] == ["A", ""]
+
+
+def test_files_of_a_folder_are_compared_once(tmp_path, monkeypatch):
+    for i in range(40):
+        write(tmp_path, **{f"a{i}_txt": "x", f"b{i}_py": "x"})
+    hashed = []
+    plain = Path.__hash__
+    monkeypatch.setattr(type(tmp_path), "__hash__", lambda p: hashed.append(p) or plain(p))
+    assert len(Corpus(tmp_path).files) == 40 and len(hashed) < 4 * 80  # not the square
 
 
 # ---- small and odd corpora -----------------------------------------------------------------------
@@ -216,6 +263,7 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", b"\x7fELF\0\1\xff" * 9, r"p\.txt:\d: not UTF-8 .*is it a text file at all\?"),
+        ("p.txt", b"id\ttext\r\n1\ta\r\n", r"p\.txt:1: begins as a table does; rename it to \.tsv"),
         ("p.txt", b"text\n\0", r"p\.txt:2: holds a NUL byte; is it a text file"),
         ("p.tsv", b"\x7fELF\0\1", r"p\.tsv:1: holds a NUL byte"),
         ("p.md", "é".encode("utf-16"), r"p\.md:\d: not UTF-8 .*iconv -f UTF-16 -t UTF-8 .*p\.md"),

@@ -243,6 +243,8 @@ def run(values: dict[str, Any], files: list[str]) -> None:
         )
     if bad and not settings.released:
         raise UserError(f"{path}: {bad:,} of {rows:,} rows cannot be used; mend or remove them")
+    if not summary.num_good:
+        raise UserError(f"{path}: all rows would be left out")
 
 
 COMMAND = Command(

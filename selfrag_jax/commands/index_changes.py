@@ -97,11 +97,12 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
     with artifacts.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         rows = opened.rows_of(ids)
-        for i in np.flatnonzero(rows < 0):
-            if not (pieces := _rows_of_pieces(opened, ids[i])):
+        missing = np.flatnonzero(rows < 0)
+        pieces = _rows_of_pieces(opened, [ids[i] for i in missing])
+        for i, of_document in zip(missing, pieces, strict=True):
+            if not of_document:
                 raise UserError(f"{ids_file}:{numbers[i] + 1}: the index has no passage {ids[i]!r}")
-            rows = np.append(rows, pieces)
-        rows = rows[rows >= 0]
+        rows = np.concatenate([rows[rows >= 0], *(np.array(p, np.int64) for p in pieces)])
         removed = np.union1d(opened.removed, rows)
         if len(removed) == sum(len(segment) for segment in opened.segments):
             raise UserError(
@@ -113,12 +114,22 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
         return len(np.unique(rows))
 
 
-def _rows_of_pieces(opened: Index, document: str) -> list[int]:
-    """The rows of the passages into which a document was split."""
-    rows: list[int] = []
-    while (row := int(opened.rows_of([f"{document}#{len(rows) + 1}"])[0])) >= 0:
-        rows.append(row)
-    return rows
+def _rows_of_pieces(opened: Index, documents: list[str]) -> list[list[int]]:
+    """The rows of the passages into which each document was split, [] if there are none.
+
+    Some may have been removed by ids of their own, so the count goes on past them.
+    """
+    found: list[list[int]] = [[] for _ in documents]
+    going_on, number = list(range(len(documents))), 1
+    while going_on:
+        ids = [f"{documents[i]}#{number}" for i in going_on]
+        for i, row in zip(going_on, opened.rows_of(ids).tolist(), strict=True):
+            if row >= 0:
+                found[i].append(row)
+        known = opened.rows_of(ids, removed=True) >= 0
+        going_on = [i for i, is_known in zip(going_on, known, strict=True) if is_known]
+        number += 1
+    return found
 
 
 def _change_manifest(out: Path, name: str, source: artifacts.Input, num_passages: int) -> None:

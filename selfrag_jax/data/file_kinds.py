@@ -27,6 +27,8 @@ from selfrag_jax.data.released import (
     released_records,
 )
 from selfrag_jax.errors import OnError, UserError
+from selfrag_jax.files import open_text
+from selfrag_jax.json_lists import begins_list
 from selfrag_jax.records import (
     CriticExample,
     GeneratorExample,
@@ -36,7 +38,8 @@ from selfrag_jax.records import (
     read_rows,
 )
 from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
-from selfrag_jax.retrieval.corpus_files import TABLES, TEXT, corpus_files, kind_of
+from selfrag_jax.retrieval.corpus_files import TEXT, is_passage_table
+from selfrag_jax.retrieval.corpus_listing import CURES, TABLES, corpus_files, kind_of
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Control
 
@@ -133,15 +136,17 @@ def _released_rows(kind: str, path: str | Path, on_error: OnError) -> Iterator[F
     class ReportedFaults(Faults):
         def add(self, fault: str, number: int | str) -> None:
             super().add(fault, number)
-            on_error(UserError(f"{path}:{number}: {fault}"))
+            on_error(UserError(f"{place}{number}: {fault}"))
 
+    with open_text(path) as (f, _):
+        place = f"{path}: item " if begins_list(f) else f"{path}:"
     faults = ReportedFaults()
     if kind == "critic":
         for number, critique in released_records(path, critic_example, faults):
-            yield _critic_row(f"{path}:{number}", critique)
+            yield _critic_row(f"{place}{number}", critique)
     else:
         for number, example in released_records(path, generator_example, faults):
-            yield _generator_row(f"{path}:{number}", example)
+            yield _generator_row(f"{place}{number}", example)
 
 
 # ---- instructions, questions, passages ----------------------------------------------------------
@@ -229,9 +234,13 @@ def guess_kind(path: str | Path) -> tuple[str, str]:
     if Path(path).is_dir():
         return _kind_of_folder(Path(path))
     suffix = kind_of(Path(path))
+    if suffix in CURES:
+        corpus_files(Path(path))  # raises, and says what turns it into text
     if suffix in (".md", ".rst"):
         return "corpus", f"its name, {suffix}"
-    if suffix in TABLES and _is_corpus_table(path):
+    if suffix == ".txt":
+        return "questions", "its name, .txt: a question a line"
+    if suffix in TABLES and is_passage_table(Path(path), question_fields.QUESTION):
         return "corpus", "its columns"
     errors: list[UserError] = []
     _, row = next(question_rows(path, errors.append), ("", None))
@@ -269,14 +278,3 @@ def _kind_of_folder(folder: Path) -> tuple[str, str]:
         return "generator" if is_labelled else "instructions", "a folder of `selfrag prepare`"
     corpus_files(folder)  # raises if there are none
     return "corpus", "a folder of files"
-
-
-def _is_corpus_table(path: str | Path) -> bool:
-    """Whether a table has the columns of a corpus, and none that is a question."""
-    for rows in (question_rows(path, lambda _: None), Corpus(path, on_error=lambda _: None)):
-        try:
-            next(iter(rows), None)
-        except UserError:
-            continue
-        return isinstance(rows, Corpus)
-    return False

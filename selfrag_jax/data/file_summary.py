@@ -5,7 +5,6 @@ Memory does not grow with the file, but for eight bytes a row to find ids that o
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from selfrag_jax.records import (
     Passage,
     Question,
 )
+from selfrag_jax.retrieval.passages import id_hashes
 from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.tokenizer import Tokenizer
 
@@ -173,5 +173,5 @@ def repeated_places(rows: Iterable[FileRow], hashes: set[int]) -> Iterator[tuple
                 yield row.where, row.id, where
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _hash(id_: str) -> int:
+    return int(id_hashes([id_])[0])

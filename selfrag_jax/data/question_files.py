@@ -23,6 +23,7 @@ from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import open_text
 from selfrag_jax.json_lists import begins_list
 from selfrag_jax.records import build_records, checked_row, read_rows
+from selfrag_jax.retrieval.corpus_listing import kind_of
 
 Row = dict[str, Any]
 
@@ -37,7 +38,7 @@ def question_rows(path: str | Path, on_error: OnError = raise_error) -> Iterator
     for a file that cannot be read on.
     """
     path = Path(path)
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = kind_of(path)
     if suffix in (".tsv", ".csv"):
         yield from _table_rows(path, suffix, on_error)
     elif suffix == ".txt":

@@ -1,6 +1,7 @@
 """A corpus as a stream of passages, never read into memory; long documents are split.
 
-What files it may have: corpus_files.py. How documents are split: text/splitting.py.
+What files it may have: corpus_listing.py. What is in them: corpus_files.py. How documents are
+split: text/splitting.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from selfrag_jax.config import setting
 from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import atomic_write
 from selfrag_jax.records import Passage
-from selfrag_jax.retrieval.corpus_files import Document, corpus_files, documents
+from selfrag_jax.retrieval.corpus_files import Document, documents
+from selfrag_jax.retrieval.corpus_listing import corpus_files
 from selfrag_jax.text.splitting import sections, split_words
 
 COLUMNS = ("id", "text", "title")
@@ -122,8 +124,11 @@ class Corpus:
         """Yields ("file:line", passage).
 
         A row without an id gets its row number, in a folder behind the file's name. Raises
-        UserError naming file and line for a missing column or field and for an empty id.
+        UserError naming file and line for a missing column or field and for an empty id; at the
+        end, if no row has a title in the field that `fields` names.
         """
+        title_field = self.config.names.get("title")
+        num_rows, has_title = 0, False
         self.num_empty = self.num_without_id = self.num_long = self.longest = 0
         self.bytes_read = before = 0
 
@@ -131,32 +136,42 @@ class Corpus:
             self.bytes_read = before + position
 
         for file in self.files:
-            for document in documents(file, self._name(file), self.config.names, at, self.on_error):
-                if not (document.text.strip() or document.title.strip()):
+            for d in documents(file, self._name(file), self.config.names, at, self.on_error):
+                if title_field and not d.is_file:
+                    num_rows, has_title = num_rows + 1, has_title or bool(d.title)
+                # The title of a whole file may be its name.
+                if not d.text.strip() and (d.is_file or not d.title.strip()):
                     self.num_empty += 1
-                elif document.is_file and not document.text.strip():
-                    self.num_empty += 1  # its title is the file's name
-                else:
-                    self.num_without_id += not document.has_id
-                    for passage in self._split(document):
-                        yield document.where, passage
+                    continue
+                if not d.has_id:
+                    self.num_without_id += 1
+                for passage in self._split(d):
+                    yield d.where, passage
             before += file.stat().st_size
             self.bytes_read = before
+        if num_rows and title_field and not has_title:
+            self.on_error(UserError(
+                f"{self.path}: no row has a title in its field {title_field!r}; correct title= in "
+                f"--fields={self.config.fields}, or leave it out"
+            ))  # fmt: skip
 
-    def _split(self, d: Document) -> Iterator[Passage]:
-        """Yields the passages of a document: itself, or its pieces, with ids like doc#3."""
+    def _split(self, d: Document) -> list[Passage]:
+        """Returns the passages of a document: itself, or its pieces, with ids like doc#3."""
         words = self.config.split
         if words is None:
             words = DEFAULT_WORDS if d.is_file else 0
         # Most rows are short, and counting words takes longer than all else.
-        is_long = words and (d.is_file or len(d.text) > words)
-        pieces = _pieces(d, words) if is_long else [(d.title, d.text)]
-        for i, (title, text) in enumerate(pieces, 1):
-            id_ = d.id if len(pieces) == 1 else f"{d.id}#{i}"
+        if words and (d.is_file or len(d.text) > words):
+            pieces = _pieces(d, words)
+        else:
+            pieces = [(d.title, d.text)]
+        for _, text in pieces:
             if len(text) > LONG:
                 self.num_long += 1
                 self.longest = max(self.longest, len(text))
-            yield Passage(id_, title, text)
+        if len(pieces) == 1:
+            return [Passage(d.id, *pieces[0])]
+        return [Passage(f"{d.id}#{i}", *piece) for i, piece in enumerate(pieces, 1)]
 
 
 def _pieces(d: Document, words: int) -> list[tuple[str, str]]:

@@ -92,13 +92,17 @@ class Index:
         i = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.segments[i].store[row - int(self._starts[i])]
 
-    def rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
-        """Returns the row of each id; -1 for one that is not there or was removed."""
+    def rows_of(self, ids: Sequence[str], removed: bool = False) -> Int64[np.ndarray, " n"]:
+        """Returns the row of each id; -1 for one that is not there.
+
+        One that was removed is not there, unless `removed`.
+        """
         rows = np.full(len(ids), -1, np.int64)
         for segment, start in zip(self.segments, self._starts, strict=False):
             found = segment.store.rows_of(ids)
             found = np.where(found < 0, -1, found + start)
-            found = np.where(np.isin(found, self.removed), -1, found)
+            if not removed:
+                found = np.where(np.isin(found, self.removed), -1, found)
             rows = np.maximum(rows, found)
         return rows
 
