@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax.commands import question_prompt
@@ -33,6 +34,7 @@ _NOT_PRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
     question = " ".join(positional).strip()
+    _require_question(question)
     is_typed = not question and sys.stdin is not None and sys.stdin.isatty()
     piped = iter(()) if question or is_typed else question_prompt.piped_lines()
     first = next(piped, None)  # before a model is loaded
@@ -61,6 +63,17 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
         question_prompt.converse(ask, lambda answer: show(answer, full=True), repr(rag))
     else:
         question_prompt.answer_lines(ask, itertools.chain([str(first)], piped))
+
+
+def _require_question(text: str) -> None:
+    """Raises UserError for bytes that are no text, and for the name of a file."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError("the question is not UTF-8 text")
+    if len(text) < 256 and "\0" not in text and Path(text).is_file():
+        raise UserError(
+            f"{text}: is a file; answer the questions in it by `selfrag answer --input={text}`, "
+            f"or one on each line by `selfrag ask < {text}`"
+        )
 
 
 def _ask(
