@@ -16,7 +16,8 @@ from selfrag_jax.commands.model_flags import (
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
-    load_selfrag,
+    load_from,
+    model_and_config,
     search_changes,
 )
 from selfrag_jax.data.questions import read_questions
@@ -260,11 +261,14 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     task = prompt.name if prompt else values["task"]
     profile = check_steps(values["profile"])
     given_input, out = values["input"], values["out"]
-    artifacts.check_output(out, "answer", {"input": given_input})  # before a model is loaded
-    rag, changes = load_selfrag(values), search_changes(values)
+    artifacts.check_output(out, "answer", {"input": given_input})
+    # The questions are checked before a model is loaded.
+    model, index, config = model_and_config(values)
+    changes = search_changes(values)
+    mode = changes.get("mode", config.search.mode)
+    questions = read_checked(given_input, prompt or task, index is not None, mode)
+    rag = load_from(model, index, config)
     rag.check(changes)
-    mode = rag.search_config(changes).mode
-    questions = read_checked(given_input, prompt or task, rag.retriever is not None, mode)
     print(notice, file=sys.stderr)
     n = answer_file(rag, given_input, out, task, changes, prompt, questions, profile)
     if current().is_main:
