@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -49,7 +49,7 @@ FILE_STAGES = (
     "check", "collect", "retrieve", "label", "answer", "export", "compare", "calibrate",
 )  # fmt: skip
 _OTHER = {"stage": "another stage", "config": "another config", "inputs": "other inputs"}
-FOLDER_STAGES = ("embed", "index", "prepare", "report")
+FOLDER_STAGES = ("base", "embed", "index", "prepare", "report", "train", "world")
 _VERSIONS = ("selfrag-jax", "jax", "flax", "optax", "scann", "tokenizers")
 
 
@@ -82,16 +82,26 @@ def lock_file(file: IO, what: str | Path, wait_for: str = "") -> None:
 def exclusive_workdir(folder: str | Path, wait_for: str = "") -> Iterator[None]:
     """Holds an exclusive lock on a folder, which is created if missing, within the block.
 
+    It is removed again if the block raises UserError before it wrote anything.
     Raises UserError if another process holds the lock, or waits for it, as `lock_file` does.
     """
     path = as_path(folder) / LOCK
     if is_remote(path):  # a bucket has no locks
         yield
         return
+    new = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as f:
         lock_file(f, folder, wait_for)
-        yield
+        try:
+            yield
+        except UserError:
+            if new and [p.name for p in path.parent.iterdir()] == [LOCK]:
+                path.unlink()  # nothing was written
+                for made in new:
+                    with suppress(OSError):  # not empty
+                        made.rmdir()
+            raise
 
 
 # ---- what an artifact is made from --------------------------------------------------------------
@@ -204,6 +214,8 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
                 f"`selfrag train`: train one from it (--role={role} --config.base={path}), or make "
                 "a workdir of a published one by `selfrag convert --format=orbax`"
             )
+        if manifest_path(path / stage).is_file():  # a quickstart's folder
+            raise UserError(f"{path}: holds other things too; give {path / stage}")
         if stage == "index" and path.exists() and not (path / STARTED).is_file():
             raise UserError(
                 f"{path}: is no index; `selfrag index --passages={path} --out=INDEX` makes one of "
@@ -227,7 +239,7 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
 
 def require_own_or_empty(folder: Path, stage: str) -> None:
     """Raises UserError if a folder holds anything that this stage did not begin."""
-    _require_folders_above(folder)
+    require_folders_above(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; `selfrag {stage}` writes a folder")
     if folder.is_dir() and any(p.name != LOCK for p in folder.iterdir()):
@@ -249,9 +261,10 @@ def is_of_a_stage(folder: Path) -> bool:
         return False
 
 
-def _require_folders_above(path: Path) -> None:
+def require_folders_above(path: Path, flag: str = "--out") -> None:
+    """Raises UserError if a path leads through a file."""
     if (parent := next(p for p in path.absolute().parents if p.exists())).is_file():
-        raise UserError(f"{path}: {parent} is a file; choose another --out")
+        raise UserError(f"{path}: {parent} is a file; choose another {flag}")
 
 
 def claim_workdir(
@@ -301,7 +314,7 @@ def check_output(
         )
     if stage in FILE_STAGES and artifact.suffix == ".gz":
         raise UserError(f"{artifact}: is written as plain text; leave .gz out of --out")
-    _require_folders_above(artifact)
+    require_folders_above(artifact)
     for written in (artifact, *map(Path, beside)):
         if written is not artifact and written.is_dir():
             raise UserError(f"{written}: is a folder; `selfrag {stage}` writes a file there")
@@ -337,7 +350,7 @@ def is_finished(
         if old.get(part) != new[part]:
             raise UserError(
                 f"{artifact}: is already there, made with {_OTHER[part]} "
-                f"({_difference(old.get(part), new[part])}). "
+                f"({_difference(old.get(part), new[part], part if part == 'stage' else '')}). "
                 "Choose another output, or remove it to make it again."
             )
     return True

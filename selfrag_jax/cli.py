@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import platform
@@ -45,14 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         completion.answer_shell()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("--help", "-h", "help"):
+    if not argv or argv[0] in ("--help", "-help", "-h", "help"):
         return _help(argv[1:])
-    if argv[0] in ("--version", "-V"):
-        return _print(_versions())
     name, arguments = argv[0], argv[1:]
+    if name in ("--version", "-V"):
+        if arguments:
+            print(f"selfrag: {name} takes no argument, found {arguments[0]!r}", file=sys.stderr)
+            return 2
+        return _print(_versions())
     if name not in SUMMARIES:
         return _unknown(name)
-    if any(a in ("--help", "-h") for a in arguments):
+    if any(a in ("--help", "-help", "-h") for a in arguments):
         return _help([name])
     command = load_command(name)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -130,16 +134,21 @@ def parse(
     flag, naming a close one, for a bad value, and for a missing flag.
     """
     has_config = any(f.name == "config" for f in command.flags)
+    arguments = [_with_home(a) for a in arguments]
     overrides = [a for a in arguments if has_config and a.startswith("--config.")]
+    rest = [a for a in arguments if a not in overrides]
+    _require_values(command, rest)
     parser = _absl_flags(command)
     try:
-        positional = parser([name, *(a for a in arguments if a not in overrides)])[1:]
+        positional = parser([name, *rest])[1:]
     except flags.UnrecognizedFlagError as e:
         names = [f.name for f in command.flags]
-        close = e.flagname and difflib.get_close_matches(e.flagname, names, 1, 0.5)
+        close = difflib.get_close_matches(e.flagname or "", names, 2, 0.5)
         every = f"flags: {', '.join(f'--{n}' for n in names)}" if names else "it has no flags"
-        hint = f"did you mean --{close[0]}?" if close else every
+        hint = f"did you mean {' or '.join(f'--{n}' for n in close)}?" if close else every
         raise UserError(f"unknown flag --{e.flagname}; {hint}") from None
+    except flags.IllegalFlagValueError as e:
+        raise UserError(_bad_value(command, str(e))) from None
     except flags.Error as e:
         message = re.sub(r": \('Non-boolean .*", ": expected true or false", str(e))
         raise UserError(message) from None
@@ -159,6 +168,38 @@ def parse(
             raise UserError(f"--{f.name}={values[f.name]}: must be from 0 to {MAX_SEED - 1:,}")
     values["overrides"] = [a.removeprefix("--config.") for a in overrides]
     return values, positional
+
+
+def _with_home(argument: str) -> str:
+    """An argument whose path begins with ~/, as bash leaves it behind `--flag=`, spelt out."""
+    name, eq, value = argument.partition("=")
+    if name.startswith("--") and value.startswith("~/"):
+        return f"{name}{eq}{Path(value).expanduser()}"
+    return argument
+
+
+def _require_values(command: Command, arguments: Sequence[str]) -> None:
+    """Raises UserError for `--flag --other`: the other flag would be taken for the value."""
+    names = {f.name for f in command.flags if f.type is not bool}
+    for argument, following in itertools.pairwise(arguments):
+        if argument == "--":
+            return
+        other = following.lstrip("-").partition("=")[0]
+        is_flag = following.startswith("--") and other in {f.name for f in command.flags}
+        if argument.startswith("--") and argument[2:] in names and is_flag:
+            raise UserError(f"{argument} lacks its value, before {following}; {argument}=VALUE")
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _bad_value(command: Command, message: str) -> str:
+    """What absl says of a value that is not of the flag's type, in our words."""
+    found = re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL)
+    kind = next((f.type for f in command.flags if found and f.name == found[1]), str)
+    if not found or kind not in _TYPES:
+        return message
+    return f"--{found[1]}={found[2]}: must be {_TYPES[kind]}"
 
 
 def _absl_flags(command: Command) -> flags.FlagValues:

@@ -181,7 +181,7 @@ def _suggestion(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown field: the closest known one, or all of them."""
     if not known:
         return ""
-    close = difflib.get_close_matches(name, known, 1)
+    close = difflib.get_close_matches(name, known, 1, 0.65)
     return f"; did you mean {close[0]!r}?" if close else f" (fields: {', '.join(sorted(known))})"
 
 
@@ -194,8 +194,10 @@ def build(cls: type[T], section: Any, name: str) -> T:
     values = _field_values(cls, section, name)
     try:
         return cls(**values)
-    except UserError:
-        raise
+    except UserError as e:
+        if str(e).startswith(("--", "config ")):
+            raise
+        raise UserError(f"config {name}: {e}") from None
     except ValueError as e:
         raise UserError(f"config {name}: {e}") from None
 

@@ -78,6 +78,47 @@ def read_object(path: str | Path, fields: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+LFS_POINTER = "is a pointer of Git LFS in place of the file; fetch the file: git lfs pull"
+# How files begin that are taken for text or for a model by mistake, what they are, and what helps.
+_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs.github.com/", LFS_POINTER),
+    (b"%PDF-", "is a PDF; turn it into text first: pdftotext FILE.pdf"),
+    (b"PAR1", "is a Parquet file; turn it into JSON lines first, for example with pandas"),
+    (b"PK\x03\x04", "is a zip archive, as .docx, .xlsx and .epub are too; unpack or convert it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; uncompress it first: zstd -d FILE"),
+    (b"BZh", "is compressed by bzip2; uncompress it first: bunzip2 FILE"),
+    (b"\xfd7zXZ\x00", "is compressed by xz; uncompress it first: unxz FILE"),
+    (b"SQLite format 3\x00", "is an SQLite database; export its table as CSV first"),
+    (b"\x89HDF\r\n", "is an HDF5 file; turn it into JSON lines first"),
+)
+_GZIP = b"\x1f\x8b"
+
+
+def kind_by_beginning(path: str | Path) -> str:
+    """What a file is, and what helps, where its first bytes tell a kind that is not read here.
+
+    "" for all others, among them files that cannot be opened.
+    """
+    try:
+        with as_path(path).open("rb") as f:
+            start = f.read(64)
+    except OSError:
+        return ""
+    return next((kind for first, kind in _BEGINNINGS if start.startswith(first)), "")
+
+
+def _require_text(path: Any, raw: BinaryIO) -> None:
+    """Raises UserError if a file begins as one that holds no text, or is compressed unawares."""
+    start = raw.read(len(_GZIP))
+    raw.seek(0)
+    if path.suffix != ".gz" and start == _GZIP:
+        raise UserError(f"{path}: is compressed by gzip; name it {path.name}.gz")
+    if path.suffix == ".gz" and start and start != _GZIP:
+        raise UserError(f"{path}: is not compressed by gzip; take .gz off its name")
+    if kind := kind_by_beginning(path):
+        raise UserError(f"{path}: {kind}")
+
+
 def not_utf8(path: str | Path, e: UnicodeDecodeError) -> UserError:
     """Returns the error of a text file in another encoding, with its line and what converts it."""
     path = as_path(path)
@@ -108,6 +149,7 @@ def open_text(path: str | Path, newline: str | None = None) -> Iterator[tuple[Te
         what = "is a folder; expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
     with path.open("rb") as raw:
+        _require_text(path, raw)
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline) as text:

@@ -23,7 +23,7 @@ class Progress:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.skipped, self.note, self.shown = done, done, "", shown
         self.start = self.last_drawn = time.monotonic()
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal, self.is_drawn = sys.stderr.isatty(), False
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Counts n more units. A note replaces the previous one."""
@@ -60,6 +60,7 @@ class Progress:
             self._print(f"{self.name:<22} {self.done} {self.unit} in {elapsed}  {self.note}")
 
     def _print(self, text: str, end: str = "\n") -> None:
+        self.is_drawn = True
         line = f"\r{text:<{_LINE_WIDTH}}" if self.is_terminal else text
         print(line, end=end, file=sys.stderr, flush=True)
 
@@ -83,8 +84,11 @@ def progress(
     bar = Progress(name, total, unit, done, shown)
     try:
         yield bar
-    finally:  # on an error too, so that its message starts on a new line
-        bar.close()
+    except BaseException:
+        if bar.is_drawn:  # so that the message starts on a new line
+            bar.close()
+        raise
+    bar.close()
 
 
 def say(name: str, text: str, shown: bool = True) -> None:

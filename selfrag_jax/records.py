@@ -232,6 +232,8 @@ def text_field(
         value = row.get(name)
         if value is None:
             continue
+        if value != value:  # NaN, as pandas writes what is missing
+            raise UserError(f"{where}: field {name!r} must be text, found NaN")
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         raise UserError(f"{where}: field {name!r} must be text, found {type(value).__name__}")

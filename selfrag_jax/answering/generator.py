@@ -87,6 +87,8 @@ def _other_contents(folder: Path) -> str:
             f"`selfrag train --workdir={folder}` continues it"
         )
     if stage:
+        if stage == "convert":  # and then something was removed
+            return f"lacks {CONFIG}, which `selfrag convert` wrote; convert the model again"
         contents = _CONTENTS.get(stage, "no model")
         return f"was made by `selfrag {stage}` and holds {contents}; expected {_WANTED}"
     if (folder / "generator" / workdirs.MODEL_FILE).is_file():

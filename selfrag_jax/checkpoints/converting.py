@@ -129,6 +129,7 @@ def _check_arguments(
     source = source if is_remote(source) else source.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --to, or remove it")
+    artifacts.require_folders_above(out, "--to")
     if source in (out, *out.parents):
         raise UserError(f"{out}: is inside --from={source}; choose another --to")
     if form == "peft" and not (_is_workdir(source) and workdirs.read_architecture(source).lora):

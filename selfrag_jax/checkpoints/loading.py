@@ -32,6 +32,7 @@ from selfrag_jax.checkpoints.workdirs import (
     read_architecture,
 )
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import read_object
 from selfrag_jax.huggingface import adapters, hub, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
@@ -95,11 +96,7 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
     elif weights.is_model(path):
         model = Model(weights.read_config(path))
     else:
-        raise UserError(
-            f"{path}: no model here; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/) "
-            f"a Hugging Face folder ({weights.CONFIG}, {weights.WEIGHTS}) or a PEFT adapter's "
-            f"({ADAPTER_CONFIG})"
-        )
+        raise _no_model(path)
     tokenizer = read_tokenizer(path, mode)
     check_vocabulary_fits(path, tokenizer.vocab_size, model.config)
     return LoadedModel(model, None, tokenizer)
@@ -107,10 +104,24 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError."""
+    folder = adapters.tokenizer_folder(path)
+    if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
+        raise _no_model(path)
     try:
-        return Tokenizer.load(adapters.tokenizer_folder(path), mode)
+        return Tokenizer.load(folder, mode)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
+
+
+def _no_model(path: Path) -> UserError:
+    """The error of a folder without a model, which says who made the folder."""
+    made = path / "manifest.json"
+    stage = read_object(made, ()).get("stage") if made.is_file() else None
+    what = f"was made by `selfrag {stage}` and holds no model" if stage else "no model here"
+    return UserError(
+        f"{path}: {what}; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/), a Hugging "
+        f"Face folder ({weights.CONFIG}, {weights.WEIGHTS}) or a PEFT adapter's ({ADAPTER_CONFIG})"
+    )
 
 
 def _read_checkpoint(workdir: Path, step: int) -> Params:

@@ -16,7 +16,8 @@ from selfrag_jax.commands.model_flags import (
     LOADING_FLAGS,
     MODEL_FLAGS,
     SEARCH_FLAGS,
-    load_selfrag,
+    load_from,
+    model_and_config,
     search_changes,
 )
 from selfrag_jax.data.questions import read_questions
@@ -234,16 +235,15 @@ def _summary(rows: list[Row], compiled: list[tuple[str, float]]) -> str:
     return text
 
 
-def _prompt(values: dict[str, Any]) -> Task | None:
-    """The task that --task names, which words the questions; says on the screen who does.
+def _prompt(values: dict[str, Any]) -> tuple[Task | None, str]:
+    """The task that --task names, which words the questions, and a notice that says who does.
 
     A file's name never does, even if it is a task's.
     """
     given = values["task"] or ""
     if tasks.is_known(given):
         task = tasks.with_instruction(tasks.load(given), values["instructions"])
-        print(task.describe(values["instructions"]), file=sys.stderr)
-        return task
+        return task, task.describe(values["instructions"])
     if values["instructions"]:
         raise UserError(
             f"--instructions: goes with --task=NAME{tasks.did_you_mean(given)}, which it words"
@@ -253,16 +253,24 @@ def _prompt(values: dict[str, Any]) -> Task | None:
         note = f"; --task={given} is a name only{tasks.did_you_mean(given)}"
     elif (stem := Path(values["input"]).name.partition(".")[0]) and tasks.is_known(stem):
         note = f"; --task={stem} would ask as that task does"
-    print(f"prompt: the questions as they are{note}", file=sys.stderr)
-    return None
+    return None, f"prompt: the questions as they are{note}"
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
-    prompt = _prompt(values)
+    prompt, notice = _prompt(values)
     task = prompt.name if prompt else values["task"]
     profile = check_steps(values["profile"])
-    rag, changes = load_selfrag(values), search_changes(values)
-    n = answer_file(rag, values["input"], values["out"], task, changes, prompt, None, profile)
+    given_input, out = values["input"], values["out"]
+    artifacts.check_output(out, "answer", {"input": given_input})
+    # The questions are checked before a model is loaded.
+    model, index, config = model_and_config(values)
+    changes = search_changes(values)
+    mode = changes.get("mode", config.search.mode)
+    questions = read_checked(given_input, prompt or task, index is not None, mode)
+    rag = load_from(model, index, config)
+    rag.check(changes)
+    print(notice, file=sys.stderr)
+    n = answer_file(rag, given_input, out, task, changes, prompt, questions, profile)
     if current().is_main:
         print(f"{values['out']}: {n} answers")
 

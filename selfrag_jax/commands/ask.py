@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfrag_jax.commands import question_prompt
@@ -35,12 +36,13 @@ _UNPAIRED = re.compile("[\ud800-\udfff]")  # bytes that could not be decoded
 
 def run(values: dict[str, Any], positional: list[str]) -> None:
     question = " ".join(positional).strip()
+    _check_text(question)
+    _require_no_file(question)
     is_typed = not question and sys.stdin is not None and sys.stdin.isatty()
     piped = iter(()) if question or is_typed else question_prompt.piped_lines()
     first = next(piped, None)  # before a model is loaded
     if not (question or is_typed or first):
         raise UserError(f"ask what? For example: {_EXAMPLE}")
-    _check_text(question)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # answers have characters that a locale may lack
             stream.reconfigure(errors="replace")
@@ -71,6 +73,15 @@ def _check_text(question: str) -> None:
     if _UNPAIRED.search(question):
         encoding = sys.getfilesystemencoding()
         raise UserError(f"the question is no text in {encoding}: {question!a}")
+
+
+def _require_no_file(text: str) -> None:
+    """Raises UserError if a question is the name of a file."""
+    if len(text) < 256 and "\0" not in text and Path(text).is_file():
+        raise UserError(
+            f"{text}: is a file; answer the questions in it by `selfrag answer --input={text}`, "
+            f"or one on each line by `selfrag ask < {text}`"
+        )
 
 
 def _ask(

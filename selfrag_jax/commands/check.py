@@ -219,6 +219,8 @@ def run(values: dict[str, Any], files: list[str]) -> None:
             f"one file is checked, found {len(files)}; for example: {COMMAND.examples[0]}"
         )
     [path] = files
+    if not path:
+        raise UserError(f"the file's name is empty; for example: {COMMAND.examples[0]}")
     out, inputs = values["out"], {"file": path}
     if out:
         artifacts.check_output(out, "check", inputs)

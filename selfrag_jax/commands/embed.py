@@ -35,7 +35,7 @@ from selfrag_jax.retrieval.embedding import (
     missing_files,
     num_passages,
 )
-from selfrag_jax.retrieval.encoders import EncoderConfig
+from selfrag_jax.retrieval.encoders import HASHED, EncoderConfig
 from selfrag_jax.retrieval.passages import COUNTS
 from selfrag_jax.storage import copies, mirror
 
@@ -174,12 +174,14 @@ def _failed_at_the_start(out: Path) -> bool:
 
 @contextmanager
 def _only_if_ours(out: Path) -> Iterator[None]:
-    """Removes the lock from a folder that turns out to be a stranger's, if the block fails."""
+    """Removes what the block has begun, if it fails, and nothing of a stranger's folder."""
     had_lock, existed = (out / artifacts.LOCK).exists(), out.exists()
     try:
         yield
     except UserError:
-        if not had_lock and not (out / artifacts.STARTED).exists():
+        if not existed and _failed_at_the_start(out):
+            shutil.rmtree(out)
+        elif not had_lock and not (out / artifacts.STARTED).exists():
             (out / artifacts.LOCK).unlink(missing_ok=True)
             if not existed and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
@@ -201,7 +203,16 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
     changes = given(values, ENCODER_FLAGS)
     if "encoder" in changes:
         changes["name"] = changes.pop("encoder")
-    return replace(config, **changes)
+    config = replace(config, **changes)
+    if not config.name:
+        raise UserError("--encoder=: expected hashed, the folder of a model or a hub name")
+    unused = [name for name in changes if name != "name"]
+    if config.name == HASHED and unused:
+        raise UserError(
+            f"--{unused[0]}: is for encoder models, and the encoder here is {HASHED!r}; give "
+            "--encoder=MODEL, or leave it out"
+        )
+    return config
 
 
 def corpus_config(values: dict[str, Any]) -> CorpusConfig:

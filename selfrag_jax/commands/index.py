@@ -181,8 +181,11 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         return
     embeddings = values["embeddings"]
     if values["passages"]:
-        if not artifacts.manifest_path(out).is_file():
+        manifest = artifacts.manifest_path(out)
+        if not manifest.is_file():
             _require_free(out)
+        elif (made := read_json(manifest).get("stage")) != "index":
+            raise UserError(f"{out}: was made by `selfrag {made}`; choose another --out")
         embeddings = out.with_name(out.name + "_embeddings")
         embed_corpus(values["passages"], encoder_config(values), embeddings, reading=reading)
     n = build_index(embeddings, config, out, values["mix"])

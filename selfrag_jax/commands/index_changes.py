@@ -50,8 +50,12 @@ def add_passages(
         unfinished.mkdir(exist_ok=True)
         (unfinished / started).touch()
         like = opened.segments[0].vectors.layout
-        work = embedding.EmbeddingWork.start_addition(unfinished, corpus, opened.encoder, like)
-        _refuse_known_ids(opened, work)
+        try:
+            work = embedding.EmbeddingWork.start_addition(unfinished, corpus, opened.encoder, like)
+            _refuse_known_ids(opened, work)
+        except UserError:
+            shutil.rmtree(unfinished)
+            raise
         work.embed()
         mix = NAME if opened.has_bm25 else MIXES[0]
         chosen = plan_of(unfinished, unfinished, config, mix)

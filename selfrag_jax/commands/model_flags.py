@@ -129,7 +129,16 @@ def _weight(key: str, text: str) -> float:
 
 def require_quickstart(workdir: str | Path, *files: Path) -> None:
     """Raises UserError if a file is missing that a finished quickstart leaves in its workdir."""
+    from selfrag_jax.checkpoints import workdirs
+
     if not all(f.is_file() for f in files):
+        if (Path(workdir) / workdirs.MODEL_FILE).is_file():
+            raise UserError(
+                f"{workdir}: is the workdir of a training, which goes to --model; expected the "
+                "folder of a finished quickstart"
+            )
+        if Path(workdir).is_file():
+            raise UserError(f"{workdir}: is a file; expected the folder of a finished quickstart")
         raise UserError(
             f"{workdir}: holds no finished quickstart; "
             f"run `selfrag quickstart --workdir={workdir}` first"

@@ -30,8 +30,9 @@ from selfrag_jax.commands.world import make_world
 from selfrag_jax.critic.collecting import CollectConfig, critique_queries
 from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.data.questions import read_questions
+from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.systems import BY_NAME, EACH_PASSAGE, System
-from selfrag_jax.files import read_json, write_json
+from selfrag_jax.files import read_json, read_object, write_json
 from selfrag_jax.processes.group import current
 from selfrag_jax.progress import Progress, progress
 from selfrag_jax.records import Question, instruction_from, read_records, read_rows, write_jsonl
@@ -348,10 +349,22 @@ def sample_question(w: Path) -> str:
     return read_questions(w / "world" / "eval" / "long_tail.jsonl")[0].question
 
 
+def _require_own(workdir: Path) -> None:
+    """Raises UserError for a file, and for a folder that is the artifact of one command."""
+    if workdir.is_file():
+        raise UserError(f"{workdir}: is a file; `selfrag quickstart` writes a folder")
+    artifacts.require_folders_above(workdir, "--workdir")
+    for name in ("manifest.json", artifacts.STARTED, "config.json"):
+        if (workdir / name).is_file():
+            made = read_object(workdir / name, ()).get("stage", "another program")
+            raise UserError(f"{workdir}: was made by {made!r}; choose another --workdir")
+
+
 def run(values: dict[str, Any], _: list[str]) -> None:
     from selfrag_jax.evaluation import tables
 
     w = values["workdir"]
+    _require_own(Path(w))
     rows = run_quickstart(configs.reseed(load_config(values), values["seed"]), w)
     if not current().is_main:
         return

@@ -88,6 +88,8 @@ def train_model(
         if change is None and artifacts.is_finished(workdir, "train", made, inputs):
             return
 
+    _require_no_other_model(as_path(workdir))
+
     # 3. Model, data and mesh, all checked before anything is written.
     resumes = bool(workdirs.saved_steps(workdir))
     with waiting(name, f"loads the base {c.base}", is_main_process):
@@ -180,6 +182,18 @@ def _base_identity(c: ConfigDict) -> dict[str, Any]:
     return {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": recorded}
 
 
+def _require_no_other_model(workdir: Path) -> None:
+    """Raises UserError for the folder of a model of another kind, and of a whole quickstart."""
+    if (workdir / artifacts.STARTED).is_file():
+        return
+    for name in ("config.json", "generator/model.json", "critic/model.json"):
+        if (workdir / name).is_file():
+            raise UserError(
+                f"{workdir}: holds {name}, so it is no workdir of a training; choose another "
+                f"--workdir, {workdir}/training for example"
+            )
+
+
 def _checked_section(c: ConfigDict, role: str) -> TrainConfig:
     """The settings of a role's training. Raises UserError if the config lacks what it needs."""
     from selfrag_jax.training.config import ROLES, TrainConfig
@@ -244,6 +258,8 @@ def _warn_of_plain_outputs(role: str, data: str) -> None:
     if role != "generator" or not Path(data).is_file():
         return  # a folder says so itself
     _, first = next(read_rows(data), ("", {}))
+    if "output" not in first:
+        return  # no generator data: reading them says what is missing
     if not any(token in str(first.get("output")) for token in reflection.RETRIEVE):
         print_plain_outputs(data)
 

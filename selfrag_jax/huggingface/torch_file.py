@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.files import LFS_POINTER, kind_by_beginning
 from selfrag_jax.huggingface.tensor_pickle import TensorView, read_tensor_pickle
 
 _LISTING, _BYTE_ORDER = "/data.pkl", "byteorder"
@@ -46,6 +47,8 @@ class TorchFile:
                 self._parts = {part.filename: part for part in archive.infolist()}
             self._bytes = np.memmap(path, np.uint8, mode="r")
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+            if (kind := kind_by_beginning(path)) == LFS_POINTER:
+                raise UserError(f"{path}: {kind}") from None
             raise UserError(f"{path}: is damaged, or of before torch 1.6{cure}") from None
         listings = [name for name in self._parts if name.endswith(_LISTING)]
         try:

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import read_json
+from selfrag_jax.files import kind_by_beginning, read_json
 from selfrag_jax.huggingface.hub import torch_conversion_hint
 from selfrag_jax.huggingface.torch_file import TorchFile
 
@@ -44,8 +44,12 @@ class SafetensorsFile:
         try:
             self._file = safe_open(path, framework="np")
         except SafetensorError as e:
+            kind = kind_by_beginning(path)
             raise UserError(
-                f"{path}: not readable as safetensors ({e}); is it truncated?"
+                f"{path}: {kind}"
+                if kind
+                else f"{path}: not readable as safetensors ({e}); is it truncated? "
+                "Copy or download it again"
             ) from None
 
     def names(self) -> list[str]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.files import write_text
+from selfrag_jax.files import kind_by_beginning, write_text
 from selfrag_jax.storage.paths import as_path
 from selfrag_jax.text import reflection, tokenizer_files
 from selfrag_jax.text.tokenizer_files import BOS, EOS, PAD
@@ -72,6 +72,11 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
     pad_id: int
+
+    @staticmethod
+    def is_in(folder: str | Path) -> bool:
+        """Whether a folder has a file of a tokenizer."""
+        return any((as_path(folder) / f).is_file() for f in (MODE_FILE, MODEL_FILE, JSON_FILE))
 
     @classmethod
     def load(cls, folder: str | Path, mode: str | None = None) -> Tokenizer:
@@ -192,12 +197,20 @@ class WordTokenizer(Tokenizer):
         path = folder / JSON_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; a model folder holds {JSON_FILE} and {MODE_FILE}"
+                f"{path}: no such file, which {MODE_FILE} belongs to; copy it from the folder that "
+                "the model came from"
             )
         try:
-            return cls(Backend.from_str(path.read_text()), str(path))
+            backend = Backend.from_str(path.read_text())
         except Exception as e:  # tokenizers raises Exception itself
-            raise ValueError(f"{path}: not readable as a tokenizer: {e}") from e
+            kind = kind_by_beginning(path) or f"not readable as a tokenizer: {e}"
+            raise ValueError(f"{path}: {kind}") from e
+        if missing := [t for t in (BOS, EOS, PAD) if backend.token_to_id(t) is None]:
+            raise ValueError(
+                f"{path}: has no token {missing[0]!r}, so it is not the one that {MODE_FILE} was "
+                "written for; copy the tokenizer files from the folder that the model came from"
+            )
+        return cls(backend, str(path))
 
     def save(self, folder: str | Path) -> None:
         folder = as_path(folder)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfrag_jax.files import atomic_write
+from selfrag_jax.files import atomic_write, kind_by_beginning
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"
@@ -149,7 +149,8 @@ class Bpe:
         try:
             self._backend = Backend.from_str(json.dumps(plain))
         except Exception as e:  # tokenizers raises Exception itself
-            raise ValueError(f"{path}: not readable as a tokenizer: {e}") from None
+            kind = kind_by_beginning(path) or f"not readable as a tokenizer: {e}"
+            raise ValueError(f"{path}: {kind}") from None
 
     def encode(self, section: str) -> list[int]:
         return self._backend.encode(section, add_special_tokens=False).ids
