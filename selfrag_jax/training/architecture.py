@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from selfrag_jax.checkpoints.workdirs import MODEL_FILE, read_architecture
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
+from selfrag_jax.huggingface.adapter_config import is_adapter
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.text import reflection
@@ -50,8 +51,9 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
 def model_architecture(model: str | Path) -> LlamaConfig:
     """Returns the architecture of a model; of the hub's, its config.json alone is downloaded.
 
-    model: a config.json, a Hugging Face folder, a training workdir, a name on the hub, or
-    "embedded". Raises UserError if there is none, or a field of it is not supported.
+    model: a config.json, a Hugging Face folder, that of a PEFT adapter (whose tensors tell the size
+    of the vocabulary, so it is downloaded), a training workdir, a name on the hub, or "embedded".
+    Raises UserError if there is none, or a field of it is not supported.
     """
     path = Path(model)
     if path.is_file():
@@ -59,7 +61,9 @@ def model_architecture(model: str | Path) -> LlamaConfig:
     folder = embedded_base() if model == "embedded" else hub.config_folder(model)
     if (folder / MODEL_FILE).is_file():
         return replace(read_architecture(folder), lora=None, vocab_padding=0)
-    return weights.config_from_json(folder / weights.CONFIG)
+    if is_adapter(folder):
+        folder = hub.model_folder(model)
+    return weights.read_config(folder)
 
 
 def follow_base(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
