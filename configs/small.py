@@ -77,7 +77,7 @@ def _train(variant: str, seed: int) -> dict:
         seed=seed,
         epochs=2.0,  # passes over the data
         steps=None,  # or a number of updates, with epochs=None
-        rows=2,  # per update; 2 x 512 tokens hold about eight short rows of data
+        rows=2,  # per update; each holds several short rows of data
         length=512,  # tokens
         packed=True,
         max_targets=384,  # positions with a loss, of the 2 x 512

@@ -231,7 +231,11 @@ def test_one_device_is_compiled_with_the_batches_that_training_has(base):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("llama3", "must be one of llama2_7b.*or a config.json"), (None, "base is no model")],
+    [
+        ("llama3", "must be one of llama2_7b.*or a config.json"),
+        (7, "architecture='7': must be one of"),
+        (None, "base is no model"),
+    ],
 )
 def test_an_unknown_architecture_is_refused(value, message):
     c = configs.load("small")

@@ -29,20 +29,21 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
     Raises UserError if there is neither, or a field of the config.json is not supported.
     """
     dtype = dtype or "float32"
-    if c.architecture in ARCHITECTURES:
-        return architecture(c.architecture, _ADDED_TOKENS, dtype)
-    if c.architecture is None:
+    name = None if c.architecture is None else str(c.architecture)  # a folder may be called 7
+    if name in ARCHITECTURES:
+        return architecture(name, _ADDED_TOKENS, dtype)
+    if name is None:
         if c.get("base") in (None, "scratch"):
             raise UserError(
                 "config: architecture is none, and base is no model; give one of them as the "
                 f"folder of a model, or architecture as one of {', '.join(ARCHITECTURES)}"
             )
         read = model_architecture(c.base)
-    elif Path(c.architecture).exists():
-        read = model_architecture(c.architecture)
+    elif Path(name).exists():
+        read = model_architecture(name)
     else:
         raise UserError(
-            f"architecture={c.architecture!r}: must be one of {', '.join(ARCHITECTURES)}; or a "
+            f"architecture={name!r}: must be one of {', '.join(ARCHITECTURES)}; or a "
             "config.json or the folder of a model, and there is none of this name"
         )
     return replace(read, vocab_size=read.vocab_size + _ADDED_TOKENS, dtype=dtype)
