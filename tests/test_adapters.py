@@ -121,6 +121,17 @@ def test_an_enlarged_vocabulary_is_read(base, tmp_path, kind):
     np.testing.assert_allclose(actual, their_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
+def test_a_tied_table_may_be_saved_as_the_head_alone(tmp_path):
+    """As programs do that save one of two tensors which share their memory."""
+    torch_model(dict(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    model = adapt(tmp_path / "base", tmp_path / "a", KINDS["attention"], rows=207)
+    tensors = load_file(tmp_path / "a" / FILE)
+    del tensors["base_model.model.model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "a" / FILE)
+    actual = our_logits(tmp_path / "a", TOKENS)
+    np.testing.assert_allclose(actual, their_logits(model, TOKENS), atol=TOLERANCE, rtol=0)
+
+
 def test_tensors_equal_those_of_merge_and_unload(tmp_path):
     """An adapter in bf16, in torch's format, of a base in bf16: merged in f32."""
     torch_model({}).to(torch.bfloat16).save_pretrained(tmp_path / "base")

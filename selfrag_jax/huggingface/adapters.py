@@ -140,6 +140,8 @@ class AdaptedWeights:
         if EMBEDDING not in self.file_of and HEAD in self.file_of:
             self.file_of[EMBEDDING] = self.file_of[HEAD]
         if self._stays_tied(c):
+            if HEAD in self._now:  # one table, which the adapter may have under this name alone
+                self._now.setdefault(EMBEDDING, self._now[HEAD])
             self.file_of.pop(HEAD, None)
             return c
         self.file_of.setdefault(HEAD, self.file_of.get(EMBEDDING, ""))
