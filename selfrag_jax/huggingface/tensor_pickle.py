@@ -52,7 +52,9 @@ class TensorView:
 def read_tensor_pickle(data: bytes) -> dict[str, TensorView]:
     """Returns the tensors by name. Raises ValueError with the reason if there is anything else."""
     if len(data) > MAX_BYTES:
-        raise ValueError(f"lists its tensors in {len(data):,} bytes, which is more than they need")
+        raise ValueError(
+            f"lists its tensors in over {MAX_BYTES:,} bytes, which is more than they need"
+        )
     content = _interpret(data)
     if not isinstance(content, dict) or not all(
         isinstance(t, TensorView) for t in content.values()
