@@ -25,4 +25,6 @@ def get_config() -> ConfigDict:
         # On all matrices of the layers, which stay frozen in bfloat16. The embedding and the head
         # are trained in full.
         c.generator.lora = dict(rank=16, alpha=32.0)
+        # Their own rate; none for that of the adapters.
+        c.generator.optimizer.embedding_learning_rate = None
     return c

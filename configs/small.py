@@ -16,8 +16,8 @@ the embedding in full) and `full` (all parameters).
 
 Hardware and time: an update of 2 x 512 tokens, which hold some 15 rows of one sentence each, takes
 about 10 CPU-seconds on two cores; the training takes 3.4 GB of memory, with `full` 4.1 (measured
-2026-11-29 with SmolLM2-135M). One GPU needs 0.8 GB for weights and optimizer and 2.3 GB of temporaries, with `full` 1.6
-and 2.6 (compiled for an H100, not run).
+2026-11-29 with SmolLM2-135M). One GPU needs 0.8 GB for weights and optimizer and 2.3 GB of
+temporaries, with `full` 1.6 and 2.6 (compiled with remat=none for an H100, not run).
 
 What one would change, in the sections `critic` and `generator`:
 
@@ -78,7 +78,7 @@ def _train(variant: str, seed: int) -> dict:
         seed=seed,
         epochs=2.0,  # passes over the data
         steps=None,  # or a number of updates, with epochs=None
-        rows=2,  # per update; 2 x 512 tokens hold about eight short rows of data
+        rows=2,  # per update; each holds several short rows of data
         length=512,  # tokens
         packed=True,
         max_targets=384,  # positions with a loss, of the 2 x 512

@@ -39,11 +39,12 @@ MODEL_FILE_PATTERNS = (
     "tokenizer*",
     "added_tokens.json",
     "special_tokens_map.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
     ADAPTER_CONFIG,
     "adapter_model.bin",
 )
+# Read only where there are no safetensors.
+TORCH_SHARD_PATTERNS = ("pytorch_model-*.bin", "pytorch_model.bin.index.json")
 # Stages whose artifact is a file.
 FILE_STAGES = (
     "check", "collect", "retrieve", "label", "answer", "export", "compare", "calibrate",
@@ -134,22 +135,38 @@ def fingerprint(path: Input) -> str:
             return _file_hash(path, stat.length, stat.mtime)
         return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
     manifest = manifest_path(path)
-    is_model = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    is_model = _is_model(path)
     if manifest.is_file() and not is_model:
         made = {k: v for k, v in read_json(manifest).items() if k in ("stage", "config", "inputs")}
         return _short_hash(json.dumps(made, sort_keys=True))
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     if is_model:
-        found = [p for pattern in MODEL_FILE_PATTERNS for p in path.glob(pattern)]
+        found = _model_files(path)
     elif (path / STARTED).is_file() and (path / "model.json").is_file():
         found = [path / STARTED, *path.glob("checkpoints/*/data/metadata")]
     else:
         found = list(path.rglob("*"))
-    files = sorted(p for p in found if p.is_file())
-    content = "".join(f"{p.relative_to(path)}{fingerprint(p)}" for p in files)
-    adapted = local_base(path)
-    return _short_hash(content + (fingerprint(adapted) if adapted else ""))
+    content = _contents(path, found)
+    if adapted := local_base(path):  # not followed further: an adapter might name itself
+        content += _contents(adapted, _model_files(adapted))
+    return _short_hash(content)
+
+
+def _contents(folder: Path, files: Iterable[Path]) -> str:
+    """The names and hashes of a folder's files."""
+    return "".join(f"{p.relative_to(folder)}{fingerprint(p)}" for p in sorted(files) if p.is_file())
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def _model_files(folder: Path) -> list[Path]:
+    found = [p for pattern in MODEL_FILE_PATTERNS for p in folder.glob(pattern)]
+    if any(p.name.startswith("model") and ".safetensors" in p.name for p in found):
+        return found
+    return found + [p for pattern in TORCH_SHARD_PATTERNS for p in folder.glob(pattern)]
 
 
 def local_base(folder: Path) -> Path | None:
@@ -208,11 +225,12 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
     if path.is_file() and stage in FOLDER_STAGES:
         raise UserError(f"{path}: is a file; expected a folder made by `selfrag {stage}`")
     if not manifest_path(path).is_file():
-        if stage == "train" and (path / "config.json").is_file():
+        if stage == "train" and _is_model(path):
             raise UserError(
-                f"{path}: is a model in Hugging Face format; expected a {role or 'model'} made by "
-                f"`selfrag train`: train one from it (--role={role} --config.base={path}), or make "
-                "a workdir of a published one by `selfrag convert --format=orbax`"
+                f"{path}: is a model in Hugging Face format, or an adapter; expected a "
+                f"{role or 'model'} made by `selfrag train`: train one from it (--role={role} "
+                f"--config.base={path}), or make a workdir of a published one by "
+                "`selfrag convert --format=orbax`"
             )
         if manifest_path(path / stage).is_file():  # a quickstart's folder
             raise UserError(f"{path}: holds other things too; give {path / stage}")

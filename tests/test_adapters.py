@@ -19,10 +19,12 @@ from test_huggingface import torch_model
 
 from selfrag_jax import artifacts, cli
 from selfrag_jax.checkpoints import loading
+from selfrag_jax.commands.default_config import config_for_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import weights
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import flatten
+from selfrag_jax.training.architecture import model_architecture
 
 TOLERANCE = 1e-4  # of f32 logits
 FILE = "adapter_model.safetensors"
@@ -119,6 +121,17 @@ def test_an_enlarged_vocabulary_is_read(base, tmp_path, kind):
     np.testing.assert_allclose(actual, their_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
+def test_a_tied_table_may_be_saved_as_the_head_alone(tmp_path):
+    """As programs do that save one of two tensors which share their memory."""
+    torch_model(dict(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    model = adapt(tmp_path / "base", tmp_path / "a", KINDS["attention"], rows=207)
+    tensors = load_file(tmp_path / "a" / FILE)
+    del tensors["base_model.model.model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "a" / FILE)
+    actual = our_logits(tmp_path / "a", TOKENS)
+    np.testing.assert_allclose(actual, their_logits(model, TOKENS), atol=TOLERANCE, rtol=0)
+
+
 def test_tensors_equal_those_of_merge_and_unload(tmp_path):
     """An adapter in bf16, in torch's format, of a base in bf16: merged in f32."""
     torch_model({}).to(torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -153,6 +166,18 @@ def test_the_commands_read_an_adapter(tiny_model, tmp_path, monkeypatch):
     before = artifacts.fingerprint("a")
     (tmp_path / "base" / "config.json").write_text("{}")
     assert artifacts.fingerprint("a") != before
+
+
+def test_an_adapter_is_a_base_with_and_without_a_config(base, tmp_path, tokenizer, capsys):
+    model = adapt(base, tmp_path / "a", KINDS["whole tables"], rows=207)
+    del model
+    edit(tmp_path / "a", base_model_name_or_path=str(base))
+    tokenizer.save(tmp_path / "a")
+    assert model_architecture(tmp_path / "a").vocab_size == 207
+    assert config_for_base("generator", [f"base={tmp_path / 'a'}"]) == "tiny"  # by its tokenizer
+    command = ["label", f"--critic={tmp_path / 'a'}", "--index=i", "--input=x", "--out=y"]
+    assert cli.main(command) == 2
+    assert "or an adapter; expected a critic made by `selfrag train`" in capsys.readouterr().err
 
 
 def test_an_adapters_own_tokenizer_is_taken(adapter, tiny_model, tokenizer):
@@ -220,11 +245,15 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(3)}, "has shape"),
         (lambda t: t | {"x": torch.ones(())}, "is a single number"),
         (
+            lambda t: t | {"base_model.model.model.embed_tokens.weight": torch.ones(0, 64)},
+            "'base_model.model.model.embed_tokens.weight' is empty",
+        ),
+        (
             lambda t: t | {f"model.norm.lora_{n}.weight": torch.ones(4, 4) for n in "AB"},
             "adapts 'model.norm.weight', which is no matrix",
         ),
     ],
-    ids="dora unknown half shape nan head scalar norm".split(),
+    ids="dora unknown half shape nan head scalar empty norm".split(),
 )
 def test_tensors_at_fault_are_named(adapter, change, message):
     folder, _ = adapter
@@ -239,8 +268,14 @@ def test_folders_that_do_not_fit_are_refused(adapter):
     folder, base = adapter
     shutil.copytree(folder, folder.parent / "chained")
     edit(folder.parent / "chained", base_model_name_or_path="../adapter")
-    with pytest.raises(UserError, match="which is an adapter itself; merge that one first"):
+    with pytest.raises(UserError, match="adapter is an adapter itself; merge that one first"):
         weights.open_folder(folder.parent / "chained")
+    with pytest.raises(UserError, match="is an adapter itself"):  # before its tokenizer is missed
+        loading.read_tokenizer(folder.parent / "chained")
+    edit(folder.parent / "chained", base_model_name_or_path=".")
+    with pytest.raises(UserError, match="is an adapter itself"):
+        weights.open_folder(folder.parent / "chained")
+    assert artifacts.fingerprint(folder.parent / "chained")  # comes to an end
     (base / "model.json").touch()
     with pytest.raises(UserError, match="is a training workdir; make a Hugging Face folder of it"):
         weights.open_folder(folder)

@@ -110,7 +110,14 @@ def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, t
     params = {**tiny_model.params, "embed": {"embedding": table}}
     weights.save_folder(base, small, params, tiny_model.tokenizer)
     write_json(workdir / "manifest.json", {"stage": "train", "config": {"base": str(base)}})
+    for name, kind in (("model.json", "a training workdir"), ("adapter_config.json", "an adapter")):
+        (base / name).touch()
+        with pytest.raises(UserError, match=f"its base .* is {kind}, which PEFT reads no base"):
+            convert(workdir, tmp_path / "adapter", "peft", None, False)
+        (base / name).unlink()
     convert(workdir, tmp_path / "adapter", "peft", None, False)
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").glob("adapter_*")}
+    assert len(modes) == 1  # safetensors' own would be the owner's alone
     ours, again = loading.load(workdir), loading.load(tmp_path / "adapter")
     assert again.model.config == ours.model.config  # the tied tables are still one
     for (_, actual), (_, expected) in zip(flatten(again.params), flatten(ours.params), strict=True):
@@ -122,7 +129,7 @@ def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, t
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(logits(ours.model, ours.params), expected, atol=1e-4)
     for source, flags, message in (
-        (base, {}, "is no training workdir with LoRA"),
+        (base, {}, "is no training workdir with LoRA, whose adapter"),
         (workdir, {"reflection_tokens": True}, "an adapter has those that it was trained with"),
     ):
         with pytest.raises(UserError, match=message):

@@ -64,6 +64,14 @@ def test_the_embedding_has_a_rate_of_its_own(name):
 
 
 def test_a_training_without_a_rate_for_the_embedding_is_known_as_before():
+    c = config.override(
+        config.load("lora_7b"), ["generator.optimizer.embedding_learning_rate=1e-5"]
+    )
+    section = config.build(TrainConfig, c.generator, "generator")
+    assert section.optimizer.embedding_factor == pytest.approx(0.05)
+    c = config.load("lora_7b")
+    fields = config.build(TrainConfig, c.generator, "generator").manifest_fields()
+    assert "embedding_learning_rate" not in fields["optimizer"]
     c = config.load("generator_7b")
     fields = config.build(TrainConfig, c.generator, "generator").manifest_fields()
     assert set(fields["optimizer"]) == {*c.generator.optimizer, "new_rows_factor"}

@@ -146,6 +146,14 @@ def test_without_a_config_a_base_of_7b_is_refused(tmp_path, role, named):
         config_for_base(role, [f"base={tmp_path}"])
 
 
+@pytest.mark.parametrize("value", ("none", ""))
+def test_no_base_is_one_line(tmp_path, capsys, value):
+    (tmp_path / "data.jsonl").write_text('{"instruction": "Q", "output": "A[Utility:5]"}\n')
+    flags = [f"--config.base={value}", f"--data={tmp_path / 'data.jsonl'}"]
+    assert cli.main(["train", "--role=generator", f"--workdir={tmp_path / 'w'}", *flags]) == 2
+    assert "config: base is none; it must be a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", ("lora", "full"))
 def test_small_trains_both_roles(variant):
     c = configs.load(f"small:{variant}")
@@ -194,7 +202,9 @@ def test_of_a_model_on_the_hub_only_config_json_is_downloaded(base, monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
     found = config_architecture(config_with("small", "owner/model"), None)
-    assert found.embed_dim == 32 and asked == [("owner/model", ["config.json"])]
+    assert found.embed_dim == 32 and asked == [
+        ("owner/model", ["config.json", "adapter_config.json"])
+    ]
 
 
 def test_one_device_is_compiled_with_the_batches_that_training_has(base):
@@ -221,7 +231,11 @@ def test_one_device_is_compiled_with_the_batches_that_training_has(base):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("llama3", "must be one of llama2_7b.*or a config.json"), (None, "base is no model")],
+    [
+        ("llama3", "must be one of llama2_7b.*or a config.json"),
+        (7, "architecture='7': must be one of"),
+        (None, "base is no model"),
+    ],
 )
 def test_an_unknown_architecture_is_refused(value, message):
     c = configs.load("small")

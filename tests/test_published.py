@@ -128,7 +128,7 @@ def test_the_default_search_depends_on_the_kind_of_model(
             "needs 3 devices",
         ),
         (["--config.generator.mesh.data=-1"], "one of them may be -1"),
-        (["--config.generator.steps=5"], "give one of them"),
+        (["--config.generator.steps=5"], "give one of them, the other as none"),
         (["--config.generator.length=none"], "config generator: length must not be none"),
         (
             ["--config.generator.lora.rank=0"],

@@ -48,6 +48,13 @@ def test_no_text_takes_long(text):
     assert time.perf_counter() - start < 5  # seconds; milliseconds are usual
 
 
+@pytest.mark.parametrize("space", ("\xa0", "\u2028", "\u3000"))
+def test_an_initial_before_a_wide_space_and_a_full_stop_is_read(space):
+    """The kept library fails on it."""
+    text = f"See Plan B {space}. It{space}works."
+    assert split_sentences(text) == [f"See Plan B {space}. ", f"It{space}works."]
+
+
 def test_a_run_without_spaces_is_split_as_its_parts_are():
     text = "他说：“你好。”然后走了。"
     assert split_sentences(text) == ["他说：“你好。”", "然后走了。"]

@@ -56,6 +56,12 @@ def test_joined_sections_are_the_document(markdown):
     assert "".join(text for _, text in sections(markdown)) == markdown
 
 
+def test_a_heading_ends_before_its_marks_and_its_line_break():
+    assert first_heading("# A b ##\r\ntext\r\n") == "A b"
+    assert first_heading("# " + " #" * 100_000 + "x").endswith("x")  # at once
+    assert [heading for heading, _ in sections("# A\r\nx\r\n## B\r\ny")] == ["A", "B"]
+
+
 def test_sections_have_the_headings_above_them():
     markdown = "Before.\n# Otters #\n\n## Food\nFish.\n```\n# a comment\n```\n### Homes\nRivers."
     assert sections(markdown) == [

@@ -286,6 +286,21 @@ def test_random_changes_of_a_pickle_are_never_another_error():
     assert refused > 200
 
 
+def test_numbers_that_no_tensor_has_are_refused():
+    """Strides of axes of length 1 are of no account, but numpy must be able to hold them."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(1, 7)}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        data = archive.read(name)
+    strides = b"K\x07K\x01\x86"
+    assert data.count(strides) == 1
+    huge = b"\x8a\x0d" + (10**30).to_bytes(13, "little") + b"K\x01\x86"
+    assert read_tensor_pickle(data)["a"].strides == (7, 1)
+    with pytest.raises(ValueError, match="a tensor without a shape"):
+        read_tensor_pickle(data.replace(strides, huge))
+
+
 def rewrite(file, change):
     """Writes an archive anew; change: (name, content) -> content, or None to leave it out."""
     with zipfile.ZipFile(file) as archive:
@@ -310,6 +325,13 @@ def compress(file):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in parts:
             archive.writestr(name, content)
+
+
+def negated():
+    """A view whose storage has the other signs: torch notes it beside the tensor."""
+    view = torch.complex(torch.zeros(96, 64), torch.ones(96, 64)).conj().imag
+    assert view.is_neg()
+    return view
 
 
 @pytest.mark.parametrize(
@@ -346,6 +368,10 @@ def compress(file):
             "ends after its storage",
         ),
         (
+            lambda f: torch.save(torch.load(f, weights_only=True) | {UP: negated()}, f),
+            "holds a tensor of an unknown kind",
+        ),
+        (
             lambda f: torch.save(
                 torch.load(f, weights_only=True) | {UP: torch.ones(96, 64, dtype=torch.int8)}, f
             ),
@@ -358,7 +384,7 @@ def compress(file):
             "holds NaN or infinite values",
         ),
     ],
-    ids="cut empty legacy bit compressed part short listing order expanded int8 nan".split(),
+    ids="cut empty legacy bit zip part short listing order expanded negated int8 nan".split(),
 )
 def test_damage_is_named(folder, spoil, message):
     path, _ = folder
@@ -404,6 +430,20 @@ def edit_map(folder, change):
     (folder / TORCH_INDEX).write_text(json.dumps(row | {"weight_map": change(row["weight_map"])}))
 
 
+def test_shards_beside_safetensors_are_no_part_of_a_models_identity(folder):
+    """They are not read; and trainings from such bases, of before they were, go on."""
+    path, _ = folder
+    (path / TORCH_WEIGHTS).rename(path / "pytorch_model-00001-of-00001.bin")
+    only_shards = artifacts.fingerprint(path)
+    (path / TORCH_INDEX).write_text("{}")
+    assert artifacts.fingerprint(path) != only_shards
+    torch_model({}).save_pretrained(path)
+    with_both = artifacts.fingerprint(path)
+    (path / TORCH_INDEX).unlink()
+    (path / "pytorch_model-00001-of-00001.bin").unlink()
+    assert artifacts.fingerprint(path) == with_both
+
+
 # ---- the hub ---------------------------------------------------------------------------------
 def test_the_hub_is_asked_for_torchs_format_only_without_safetensors(tmp_path, monkeypatch):
     asked = []
@@ -414,6 +454,11 @@ def test_the_hub_is_asked_for_torchs_format_only_without_safetensors(tmp_path, m
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="an earlier download has no weights of it, and .* network"):
+        hub.model_folder("owner/model")
+    asked.clear()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
     with pytest.raises(UserError, match="owner/model: the hub has no weights of it"):
         hub.model_folder("owner/model")
     first, second = asked

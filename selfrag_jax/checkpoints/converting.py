@@ -134,7 +134,8 @@ def _check_arguments(
         raise UserError(f"{out}: is inside --from={source}; choose another --to")
     if form == "peft" and not (_is_workdir(source) and workdirs.read_architecture(source).lora):
         raise UserError(
-            f"--format=peft: {source} is no training workdir with LoRA, and holds no adapter"
+            f"--format=peft: {source} is no training workdir with LoRA, whose adapter is written; "
+            "use --format=huggingface"
         )
     if not _is_workdir(source) and step != "last":
         raise UserError(

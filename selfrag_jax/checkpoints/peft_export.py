@@ -7,6 +7,7 @@ both are written, since PEFT keeps a copy of each.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from selfrag_jax import artifacts
+from selfrag_jax.checkpoints import workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, write_json
 from selfrag_jax.huggingface import adapters, weights
+from selfrag_jax.huggingface.adapter_config import ADAPTER_FILES
 from selfrag_jax.huggingface.weight_files import EMBEDDING, HEAD, WEIGHTS
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import LlamaConfig
@@ -29,7 +32,8 @@ _FACTORS = {lora.LORA_A: "lora_A", lora.LORA_B: "lora_B"}
 def base_name(workdir: Path) -> str:
     """The base that a training started from: a folder, or a name of the hub.
 
-    Raises UserError if the workdir does not say, or if it started from random weights.
+    Raises UserError if the workdir does not say, if it started from random weights, and if the base
+    is in a format that PEFT does not read.
     """
     made: dict[str, Any] = {}
     for file in (artifacts.manifest_path(workdir), workdir / artifacts.STARTED):
@@ -42,7 +46,15 @@ def base_name(workdir: Path) -> str:
         )
     if base == "embedded":
         return str(resources.files("selfrag_jax") / "base_model" / "weights")
-    return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    if not Path(base).is_dir():
+        return str(base)
+    kinds = {workdirs.MODEL_FILE: "a training workdir", artifacts.ADAPTER_CONFIG: "an adapter"}
+    if kind := next((kinds[name] for name in kinds if (Path(base) / name).is_file()), None):
+        raise UserError(
+            f"{workdir}: its base {base} is {kind}, which PEFT reads no base from; use "
+            "--format=huggingface"
+        )
+    return str(Path(base).resolve())
 
 
 def adapter_tensors(
@@ -71,7 +83,7 @@ def write_adapter(
     """Writes both files of an adapter. c: with the LoRA that was trained."""
     assert c.lora is not None
     weights.write_tensors(folder, tensors, shard_bytes=2**62)  # PEFT reads one file
-    (folder / WEIGHTS).rename(folder / adapters.ADAPTER_FILES[0])
+    (folder / WEIGHTS).rename(folder / ADAPTER_FILES[0])
     paths = [path for path in weights.LAYER_TABLE if path[-1] == "kernel"]
     row = {
         "peft_type": "LORA",
@@ -87,3 +99,5 @@ def write_adapter(
         "inference_mode": True,
     }
     write_json(folder / artifacts.ADAPTER_CONFIG, row)
+    # safetensors creates files that only their owner can read.
+    shutil.copymode(folder / artifacts.ADAPTER_CONFIG, folder / ADAPTER_FILES[0])

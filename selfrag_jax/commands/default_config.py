@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from selfrag_jax.errors import UserError
+from selfrag_jax.processes.group import current
 
 LARGE = 2e9  # parameters from which the recipes for 7B are the ones to start from
 _RECIPES = {
@@ -41,5 +42,6 @@ def config_for_base(role: str, overrides: Sequence[str]) -> str:
         name, why = "tiny", "is a model of the synthetic world"
     else:
         name, why = "small", f"has {parameters / 1e6:.0f}M parameters"
-    print(f"--config={name}: none was given, and {base} {why}", file=sys.stderr)
+    if current().is_main:
+        print(f"--config={name}: none was given, and {base} {why}", file=sys.stderr)
     return name

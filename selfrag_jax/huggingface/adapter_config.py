@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from selfrag_jax.artifacts import ADAPTER_BASE as BASE
-from selfrag_jax.artifacts import local_base
+from selfrag_jax.artifacts import ADAPTER_CONFIG, local_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
 from selfrag_jax.huggingface import hub
 from selfrag_jax.huggingface.config_json import check_counts, positive
+from selfrag_jax.huggingface.weight_files import has_weights
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Which layers are adapted is told by the tensors; the rest is of the training.
 _NEUTRAL = frozenset(
@@ -118,10 +121,23 @@ def _unsupported(path: Path, row: dict[str, Any], field: str) -> UserError:
     )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter. Raises UserError if it holds a whole model, too."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if not has_weights(folder):
+        return True
+    if beside := [name for name in ADAPTER_FILES if (folder / name).is_file()]:
+        raise UserError(
+            f"{folder}: holds both a model and an adapter ({beside[0]}); move one of them"
+        )
+    return False
+
+
 def base_folder(c: AdapterConfig) -> Path:
     """The folder of the model that was adapted; downloads it from the hub if needed.
 
-    Raises UserError naming the adapter's field if there is none.
+    Raises UserError naming the adapter's field if there is none, or if it is no plain model.
     """
     local = local_base(c.path.parent)
     if local is None and c.revision not in (None, "", "main"):
@@ -137,5 +153,10 @@ def base_folder(c: AdapterConfig) -> Path:
         raise UserError(
             f"{c.path}: {BASE}: {folder} is a training workdir; make a Hugging Face folder of it "
             "(`selfrag convert --format=huggingface`), and write that there"
+        )
+    if is_adapter(folder):
+        raise UserError(
+            f"{c.path}: {BASE}: {folder} is an adapter itself; merge that one first "
+            "(`selfrag convert --format=huggingface`), and write the merged model there"
         )
     return folder

@@ -22,7 +22,12 @@ import numpy as np
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
-from selfrag_jax.huggingface.adapter_config import base_folder, read_adapter_config
+from selfrag_jax.huggingface.adapter_config import (
+    ADAPTER_FILES,
+    base_folder,
+    is_adapter,
+    read_adapter_config,
+)
 from selfrag_jax.huggingface.config_json import config_from_json
 from selfrag_jax.huggingface.hub import torch_conversion_hint
 from selfrag_jax.huggingface.weight_files import (
@@ -31,29 +36,14 @@ from selfrag_jax.huggingface.weight_files import (
     HEAD,
     TensorFile,
     WeightFiles,
-    has_weights,
     open_tensors,
     read_tensor,
 )
 from selfrag_jax.models.llama import LlamaConfig
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer_mode.json", "tokenizer.json", "tokenizer.model")
 PREFIX = "base_model.model."
 _ROWS = 4096  # of a weight, merged at a time
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter. Raises UserError if it holds a whole model, too."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return False
-    if not has_weights(folder):
-        return True
-    if beside := [name for name in ADAPTER_FILES if (folder / name).is_file()]:
-        raise UserError(
-            f"{folder}: holds both a model and an adapter ({beside[0]}); move one of them"
-        )
-    return False
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -94,11 +84,6 @@ class AdaptedWeights:
         self.folder = folder
         self._adapter = read_adapter_config(folder / ADAPTER_CONFIG)
         base = base_folder(self._adapter)
-        if is_adapter(base):
-            raise UserError(
-                f"{folder}: adapts {base}, which is an adapter itself; merge that one first "
-                "(`selfrag convert --format=huggingface`)"
-            )
         names = [n for n in ADAPTER_FILES if (folder / n).is_file()]
         if not names:
             raise UserError(f"{folder}: lacks the adapter's weights, {ADAPTER_FILES[0]}")
@@ -121,6 +106,8 @@ class AdaptedWeights:
         """Notes what a tensor of the adapter is for."""
         if not self._file.shape(stored):
             raise UserError(f"{self._path}: tensor {stored!r} is a single number")
+        if 0 in self._file.shape(stored):
+            raise UserError(f"{self._path}: tensor {stored!r} is empty")
         name = stored.removeprefix(PREFIX)
         for suffix, (factor, transposed) in _FACTORS.items():
             if name.endswith(suffix):
@@ -153,6 +140,8 @@ class AdaptedWeights:
         if EMBEDDING not in self.file_of and HEAD in self.file_of:
             self.file_of[EMBEDDING] = self.file_of[HEAD]
         if self._stays_tied(c):
+            if HEAD in self._now:  # one table, which the adapter may have under this name alone
+                self._now.setdefault(EMBEDDING, self._now[HEAD])
             self.file_of.pop(HEAD, None)
             return c
         self.file_of.setdefault(HEAD, self.file_of.get(EMBEDDING, ""))

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
 from selfrag_jax.storage.mirror import Mirror
 from selfrag_jax.storage.paths import as_path, explained, is_remote
@@ -39,8 +40,11 @@ def encoder_folder(name: str | Path) -> Path:
 
 
 def config_folder(name: str | Path) -> Path:
-    """The same where only the model's config.json is needed: no weights are downloaded."""
-    return _find(name, ["config.json"], needs_weights=False)
+    """The same where only the model's config is needed: no weights are downloaded.
+
+    Of an adapter, that is the adapter's own.
+    """
+    return _find(name, ["config.json", ADAPTER_CONFIG], needs_weights=False)
 
 
 def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> Path:
@@ -85,6 +89,11 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
                 snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
             )
         if not _has_any(folder, _SAFETENSORS + _TORCH_FILES):
+            if offline:  # `selfrag compile` downloads config.json alone
+                raise UserError(
+                    f"{name}: an earlier download has no weights of it, and there is no network; "
+                    "download it on a machine with a network, and pass its folder"
+                )
             raise UserError(
                 f"{name}: the hub has no weights of it, neither safetensors nor torch's"
             )

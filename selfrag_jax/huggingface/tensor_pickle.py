@@ -52,7 +52,9 @@ class TensorView:
 def read_tensor_pickle(data: bytes) -> dict[str, TensorView]:
     """Returns the tensors by name. Raises ValueError with the reason if there is anything else."""
     if len(data) > MAX_BYTES:
-        raise ValueError(f"lists its tensors in {len(data):,} bytes, which is more than they need")
+        raise ValueError(
+            f"lists its tensors in over {MAX_BYTES:,} bytes, which is more than they need"
+        )
     content = _interpret(data)
     if not isinstance(content, dict) or not all(
         isinstance(t, TensorView) for t in content.values()
@@ -63,14 +65,19 @@ def read_tensor_pickle(data: bytes) -> dict[str, TensorView]:
 
 # ---- what a pickle may call ------------------------------------------------------------------
 def _counts(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(type(n) is int and n >= 0 for n in values):
+    if not isinstance(values, tuple) or not all(type(n) is int and 0 <= n < 2**48 for n in values):
         raise ValueError("holds a tensor without a shape")
     return values
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any = 0, _hooks: Any = (),
+    metadata: Any = None,
+) -> TensorView:  # fmt: skip
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
         raise ValueError("holds a tensor without a storage")
+    if metadata:  # torch has one for a negated view, whose storage has the other signs
+        raise ValueError("holds a tensor of an unknown kind")
     view = TensorView(storage, offset, _counts(shape), _counts(strides))
     if len(view.shape) != len(view.strides):
         raise ValueError("holds a tensor without a shape")

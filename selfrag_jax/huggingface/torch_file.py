@@ -16,7 +16,7 @@ import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import LFS_POINTER, kind_by_beginning
-from selfrag_jax.huggingface.tensor_pickle import TensorView, read_tensor_pickle
+from selfrag_jax.huggingface.tensor_pickle import MAX_BYTES, TensorView, read_tensor_pickle
 
 _LISTING, _BYTE_ORDER = "/data.pkl", "byteorder"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
@@ -58,7 +58,8 @@ class TorchFile:
             order = self._root + _BYTE_ORDER
             if order in self._parts and bytes(self._part(order)) != b"little":
                 raise ValueError("was saved on a machine with another byte order")
-            self._views = read_tensor_pickle(bytes(self._part(listings[0])))
+            listing = self._part(listings[0])[: MAX_BYTES + 1]  # more is refused
+            self._views = read_tensor_pickle(listing.tobytes())
         except ValueError as e:
             raise UserError(f"{path}: not readable as tensors: {e}") from None
 

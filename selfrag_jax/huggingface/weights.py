@@ -19,7 +19,8 @@ import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
-from selfrag_jax.huggingface.adapters import AdaptedWeights, is_adapter
+from selfrag_jax.huggingface.adapter_config import is_adapter
+from selfrag_jax.huggingface.adapters import AdaptedWeights
 from selfrag_jax.huggingface.config_json import config_from_json, config_to_json
 from selfrag_jax.huggingface.weight_files import (
     CONFIG,

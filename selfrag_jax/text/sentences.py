@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 # sentencex takes time that grows with the square of a run without white space (Chinese, Japanese).
 _LONG_RUN = re.compile(r"\S{2000,}")
 _BLOCK = 1000  # characters of such a run, at least, that are split at once
+# sentencex fails where an initial is followed by such a space (of several bytes) and a full stop.
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f](?=\.)")
 _END = re.compile(r"[.!?。！？।؟]+[\"'”’」』）)\]]*")
 
 
@@ -41,8 +44,12 @@ def _pieces(text: str) -> list[str]:
         return [text]  # a single sentence, as most short answers are; nothing is imported
     import sentencex
 
-    pieces = [piece for block in _blocks(text) for piece in sentencex.segment("en", block)]
-    return pieces if "".join(pieces) == text else [text]
+    spaced = _WIDE_SPACE.sub(" ", text)  # of the same length
+    pieces = [piece for block in _blocks(spaced) for piece in sentencex.segment("en", block)]
+    if "".join(pieces) != spaced:
+        return [text]
+    ends = list(accumulate(map(len, pieces)))
+    return [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ _UNSPACED = (
     r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_UNSPACED}]{{1,2}}|[^\s{_UNSPACED}]{{1,20}}")
-_HEADING = re.compile(r"#{1,6}[ \t]+(.*?)[ \t#]*$")
+_HEADING = re.compile(r"#{1,6}[ \t]+(.*)", re.DOTALL)
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 
 
@@ -89,4 +89,4 @@ def _lines(markdown: str) -> Iterator[tuple[str, str | None]]:
         heading = None if fence or mark else _HEADING.match(line)
         if mark and fence in ("", mark[1]):
             fence = "" if fence else mark[1]
-        yield line, heading[1] if heading else None
+        yield line, heading[1].rstrip().rstrip("# \t") if heading else None

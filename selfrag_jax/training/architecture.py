@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from selfrag_jax.checkpoints.workdirs import MODEL_FILE, read_architecture
 from selfrag_jax.errors import UserError
 from selfrag_jax.huggingface import hub, weights
+from selfrag_jax.huggingface.adapter_config import is_adapter
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
 from selfrag_jax.models.llama import LlamaConfig
 from selfrag_jax.text import reflection
@@ -28,20 +29,21 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
     Raises UserError if there is neither, or a field of the config.json is not supported.
     """
     dtype = dtype or "float32"
-    if c.architecture in ARCHITECTURES:
-        return architecture(c.architecture, _ADDED_TOKENS, dtype)
-    if c.architecture is None:
+    name = None if c.architecture is None else str(c.architecture)  # a folder may be called 7
+    if name in ARCHITECTURES:
+        return architecture(name, _ADDED_TOKENS, dtype)
+    if name is None:
         if c.get("base") in (None, "scratch"):
             raise UserError(
                 "config: architecture is none, and base is no model; give one of them as the "
                 f"folder of a model, or architecture as one of {', '.join(ARCHITECTURES)}"
             )
         read = model_architecture(c.base)
-    elif Path(c.architecture).exists():
-        read = model_architecture(c.architecture)
+    elif Path(name).exists():
+        read = model_architecture(name)
     else:
         raise UserError(
-            f"architecture={c.architecture!r}: must be one of {', '.join(ARCHITECTURES)}; or a "
+            f"architecture={name!r}: must be one of {', '.join(ARCHITECTURES)}; or a "
             "config.json or the folder of a model, and there is none of this name"
         )
     return replace(read, vocab_size=read.vocab_size + _ADDED_TOKENS, dtype=dtype)
@@ -50,8 +52,9 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
 def model_architecture(model: str | Path) -> LlamaConfig:
     """Returns the architecture of a model; of the hub's, its config.json alone is downloaded.
 
-    model: a config.json, a Hugging Face folder, a training workdir, a name on the hub, or
-    "embedded". Raises UserError if there is none, or a field of it is not supported.
+    model: a config.json, a Hugging Face folder, that of a PEFT adapter (whose tensors tell the size
+    of the vocabulary, so it is downloaded), a training workdir, a name on the hub, or "embedded".
+    Raises UserError if there is none, or a field of it is not supported.
     """
     path = Path(model)
     if path.is_file():
@@ -59,7 +62,9 @@ def model_architecture(model: str | Path) -> LlamaConfig:
     folder = embedded_base() if model == "embedded" else hub.config_folder(model)
     if (folder / MODEL_FILE).is_file():
         return replace(read_architecture(folder), lora=None, vocab_padding=0)
-    return weights.config_from_json(folder / weights.CONFIG)
+    if is_adapter(folder):
+        folder = hub.model_folder(model)
+    return weights.read_config(folder)
 
 
 def follow_base(c: ConfigDict, overrides: Iterable[str]) -> ConfigDict:

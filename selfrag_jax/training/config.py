@@ -75,7 +75,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise UserError(f"steps={self.steps}, epochs={self.epochs}: give one of them")
+            raise UserError(
+                f"steps={self.steps}, epochs={self.epochs}: give one of them, the other as none"
+            )
         if self.steps is not None and self.steps < 0:
             raise UserError(f"steps={self.steps}: must not be below 0")
         for name in _POSITIVE_FIELDS:

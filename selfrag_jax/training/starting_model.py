@@ -22,7 +22,15 @@ def embedded_base() -> Path:
 
 
 def base_folder(c: ConfigDict) -> Path:
-    """Returns the folder of the base model `c.base`; downloads it from the hub if needed."""
+    """Returns the folder of the base model `c.base`; downloads it from the hub if needed.
+
+    Raises UserError if there is none.
+    """
+    if not c.base:
+        raise UserError(
+            "config: base is none; it must be a folder, a model of the Hugging Face hub, embedded "
+            "or scratch"
+        )
     return embedded_base() if c.base == "embedded" else hub.model_folder(c.base)
 
 
@@ -42,11 +50,6 @@ def starting_model(c: ConfigDict, load_params: bool = True) -> tuple[loading.Loa
     Raises UserError if c.new_rows is missing, or has an unknown token or no words for a token, if
     the base's tokenizer has only some of the reflection tokens, and if it is not of c.tokenizer.
     """
-    if c.base is None:
-        raise UserError(
-            "config: base is none; it must be a folder, a model of the Hugging Face hub, "
-            "embedded or scratch"
-        )
     if c.base == "scratch":
         return _model_from_scratch(c), 0
     load = loading.load if load_params else loading.load_without_params
