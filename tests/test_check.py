@@ -226,7 +226,7 @@ HOSTILE = {
     "text.json": ('"a"', "text.json:1: expected a JSON object, found str"),
     "cut.json": ('[{"question": "Who?"}, {"question', "cut.json:1: the list is cut off"),
     "cut.jsonl.gz": (gzip.compress(Q.encode() * 9, mtime=0)[:-9], "cut.jsonl.gz: is cut off"),
-    "plain.jsonl.gz": (Q, "plain.jsonl.gz: not readable as gzip"),
+    "plain.jsonl.gz": (Q, "plain.jsonl.gz: is not compressed by gzip"),
     "quote.csv": ('question,answer\nWho?,Mara\n"Where?,there\n', "quote.csv:3: unexpected end"),
     "columns.tsv": ("id\ttext\n1\ta\n2\n", "columns.tsv:3: 1 columns, but the header has 2"),
     "other.jsonl": ('{"a": 1}\n', "other.jsonl: cannot tell what it is for by its fields (a)"),

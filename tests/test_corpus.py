@@ -113,7 +113,7 @@ def test_errors_in_a_corpus_name_file_and_line(tmp_path, name, content, message)
     ("name", "content", "message"),
     [
         ("p.tsv", b"id\ttext\ttitle\n1\t\xff\xfe\tb\n", "not UTF-8"),
-        ("p.tsv.gz", b"id\ttext\n", "not readable as gzip"),
+        ("p.tsv.gz", b"id\ttext\n", "is not compressed by gzip"),
         ("p.tsv.gz", gzip.compress(b"id\ttext\n" + b"1\ta\n" * 9000, mtime=0)[:-9], "cut off"),
         ("p.jsonl", b'{"text": "a"}\n' * 2000 + b'{"text": "\xff"}\n', r"p\.jsonl:2001: not UTF-8"),
         ("p.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9000, mtime=0)[:-9], "cut off"),
