@@ -234,6 +234,8 @@ def require_finished(path: str | Path, stage: str, role: str = "") -> Path:
             )
         if manifest_path(path / stage).is_file():  # a quickstart's folder
             raise UserError(f"{path}: holds other things too; give {path / stage}")
+        if stage == "index" and (_is_model(path) or (path / "model.json").is_file()):
+            raise UserError(f"{path}: is a model; expected an index made by `selfrag index`")
         if stage == "index" and path.exists() and not (path / STARTED).is_file():
             raise UserError(
                 f"{path}: is no index; `selfrag index --passages={path} --out=INDEX` makes one of "

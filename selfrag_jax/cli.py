@@ -125,6 +125,13 @@ def _settings(
     return json.loads(json.dumps(settings, default=str))
 
 
+def _close_names(name: str, names: Sequence[str]) -> list[str]:
+    """The name that is closest, and a second one that is as close but for a letter or so."""
+    close = difflib.get_close_matches(name, names, 2, 0.5)
+    ratios = [difflib.SequenceMatcher(None, name, other).ratio() for other in close]
+    return [other for other, r in zip(close, ratios, strict=True) if r > ratios[0] - 0.15]
+
+
 def parse(
     command: Command, name: str, arguments: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -143,7 +150,7 @@ def parse(
         positional = parser([name, *rest])[1:]
     except flags.UnrecognizedFlagError as e:
         names = [f.name for f in command.flags]
-        close = difflib.get_close_matches(e.flagname or "", names, 2, 0.5)
+        close = _close_names(e.flagname or "", names)
         every = f"flags: {', '.join(f'--{n}' for n in names)}" if names else "it has no flags"
         hint = f"did you mean {' or '.join(f'--{n}' for n in close)}?" if close else every
         raise UserError(f"unknown flag --{e.flagname}; {hint}") from None

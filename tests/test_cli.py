@@ -128,7 +128,7 @@ def test_the_values_that_complete_are_those_that_the_library_takes():
         (["completion"], "completion of which shell? bash, zsh, fish"),
         (["completion", "bsh"], "completion of which shell?"),
         (["completion", "--zzz"], "unknown flag --zzz; it has no flags"),
-        (["ask", "--full=maybe", "Who?"], "flag --full=maybe: expected true or false"),
+        (["ask", "--full=maybe", "Who?"], "--full=maybe: must be true or false"),
     ],
 )
 def test_an_unknown_command_is_met_in_one_line(capsys, argv, message):

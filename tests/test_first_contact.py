@@ -93,7 +93,7 @@ USES = [
     # Questions.
     ("ask --model=model", "ask what?"),
     ("ask --model=model q.jsonl", "q.jsonl: is a file; answer the questions in it by"),
-    ("ask --model=model Who\udcff?", "the question is not UTF-8 text"),
+    ("ask --model=model Who\udcff?", "the question is no text in utf-8"),
     ("retrieve --index=index --input=missing.jsonl --out=out.jsonl", "found NaN"),
     # Models.
     ("ask --model=quickstart Who?", "--workdir=quickstart"),
@@ -101,7 +101,10 @@ USES = [
     ("ask --workdir=q.jsonl Who?", "q.jsonl: is a file"),
     ("ask --model=index Who?", "which goes to --index"),
     ("ask --model=model --index=quickstart Who?", "give quickstart/index"),
-    ("ask --model=model --index=model Who?", "is unfinished; run `selfrag index`"),
+    (
+        "ask --model=model --index=model Who?",
+        "model: is a model; expected an index",
+    ),
     ("ask --model=model --index=q.jsonl Who?", "q.jsonl: is a file"),
     ("ask --model=alien Who?", "has no token '<s>', so it is not the one"),
     ("ask --model=pointed Who?", "git lfs pull"),

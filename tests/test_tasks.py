@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -514,12 +515,14 @@ def test_answer_takes_a_tasks_prompt_by_its_name_only(
     written(tmp_path / "i.json", {"asqa": "In one paragraph."})
     asked = []
 
-    def record(rag, input_path, out, task, changes, task_prompt, *_):
-        asked.extend(answer.read_checked(input_path, task_prompt or task, False, "always_retrieve"))
+    def record(rag, input_path, out, task, changes, task_prompt, questions, *_):
+        asked.extend(questions)
         return len(asked)
 
     monkeypatch.setattr(answer, "answer_file", record)
-    monkeypatch.setattr(answer, "load_selfrag", lambda values: None)
+    settings = SimpleNamespace(search=SimpleNamespace(mode="always_retrieve"))
+    monkeypatch.setattr(answer, "model_and_config", lambda values: ("M", None, settings))
+    monkeypatch.setattr(answer, "load_from", lambda *_: SimpleNamespace(check=lambda _: None))
     if prompt:
         flags = [*flags, "--instructions=i.json"]
     assert cli.main(["answer", "--model=M", "--input=popqa.jsonl", "--out=o.jsonl", *flags]) == 0

@@ -264,7 +264,7 @@ WRONG_MODE = '{"mode": "json", "added": {}, "names": {}}'
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "expected tokenizer.model or tokenizer.json"),
+        ({}, "no model here; expected a training workdir"),
         (
             {"tokenizer.model": LLAMA[:5000]},
             "tokenizer.model: not readable as a sentencepiece model",

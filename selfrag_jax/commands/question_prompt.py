@@ -69,9 +69,7 @@ def answer_lines(ask: Ask, lines: Iterator[str]) -> None:
 def piped_lines() -> Iterator[str]:
     """The lines of stdin that are not empty, as they come. Raises UserError if they are no text."""
     try:
-        for number, line in enumerate(sys.stdin or (), 1):  # None: closed
-            if any("\ud800" <= c <= "\udfff" for c in line):  # how a C locale hides bytes
-                raise UserError(f"stdin:{number}: is not UTF-8 text")
+        for line in sys.stdin or ():  # None: closed
             if question := line.lstrip("\ufeff").strip():  # a file may begin with a BOM
                 yield question
     except UnicodeDecodeError as e:
