@@ -47,7 +47,7 @@ What one would change, in the sections `critic` and `generator`:
     remat, loss_chunk, rows_per_device
                       memory for time: remat=dots keeps the products of matrices and computes the
                       rest again for the gradient, full computes each layer again, none keeps all;
-                      loss_chunk holds the logits of so many positions at a time;
+                      loss_chunk holds the logits of at most so many positions at a time;
                       rows_per_device (with max_targets=none) splits an update
     mesh, pad_vocabulary   for several devices: docs/training.md
     attention         the kernel; auto takes the fastest of the device

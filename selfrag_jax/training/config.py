@@ -57,7 +57,7 @@ class TrainConfig:
     # Rows that a device computes at a time; gradients are accumulated. None: all rows at once.
     rows_per_device: int | None = None
     packed: bool = True  # several documents per row; False: one
-    # Positions (of each row, or of max_targets) whose logits exist at a time. None: all.
+    # Positions (of each row, or of max_targets) whose logits exist at a time, at most. None: all.
     loss_chunk: int | None = None
     dtype: str | None = None  # of activations; None: the model's
     # What the backward pass recomputes to save memory: "none", "dots" or "full" (models/llama.py).
@@ -104,10 +104,8 @@ class TrainConfig:
             raise UserError(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
 
     def _check_split_of_batches(self) -> None:
-        name = "length" if self.max_targets is None else "max_targets"
-        positions = getattr(self, name)
-        if self.loss_chunk is not None and (self.loss_chunk < 1 or positions % self.loss_chunk):
-            raise UserError(f"loss_chunk={self.loss_chunk} does not divide {name}={positions}")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise UserError(f"loss_chunk={self.loss_chunk}: must be at least 1, or none")
         if self.rows_per_device is None:
             return
         if self.rows_per_device < 1 or self.max_targets is not None:

@@ -66,11 +66,15 @@ def loss_fn(
         return loss, group_sums(*(x.ravel() for x in (losses, correct, weights, groups)))
 
     inputs = (hidden, targets, weights, groups)
-    if chunk is None or chunk == targets.shape[-1]:
-        return chunk_loss(*inputs)
     axis = targets.ndim - 1  # of positions
+    n = targets.shape[axis]
+    if chunk is None or chunk >= n:
+        return chunk_loss(*inputs)
 
     def split(x):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, -n % chunk)  # without weight
+        x = jnp.pad(x, padding)
         chunks = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(chunks, axis, 0)
 
