@@ -11,9 +11,11 @@ import sys
 import termios
 import time
 
-# Makes the pseudo-terminal the program's own, so that Ctrl-C on it sends SIGINT.
+# Makes the pseudo-terminal the program's own, so that Ctrl-C on it sends SIGINT; and lets SIGINT
+# through, which a job in the background ignores and its children with it.
 _START = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
