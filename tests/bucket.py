@@ -27,7 +27,7 @@ def _serve(port: int, proxy_port: int) -> None:
     from gcp_storage_emulator.server import create_server
 
     fault = {"kind": "", "left": 0}
-    lock = threading.Lock()
+    lock, forwarding = threading.Lock(), threading.Lock()
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -48,9 +48,13 @@ def _serve(port: int, proxy_port: int) -> None:
                 return self._reply(int(fault["kind"]), b'{"error": {"message": "on purpose"}}')
             there = http.client.HTTPConnection("127.0.0.1", port)
             headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
-            there.request(self.command, self.path, body, headers)
-            answer = there.getresponse()
-            text = answer.read().replace(f":{port}/".encode(), f":{proxy_port}/".encode())
+            # One at a time: the emulator lists its objects after every write, which fails when
+            # another request adds one meanwhile.
+            with forwarding:
+                there.request(self.command, self.path, body, headers)
+                answer = there.getresponse()
+                text = answer.read()
+            text = text.replace(f":{port}/".encode(), f":{proxy_port}/".encode())
             self._reply(answer.status, text, answer.getheaders())
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _handle

@@ -140,26 +140,50 @@ def writing_checkpoints(manager, workdir: str | Path) -> Iterator[Any]:
     """Waits, however the block is left, for the checkpoint that is being written in the background.
 
     Raises OSError when one could not be written, because the disk is full for example. Earlier
-    checkpoints are kept.
+    checkpoints are kept. Where the block itself is left by an exception (Ctrl-C, for example), that
+    one is raised, and a checkpoint that could not be written is a warning.
     """
     silence_secondary_errors()
     try:
-        with manager:
+        try:
             yield manager
+        except BaseException as stop:
+            _close_after(stop, manager, workdir)
+            raise
+        manager.close()
     except Exception as e:
-        code = re.search(r"os_error_code='(\d+)'", str(e)) if isinstance(e, ValueError) else None
-        if code:  # from tensorstore
-            reason = os.strerror(int(code.group(1)))
-            raise OSError(
-                f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
-                "Make room, and the same command continues."
-            ) from e
-        if is_remote(workdir) and (reason := _why_bucket_failed(e)):
-            raise OSError(
-                f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
-                "The same command continues."
-            ) from e
+        if known := _explain_failed_write(e, workdir):
+            raise OSError(known) from e
         raise
+
+
+def _close_after(stop: BaseException, manager, workdir: str | Path) -> None:
+    """Waits for the writes in the background; what fails in them must not hide `stop`."""
+    try:
+        manager.close()
+    except Exception as e:
+        if isinstance(stop, Exception) and _explain_failed_write(stop, workdir):
+            return  # the same failure, told once
+        known = _explain_failed_write(e, workdir)
+        reason = known or f"{workdir}: a checkpoint could not be written ({first_line(e)})"
+        print(f"warning: {reason}", file=sys.stderr)
+
+
+def _explain_failed_write(e: Exception, workdir: str | Path) -> str:
+    """Returns what to tell the user of a failed write; "" if the disk or bucket is not the cause."""
+    code = re.search(r"os_error_code='(\d+)'", str(e)) if isinstance(e, ValueError) else None
+    if code:  # from tensorstore
+        reason = os.strerror(int(code.group(1)))
+        return (
+            f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
+            "Make room, and the same command continues."
+        )
+    if is_remote(workdir) and (reason := _why_bucket_failed(e)):
+        return (
+            f"{workdir}: a checkpoint could not be written ({reason}); earlier ones are kept. "
+            "The same command continues."
+        )
+    return ""
 
 
 def _why_bucket_failed(e: Exception) -> str:
