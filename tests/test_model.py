@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from selfrag_jax.checkpoints import vocabulary_rows
 from selfrag_jax.errors import UserError
 from selfrag_jax.models.cache import Cache
-from selfrag_jax.models.llama import Llama, LlamaConfig, Model
+from selfrag_jax.models.llama import Linear, Llama, LlamaConfig, Model, _matmul
 
 TOLERANCE = 2e-5
 
@@ -156,6 +157,42 @@ def test_vocabulary_padding_changes_no_probability(tiny_model):
     np.testing.assert_array_equal(
         unpadded["embed"]["embedding"], tiny_model.params["embed"]["embedding"]
     )
+
+
+# ---- rounded products ----------------------------------------------------------------------------
+def test_product_dtype_rounds_factors_and_sums_in_f32(tiny_model):
+    """A layer's product and its gradients, against float64 products of the rounded factors."""
+    c = replace(tiny_model.model.config, product_dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    x, d_out = (rng.normal(size=(6, 5, n)).astype(np.float32) for n in (32, 48))
+    linear = Linear(c, 32, 48, nnx.Rngs(0))
+    kernel = np.asarray(linear.kernel[...])
+    out, vjp = jax.vjp(lambda x, k: _matmul(x, k, linear.rounded), x, kernel)
+    np.testing.assert_array_equal(out, linear(x))
+
+    def rounded(a):
+        return np.asarray(a).astype("bfloat16").astype(np.float64)
+
+    r_x, r_k, r_d = map(rounded, (x, kernel, d_out))
+    assert np.abs(r_k - kernel).max() > 1e-4  # rounding does something
+    expected = r_x @ r_k, r_d @ r_k.T, np.einsum("bti,bto->io", r_x, r_d)
+    for found, value in zip((out, *vjp(d_out)), expected, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, value, atol=2e-5)
+
+
+def test_rounded_kernels_change_nothing(tiny_model):
+    model = Model(replace(tiny_model.model.config, product_dtype="bfloat16"))
+    params = model.rounded(tiny_model.params)
+    assert params["layers"]["q"]["kernel"].dtype == "bfloat16"
+    assert params["embed"]["embedding"].dtype == "float32"
+    tokens = np.arange(24).reshape(2, 12)
+    positions = np.tile(np.arange(12), (2, 1))
+    found, expected = (
+        model.hidden(p, tokens, positions, None)[0] for p in (params, tiny_model.params)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert tiny_model.model.rounded(tiny_model.params) is tiny_model.params
 
 
 # ---- recomputation and unrolling -----------------------------------------------------------------

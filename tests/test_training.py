@@ -275,6 +275,7 @@ def test_configs_that_cannot_run_are_refused():
         (dict(epochs=2.0), "give one of them"),
         (dict(length=0), "length=0"),
         (dict(remat="some"), "remat='some'"),
+        (dict(product_dtype="int8"), "product_dtype='int8'"),
         (dict(attention="flash"), "attention='flash'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -23,12 +23,22 @@ class AnswerConfig:
     )
     quantization: str | None = setting("int8: weights in 8 bits", choices=("int8",))
     tensor: int = setting("devices to split the model over")
+    product_dtype: str | None = setting(
+        "bfloat16: round the factors of products to it, which recent CPUs multiply twice as fast; "
+        "default: as the model was trained",
+        choices=("bfloat16",),
+        default=None,
+    )
 
     def __post_init__(self):
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.quantization not in (None, "int8"):
             raise UserError(f"--quantization={self.quantization!r}: must be int8, or left out")
+        if self.product_dtype not in (None, "bfloat16"):
+            raise UserError(
+                f"--product_dtype={self.product_dtype!r}: must be bfloat16, or left out"
+            )
         if self.tensor < 1:
             raise UserError(f"--tensor={self.tensor}: must be at least 1")
         if self.batch < 1:

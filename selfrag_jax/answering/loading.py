@@ -24,6 +24,8 @@ def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
     model, params, dtype = loaded.model, loaded.params, config.dtype
     if dtype is not None:
         model = Model(replace(model.config, dtype=dtype))
+    if config.product_dtype is not None:
+        model = Model(replace(model.config, product_dtype=config.product_dtype))
     if config.quantization == "int8":
         model, params = quantize.quantize(model, params, dtype)
     elif dtype is not None:

@@ -111,10 +111,11 @@ class Critic:
         if len(devices) > 1:
             self._mesh = sharding.make_mesh(fsdp=len(devices), devices=devices)
         # Once, not on every call.
+        params = loaded.model.rounded(loaded.params)
         self.params = (
-            jax.device_put(loaded.params)
+            jax.device_put(params)
             if self._mesh is None
-            else jax.device_put(loaded.params, sharding.shardings(self._mesh, loaded.params))
+            else jax.device_put(params, sharding.shardings(self._mesh, params))
         )
         self._forward = jax.jit(partial(_distributions, loaded.model, self.ids))
         self._read_prefix = jax.jit(partial(_read_prefix, loaded.model))

@@ -302,6 +302,7 @@ def place_params(model: Model, params: Params) -> Params:
     """
     if isinstance(params["layers"], tuple):
         return params
+    params = model.rounded(params)
     on_one_device = all(
         len(x.devices()) == 1 for x in jax.tree.leaves(params) if isinstance(x, jax.Array)
     )

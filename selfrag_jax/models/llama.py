@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ from selfrag_jax.models.attention import (
 from selfrag_jax.models.attention_kernels import KERNELS, causal_attention, choose_kernel
 from selfrag_jax.models.cache import Cache, Keys, Values, write_to_cache
 from selfrag_jax.models.lora import LoraConfig
-from selfrag_jax.models.params import Params
+from selfrag_jax.models.params import DTYPES, Params, flatten, unflatten
 from selfrag_jax.models.rope import RopeScaling, SinCos, apply_rope, rope_frequencies, rope_sin_cos
 from selfrag_jax.models.sharding import constrain, platform
 
@@ -81,6 +82,8 @@ class LlamaConfig:
     vocab_padding: int = 0  # unused rows after the vocabulary, so that a mesh divides the table
     lora: LoraConfig | None = None
     quantized: bool = False  # int8 kernels in the layers (inference only), see quantize.py
+    # Factors of the layers' products are rounded to this type; sums stay in `dtype`. None: neither.
+    product_dtype: str | None = None
 
     def __post_init__(self):
         # Nested configs are dicts when read from a file.
@@ -92,6 +95,10 @@ class LlamaConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.attention not in KERNELS:
             raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(KERNELS)}")
+        if self.product_dtype not in (None, *DTYPES):
+            raise ValueError(
+                f"product_dtype={self.product_dtype!r}: must be one of {', '.join(DTYPES)}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -105,28 +112,39 @@ class LlamaConfig:
 Attention = Callable[..., Float[Array, "B T N H"]]
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(
-    x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]
+    x: Float[Array, "... inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    rounded: jnp.dtype | None = None,
 ) -> Float[Array, "... outputs"]:
     """x @ kernel with a faster gradient of the kernel.
 
     JAX would compute its transpose and transpose that, for which XLA on a CPU copies the incoming
     gradient: a tenth of a training step.
+
+    rounded: the type to round both factors to, here and in the gradients; sums stay in x's type.
     """
-    return x @ kernel
+    return _product(x, kernel, rounded)
 
 
-def _matmul_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+def _product(a, b, rounded):
+    if rounded is None:
+        return a @ b
+    return jnp.matmul(a.astype(rounded), b.astype(rounded), preferred_element_type=a.dtype)
 
 
-def _matmul_backward(residuals, d_out):
+def _matmul_forward(x, kernel, rounded):
+    return _product(x, kernel, rounded), (x, kernel)
+
+
+def _matmul_backward(rounded, residuals, d_out):
     def rows(a):
         return a.reshape(-1, a.shape[-1])
 
     x, kernel = residuals
-    return d_out @ kernel.T, rows(x).T @ rows(d_out)
+    d_x = _product(d_out, kernel.T, rounded)
+    return d_x, _product(rows(x).T, rows(d_out), rounded).astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -152,6 +170,7 @@ class Linear(nnx.Linear):
         if self.quantized:
             self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
             self.kernel_scale = nnx.Param(jnp.ones(outputs))
+        self.rounded = jnp.dtype(c.product_dtype) if c.product_dtype and in_layer else None
         self.lora = c.lora if in_layer else None
         if self.lora is not None:
             self.lora_a = nnx.Param(normal(rngs.params(), (inputs, self.lora.rank)))
@@ -164,11 +183,12 @@ class Linear(nnx.Linear):
             return param[...].astype(self.dtype)
 
         x = inputs.astype(self.dtype)
-        out = _matmul(x, cast(self.kernel))
+        out = _matmul(x, cast(self.kernel), self.rounded)
         if self.quantized:
             out = (out * self.kernel_scale[...]).astype(self.dtype)
         if self.lora is not None:
-            update = _matmul(_matmul(x, cast(self.lora_a)), cast(self.lora_b))
+            a, b = cast(self.lora_a), cast(self.lora_b)
+            update = _matmul(_matmul(x, a, self.rounded), b, self.rounded)
             out = out + update * self.lora.scale
         return out if self.bias is None else out + cast(self.bias)
 
@@ -368,6 +388,23 @@ class Model:
             for i in range(self.config.num_layers)
         )
         return {**params, "layers": layers}
+
+    def rounded(self, params: Params) -> Params:
+        """Returns the parameters with the layers' kernels in `product_dtype`, if there is one.
+
+        Products round them to it anyway: the same results, without a cast in every call. For
+        inference; a training keeps its parameters as they are.
+        """
+        dtype = self.config.product_dtype
+        if dtype is None or self.config.quantized:
+            return params
+        kernels = {
+            path: leaf.astype(dtype)
+            for path, leaf in flatten(params["layers"])
+            if path[-1] == "kernel"
+        }
+        layers = [(path, kernels.get(path, leaf)) for path, leaf in flatten(params["layers"])]
+        return {**params, "layers": unflatten(layers)}
 
     def hidden(
         self,

@@ -60,6 +60,9 @@ class TrainConfig:
     # Positions (of each row, or of max_targets) whose logits exist at a time, at most. None: all.
     loss_chunk: int | None = None
     dtype: str | None = None  # of activations; None: the model's
+    # The factors of the layers' products are rounded to this type, and their sums kept in `dtype`.
+    # "bfloat16" makes recent CPUs (AVX512-BF16, AMX) faster. None: no rounding.
+    product_dtype: str | None = None
     # What the backward pass recomputes to save memory: "none", "dots" or "full" (models/llama.py).
     remat: str = "none"
     attention: str = "auto"  # kernel, see models/attention_kernels.py
@@ -90,6 +93,8 @@ class TrainConfig:
             raise UserError(f"keep_best={self.keep_best}: must not be below 0")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.product_dtype not in (None, "bfloat16"):
+            raise UserError(f"product_dtype={self.product_dtype!r}: must be bfloat16 or None")
         if self.dtype == "float16":
             raise UserError(
                 "dtype='float16': small gradients would underflow, as losses are not scaled; "
@@ -124,6 +129,8 @@ class TrainConfig:
             del values["optimizer"]["embedding_learning_rate"]
         if self.mesh.slices is None:
             del values["mesh"]["slices"]
+        if self.product_dtype is None:
+            del values["product_dtype"]
         if self.mask == MASKS[0]:
             del values["mask"]
         return values
@@ -178,6 +185,7 @@ class TrainConfig:
             replace(
                 c,
                 dtype=self.dtype or c.dtype,
+                product_dtype=self.product_dtype,
                 remat=self.remat,
                 attention=self.attention,
                 lora=self.lora,

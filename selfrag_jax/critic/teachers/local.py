@@ -88,7 +88,7 @@ class LocalTeacher:
     ):
         self.loaded, self.config, self.templates = loaded, config, templates
         self.fingerprint = fingerprint
-        self.params = jax.device_put(loaded.params)
+        self.params = jax.device_put(loaded.model.rounded(loaded.params))
         self._likelihoods = jax.jit(partial(_label_likelihoods, loaded.model))
 
     def identity(self) -> dict[str, Any]:
