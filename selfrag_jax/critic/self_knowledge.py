@@ -105,10 +105,8 @@ class SelfModel:
     def log_likelihoods(self, pairs: Sequence[tuple[Instruction, Passage | None]]) -> list[float]:
         """Returns the mean log-likelihood per token of outputs, after a passage or without one."""
         if self._stacked is None:
-            self._stacked, self._placed = (
-                jax.device_put(self.loaded.model.rounded(self.loaded.params)),
-                None,
-            )
+            params = self.loaded.model.rounded(self.loaded.params)
+            self._stacked, self._placed = jax.device_put(params), None
         rows = [self._with_output(*pair) for pair in pairs]
         by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         out, batch = [0.0] * len(rows), self.config.batch
