@@ -172,6 +172,8 @@ def _extra(where: str, row: Row) -> dict[str, Any]:
     name = next((n for n in fields.POPULARITY if row.get(n) is not None), "")
     if name:
         extra["popularity"] = _number(where, name, row[name])
+        if row.get(fields.DECILE) is not None:
+            extra[fields.DECILE] = _number(where, fields.DECILE, row[fields.DECILE])
     return extra
 
 

@@ -17,10 +17,11 @@ _COLOURS = 8  # classes c0 to c7 in style.css
 
 @dataclass(frozen=True)
 class Curve:
-    """One line, or one set of points, of a plot."""
+    """One line, or one set of points, of a plot. dashed: a reference, a line without points."""
 
     name: str
     points: tuple[Point, ...]
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ def _tick(value: float, share: bool) -> str:
 def _curve(plot: Plot, curve: Curve, colour: str, x: _Axis, y: _Axis) -> Iterator[str]:
     if plot.lines and len(curve.points) > 1:
         path = " ".join(f"{x.at(p[0]):.1f},{y.at(p[1]):.1f}" for p in curve.points)
-        yield f"<polyline class='line {colour}' points='{path}'/>"
-    many = len(curve.points) > 40  # a training's losses: the line alone
-    for at, value, low, high in () if many else curve.points:
+        dashed = " dashed" if curve.dashed else ""
+        yield f"<polyline class='line{dashed} {colour}' points='{path}'/>"
+    line_alone = curve.dashed or len(curve.points) > 40  # a training's losses
+    for at, value, low, high in () if line_alone else curve.points:
         if low is not None and high is not None:
             yield _line(f"whisker {colour}", x.at(at), y.at(low), x.at(at), y.at(high))
         ends = "" if low is None or high is None else f", {_tip(low, high, plot.share_y)}"

@@ -1,0 +1,132 @@
+"""Plots of what answers say of retrieval: accuracy by popularity, and at every threshold.
+
+Both are those of Mallen et al. (arXiv 2212.10511).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfrag_jax.evaluation import popularity, retrieval_rates
+from selfrag_jax.evaluation.page.figures import Curve, Plot
+from selfrag_jax.evaluation.popularity import PopularityTable
+from selfrag_jax.evaluation.retrieval_rates import (
+    ALWAYS_SYSTEM,
+    NEVER_SYSTEM,
+    ORACLE,
+    P_RETRIEVE,
+    RANDOM,
+    BothModes,
+)
+from selfrag_jax.evaluation.tables import Row, metric_table, system_title, systems_in_order
+
+POPULARITY_FILE, RATES_FILE = NUMBER_FILES = ("popularity.json", "retrieval_rates.json")
+BY_POPULARITY, BY_RATE = "Accuracy by popularity", "Accuracy against retrieval rate"
+_SEED = 0  # of the intervals: the same answers have the same page
+# Drawn as the ends of the curve of all thresholds.
+_ENDS = (ALWAYS_SYSTEM, NEVER_SYSTEM)
+
+
+@dataclass(frozen=True)
+class AnswerCurves:
+    """What the plots of answers show."""
+
+    popularity: PopularityTable
+    modes: dict[str, BothModes]  # of each task that was answered in both modes
+
+    def files(self) -> dict[str, Any]:
+        """Returns the numbers of the plots, by the name of their file; {} of a plot without any."""
+        return {
+            POPULARITY_FILE: self.popularity.to_json() if self.popularity.rows else {},
+            RATES_FILE: retrieval_rates.to_json(self.modes, _SEED) if self.modes else {},
+        }
+
+
+def answer_curves(answers: Sequence[Row]) -> AnswerCurves:
+    """Returns the curves of scored answers, rows as `report.write_report` takes them."""
+    bins = popularity.BINS, popularity.FEWEST
+    return AnswerCurves(
+        popularity.accuracy_by_popularity(answers, *bins, _SEED),
+        retrieval_rates.modes_by_task(answers),
+    )
+
+
+def plots_of_answers(curves: AnswerCurves, results: Sequence[Row]) -> list[Plot]:
+    """Returns the plots. results: rows of results.json, whose systems stand beside the curves."""
+    return [
+        *popularity_plots(curves.popularity),
+        *(rate_plot(task, modes, results) for task, modes in curves.modes.items()),
+    ]
+
+
+def titled(title: str, task: str) -> str:
+    """Returns a plot's title with its task, if that has a name."""
+    return f"{title}: {task.replace('_', ' ')}" if task else title
+
+
+def popularity_plots(table: PopularityTable) -> list[Plot]:
+    """Returns a plot of each task: accuracy from rare to popular, a curve for each system."""
+    plots = []
+    for task in dict.fromkeys(row["task"] for row in table.rows):
+        rows = [row for row in table.rows if row["task"] == task]
+        curves = tuple(
+            Curve(
+                system_title(system) or "accuracy",
+                tuple(
+                    (r["at"], r["value"], r["low"], r["high"])
+                    for r in rows
+                    if r["system"] == system
+                ),
+            )
+            for system in systems_in_order([row["system"] for row in rows])
+        )
+        note = (
+            f"Bins of {popularity.FEWEST} questions or more, from rare to popular; the bars are "
+            "95% bootstrap intervals."
+        )
+        if left_out := table.left_out[task]:
+            note += f" Left out, without popularity: {left_out:,}."
+        by_decile = rows[0]["by"] == "decile"
+        # Popularity below 1 (a share of all page views, say) has no place on the axis of powers.
+        log_x = not by_decile and min(row["at"] for row in rows) >= 1
+        x = "decile of popularity" if by_decile else "popularity"
+        title = titled(BY_POPULARITY, task)
+        plots.append(Plot(title, x, "accuracy (%)", curves, log_x=log_x, note=note))
+    return plots
+
+
+def rate_plot(task: str, modes: BothModes, results: Sequence[Row]) -> Plot:
+    """Returns a task's plot of all thresholds between random order and the oracle.
+
+    The systems of `results` with an accuracy and a retrieval rate are points, but for ablations.
+    """
+    systems, _, accuracy = metric_table(results, "accuracy")
+    _, _, rate = metric_table(results, "retrieval_rate")
+    points = []
+    for s in systems:
+        if s in _ENDS or s.startswith(("ablation_", "train_")) or (s, task) not in rate:
+            continue
+        if row := accuracy.get((s, task)):
+            at = rate[s, task]["value"], row["value"], row["low"], row["high"]
+            points.append(Curve(system_title(s), (at,)))
+    return rate_curves_plot(titled(BY_RATE, task), {"every threshold": modes}, modes, points)
+
+
+def rate_curves_plot(
+    title: str, curves: Mapping[str, BothModes], reference: BothModes, points: Sequence[Curve] = ()
+) -> Plot:
+    """Returns a plot of curves by name, between the random order and the oracle of `reference`."""
+
+    def drawn(name: str, modes: BothModes, order: str) -> Curve:
+        found = tuple((p.retrieval_rate, p.accuracy, None, None) for p in modes.curve(order))
+        return Curve(name, found, dashed=order != P_RETRIEVE)
+
+    every = [drawn(name, modes, P_RETRIEVE) for name, modes in curves.items()]
+    every += [drawn("random order", reference, RANDOM), drawn("oracle", reference, ORACLE)]
+    note = f"{len(reference.p):,} questions."
+    if reference.left_out:
+        note += f" Left out, without both answers: {reference.left_out:,}."
+    axes = "retrieval rate (%)", "accuracy (%)"
+    return Plot(title, *axes, (*every, *points), share_x=True, note=note)
