@@ -131,7 +131,7 @@ def metric_table(
         if r["metric"] == metric and r["system"] != "critic"
     }
     systems = systems_in_order([s for s, _ in found])
-    return systems, _in_order([t for _, t in found], TASKS), found
+    return systems, tasks_in_order([t for _, t in found]), found
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -142,6 +142,11 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 def systems_in_order(names: Sequence[str]) -> list[str]:
     """Returns each system once, in the order of all reports."""
     return _in_order(names, SYSTEMS)
+
+
+def tasks_in_order(names: Sequence[str]) -> list[str]:
+    """Returns each task once: the synthetic world's in its order, then the others."""
+    return _in_order(names, TASKS)
 
 
 def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ Point = tuple[float, float, float | None, float | None]
 
 _WIDTH, _HEIGHT = 420, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
+_SHIFT = 3  # between curves that stand side by side
 _COLOURS = 8  # classes c0 to c7 in style.css
 
 
@@ -31,6 +32,7 @@ class Plot:
     lines: connect the points of a curve.
     share_x, share_y: the axis holds shares, printed in per cent.
     diagonal: draw y = x, where a calibrated model lies.
+    side_by_side: shift the curves a little, so that bars at the same x can be told apart.
     """
 
     title: str
@@ -42,6 +44,7 @@ class Plot:
     share_x: bool = False
     share_y: bool = True
     diagonal: bool = False
+    side_by_side: bool = False
     note: str = ""
 
 
@@ -114,7 +117,8 @@ class _Axis:
             self.high = max(math.ceil(math.log10(max(max(values), 1))), self.low + 1)
             self.ticks = [10.0**e for e in range(int(self.low), int(self.high) + 1)]
         else:
-            step = _round_step(max(max(values) - min(0.0, *values), 1e-9) / 4)
+            whole = all(v == round(v) for v in values)
+            step = _round_step(max(max(values) - min(0.0, *values), 1e-9) / 4, whole)
             self.low = step * math.floor(min(0.0, *values) / step)
             self.high = step * math.ceil(max(values) / step)
             count = round((self.high - self.low) / step)
@@ -126,10 +130,14 @@ class _Axis:
         return self.start + (v - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _round_step(rough: float) -> float:
-    """Returns the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`."""
+def _round_step(rough: float, whole: bool) -> float:
+    """Returns the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`.
+
+    whole: not 2.5, since the axis holds whole numbers.
+    """
     power = 10 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    factors = (1, 2, 5, 10) if whole and power == 1 else (1, 2, 2.5, 5, 10)
+    return next(m * power for m in factors if m * power >= rough * (1 - 1e-9))
 
 
 def _svg(plot: Plot, curves: Sequence[Curve]) -> str:
@@ -140,7 +148,9 @@ def _svg(plot: Plot, curves: Sequence[Curve]) -> str:
     if plot.diagonal:
         parts.append(_line("diagonal", x.at(0), y.at(0), x.at(1), y.at(1)))
     for i, curve in enumerate(curves):
-        parts += _curve(plot, curve, f"c{i % _COLOURS}", x, y)
+        drawn = "".join(_curve(plot, curve, f"c{i % _COLOURS}", x, y))
+        shift = _SHIFT * (i - (len(curves) - 1) / 2) if plot.side_by_side else 0
+        parts.append(f"<g transform='translate({shift:g} 0)'>{drawn}</g>" if shift else drawn)
     label = _attribute(f"{plot.title}: {plot.y} against {plot.x}; the numbers follow as a table")
     return (
         f"<svg class='plot' role='img' aria-label='{label}' viewBox='0 0 {_WIDTH} {_HEIGHT}'>"

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from selfrag_jax.evaluation import popularity, retrieval_rates
 from selfrag_jax.evaluation.page.figures import Curve, Plot
 from selfrag_jax.evaluation.popularity import PopularityTable
@@ -19,11 +21,19 @@ from selfrag_jax.evaluation.retrieval_rates import (
     P_RETRIEVE,
     RANDOM,
     BothModes,
+    RatePoint,
 )
-from selfrag_jax.evaluation.tables import Row, metric_table, system_title, systems_in_order
+from selfrag_jax.evaluation.tables import (
+    Row,
+    metric_table,
+    system_title,
+    systems_in_order,
+    tasks_in_order,
+)
 
 POPULARITY_FILE, RATES_FILE = NUMBER_FILES = ("popularity.json", "retrieval_rates.json")
 BY_POPULARITY, BY_RATE = "Accuracy by popularity", "Accuracy against retrieval rate"
+_MOST_POINTS = 200  # of a drawn curve; its file has all
 _SEED = 0  # of the intervals: the same answers have the same page
 # Drawn as the ends of the curve of all thresholds.
 _ENDS = (ALWAYS_SYSTEM, NEVER_SYSTEM)
@@ -55,10 +65,9 @@ def answer_curves(answers: Sequence[Row]) -> AnswerCurves:
 
 def plots_of_answers(curves: AnswerCurves, results: Sequence[Row]) -> list[Plot]:
     """Returns the plots. results: rows of results.json, whose systems stand beside the curves."""
-    return [
-        *popularity_plots(curves.popularity),
-        *(rate_plot(task, modes, results) for task, modes in curves.modes.items()),
-    ]
+    by_popularity = popularity_plots(curves.popularity)
+    tasks = tasks_in_order(list(curves.modes))
+    return [*by_popularity, *(rate_plot(task, curves.modes[task], results) for task in tasks)]
 
 
 def titled(title: str, task: str) -> str:
@@ -69,7 +78,7 @@ def titled(title: str, task: str) -> str:
 def popularity_plots(table: PopularityTable) -> list[Plot]:
     """Returns a plot of each task: accuracy from rare to popular, a curve for each system."""
     plots = []
-    for task in dict.fromkeys(row["task"] for row in table.rows):
+    for task in tasks_in_order([row["task"] for row in table.rows]):
         rows = [row for row in table.rows if row["task"] == task]
         curves = tuple(
             Curve(
@@ -93,7 +102,8 @@ def popularity_plots(table: PopularityTable) -> list[Plot]:
         log_x = not by_decile and min(row["at"] for row in rows) >= 1
         x = "decile of popularity" if by_decile else "popularity"
         title = titled(BY_POPULARITY, task)
-        plots.append(Plot(title, x, "accuracy (%)", curves, log_x=log_x, note=note))
+        axes = x, "accuracy (%)"
+        plots.append(Plot(title, *axes, curves, log_x=log_x, side_by_side=True, note=note))
     return plots
 
 
@@ -111,7 +121,9 @@ def rate_plot(task: str, modes: BothModes, results: Sequence[Row]) -> Plot:
         if row := accuracy.get((s, task)):
             at = rate[s, task]["value"], row["value"], row["low"], row["high"]
             points.append(Curve(system_title(s), (at,)))
-    return rate_curves_plot(titled(BY_RATE, task), {"every threshold": modes}, modes, points)
+    return rate_curves_plot(
+        titled(BY_RATE, task), {"Self-RAG, every threshold": modes}, modes, points
+    )
 
 
 def rate_curves_plot(
@@ -120,13 +132,22 @@ def rate_curves_plot(
     """Returns a plot of curves by name, between the random order and the oracle of `reference`."""
 
     def drawn(name: str, modes: BothModes, order: str) -> Curve:
-        found = tuple((p.retrieval_rate, p.accuracy, None, None) for p in modes.curve(order))
+        points = _thinned(modes.curve(order))
+        found = tuple((p.retrieval_rate, p.accuracy, None, None) for p in points)
         return Curve(name, found, dashed=order != P_RETRIEVE)
 
     every = [drawn(name, modes, P_RETRIEVE) for name, modes in curves.items()]
-    every += [drawn("random order", reference, RANDOM), drawn("oracle", reference, ORACLE)]
-    note = f"{len(reference.p):,} questions."
+    every += [drawn("random order", reference, RANDOM), drawn("oracle order", reference, ORACLE)]
+    areas = [f"{name} {100 * modes.area(P_RETRIEVE):.1f}" for name, modes in curves.items()]
+    areas += [f"{o} order {100 * reference.area(o):.1f}" for o in (RANDOM, ORACLE)]
+    note = f"{len(reference.p):,} questions. Mean accuracy over all rates: {', '.join(areas)}."
     if reference.left_out:
         note += f" Left out, without both answers: {reference.left_out:,}."
     axes = "retrieval rate (%)", "accuracy (%)"
     return Plot(title, *axes, (*every, *points), share_x=True, note=note)
+
+
+def _thinned(points: Sequence[RatePoint]) -> list[RatePoint]:
+    """At most _MOST_POINTS of a curve, evenly spaced, its ends among them."""
+    places = np.linspace(0, len(points) - 1, min(len(points), _MOST_POINTS)).round()
+    return [points[int(i)] for i in places]
