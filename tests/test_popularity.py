@@ -1,5 +1,6 @@
 """Accuracy by popularity: bins by hand, their properties, and several systems side by side."""
 
+import itertools
 import random
 
 import pytest
@@ -23,12 +24,8 @@ def test_bins_by_hand():
 
 
 def test_equal_popularity_is_one_bin():
-    """The middles of the ranks are 2 of 8 for the fours, 5 for the 7, 6 and 7 for the rest.
-
-    In quarters: 4 * 2 / 8 = 1, then 2.25, 2.75 and 3.25 (middles 4.5, 5.5 and so on).
-    """
+    """Quarters of eight: the fours' middle is at 2, in the second; then 4.5, 5.5, 6.5, 7.5."""
     bins = popularity_bins([4, 7, 4, 8, 4, 9, 4, 10], None, 4, 1)
-    # middles of ranks / 8: fours 2/8, seven 4.5/8, eight 5.5/8, nine 6.5/8, ten 7.5/8
     assert members(bins) == [(0, 2, 4, 6), (1, 3), (5, 7)]
     assert [b.at for b in bins] == [4, 7.5, 9.5]
 
@@ -61,7 +58,7 @@ def test_bins_part_the_questions_from_rare_to_popular(popularity, bins, fewest, 
     assert sorted(i for b in found for i in b.members) == list(range(len(popularity)))
     assert 1 <= len(found) <= bins
     assert all(b.low <= b.at <= b.high for b in found)
-    assert all(one.high < other.low for one, other in zip(found, found[1:], strict=False))
+    assert all(one.high < other.low for one, other in itertools.pairwise(found))
     if len(popularity) >= fewest:
         assert all(len(b.members) >= fewest for b in found)
     # Without ties no bin differs by more than one from its share, whatever the order of the file.

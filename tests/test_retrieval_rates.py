@@ -194,7 +194,7 @@ def test_adaptive_runs_are_on_the_curve(quickstart, rag, task):
     from selfrag_jax.data.questions import read_questions
     from selfrag_jax.evaluation import scores
 
-    workdir, rows = quickstart
+    workdir, _ = quickstart
     points = modes_by_task(plotted_answers(workdir))[task].curve("p_retrieve")
     questions = read_questions(workdir / "retrieved" / "eval" / f"{task}.jsonl", task)
     inner = [p for p in points if p.threshold_from is not None and p.threshold_below is not None]
@@ -209,7 +209,6 @@ def test_adaptive_runs_are_on_the_curve(quickstart, rag, task):
         assert np.mean(values["accuracy"]) == pytest.approx(point.accuracy, abs=1e-12)
 
 
-@pytest.mark.slow
 def test_the_quickstart_has_the_curves_and_its_own_threshold_is_on_them(quickstart):
     workdir, rows = quickstart
     report = workdir / "report"
