@@ -49,9 +49,11 @@ from selfrag_jax.evaluation import report, scores
 from selfrag_jax.evaluation.page.plots_of_answers import (
     BY_RATE,
     RATES_FILE,
+    AnswerCurves,
     rate_curves_plot,
     titled,
 )
+from selfrag_jax.evaluation.popularity import BINS, FEWEST, accuracy_by_popularity
 from selfrag_jax.evaluation.retrieval_rates import BothModes, both_modes, to_json
 from selfrag_jax.files import write_json
 from selfrag_jax.records import instruction_from, read_records, read_rows, write_jsonl
@@ -209,9 +211,12 @@ class Experiment:
                     curves[choice] = modes[f"{task}, {choice}"] = found
             if curves:
                 name = titled(BY_RATE, task)
-                plots.append(rate_curves_plot(name, curves, curves.get(own, *curves.values())))
-        report.write_report(results, shown, self.out / "report", "Who decides", plots=plots)
-        write_json(self.out / "report" / RATES_FILE, to_json(modes, self.c.seed))
+                plots.append(rate_curves_plot(name, curves, own if own in curves else [*curves][0]))
+        by_popularity = accuracy_by_popularity(shown, BINS, FEWEST, self.c.seed)
+        drawn = AnswerCurves(by_popularity, {})  # the curves of the other kind are in `plots`
+        out, page = self.out / "report", "Who decides whether retrieval is needed"
+        report.write_report(results, shown, out, page, plots=plots, curves=drawn)
+        write_json(out / RATES_FILE, to_json(modes, self.c.seed))
         return self.tables(results)
 
     def tables(self, results: list[dict]) -> str:

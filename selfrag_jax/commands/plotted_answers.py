@@ -6,14 +6,18 @@ They are found by the files in the workdir, whatever its world and its tasks are
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.records import read_rows
 
+if TYPE_CHECKING:
+    from selfrag_jax.evaluation.page.plots_of_answers import AnswerCurves
+
 Row = dict[str, Any]
 # The others differ from these in little, or would fill the plots.
 PLOTTED_SYSTEMS = (
+    "base_few_shot",
     "no_retrieval",
     "rag_top1",
     "selfrag_always",
@@ -22,8 +26,15 @@ PLOTTED_SYSTEMS = (
 )
 
 
+def plotted_curves(w: Path) -> AnswerCurves:
+    """Returns the curves of all tasks, for `report.write_report`."""
+    from selfrag_jax.evaluation.page.plots_of_answers import answer_curves
+
+    return answer_curves(plotted_answers(w))
+
+
 def plotted_answers(w: Path) -> list[Row]:
-    """Returns the scored answers of PLOTTED_SYSTEMS to all tasks, for `report.write_report`."""
+    """Returns the scored answers of PLOTTED_SYSTEMS to all tasks."""
     from selfrag_jax.evaluation import scores
 
     found = []

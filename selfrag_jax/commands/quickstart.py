@@ -24,7 +24,7 @@ from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.label import label_file
 from selfrag_jax.commands.plain_data import baseline_data
-from selfrag_jax.commands.plotted_answers import plotted_answers, scored_fields
+from selfrag_jax.commands.plotted_answers import plotted_curves, scored_fields
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
@@ -139,7 +139,7 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
         tables.TITLE,
         paired_differences([w], c.report.seed),
         plots=training_plots(w),
-        answers=plotted_answers(w),
+        curves=plotted_curves(w),
         limits=PageLimits(c.report.examples),
     )
     _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")

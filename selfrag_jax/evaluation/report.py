@@ -12,7 +12,11 @@ from selfrag_jax import artifacts
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.page.figures import Plot
 from selfrag_jax.evaluation.page.page import build_page
-from selfrag_jax.evaluation.page.plots_of_answers import NUMBER_FILES, answer_curves
+from selfrag_jax.evaluation.page.plots_of_answers import (
+    NUMBER_FILES,
+    AnswerCurves,
+    answer_curves,
+)
 from selfrag_jax.evaluation.page.plots_of_results import plots_of
 from selfrag_jax.evaluation.page.questions import PageLimits
 from selfrag_jax.evaluation.tables import Row, markdown
@@ -48,7 +52,7 @@ def write_report(
     paper: Sequence[Row] = (),
     plots: Sequence[Plot] = (),
     limits: PageLimits | None = None,
-    answers: Sequence[Row] | None = None,
+    curves: AnswerCurves | None = None,
 ) -> None:
     """Writes index.html, results.md and results.csv to the folder `out`; see `require_own`.
 
@@ -61,12 +65,11 @@ def write_report(
     paper: published figures, with system, task, metric and value, to stand below ours.
     plots: drawn besides those that `rows` and `questions` give.
     limits: how many questions go into the page.
-    answers: rows as `questions`, of more systems, for the plots by popularity and retrieval rate;
-        None: the questions.
+    curves: of popularity and retrieval rate, drawn first; None: those of the questions.
     """
     out = Path(out)
     require_own(out)
-    curves = answer_curves(questions if answers is None else answers)
+    curves = answer_curves(questions) if curves is None else curves
     every = [*plots_of(rows, questions, curves), *plots]
     page = build_page(title, rows, questions, differences, paper, every, limits)
     write_text(out / PAGE, page)  # first: it says that the folder is ours

@@ -35,8 +35,8 @@ POPULARITY_FILE, RATES_FILE = NUMBER_FILES = ("popularity.json", "retrieval_rate
 BY_POPULARITY, BY_RATE = "Accuracy by popularity", "Accuracy against retrieval rate"
 _MOST_POINTS = 200  # of a drawn curve; its file has all
 _SEED = 0  # of the intervals: the same answers have the same page
-# Drawn as the ends of the curve of all thresholds.
-_ENDS = (ALWAYS_SYSTEM, NEVER_SYSTEM)
+# No points beside the curve of all thresholds: its ends, and one for which no colour is left.
+_NO_POINTS = (ALWAYS_SYSTEM, NEVER_SYSTEM, "rag_topk")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class AnswerCurves:
 
 
 def answer_curves(answers: Sequence[Row]) -> AnswerCurves:
-    """Returns the curves of scored answers, rows as `report.write_report` takes them."""
+    """Returns the curves of scored answers: rows as the questions of `report.write_report`."""
     bins = popularity.BINS, popularity.FEWEST
     return AnswerCurves(
         popularity.accuracy_by_popularity(answers, *bins, _SEED),
@@ -116,33 +116,36 @@ def rate_plot(task: str, modes: BothModes, results: Sequence[Row]) -> Plot:
     _, _, rate = metric_table(results, "retrieval_rate")
     points = []
     for s in systems:
-        if s in _ENDS or s.startswith(("ablation_", "train_")) or (s, task) not in rate:
+        if s in _NO_POINTS or s.startswith(("ablation_", "train_")) or (s, task) not in rate:
             continue
         if row := accuracy.get((s, task)):
             at = rate[s, task]["value"], row["value"], row["low"], row["high"]
             points.append(Curve(system_title(s), (at,)))
-    return rate_curves_plot(
-        titled(BY_RATE, task), {"Self-RAG, every threshold": modes}, modes, points
-    )
+    name = "Self-RAG, every threshold"
+    return rate_curves_plot(titled(BY_RATE, task), {name: modes}, name, points)
 
 
 def rate_curves_plot(
-    title: str, curves: Mapping[str, BothModes], reference: BothModes, points: Sequence[Curve] = ()
+    title: str, curves: Mapping[str, BothModes], reference: str, points: Sequence[Curve] = ()
 ) -> Plot:
-    """Returns a plot of curves by name, between the random order and the oracle of `reference`."""
+    """Returns a plot of curves by name, with the random order and the oracle of one of them.
+
+    reference: its name. Other models have other answers, so they may exceed its oracle.
+    """
+    of, whose = curves[reference], f" ({reference})" if len(curves) > 1 else ""
 
     def drawn(name: str, modes: BothModes, order: str) -> Curve:
-        points = _thinned(modes.curve(order))
-        found = tuple((p.retrieval_rate, p.accuracy, None, None) for p in points)
-        return Curve(name, found, dashed=order != P_RETRIEVE)
+        found = _thinned(modes.curve(order))
+        shown = tuple((p.retrieval_rate, p.accuracy, None, None) for p in found)
+        return Curve(name, shown, dashed=order != P_RETRIEVE)
 
     every = [drawn(name, modes, P_RETRIEVE) for name, modes in curves.items()]
-    every += [drawn("random order", reference, RANDOM), drawn("oracle order", reference, ORACLE)]
+    every += [drawn(f"{order} order{whose}", of, order) for order in (RANDOM, ORACLE)]
     areas = [f"{name} {100 * modes.area(P_RETRIEVE):.1f}" for name, modes in curves.items()]
-    areas += [f"{o} order {100 * reference.area(o):.1f}" for o in (RANDOM, ORACLE)]
-    note = f"{len(reference.p):,} questions. Mean accuracy over all rates: {', '.join(areas)}."
-    if reference.left_out:
-        note += f" Left out, without both answers: {reference.left_out:,}."
+    areas += [f"{order} order{whose} {100 * of.area(order):.1f}" for order in (RANDOM, ORACLE)]
+    note = f"{len(of.p):,} questions. Mean accuracy over all rates: {', '.join(areas)}."
+    if of.left_out:
+        note += f" Left out, without both answers: {of.left_out:,}."
     axes = "retrieval rate (%)", "accuracy (%)"
     return Plot(title, *axes, (*every, *points), share_x=True, note=note)
 
