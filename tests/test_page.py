@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from page_rows import HOSTILE, PAPER, Parsed, answer, answers, results
+from page_rows import HOSTILE, PAPER, Parsed, answer, answers, in_all_modes, results
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import report, scores
@@ -118,17 +118,7 @@ def test_popularity_is_drawn_from_rare_to_popular():
 
 
 def test_the_curve_of_all_thresholds_stands_in_the_place_of_points():
-    systems = ("selfrag_always", "selfrag_never", "selfrag_adaptive")
-    some = [
-        answer(i, float(i % 3 > 0), system=system, retrieved=system != "selfrag_never")
-        | {"p_retrieve": i / 400}
-        for system in systems
-        for i in range(300)
-    ]
-    for row in some:
-        row["tree"] = row["tree"][:1]
-        if row["system"] == "selfrag_never":
-            row["metrics"] = {"accuracy": 0.0}
+    some = in_all_modes()
     curves = plots_of_answers.answer_curves(some)
     both = [*results(), *(r | {"system": "no_retrieval"} for r in results()[:2])]
     by_rate = [p for p in plots_of_results.plots_of(both, some, curves) if p.x.startswith("retr")]

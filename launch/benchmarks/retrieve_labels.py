@@ -211,7 +211,9 @@ class Experiment:
                     curves[choice] = modes[f"{task}, {choice}"] = found
             if curves:
                 name = titled(BY_RATE, task)
-                plots.append(rate_curves_plot(name, curves, own if own in curves else [*curves][0]))
+                plots.append(
+                    rate_curves_plot(name, curves, own if own in curves else next(iter(curves)))
+                )
         by_popularity = accuracy_by_popularity(shown, BINS, FEWEST, self.c.seed)
         drawn = AnswerCurves(by_popularity, {})  # the curves of the other kind are in `plots`
         out, page = self.out / "report", "Who decides whether retrieval is needed"
