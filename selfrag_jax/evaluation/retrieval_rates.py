@@ -133,12 +133,15 @@ def both_modes(always: Sequence[Row], never: Sequence[Row]) -> BothModes | None:
     question has both answers, and if an answer has several segments: a threshold then decides
     again before each of them.
     """
-    if any(n.get("parent", -1) >= 0 for row in (*always, *never) for n in row.get("tree", ())):
+    nodes = (n for row in (*always, *never) for n in row.get("tree", ()))
+    if any(n.get("parent", -1) != -1 for n in nodes):
         return None
     without = {str(row["id"]): row for row in never}
     pairs = [(row, without[str(row["id"])]) for row in always if str(row["id"]) in without]
     asked = len({str(row["id"]) for row in (*always, *never)})
-    pairs = [(a, n) for a, n in pairs if _counts(a) and _counts(n)]
+    pairs = [
+        (a, n) for a, n in pairs if _counts(a) and _counts(n) and a.get("p_retrieve") is not None
+    ]
     if not pairs:
         return None
     columns = ([_accuracy(row) for row in mode] for mode in zip(*pairs, strict=True))
@@ -149,7 +152,7 @@ def both_modes(always: Sequence[Row], never: Sequence[Row]) -> BothModes | None:
 
 
 def _counts(row: Row) -> bool:
-    return not row.get("error") and _accuracy(row) is not None and row["p_retrieve"] is not None
+    return not row.get("error") and _accuracy(row) is not None
 
 
 def _accuracy(row: Row) -> float | None:
@@ -185,7 +188,7 @@ def _mode(systems: dict[str, list[Row]], name: str, retrieves: bool) -> list[Row
     found = [
         rows
         for rows in systems.values()
-        if all(bool(row["retrieved"]) == retrieves for row in rows if not row.get("error"))
+        if all(bool(row.get("retrieved")) == retrieves for row in rows if not row.get("error"))
     ]
     return found[0] if len(found) == 1 else []
 
