@@ -25,6 +25,9 @@ ROW_ID_FIELDS = (
     "id", "_id", "qid", "q_id", "question_id", "QuestionId", "query_id", "sample_id", "claim_id",
     "docid",
 )  # fmt: skip
+# In Question.extra, numbers that some question files have: the popularity of what is asked about,
+# and the decile of it among its like.
+RANKS = ("popularity", "decile")
 PASSAGE_TEXT_FIELDS = ("text", "contents", "content")
 
 
@@ -107,6 +110,11 @@ class Question:
     extra: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""  # the instruction as a task words it; "": the question and its choices
     input: str = ""  # the prompt's `### Input:` part
+
+    @property
+    def popularity(self) -> float | None:
+        """How well known is what the question asks about; None if its file does not say."""
+        return self.extra.get("popularity")
 
     @property
     def full_question(self) -> str:

@@ -55,6 +55,17 @@ def answers():
     ]
 
 
+def in_all_modes():
+    """300 answers of one segment in each mode: right without retrieval never, with it 2 of 3."""
+    found = []
+    for system in ("selfrag_always", "selfrag_never", "selfrag_adaptive"):
+        for i in range(300):
+            right, retrieved = i % 3 > 0, system != "selfrag_never"
+            row = answer(i, float(right and retrieved), system=system, retrieved=retrieved)
+            found.append(row | {"p_retrieve": i / 400, "tree": row["tree"][:1]})
+    return found
+
+
 PAPER = [{"system": "Self-RAG 7B", "task": "popqa", "metric": "accuracy", "value": 0.549}]
 
 

@@ -13,8 +13,14 @@ from types import SimpleNamespace
 
 import accelerator
 import pytest
+import retrieve_labels
 from accelerator import PIECES
 from repetitions import some
+
+from selfrag_jax import config
+from selfrag_jax.critic.needs import CHOICES
+from selfrag_jax.records import write_jsonl
+from selfrag_jax.search.config import ALWAYS, NEVER
 
 LAUNCH = Path(__file__).parent.parent / "launch" / "benchmarks"
 
@@ -192,3 +198,65 @@ def test_english_corpora_are_the_same_twice(kind, tmp_path):
     ids = {json.loads(line)["id"] for line in corpus.splitlines()}
     relevant = [set(json.loads(line)["relevant"]) for line in queries.splitlines()]
     assert relevant and all(some and some <= ids for some in relevant)
+
+
+# ---- who decides on retrieval --------------------------------------------------------------------
+def labels_workdir(w):
+    """A finished comparison of 40 questions: rare ones are known by no generator."""
+    rows = [{"id": str(i), "question": f"Who {i}?", "answers": ["yes"]} for i in range(40)]
+    ranked = [r | {"popularity": 10 + i, "decile": i // 10} for i, r in enumerate(rows)]
+    write_jsonl(w / "retrieved/eval/facts.jsonl", ranked)
+    instructions = [{"id": "1", "instruction": "Who?", "output": "yes", "dataset_name": "facts"}]
+    write_jsonl(w / "retrieved/instructions.jsonl", instructions)
+    for choice in CHOICES:
+        folder = w if choice == "self" else w / "retrieve_labels" / choice
+        output = "[Retrieval]yes" if choice == "self" else "[No Retrieval]yes"
+        write_jsonl(folder / "generator_data.jsonl", [instructions[0] | {"output": output}])
+        for mode in (ALWAYS, NEVER):
+            name = "self-row" if choice == "self" else choice
+            file = w / f"retrieve_labels/predictions/{name}/{mode}/facts.jsonl"
+            write_jsonl(file, [labelled_answer(r, choice, mode) for r in rows])
+
+
+def labelled_answer(row, choice, mode):
+    """Retrieval is right for all; without it, the popular half. Only `self` sees the difference."""
+    i, retrieves = int(row["id"]), mode == ALWAYS
+    p = {"self": (40 - i) / 50, "critic": i / 50, "teacher": 0.5}[choice]
+    text = "yes" if retrieves or i >= 20 else "no"
+    node = {"id": 0, "parent": -1, "action": "retrieve" if retrieves else "no_retrieval"}
+    node |= {"passage": None, "text": text, "p_segment": 0.5, "isrel": [0.5, 0.5], "score": 1.0}
+    node |= {"issup": [1.0, 0.0, 0.0], "isuse": [0.2] * 5, "chosen": True, "allowed": True}
+    found = {"id": row["id"], "question": row["question"], "answer": text, "retrieved": retrieves}
+    found |= {"p_retrieve": p, "segments": [], "citations": [], "passages": [], "tree": [node]}
+    return found | {"error": ""}
+
+
+def test_the_choices_of_labels_are_drawn_beside_each_other(tmp_path):
+    labels_workdir(tmp_path)
+    c = config.load("tiny:smoke")
+    c.label.retrieve_labels = "self"  # the quickstart's own generator
+    c.answer.search.threshold = 0.405
+    text = retrieve_labels.Experiment(tmp_path, c, ["facts"], "row", "").report()
+    # By hand: at 0.405, self retrieves for the 20 rare; critic for the 19 most popular.
+    assert "| critic | 0.0 |" in text and "| self | 100.0 |" in text
+    lines = text.splitlines()
+    assert lines[-3:] == [
+        "| critic | 50.0 / 47.5 |", "| teacher | 100.0 / 100.0 |", "| self | 100.0 / 50.0 |"
+    ]  # fmt: skip
+    out = tmp_path / "retrieve_labels" / "report"
+    page = (out / "index.html").read_text()
+    assert page.count("Accuracy against retrieval rate: facts</figcaption>") == 1
+    assert page.count("Accuracy by popularity: facts</figcaption>") == 1
+    assert "oracle order (self)" in page
+    areas = {a["task"]: a for a in json.loads((out / "retrieval_rates.json").read_text())["areas"]}
+    share = {name: area["share_of_oracle"] for name, area in areas.items()}
+    assert share == {
+        "facts, critic": pytest.approx(-1), "facts, teacher": 0, "facts, self": pytest.approx(1)
+    }  # fmt: skip
+    rows = json.loads((out / "popularity.json").read_text())["rows"]
+    value = {(r["system"], r["at"]): r["value"] for r in rows}
+    assert {system for system, _ in value} == {
+        "always", "no retrieval", *(f"adaptive, {choice}" for choice in CHOICES)
+    }  # fmt: skip
+    assert [value["no retrieval", d] for d in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    assert [value["adaptive, self", d] for d in range(4)] == [1.0] * 4

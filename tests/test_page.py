@@ -6,10 +6,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from page_rows import HOSTILE, PAPER, Parsed, answer, answers, results
+from page_rows import HOSTILE, PAPER, Parsed, answer, answers, in_all_modes, results
 
+from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import report, scores
-from selfrag_jax.evaluation.page import figures, plots_of_results, questions
+from selfrag_jax.evaluation.page import figures, plots_of_answers, plots_of_results, questions
 from selfrag_jax.evaluation.page.figures import Curve, Plot
 from selfrag_jax.evaluation.page.page import build_page
 from selfrag_jax.evaluation.page.questions import PageLimits
@@ -95,13 +96,72 @@ def test_answers_without_a_tree_are_shown():
 
 
 # ---- plots ---------------------------------------------------------------------------------------
-def test_popularity_is_binned_by_decade():
-    [plot] = plots_of_results.accuracy_by_popularity(answers())
+def test_popularity_is_drawn_from_rare_to_popular():
+    def drawn(some):
+        return plots_of_answers.popularity_plots(plots_of_answers.answer_curves(some).popularity)
+
+    some = [*answers(), answer(120, 1.0) | {"popularity": None}]
+    [plot] = drawn(some)
     [curve] = plot.curves
-    assert [round(x, 1) for x, *_ in curve.points] == [round(10 ** (d + 0.5), 1) for d in range(5)]
+    assert plot.title == "Accuracy by popularity: popqa" and plot.log_x
+    assert "Left out, without popularity: 1." in plot.note
+    assert [x for x, *_ in curve.points] == [10**d for d in range(5)]
     for _, y, low, high in curve.points:
         assert low < y < high
-    assert not plots_of_results.accuracy_by_popularity([answer(1, 1.0) | {"popularity": None}])
+    [plot] = drawn([a | {"popularity": a["popularity"] / 1e4} for a in answers()])
+    assert not plot.log_x  # shares: below 1, powers of ten have no place
+    [plot] = drawn([a | {"decile": 1 + i % 4} for i, a in enumerate(answers())])
+    assert plot.x == "decile of popularity" and not plot.log_x
+    assert [x for x, *_ in plot.curves[0].points] == [1, 2, 3, 4]
+    assert not drawn([a | {"popularity": None} for a in answers()])
+    assert not drawn([a | {"popularity": 7} for a in answers()])  # a single bin
+
+
+def test_the_curve_of_all_thresholds_stands_in_the_place_of_points():
+    some = in_all_modes()
+    curves = plots_of_answers.answer_curves(some)
+    both = [*results(), *(r | {"system": "no_retrieval"} for r in results()[:2])]
+    by_rate = [p for p in plots_of_results.plots_of(both, some, curves) if p.x.startswith("retr")]
+    [plot] = by_rate
+    assert plot.title == "Accuracy against retrieval rate: popqa"
+    every, random, oracle, *points = plot.curves
+    assert len(every.points) == 200  # of 301 in the file, both ends among them
+    assert every.points[0][:2] == (0.0, 0.0) and every.points[-1][:2] == (1.0, 200 / 300)
+    assert [(x, y) for x, y, *_ in random.points] == [(0.0, 0.0), (1.0, 200 / 300)]
+    assert [(x, y) for x, y, *_ in oracle.points] == [
+        (0.0, 0.0), (200 / 300, 200 / 300), (1.0, 200 / 300)
+    ]  # fmt: skip
+    assert random.dashed and oracle.dashed and not every.dashed
+    assert {c.name for c in points} == {"Self-RAG, adaptive", "No retrieval", "mine <b>"}
+    drawn = figures.figure(plot, 0)
+    Parsed(drawn)
+    assert drawn.count("'line dashed ") == 2 and drawn.count("<circle") == 7 + 3 - 1
+    assert len(curves.files()["retrieval_rates.json"]["rows"]) == 301 + 2 + 3
+
+
+def test_numbers_of_an_earlier_report_go_and_others_stay(tmp_path):
+    report.write_report(results(), answers(), tmp_path, "T")
+    numbers = json.loads((tmp_path / "popularity.json").read_text())
+    assert [r["n"] for r in numbers["rows"]] == [24] * 5 and numbers["left_out"] == {"popqa": 0}
+    assert not (tmp_path / "retrieval_rates.json").exists()  # one mode alone
+    report.write_report(results(), answers()[:5], tmp_path, "T")
+    assert not (tmp_path / "popularity.json").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "popularity.json").write_text("mine")
+    with pytest.raises(UserError, match=r"popularity\.json: was not made by `selfrag report`"):
+        report.write_report(results(), answers(), mine, "T")
+    assert (mine / "popularity.json").read_text() == "mine"
+
+
+def test_curves_side_by_side_keep_their_values_and_whole_numbers_their_ticks():
+    one, other = (Curve(name, ((x, 0.5, 0.4, 0.6),)) for name, x in (("a", 1), ("b", 10)))
+    plot = Plot("t", "x", "y", (one, other), side_by_side=True)
+    text = figures.figure(plot, 0)
+    Parsed(text)
+    assert "translate(-1.5 0)" in text and "translate(1.5 0)" in text
+    assert ">5</text>" in text and ">2.5</text>" not in text
+    assert "translate" not in figures.figure(Plot("t", "x", "y", (one, other)), 0)
 
 
 def test_accuracy_is_shown_against_the_answers_own_critique():

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import chromium
 import pytest
-from page_rows import HOSTILE, PAPER, answers, results
+from page_rows import HOSTILE, PAPER, answers, in_all_modes, results
 
 from selfrag_jax.evaluation import report
+from selfrag_jax.evaluation.page.plots_of_answers import answer_curves
 
 pytestmark = pytest.mark.browser
 
@@ -30,7 +31,8 @@ def browser():
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     out = tmp_path_factory.mktemp("page")
-    report.write_report(results(), answers(), out, "A report", paper=PAPER)
+    curves = answer_curves(in_all_modes())
+    report.write_report(results(), answers(), out, "A report", paper=PAPER, curves=curves)
     return out / "index.html"
 
 

@@ -115,6 +115,40 @@ def test_a_critics_reliability_and_trainings_losses_are_shown(tmp_path, capsys):
             runs.read_reliability(scored.parent)
 
 
+def test_two_modes_side_by_side_show_every_threshold(tmp_path, capsys):
+    """Told by what they did, since both are named selfrag; not of the released scorer."""
+    folders = []
+    for name, retrieved in (("always", True), ("never", False)):
+        one = node(0, "It swims.", chosen=True, passage="Otters swim." if retrieved else "")
+        changed = {"tree": [one], "retrieved": retrieved, "p_retrieve": 0.25}
+        folders.append(write_run(tmp_path / name, {"metrics": {"accuracy": 1.0}}, changed))
+        rows = (folders[-1] / "answers.jsonl").read_text().splitlines()
+        first = json.loads(rows[0]) | changed | {"id": "q0", "question": "Who swims 0?"}
+        lines = [json.dumps(first | {"p_retrieve": 0.75}), rows[1]]
+        (folders[-1] / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    flags = f"--run={folders[0]},{folders[1]}", f"--out={tmp_path / 'both'}"
+    assert cli.main(["report", *flags]) == 0
+    found = json.loads((tmp_path / "both" / "retrieval_rates.json").read_text())
+    curve = [r for r in found["rows"] if r["order"] == "p_retrieve"]
+    assert [(r["retrieval_rate"], r["threshold_from"]) for r in curve] == [
+        (0.0, 0.75), (0.5, 0.25), (1.0, None)
+    ]  # fmt: skip
+    assert {r["task"] for r in curve} == {"popqa"} and found["areas"][0]["n"] == 2
+    text = (tmp_path / "both" / "index.html").read_text()
+    assert "Accuracy against retrieval rate: popqa</figcaption>" in text
+    for folder in folders:
+        for config in (
+            {"answer": {"search": {"scorer": "paper"}}, "changes": {"scorer": "released"}},
+            {"answer": {"search": {"scorer": "released"}}, "changes": {}},
+        ):
+            file = folder / "answers.jsonl.manifest.json"
+            file.write_text(json.dumps({"config": config}))
+            assert runs.read_run(folder).questions[0]["scorer"] == "released"
+    assert cli.main(["report", *flags]) == 0
+    assert not (tmp_path / "both" / "retrieval_rates.json").exists()
+    capsys.readouterr()
+
+
 def test_the_retrieval_rates_of_one_system_are_those_of_its_tasks():
     values = {"accuracy": [1.0, 0.0], "retrieval_rate": [1.0, 1.0]}
     rows = [r for t in ("popqa", "asqa") for r in scores.result_rows("selfrag", t, values, 0)]
@@ -132,6 +166,7 @@ def test_the_retrieval_rates_of_one_system_are_those_of_its_tasks():
         ({"id": "other"}, r"answers\.jsonl:2: id 'q1' is not in scores\.jsonl"),
         ({"metrics": {"f1": float("nan")}}, r"scores\.jsonl:2: metric f1 must be a finite number"),
         ({"popularity": "high"}, r"scores\.jsonl:2: popularity must be a finite number"),
+        ({"decile": True}, r"scores\.jsonl:2: decile must be a finite number"),
         ({"metrics": {"f1": 10**400}}, r"scores\.jsonl:2: metric f1 must be a finite number"),
         ({"metrics": [1]}, r"scores\.jsonl:2: field 'metrics' must be an object"),
         ({"gold": 5}, r"scores\.jsonl:2: field 'gold' must be a list"),

@@ -16,7 +16,7 @@ from selfrag_jax.data import question_fields
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import metrics
-from selfrag_jax.records import Passage, Question
+from selfrag_jax.records import Passage, Question, write_jsonl
 from selfrag_jax.text import prompts
 from selfrag_jax.text.tokenizer import INPUT, Control
 
@@ -43,6 +43,11 @@ LAYOUTS = [
         "PopQA",
         {"id": "1", "question": "q", "possible_answers": '["map finder"]', "s_pop": "142"},
         {"id": "1", "answers": ("map finder",), "extra": {"popularity": 142.0}},
+    ),
+    (
+        "facts with the decile of their popularity",
+        {"question": "q", "answers": ["a"], "popularity": 7, "decile": 3, "entity": "X"},
+        {"answers": ("a",), "extra": {"popularity": 7.0, "decile": 3.0}},
     ),
     ("EntityQuestions", {"question": "q", "answers": ["a"]}, {"answers": ("a",)}),
     (
@@ -358,6 +363,13 @@ SAID = "field 'possible_answers' holds"
         ),
         ({"question": "q", "s_pop": "many"}, "field 's_pop' must be a number, found 'many'"),
         ({"question": "q", "s_pop": float("nan")}, "must be a number"),
+        ({"question": "q", "popularity": [1]}, "field 'popularity' must be a number, found"),
+        ({"question": "q", "popularity": True}, "field 'popularity' must be a number, found"),
+        ({"question": "q", "s_pop": 10**400}, "field 's_pop' must be a number, found '1000"),
+        (
+            {"question": "q", "popularity": 5, "decile": "rare"},
+            "field 'decile' must be a number, found 'rare'",
+        ),
         ({"question": "q", "context": [["T"]]}, r"context item 1: expected \[title"),
         (
             {"question": "q", "context": {"title": ["T"], "sentences": []}},
@@ -611,3 +623,11 @@ def test_an_input_reaches_prompt_and_query(talkative):
 
     rag._retrieve([(plain, []), (with_input, ["First."])], 1)
     assert found == ["Who?", "Who? [Retrieval] Mara First."]
+
+
+def test_a_question_tells_its_popularity(tmp_path):
+    rows = [{"question": "q", "s_pop": "142"}, {"question": "r", "decile": 3}]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    known, unknown = read_questions(tmp_path / "q.jsonl")
+    assert known.popularity == 142.0 and unknown.popularity is None
+    assert not unknown.extra  # a decile of nothing

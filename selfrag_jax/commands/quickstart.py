@@ -24,6 +24,7 @@ from selfrag_jax.commands.embed import embed_corpus
 from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.label import label_file
 from selfrag_jax.commands.plain_data import baseline_data
+from selfrag_jax.commands.plotted_answers import plotted_curves, scored_fields
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
@@ -138,6 +139,7 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
         tables.TITLE,
         paired_differences([w], c.report.seed),
         plots=training_plots(w),
+        curves=plotted_curves(w),
         limits=PageLimits(c.report.examples),
     )
     _announce(f"     {round((time.monotonic() - started) / 60, 2)} minutes in this run")
@@ -329,7 +331,8 @@ def shown_answers(w: Path) -> list[Row]:
             for row in answers:
                 one = scored[str(row["id"])]
                 added = {"system": system, "task": task, "gold": one["gold"]}
-                shown.append(row | added | {"metrics": {"accuracy": one["metrics"]["accuracy"]}})
+                only_accuracy = {"metrics": {"accuracy": one["metrics"]["accuracy"]}}
+                shown.append(row | added | scored_fields(one) | only_accuracy)
     return shown
 
 

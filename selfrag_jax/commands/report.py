@@ -40,6 +40,7 @@ def _folders(values: dict[str, Any], flag: str) -> list[Path]:
 
 
 def _report_quickstarts(values: dict[str, Any]) -> Path:
+    from selfrag_jax.commands.plotted_answers import plotted_curves
     from selfrag_jax.commands.quickstart import paired_differences, shown_answers, training_plots
     from selfrag_jax.evaluation import report, tables
     from selfrag_jax.evaluation.page.questions import PageLimits
@@ -62,6 +63,7 @@ def _report_quickstarts(values: dict[str, Any]) -> Path:
         title,
         differences,
         plots=training_plots(workdirs[0]),
+        curves=plotted_curves(workdirs[0]),
         limits=PageLimits(values["examples"]),
     )
     print(tables.markdown(rows, differences))

@@ -17,6 +17,7 @@ ALCE's ASQA, ELI5, QAMPARI  qa_pairs, annotations, docs; claims; answers [[alias
 QAMPARI (original)          question_text, answer_list [{answer_text, aliases}]
 FActScore                   input, topic, cat; output is another model's text, not gold
 the synthetic world         options, the closed set; facts [[relation, value]]
+any                         popularity, and its decile: numbers
 """
 
 from __future__ import annotations
@@ -67,5 +68,6 @@ NUMBERED = "numbered_answer"  # in Question.extra: the right choice's label, if 
 PASSAGES = ("ctxs", "top_contexts", "docs")
 CONTEXT = ("context", "contexts", "paragraphs", "passage")
 POPULARITY = ("popularity", "s_pop")
+DECILE = "decile"  # of popularity, among questions of its like
 # The field that holds the rows of a JSON file with one object.
 ROWS = ("data", "Data")

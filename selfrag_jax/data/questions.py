@@ -172,6 +172,8 @@ def _extra(where: str, row: Row) -> dict[str, Any]:
     name = next((n for n in fields.POPULARITY if row.get(n) is not None), "")
     if name:
         extra["popularity"] = _number(where, name, row[name])
+        if row.get(fields.DECILE) is not None:
+            extra[fields.DECILE] = _number(where, fields.DECILE, row[fields.DECILE])
     return extra
 
 
@@ -193,8 +195,8 @@ def _check_qa_pairs(where: str, pairs: Any) -> None:
 def _number(where: str, name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # JSON has integers of any size
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: field {name!r} must be a number, found {value!r}")
+        raise UserError(f"{where}: field {name!r} must be a number, found {str(value)[:40]!r}")
     return number

@@ -13,7 +13,7 @@ from selfrag_jax.evaluation.answer_rows import Row, cited_passages, pair, retrie
 from selfrag_jax.evaluation.fact_precision import FactVerifier
 from selfrag_jax.evaluation.judges import EntailmentJudge
 from selfrag_jax.evaluation.metrics import FactReader, SupportJudge
-from selfrag_jax.records import Question
+from selfrag_jax.records import RANKS, Question
 from selfrag_jax.search import scoring
 from selfrag_jax.text import reflection
 from selfrag_jax.text.sentences import split_sentences
@@ -108,8 +108,7 @@ def _score_row(q: Question, row: Row, values: dict[str, float | None]) -> Row:
         "retrieved": bool(row["retrieved"]),
         "metrics": known,
     }
-    popularity = q.extra.get("popularity")
-    return scored if popularity is None else scored | {"popularity": popularity}
+    return scored | {name: q.extra[name] for name in RANKS if name in q.extra}
 
 
 def gold_texts(q: Question) -> list[str]:

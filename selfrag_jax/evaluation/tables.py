@@ -130,13 +130,23 @@ def metric_table(
         for r in rows
         if r["metric"] == metric and r["system"] != "critic"
     }
-    systems = _in_order([s for s, _ in found], SYSTEMS)
-    return systems, _in_order([t for _, t in found], TASKS), found
+    systems = systems_in_order([s for s, _ in found])
+    return systems, tasks_in_order([t for _, t in found]), found
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
     """Returns the metrics of answers in `rows`, in the order of METRIC_TITLES, others after."""
     return _in_order([r["metric"] for r in rows if r["system"] != "critic"], tuple(METRIC_TITLES))
+
+
+def systems_in_order(names: Sequence[str]) -> list[str]:
+    """Returns each system once, in the order of all reports."""
+    return _in_order(names, SYSTEMS)
+
+
+def tasks_in_order(names: Sequence[str]) -> list[str]:
+    """Returns each task once: the synthetic world's in its order, then the others."""
+    return _in_order(names, TASKS)
 
 
 def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:

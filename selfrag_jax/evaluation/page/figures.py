@@ -12,15 +12,17 @@ Point = tuple[float, float, float | None, float | None]
 
 _WIDTH, _HEIGHT = 420, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
+_SHIFT = 3  # between curves that stand side by side
 _COLOURS = 8  # classes c0 to c7 in style.css
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line, or one set of points, of a plot."""
+    """One line, or one set of points, of a plot. dashed: a reference, a line without points."""
 
     name: str
     points: tuple[Point, ...]
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Plot:
     lines: connect the points of a curve.
     share_x, share_y: the axis holds shares, printed in per cent.
     diagonal: draw y = x, where a calibrated model lies.
+    side_by_side: shift the curves a little, so that bars at the same x can be told apart.
     """
 
     title: str
@@ -41,6 +44,7 @@ class Plot:
     share_x: bool = False
     share_y: bool = True
     diagonal: bool = False
+    side_by_side: bool = False
     note: str = ""
 
 
@@ -113,7 +117,8 @@ class _Axis:
             self.high = max(math.ceil(math.log10(max(max(values), 1))), self.low + 1)
             self.ticks = [10.0**e for e in range(int(self.low), int(self.high) + 1)]
         else:
-            step = _round_step(max(max(values) - min(0.0, *values), 1e-9) / 4)
+            whole = all(v == round(v) for v in values)
+            step = _round_step(max(max(values) - min(0.0, *values), 1e-9) / 4, whole)
             self.low = step * math.floor(min(0.0, *values) / step)
             self.high = step * math.ceil(max(values) / step)
             count = round((self.high - self.low) / step)
@@ -125,10 +130,14 @@ class _Axis:
         return self.start + (v - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _round_step(rough: float) -> float:
-    """Returns the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`."""
+def _round_step(rough: float, whole: bool) -> float:
+    """Returns the smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`.
+
+    whole: not 2.5, since the axis holds whole numbers.
+    """
     power = 10 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    factors = (1, 2, 5, 10) if whole and power == 1 else (1, 2, 2.5, 5, 10)
+    return next(m * power for m in factors if m * power >= rough * (1 - 1e-9))
 
 
 def _svg(plot: Plot, curves: Sequence[Curve]) -> str:
@@ -139,7 +148,9 @@ def _svg(plot: Plot, curves: Sequence[Curve]) -> str:
     if plot.diagonal:
         parts.append(_line("diagonal", x.at(0), y.at(0), x.at(1), y.at(1)))
     for i, curve in enumerate(curves):
-        parts += _curve(plot, curve, f"c{i % _COLOURS}", x, y)
+        drawn = "".join(_curve(plot, curve, f"c{i % _COLOURS}", x, y))
+        shift = _SHIFT * (i - (len(curves) - 1) / 2) if plot.side_by_side else 0
+        parts.append(f"<g transform='translate({shift:g} 0)'>{drawn}</g>" if shift else drawn)
     label = _attribute(f"{plot.title}: {plot.y} against {plot.x}; the numbers follow as a table")
     return (
         f"<svg class='plot' role='img' aria-label='{label}' viewBox='0 0 {_WIDTH} {_HEIGHT}'>"
@@ -177,9 +188,10 @@ def _tick(value: float, share: bool) -> str:
 def _curve(plot: Plot, curve: Curve, colour: str, x: _Axis, y: _Axis) -> Iterator[str]:
     if plot.lines and len(curve.points) > 1:
         path = " ".join(f"{x.at(p[0]):.1f},{y.at(p[1]):.1f}" for p in curve.points)
-        yield f"<polyline class='line {colour}' points='{path}'/>"
-    many = len(curve.points) > 40  # a training's losses: the line alone
-    for at, value, low, high in () if many else curve.points:
+        dashed = " dashed" if curve.dashed else ""
+        yield f"<polyline class='line{dashed} {colour}' points='{path}'/>"
+    line_alone = curve.dashed or len(curve.points) > 40  # a training's losses
+    for at, value, low, high in () if line_alone else curve.points:
         if low is not None and high is not None:
             yield _line(f"whisker {colour}", x.at(at), y.at(low), x.at(at), y.at(high))
         ends = "" if low is None or high is None else f", {_tip(low, high, plot.share_y)}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from selfrag_jax.evaluation.page.figures import Curve, Plot, Point
+from selfrag_jax.evaluation.page.plots_of_answers import (
+    AnswerCurves,
+    answer_curves,
+    plots_of_answers,
+)
 from selfrag_jax.evaluation.scores import AMOUNTS
 from selfrag_jax.evaluation.tables import (
     Row,
@@ -51,30 +55,6 @@ def accuracy_against_retrieval(rows: Sequence[Row]) -> list[Plot]:
 
 def _point(x: float, row: Row) -> Point:
     return x, row["value"], row["low"], row["high"]
-
-
-def accuracy_by_popularity(questions: Iterable[Row]) -> list[Plot]:
-    """Returns a plot of accuracy in each decade of popularity; none where rows have none."""
-    by_system: dict[str, dict[int, list[float]]] = {}
-    for q in questions:
-        popularity, accuracy = q.get("popularity"), q.get("metrics", {}).get("accuracy")
-        if popularity is None or accuracy is None:
-            continue
-        decade = math.floor(math.log10(max(float(popularity), 1)))
-        by_system.setdefault(q.get("system", ""), {}).setdefault(decade, []).append(accuracy)
-    if not by_system:
-        return []
-    curves = tuple(
-        Curve(
-            system_title(system) or "accuracy",
-            tuple(_mean_point(10 ** (d + 0.5), v) for d, v in sorted(decades.items())),
-        )
-        for system, decades in by_system.items()
-    )
-    note = "Questions in bins of one decade; the bars are 95% Wilson intervals."
-    return [
-        Plot("Accuracy by popularity", "popularity", "accuracy (%)", curves, log_x=True, note=note)
-    ]
 
 
 def _mean_point(x: float, values: Sequence[float]) -> Point:
@@ -189,10 +169,17 @@ def _along(points: Sequence[Row], setting: str, metric: str) -> Curve:
     return Curve(metric.replace("_", " "), tuple(found))
 
 
-def plots_of(rows: Sequence[Row], questions: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Returns the plots that need nothing but the results and the questions."""
+def plots_of(
+    rows: Sequence[Row], questions: Sequence[Row], curves: AnswerCurves | None = None
+) -> list[Plot]:
+    """Returns the plots that need nothing but the results and the questions.
+
+    curves: of more answers than `questions`. A task's curve of all thresholds stands in the place
+    of its systems' points.
+    """
+    curves = curves or answer_curves(questions)
     return [
-        *accuracy_by_popularity(questions),
-        *accuracy_against_retrieval(rows),
+        *plots_of_answers(curves, rows),
+        *accuracy_against_retrieval([r for r in rows if r["task"] not in curves.modes]),
         *accuracy_by_support(questions),
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selfrag_jax import artifacts
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.answer_checks import (
     check_answer,
@@ -18,7 +19,7 @@ from selfrag_jax.evaluation.answer_checks import (
 from selfrag_jax.evaluation.systems import BY_NAME, FULL
 from selfrag_jax.evaluation.tables import INTERVAL, Row, read_results, system_title
 from selfrag_jax.files import read_object
-from selfrag_jax.records import read_rows
+from selfrag_jax.records import RANKS, read_rows
 
 _NODE_FIELDS = frozenset({"passage", "text", "p_segment", "isuse", "score", "chosen"})
 # The critiques of a node, and how many probabilities each has; all but isuse need a passage.
@@ -54,6 +55,7 @@ def read_run(folder: str | Path) -> EvaluatedRun:
     common = {
         "system": next(iter(systems)) if len(systems) == 1 else "",
         "task": next(iter(tasks)) if len(tasks) == 1 else "",
+        "scorer": _scorer(folder / "answers.jsonl"),
     }
     scores: dict[str, tuple[str, Row]] = {}
     for where, row in read_rows(folder / "scores.jsonl"):
@@ -68,6 +70,19 @@ def read_run(folder: str | Path) -> EvaluatedRun:
             f"they are not of one evaluation"
         )
     return EvaluatedRun(rows, questions, _published(rows))
+
+
+def _scorer(answers: Path) -> str:
+    """The scorer of a file of answers, by its manifest; the paper's for those of other programs."""
+    manifest = artifacts.manifest_path(answers)
+    made = read_object(manifest, ()).get("config") if manifest.is_file() else None
+    settings = made if isinstance(made, dict) else {}
+    for name in ("answer", "search"):
+        settings = settings | (settings.get("changes") or {})
+        if "scorer" in settings:
+            break
+        settings = settings.get(name) or {}
+    return str(settings.get("scorer", "paper"))
 
 
 def _published(rows: list[Row]) -> list[Row]:
@@ -189,14 +204,16 @@ def _question(
     for name, value in metrics.items():
         if not is_finite(value):
             raise UserError(f"{at}: metric {name} must be a finite number, found {value!r}")
-    popularity = scored.get("popularity")
-    if popularity is not None and not is_finite(popularity):
-        raise UserError(f"{at}: popularity must be a finite number, found {popularity!r}")
+    ranks = {name: scored.get(name) for name in RANKS}
+    for name, value in ranks.items():
+        if value is not None and not is_finite(value):
+            raise UserError(f"{at}: {name} must be a finite number, found {value!r}")
     both = {
         "system": scored.get("system") or common["system"],
         "task": scored.get("task") or common["task"] or row.get("task", ""),
+        "scorer": common["scorer"],
     }
-    return row | both | {"gold": gold, "metrics": metrics, "popularity": popularity}
+    return row | both | ranks | {"gold": gold, "metrics": metrics}
 
 
 def _check_node(where: str, node: Row) -> None:
