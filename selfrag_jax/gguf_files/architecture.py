@@ -148,17 +148,18 @@ def _vocabulary_rows(header: GgufHeader, stated: int | None) -> int:
 def _rope_scaling(
     header: GgufHeader, row: dict[str, Any], head_dim: int, theta: float
 ) -> RopeScaling | None:
-    kind = row.get("rope.scaling.type", "none")
+    # As llama.cpp does: a factor alone is linear, and none is 1.
+    kind, factor = row.get("rope.scaling.type", "linear"), row.get("rope.scaling.factor") or 1.0
     if kind not in ("none", "linear"):
         raise _refused(header, "rope.scaling.type", kind, "only 'none' and 'linear'")
+    is_scaled = kind == "linear" and factor != 1.0
     if ROPE_FACTORS in header.tensors:
-        if kind != "none":
-            raise _refused(header, "rope.scaling.type", kind, f"there is {ROPE_FACTORS!r}, too")
+        if is_scaled:
+            raise _refused(header, "rope.scaling.factor", factor, f"there is {ROPE_FACTORS!r}, too")
         return _llama3_scaling(header, head_dim, theta)
-    if kind == "none":
+    if not is_scaled:
         return None
-    factor = row.get("rope.scaling.factor")
-    return RopeScaling(kind, _positive(header, "rope.scaling.factor", factor), 0.0, 0.0, 0)
+    return RopeScaling("linear", _positive(header, "rope.scaling.factor", factor), 0.0, 0.0, 0)
 
 
 def _llama3_scaling(header: GgufHeader, head_dim: int, theta: float) -> RopeScaling | None:
