@@ -245,7 +245,7 @@ def test_llamas_pieces_give_the_stored_ids(tmp_path, mode):
     for row in TEXTS:
         assert tokenizer.encode(row["text"]) == original.encode(row["text"]), row
     plain = [r for r in TEXTS if not re.search(r"</?s>|<unk>|\[.*\]|paragraph>", r["text"])]
-    assert len(plain) > 200
+    assert len(plain) > 150
     for row in plain:
         assert [1, *tokenizer.encode(row["text"])] == row[mode], row
 
@@ -353,7 +353,7 @@ FAULTS = {
     "uneven heads": ({"llama.attention.head_count_kv": 3}, "num_heads=4 is not a multiple of"),
     "part of a head": ({"llama.rope.dimension_count": 32}, r"dimension_count=32.*only.*64"),
     "vocabulary": ({"llama.vocab_size": 7}, r"vocab_size=7, but 'token_embd.weight' has 500 rows"),
-    "shape": ({"llama.feed_forward_length": 64}, r"has shape \(512, 256\).*should be \(64, 256\)"),
+    "shape": ({"llama.feed_forward_length": 64}, r"has shape \(256, 512\); by .*be \(256, 64\)"),
     "layers": ({"llama.block_count": 1}, r"'blk.1.\w+.weight' has no place in a Llama of 1 layers"),
     "missing layer": ({"llama.block_count": 3}, r"tensor 'blk.2.attn_norm.weight' is missing"),
     "a part": ({"split.count": 3}, r"is one of 3 parts \(split.count\); join them"),
@@ -387,7 +387,7 @@ def test_a_tensor_that_a_llama_lacks_is_named(file, capsys):
     extra = file(tensors={"blk.0.attn_q_norm.weight": ones})
     assert "tensor 'blk.0.attn_q_norm.weight' has no place" in refused(extra, capsys)
     some_bias = file(tensors={"blk.0.attn_q.bias": ones})  # and no others
-    assert "tensor 'blk.1.attn_q.bias' is missing" in refused(some_bias, capsys)
+    assert "tensor 'blk.0.attn_k.bias' is missing" in refused(some_bias, capsys)
     without = file(without=["model.embed_tokens.weight"])
     assert "tensor 'token_embd.weight' is missing" in refused(without, capsys)
     strange = file(tensors={"rope_freqs.weight": np.linspace(1, 2, 32, dtype=np.float32)})
