@@ -31,14 +31,19 @@ def add_passages(
 ) -> int:
     """Adds a corpus to a finished index as a new segment; returns the number of new passages.
 
-    reading: how the corpus is read. Raises UserError for ids that the index has already.
+    The corpus is split and read as that of the index was. reading: names of its fields that
+    differ; of an index that does not know how it was read, all of it. Raises UserError for ids that
+    the index has already, and for another `split` than the index has.
     """
     from selfrag_jax.retrieval import index, segments
 
     out = artifacts.require_finished(out, "index")
-    corpus = Corpus(passages, reading)
+    reading = reading or CorpusConfig()
     with artifacts.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
+        if built := opened.segments[0].store.reading():
+            reading = reading.adding_to(built)
+        corpus = Corpus(passages, reading)
         name = f"{len(opened.segments):04d}"
         folder = out / index.SEGMENTS / name
         shutil.rmtree(folder, ignore_errors=True)  # of an addition killed before it counted
@@ -52,7 +57,7 @@ def add_passages(
         like = opened.segments[0].vectors.layout
         try:
             work = embedding.EmbeddingWork.start_addition(unfinished, corpus, opened.encoder, like)
-            _refuse_known_ids(opened, work)
+            _refuse_known_ids(opened, work, corpus.may_split())
         except UserError:
             shutil.rmtree(unfinished)
             raise
@@ -71,8 +76,12 @@ def add_passages(
         return len(work.store)
 
 
-def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork) -> None:
-    """Raises UserError naming an id that an index has already."""
+def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork, may_split: bool) -> None:
+    """Raises UserError naming an id that an index has already.
+
+    may_split: a document may have become several passages. One that had several before and has one
+    now, or one before and several now, is known, too.
+    """
     for start in range(0, len(work.store), BATCH_ROWS):
         ids = [p.id for p in work.store.read(start, start + BATCH_ROWS)]
         rows = opened.rows_of(ids)
@@ -80,6 +89,17 @@ def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork) -> None:
             known = ids[int(np.argmax(rows >= 0))]
             raise UserError(
                 f"id {known!r} is in the index already; remove it first (`selfrag index --remove`)"
+            )
+        if not may_split:
+            continue
+        before = [i.removesuffix("#1") if i.endswith("#1") else f"{i}#1" for i in ids]
+        rows = opened.rows_of(before)
+        if (rows >= 0).any():
+            i = int(np.argmax(rows >= 0))
+            document = ids[i].removesuffix("#1")
+            raise UserError(
+                f"document {document!r} is in the index already, as {before[i]!r}; remove "
+                f"{document!r} first (`selfrag index --remove`)"
             )
 
 
