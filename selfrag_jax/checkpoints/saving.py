@@ -170,7 +170,7 @@ def _close_after(stop: BaseException, manager, workdir: str | Path) -> None:
 
 
 def _explain_failed_write(e: Exception, workdir: str | Path) -> str:
-    """Returns what to tell the user of a failed write; "" if the disk or bucket is not the cause."""
+    """What to tell the user of a failed write; "" if the disk or bucket is not the cause."""
     code = re.search(r"os_error_code='(\d+)'", str(e)) if isinstance(e, ValueError) else None
     if code:  # from tensorstore
         reason = os.strerror(int(code.group(1)))

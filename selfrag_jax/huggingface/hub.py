@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
@@ -15,6 +16,7 @@ from selfrag_jax.storage.paths import as_path, explained, is_remote
 
 WORKDIR_FILE = "model.json"  # what a training workdir has, and no other folder
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
+_COMMIT = r"[0-9a-f]{40}"  # the name of a folder of the hub's cache
 # Not consolidated.safetensors, which is a second copy of the weights.
 _SAFETENSORS = ["model*.safetensors", "adapter_model.safetensors"]
 _DOWNLOADED_FILES = [*_SAFETENSORS, "*.json", "*.jinja", "tokenizer.model"]
@@ -56,7 +58,26 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
             problem = "is a file" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected the folder of a model")
         return path
-    return _download(str(name), patterns, needs_weights)
+    wanted = (str(name), tuple(patterns))
+    if wanted not in _found or not _found[wanted].is_dir():
+        _found[wanted] = _download(str(name), patterns, needs_weights)
+    return _found[wanted]
+
+
+# What this process has found on the hub, by name and patterns of files. The hub is asked once: its
+# answer takes a second, and another commit may be there by the next time.
+_found: dict[tuple[str, tuple[str, ...]], Path] = {}
+
+
+def forget_found() -> None:
+    """Lets this process ask the hub again."""
+    _found.clear()
+
+
+def _commit(name: str) -> dict[str, str]:
+    """The commit whose files this process has already, so that all of its files are of one."""
+    folders = [folder.name for (found, _), folder in _found.items() if found == name]
+    return {"revision": folders[0]} if folders and re.fullmatch(_COMMIT, folders[0]) else {}
 
 
 def _in_bucket(address: str) -> Path:
@@ -80,14 +101,13 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
 
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        where: dict[str, Any] = {"local_files_only": offline} | _commit(name)
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **where))
         if not needs_weights:
             return folder
         if not _has_any(folder, _SAFETENSORS):
             patterns = [*patterns, *_TORCH_FILES]
-            folder = Path(
-                snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
-            )
+            folder = Path(snapshot_download(name, allow_patterns=patterns, **where))
         if not _has_any(folder, _SAFETENSORS + _TORCH_FILES):
             if offline:  # `selfrag compile` downloads config.json alone
                 raise UserError(
