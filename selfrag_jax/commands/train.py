@@ -71,6 +71,7 @@ def train_model(
     import jax
 
     from selfrag_jax.checkpoints import workdirs
+    from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.data.published_files import Faults
     from selfrag_jax.training import length
     from selfrag_jax.training.starting_model import starting_model
@@ -102,7 +103,8 @@ def train_model(
         return read_source(c, role, section, path, start.tokenizer, weights, released, faults)
 
     with waiting(name, "reads the rows", is_main_process):
-        source, held_out_rows = hold_out(read(data), held_out, section.seed, read, name)
+        rows = read(data)
+        source, held_out_rows = hold_out(rows, held_out, section.seed, read, name)
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     # A host may hold its own copy of the data.
@@ -131,6 +133,8 @@ def train_model(
         )  # fmt: skip
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
+        if isinstance(rows, GeneratorSource):  # by which `selfrag ask` knows a baseline
+            counts["reflection_tokens"] = rows.has_reflection_tokens()
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
     current().barrier("trained")
 
