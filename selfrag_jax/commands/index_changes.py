@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.index_plan import PLAN, plan_of
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import open_text, read_json, write_json
@@ -39,7 +39,7 @@ def add_passages(
 
     out = artifacts.require_finished(out, "index")
     reading = reading or CorpusConfig()
-    with artifacts.exclusive_workdir(out):
+    with locks.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         if built := opened.segments[0].store.reading():
             reading = reading.adding_to(built)
@@ -118,7 +118,7 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
     ids = [lines[i] for i in numbers]
     if not ids:
         raise UserError(f"{ids_file}: lists no ids; expected one on each line")
-    with artifacts.exclusive_workdir(out):
+    with locks.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         rows = opened.rows_of(ids)
         missing = np.flatnonzero(rows < 0)

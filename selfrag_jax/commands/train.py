@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax import config as configs
 from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag, config_flag, load_config
 from selfrag_jax.commands.default_config import config_for_base
@@ -111,7 +111,7 @@ def train_model(
     length.check_length(role, change, section, source, workdir)
 
     # 4. Train. One process locks the workdir; all check that it holds this same training.
-    with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
+    with locks.exclusive_workdir(workdir) if is_main_process else nullcontext():
         if change is not None:
             length.change_length(name, change, made, inputs, section, source, workdir)
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
