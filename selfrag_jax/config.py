@@ -233,6 +233,8 @@ def _field_values(cls: type[Any], section: Any, name: str) -> dict[str, Any]:
     values = {}
     for key, value in section.items():
         nested = _nested_dataclass(types[key])
+        if value is None and fields[key].default == "none":
+            value = "none"  # --config.x=none: here a word as any other
         if nested is not None and value is not None:
             values[key] = build(nested, value, f"{name}.{key}")
         else:

@@ -415,6 +415,11 @@ def test_build_refuses_fields_of_the_wrong_type(change, message):
         config.build(TrainConfig, section, "generator")
 
 
+def test_none_is_a_word_where_a_field_has_such_a_value():
+    c = config.override(config.load("generator_7b"), ["generator.remat=none"])
+    assert config.build(TrainConfig, c.generator, "generator").remat == "none"
+
+
 def test_both_variants_of_tiny_build_every_section():
     sections = dict(
         world=WorldConfig,

@@ -22,6 +22,8 @@ from selfrag_jax.retrieval.plan import IndexConfig
 if TYPE_CHECKING:
     from selfrag_jax.retrieval.index import Index
 
+_LONG_ID = 60  # characters: what is longer is a line of something else
+
 
 def add_passages(
     out: str | Path,
@@ -97,9 +99,10 @@ def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork, may_split: b
         if (rows >= 0).any():
             i = int(np.argmax(rows >= 0))
             document = ids[i].removesuffix("#1")
+            pieces = "in several passages" if before[i].endswith("#1") else "in one passage"
             raise UserError(
-                f"document {document!r} is in the index already, as {before[i]!r}; remove "
-                f"{document!r} first (`selfrag index --remove`)"
+                f"document {document!r} is in the index already, {pieces}; remove it first "
+                "(`selfrag index --remove`)"
             )
 
 
@@ -125,7 +128,11 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
         pieces = _rows_of_pieces(opened, [ids[i] for i in missing])
         for i, of_document in zip(missing, pieces, strict=True):
             if not of_document:
-                raise UserError(f"{ids_file}:{numbers[i] + 1}: the index has no passage {ids[i]!r}")
+                id_ = ids[i] if len(ids[i]) < _LONG_ID else f"{ids[i][:_LONG_ID]}..."
+                raise UserError(
+                    f"{ids_file}:{numbers[i] + 1}: the index has no passage {id_!r}; --remove "
+                    "takes a file of ids, one on each line"
+                )
         rows = np.concatenate([rows[rows >= 0], *(np.array(p, np.int64) for p in pieces)])
         removed = np.union1d(opened.removed, rows)
         if len(removed) == sum(len(segment) for segment in opened.segments):
