@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import traceback
 import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -37,7 +38,8 @@ def load(spec: str) -> ConfigDict:
 
     spec: an installed config (`tiny`), one of its variants (`tiny:smoke`), or a path with or
     without a variant (`my/config.py:variant`).
-    Raises UserError if there is no such file or variant, and lists those that exist.
+    Raises UserError if there is no such file or variant, and lists those that exist; and for what
+    the file's own code raises, with its line.
     """
     name, _, variant = spec.partition(":")
     path = _find(name, spec)
@@ -50,12 +52,29 @@ def load(spec: str) -> ConfigDict:
         raise UserError(f"--config={spec}: {e}") from None
     except TypeError as e:
         if not variant or "positional argument" not in str(e):
-            raise
+            raise _error_in(path, spec, e) from e
         raise UserError(
             f"--config={spec}: {path.stem} has no variants; leave {':' + variant!r} out"
         ) from None
+    except UserError:  # of another config, that this one begins with
+        raise
+    except Exception as e:
+        raise _error_in(path, spec, e) from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config() of {path} returns a {type(config).__name__}; expected "
+            "an ml_collections.ConfigDict"
+        )
     config.lock()
     return config
+
+
+def _error_in(path: Path, spec: str, e: Exception) -> UserError:
+    """The error of a config's own code, with the last line of its file that it came through."""
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [f":{frame.lineno}" for frame in frames if Path(frame.filename) == path.absolute()]
+    said = " ".join(str(e).split())
+    return UserError(f"--config={spec}: {path}{''.join(lines[-1:])}: {type(e).__name__}: {said}")
 
 
 def _find(name: str, spec: str) -> Path:
@@ -214,6 +233,8 @@ def _field_values(cls: type[Any], section: Any, name: str) -> dict[str, Any]:
     values = {}
     for key, value in section.items():
         nested = _nested_dataclass(types[key])
+        if value is None and fields[key].default == "none":
+            value = "none"  # --config.x=none: here a word as any other
         if nested is not None and value is not None:
             values[key] = build(nested, value, f"{name}.{key}")
         else:

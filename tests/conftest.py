@@ -26,6 +26,7 @@ from hypothesis import settings
 
 from selfrag_jax.base_model.source import make_tokenizer
 from selfrag_jax.checkpoints.loading import LoadedModel
+from selfrag_jax.huggingface import hub
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.world.encyclopedia import WorldConfig, build_world
 
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for name in {"quickstart", "trained", "measured"}.intersection(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(autouse=True)
+def unknown_hub():
+    """Lets each test find models of its own under the same names of the hub."""
+    hub.forget_found()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from plain_search import make_passages, make_rag
 
-from selfrag_jax import artifacts
+from selfrag_jax import locks
 from selfrag_jax.commands.answer import answer_file, answering_time
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import write_jsonl
@@ -54,7 +54,7 @@ def test_an_interrupted_answer_file_is_continued(talkative, tmp_path):
     assert not out.exists()
 
     with open(partial, "a") as f:  # another process is answering the same questions
-        artifacts.lock_file(f, out)
+        locks.lock_file(f, out)
         with pytest.raises(UserError, match=r"a\.jsonl: another process is writing it"):
             answer_file(rag, questions, out, None, dict(changes))
 

@@ -12,9 +12,9 @@ import pytest
 from plain_search import make_passages, make_questions, make_rag
 
 from selfrag_jax.answering.asked import missing_names
-from selfrag_jax.answering.citations import Citation, cite
+from selfrag_jax.answering.citations import Citation, cite, doubts
 from selfrag_jax.answering.config import DEFAULT
-from selfrag_jax.answering.records import _doubts
+from selfrag_jax.answering.records import make_answer
 from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.base_model.source import make_tokenizer
 from selfrag_jax.errors import UserError
@@ -253,35 +253,39 @@ def test_every_citation_points_into_the_answer(talkative):
         assert a.num_tokens == sum(n["num_tokens"] for n in a.tree) > a.num_answer_tokens
 
 
+def node_by_hand(rag, text, passage):
+    """A first segment that is relevant and supported."""
+    parts = [Control("[Relevant]"), text, Control("[Fully supported]")]
+    tokens = tuple(rag.loaded.tokenizer.encode(parts))
+    return Node(
+        id=0,
+        parent=-1,
+        depth=0,
+        action="retrieve",
+        p_retrieve=1.0,
+        retrieve=(0.0, 1.0, 0.0),
+        passage=passage,
+        tokens=tokens,
+        num_tokens=len(tokens),
+        p_segment=1.0,
+        isrel=(0.1, 0.9),
+        issup=(0.9, 0.1, 0.0),
+        isuse=(0, 0, 0, 0, 1),
+        score=1.0,
+        total=1.0,
+        allowed=True,
+        fed_position=5,
+        finished=True,
+        complete=True,
+    )
+
+
 def answer_of(rag, segments, question="Who?"):
     """An answer by hand, whose segments (text, passage) are relevant and supported."""
-    nodes = []
-    for i, (text, passage) in enumerate(segments):
-        parts = [Control("[Relevant]"), text, Control("[Fully supported]")]
-        tokens = tuple(rag.loaded.tokenizer.encode(parts))
-        nodes.append(
-            Node(
-                id=i,
-                parent=i - 1,
-                depth=i,
-                action="retrieve",
-                p_retrieve=1.0,
-                retrieve=(0.0, 1.0, 0.0),
-                passage=passage,
-                tokens=tokens,
-                num_tokens=len(tokens),
-                p_segment=1.0,
-                isrel=(0.1, 0.9),
-                issup=(0.9, 0.1, 0.0),
-                isuse=(0, 0, 0, 0, 1),
-                score=1.0,
-                total=1.0 + i,
-                allowed=True,
-                fed_position=5,
-                finished=True,
-                complete=True,
-            )
-        )
+    nodes = [
+        replace(node_by_hand(rag, text, passage), id=i, parent=i - 1, depth=i, total=1.0 + i)
+        for i, (text, passage) in enumerate(segments)
+    ]
     tree = SearchTree([Beam(nodes[-1], np.zeros(3), 9)], nodes)
     return rag._answer(rag._search({}), tree, Question("0", question), [])
 
@@ -326,14 +330,14 @@ def test_an_answer_that_no_passage_supports_has_a_notice():
     relevant, irrelevant = node("p", (0.1, 0.9)), node("about another name", (0.8, 0.2))
     without_passage = node(None, (0.5, 0.5))
     unsupported = "passage that was found supports this answer"
-    assert any(unsupported in d for d in _doubts([without_passage, relevant], []))
+    assert any(unsupported in d for d in doubts([without_passage, relevant], []))
     nothing_found = "no passage about this was found"
-    assert any(nothing_found in d for d in _doubts([without_passage, irrelevant], []))
+    assert any(nothing_found in d for d in doubts([without_passage, irrelevant], []))
     citation = Citation(0, 0, "[Fully supported]")
-    assert _doubts([relevant], [citation]) == _doubts([without_passage], []) == []
-    [doubt] = _doubts([relevant, irrelevant], [citation])
+    assert doubts([relevant], [citation]) == doubts([without_passage], []) == []
+    [doubt] = doubts([relevant, irrelevant], [citation])
     assert doubt == "segment 2: the model judges its passage irrelevant; not cited"
-    [doubt] = _doubts([relevant, irrelevant, irrelevant], [citation])
+    [doubt] = doubts([relevant, irrelevant, irrelevant], [citation])
     assert doubt == "segments 2, 3: the model judges their passages irrelevant; not cited"
 
 
@@ -351,6 +355,44 @@ def test_a_citation_of_another_name_has_a_notice(talkative):
     assert [c.notice for c in same.citations] == 3 * [""] and not same.notices
     bare = [replace(c, notice="") for c in other.citations]
     assert replace(other, question=same.question, citations=tuple(bare), notices=()) == same
+
+
+def test_notices_are_those_of_the_chosen_answers_segments(talkative):
+    """By hand: two beams of two segments each, of which every segment has something to say."""
+    rag = make_rag(talkative)
+    right = [Passage(f"r{i}", "Marvin Tellock", f"Marvin Tellock, {i}.") for i in range(2)]
+    wrong = [Passage(f"w{i}", "Marvin Tellgate", f"Marvin Tellgate, {i}.") for i in range(2)]
+    search, tree = rag._search({}), SearchTree([])
+    before = [None, None]
+    for depth in range(2):
+        for beam, passages in enumerate((right, wrong)):
+            passage = passages[depth]
+            made = replace(
+                node_by_hand(rag, "He plays.", passage), id=len(tree.nodes), depth=depth,
+                parent=before[beam].id if depth else -1, complete=beam == 0 or depth == 0,
+            )  # fmt: skip
+            tree.nodes.append(made)
+            tree.notice_segment(f"passage {passage.id} was cut", before[beam], passage)
+            tree.notice_segment(f"passage {passage.id} was cut", before[beam], passage)
+            before[beam] = made
+    tree.notice_segment("no passage was found", before[1], None)  # a third segment, dropped
+    tree.notice("about the search")
+    best, dropped = (Beam(node, np.zeros(3), 0) for node in before)
+    tree.beams = [best, dropped]
+    asked = Question("0", "Where was Marvin Tellock born?")
+    answer = make_answer(search, tree, best, asked, False, ("the question was cut",))
+    of_search = ("the question was cut", "about the search")
+    assert answer.notices == (*of_search, "passage r0 was cut", "passage r1 was cut")
+    assert [c.notice for c in answer.citations] == ["", ""]
+    other = make_answer(search, tree, dropped, asked, False, ("the question was cut",))
+    length = "a segment was cut at the length limit"
+    named = '[1] [2] "Marvin Tellgate" does not mention Marvin Tellock'
+    assert other.notices == (*of_search, "passage w0 was cut", "passage w1 was cut", length, named)
+    # Either answer's tree has all of them, each with its segment.
+    assert [n.get("notices") for n in answer.tree] == [n.get("notices") for n in other.tree] == [
+        ["passage r0 was cut"], ["passage w0 was cut"],
+        ["passage r1 was cut"], ["passage w1 was cut", length],
+    ]  # fmt: skip
 
 
 # The question, a passage's title and text, and what it does not mention ("" for nothing).

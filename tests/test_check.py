@@ -295,6 +295,50 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
     assert re.search(message, line) and all(p.startswith("check ") for p in progress)
 
 
+CONFIG = """
+from selfrag_jax import config
+from ml_collections import ConfigDict
+def get_config():
+    c = config.load("tiny").to_dict()
+    {}
+    return ConfigDict(c)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_a_file_is_for_has_to_be_right_in_a_config(run, kind):
+    changes = ["c['generator']['optimizer'] = 3", "c['collect'] = c['index'] = None"]
+    if kind not in ("generator", "instructions"):
+        changes.append(
+            "c['generator'] = None" if kind == "critic" else "c['generator']['mask'] = 1"
+        )
+    changes.append("c['critic'] = 'x'" if kind != "critic" else "c['critic']['optimizer'] = ()")
+    changes.append("c['label'] = 5" if kind != "critic" else "c['label']['beam'] = 5")
+    Path("mine.py").write_text(CONFIG.format("; ".join(changes)))
+    status, *_ = run("f.jsonl", [ROWS[kind]], f"--for={kind}", "--config=mine.py")
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("generator", "c['generator']['length'] = '9'", "generator.length='9': expected a whole"),
+        ("generator", "c['generator']['length'] = -1", "generator.length=-1: must be at least 1"),
+        (
+            "generator",
+            "c['generator']['mask'] = 'all'",
+            "mask='all': must be one of each, released",
+        ),
+        ("critic", "c['label']['critic']['brief'] = 1", "label.critic.brief=1: expected True or F"),
+        ("questions", "c['answer']['max_length'] = 1.5", "answer.max_length=1.5: expected a whole"),
+    ],
+)
+def test_what_it_is_for_has_to_be_right(run, kind, change, message):
+    Path("mine.py").write_text(CONFIG.format(change))
+    status, _, err = run("f.jsonl", [ROWS[kind]], f"--for={kind}", "--config=mine.py")
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "row"),
     [

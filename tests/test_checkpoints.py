@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfrag_jax import artifacts
+from selfrag_jax import locks
 from selfrag_jax.checkpoints import fingerprints, integrity, loading, orbax_errors, saving, workdirs
 from selfrag_jax.checkpoints.converting import convert
 from selfrag_jax.data.generator_examples import GeneratorSource
@@ -440,7 +440,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_continues(tmp_path):
     assert "a checkpoint could not be written (File too large)" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr and "Error" not in full.stderr
     assert steps(tmp_path / "w") == []
-    with artifacts.exclusive_workdir(tmp_path / "w"):  # like a process that has not quite ended
+    with locks.exclusive_workdir(tmp_path / "w"):  # like a process that has not quite ended
         other = subprocess.run(command, capture_output=True, text=True, env=env)
     assert other.returncode == 2 and "another process is writing it" in other.stderr, other.stderr
     again = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -364,6 +364,32 @@ def test_a_config_of_another_kind_is_refused(capsys, tmp_path):
     assert code == 2 and "no section 'encoder'" in err
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return missing", "mine.py:2: NameError: name 'missing' is not defined"),
+        ("c = config.load('small'); c.generator.length = 'many'", r"mine.py:2: TypeError: .*lengt"),
+        (
+            "c = config.load('small'); c.generator.lenght = 9",
+            r"mine.py:2: AttributeError: .*lenght",
+        ),
+        ("c = config.load('smal')", "--config=smal: no such config; did you mean 'small'"),
+        (
+            "return {'base': 'embedded'}",
+            r"get_config\(\) of .*mine.py returns a dict; expected an ",
+        ),
+        ("c = 1", r"returns a NoneType; expected an ml_collections.ConfigDict"),
+    ],
+)
+def test_a_config_whose_code_fails_is_named_with_its_line(tmp_path, monkeypatch, body, message):
+    monkeypatch.chdir(tmp_path)
+    mine = Path("mine.py")
+    mine.write_text(f"from selfrag_jax import config\ndef get_config(): {body}\n")
+    with pytest.raises(UserError, match=message) as e:
+        config.load(str(mine))
+    assert "\n" not in str(e.value)
+
+
 def test_build_refuses_unknown_and_missing_fields():
     with pytest.raises(UserError, match="did you mean 'dim'"):
         config.build(EncoderConfig, {"name": "hashed", "dims": 8, "word_weight": 1.0}, "encoder")
@@ -387,6 +413,11 @@ def test_build_refuses_fields_of_the_wrong_type(change, message):
     section = section.to_dict() | dict(steps=3, epochs=None) | change
     with pytest.raises(UserError, match=message):
         config.build(TrainConfig, section, "generator")
+
+
+def test_none_is_a_word_where_a_field_has_such_a_value():
+    c = config.override(config.load("generator_7b"), ["generator.remat=none"])
+    assert config.build(TrainConfig, c.generator, "generator").remat == "none"
 
 
 def test_both_variants_of_tiny_build_every_section():

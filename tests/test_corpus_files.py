@@ -188,13 +188,14 @@ def test_what_was_embedded_before_these_settings_existed_is_still_finished(tmp_p
 
 def test_documents_are_added_and_removed_by_their_own_ids(tmp_path):
     text = "Otters live in rivers. " * 30
-    out = index(write(tmp_path / "one", otters_txt=text, frogs_txt="Frogs jump."), tmp_path)
+    one = write(tmp_path / "one", otters_txt=text, frogs_txt="Frogs jump.")
+    out = index(one, tmp_path, split=20)
     more = write(tmp_path / "two", newts_txt="Newts swim far. " * 40)
-    assert add_passages(out, more, IndexConfig(), CorpusConfig(split=20)) == 6 + 1
+    assert add_passages(out, more, IndexConfig()) == 6 + 1
     with pytest.raises(UserError, match="id 'newts.txt#1' is in the index already"):
         add_passages(out, more, IndexConfig(), CorpusConfig(split=20))
     (tmp_path / "ids.txt").write_text("otters.txt\nnewts.txt#1\n")
-    assert remove_passages(out, tmp_path / "ids.txt") == 2 + 1
+    assert remove_passages(out, tmp_path / "ids.txt") == 6 + 1
     [found] = IndexRetriever(out).search(["otters"], 9)
     assert sorted(p.id for p in found) == ["frogs.txt", *(f"newts.txt#{i}" for i in range(2, 8))]
     (tmp_path / "ids.txt").write_text("newts.txt#4\n")
@@ -205,6 +206,44 @@ def test_documents_are_added_and_removed_by_their_own_ids(tmp_path):
     (tmp_path / "ids.txt").write_text("frogs.txt\notters\n")
     with pytest.raises(UserError, match=r"ids\.txt:2: the index has no passage 'otters'"):
         remove_passages(out, tmp_path / "ids.txt")
+
+
+def test_what_is_added_is_split_and_read_as_the_index_was(tmp_path):
+    long = "Otters live in rivers. They eat fish."
+    write(tmp_path, a_jsonl=json.dumps({"k": "a", "abstract": long}))
+    out = index(tmp_path / "a.jsonl", tmp_path, split=4, fields="id=k,text=abstract")
+    write(tmp_path, b_jsonl=json.dumps({"k": "b", "abstract": long, "text": "not this"}))
+    assert add_passages(out, tmp_path / "b.jsonl", IndexConfig()) == 2
+    write(tmp_path, c_csv=f"k,text\nc,{long}\n")  # another file may name a field otherwise
+    with pytest.raises(UserError, match=r"c\.csv:1: the header lacks abstract"):
+        add_passages(out, tmp_path / "c.csv", IndexConfig())
+    assert add_passages(out, tmp_path / "c.csv", IndexConfig(), CorpusConfig(4, "text=text")) == 2
+    with pytest.raises(UserError, match=r"--split=9: the index was made by --split=4, .*leave"):
+        add_passages(out, tmp_path / "b.jsonl", IndexConfig(), CorpusConfig(split=9))
+    (tmp_path / "ids.txt").write_text("b\n")
+    assert remove_passages(out, tmp_path / "ids.txt") == 2
+    kept = {p.id for p in IndexRetriever(out).search(["fish"], 9)[0]}
+    assert kept == {"a#1", "a#2", "c#1", "c#2"}
+
+    notes = index(write(tmp_path / "notes", a_txt="x"), tmp_path / "n")
+    with pytest.raises(UserError, match="--split=9: the index was made without --split"):
+        add_passages(notes, tmp_path / "b.jsonl", IndexConfig(), CorpusConfig(split=9))
+    # Indexes of earlier versions do not know how they were read: what is asked for counts.
+    (notes / "segments" / "0000" / "passages" / "reading.json").unlink()
+    read_so = CorpusConfig(4, "id=k,text=abstract")
+    assert add_passages(notes, tmp_path / "b.jsonl", IndexConfig(), read_so) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(9, 1), (1, 9)])
+def test_a_document_that_grew_or_shrank_is_not_added_twice(tmp_path, before, after):
+    text = "Otters live in rivers. "
+    out = index(write(tmp_path / "one", otters_txt=text * before, a_txt="x"), tmp_path, split=20)
+    more = write(tmp_path / "two", otters_txt=text * after)
+    with pytest.raises(UserError, match="'otters.txt' is in the index already, in .* passages?;"):
+        add_passages(out, more, IndexConfig())
+    (tmp_path / "ids.txt").write_text("otters.txt\n")
+    assert remove_passages(out, tmp_path / "ids.txt") == (before > 1) + 1
+    assert add_passages(out, more, IndexConfig()) == (after > 1) + 1
 
 
 def test_what_a_stage_made_beside_the_notes_is_no_part_of_them(tmp_path):

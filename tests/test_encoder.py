@@ -627,6 +627,7 @@ def test_the_hub_is_asked_for_an_encoders_files(folder, monkeypatch):
     )
     assert asked == [("facebook/contriever", hub._DOWNLOADED_FILES_OF_ENCODERS)]
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    hub.forget_found()
     with pytest.raises(UserError, match="pytorch_model.bin: is damaged, or of before.*AutoModel"):
         sentence_encoder.load_encoder("facebook/contriever")
     assert "pytorch_model*.bin" in asked[-1][1]

@@ -14,10 +14,11 @@ from selfrag_jax.commands import quickstart as flow
 from selfrag_jax.commands.command import Command
 from selfrag_jax.commands.model_flags import search_changes
 from selfrag_jax.commands.task_plans import task_changes
+from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
 from selfrag_jax.huggingface import weights
-from selfrag_jax.records import Passage
+from selfrag_jax.records import GeneratorExample, Passage
 from selfrag_jax.retrieval.retriever import IndexRetriever
 from selfrag_jax.text.reflection import MissingReflectionTokens
 
@@ -137,6 +138,31 @@ def test_the_notice_of_an_unfinished_training_says_how_far_it_is(tmp_path, tiny_
     )
     (folder / "manifest.json").write_text("{}")
     assert generator.unfinished_notice(folder) == ""
+
+
+def test_a_baseline_says_that_it_is_no_self_rag(tmp_path, tiny_model, capsys):
+    """By what its training recorded; older trainings recorded nothing."""
+    folder = make_workdir(tmp_path / "rag", tiny_model)
+    noticed = []
+    for counts in ({}, {"reflection_tokens": True}, {"reflection_tokens": False}):
+        (folder / "manifest.json").write_text(json.dumps({"stage": "train", "counts": counts}))
+        noticed.append(bool(generator.baseline_notice(folder)))
+    assert noticed == [False, False, True]
+    generator.print_notices(folder, tiny_model.tokenizer, None)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {folder}: is no Self-RAG: its training data had no reflection")
+    assert f"`selfrag evaluate --systems=baselines --plain_model={folder}`" in line
+
+
+def test_data_with_and_without_reflection_tokens_are_told_apart(tmp_path, tiny_model):
+    def source(*outputs):
+        rows = [GeneratorExample(str(i), "q", output) for i, output in enumerate(outputs)]
+        return GeneratorSource(rows, tiny_model.tokenizer, {})
+
+    passage = "<paragraph>Otters\n\nThey swim.</paragraph>They swim."
+    assert not source("They swim.", passage).has_reflection_tokens()
+    for token in ("[No Retrieval]", "[Relevant]", "[Fully supported]", "[Utility:5]"):
+        assert source("They swim.", passage + token).has_reflection_tokens()
 
 
 def test_an_unfinished_training_is_identified_by_its_checkpoints(tmp_path, tiny_model):

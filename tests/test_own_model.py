@@ -15,10 +15,11 @@ import smollm2
 import torch
 import transformers
 
-from selfrag_jax import cli
+from selfrag_jax import artifacts, cli
 from selfrag_jax import config as configs
 from selfrag_jax.checkpoints import loading
 from selfrag_jax.commands.default_config import config_for_base
+from selfrag_jax.commands.training_identity import base_identity
 from selfrag_jax.compilation.train import lower_training_step, roofline_times
 from selfrag_jax.data.batches import Packer
 from selfrag_jax.data.generator_examples import GeneratorSource
@@ -105,16 +106,33 @@ def test_a_tokenizer_that_does_not_fit_names_the_cure(base, tmp_path, capsys):
     assert err.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
-def test_trainings_of_llama_2_from_when_the_configs_named_its_tokenizer_go_on(base, llama2):
+def test_trainings_of_llama_2_from_when_the_configs_named_its_tokenizer_go_on(
+    base, llama2, tmp_path
+):
     """What a training is known by is the same whether the mode is named or found."""
-    from selfrag_jax.commands.train import _base_identity
 
-    def recorded(folder, *changes):
-        return _base_identity(config_with("generator_7b", folder, *changes))
+    def recorded(folder, *changes, before=None):
+        workdir = tmp_path / "w"
+        workdir.mkdir(exist_ok=True)
+        record = {"stage": "train", "config": before}
+        (workdir / artifacts.STARTED).unlink(missing_ok=True)
+        if before:
+            (workdir / artifacts.STARTED).write_text(json.dumps(record))
+        return base_identity(config_with("generator_7b", folder, *changes), workdir)
 
     named = recorded(llama2, "tokenizer=llama_fast")
     assert recorded(llama2) == named and named["tokenizer"] == "llama_fast"
     assert recorded(base)["tokenizer"] is None  # as --config.tokenizer=none was recorded
+
+    # One that was begun with --config.tokenizer=none, when that was recorded as it is.
+    before = named | {"tokenizer": None}
+    for changes in ([], ["tokenizer=none"], ["tokenizer=llama_fast"]):
+        assert recorded(llama2, *changes, before=before)["tokenizer"] is None
+    assert recorded(llama2, "tokenizer=llama_slow", before=before)["tokenizer"] == "llama_slow"
+    json_named = recorded(base, "tokenizer=json")
+    assert json_named["tokenizer"] == "json" == recorded(base, before=json_named)["tokenizer"]
+    slow = recorded(llama2, "tokenizer=llama_slow")
+    assert recorded(llama2, before=slow)["tokenizer"] == "llama_fast"  # is refused
 
 
 # ---- which config ---------------------------------------------------------------------------

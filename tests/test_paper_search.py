@@ -285,7 +285,7 @@ def test_nothing_goes_beyond_the_models_context(talkative, scorer):
     for n in tree.nodes if scorer == "paper" else ():
         fed = [0]
         if n.action == "retrieve":
-            fed = search._branch_input(tree, n.action, n.passage, n.fed_position)
+            fed = search.passage_input(tree, None, n.passage, n.fed_position)
         assert n.fed_position + len(fed) + len(n.tokens) <= context
 
     long_question = replace(question, question="where " * 90)

@@ -84,6 +84,25 @@ def test_notices_are_those_of_the_segment_that_is_chosen_again():
     assert rescored(same, Weights(w_sup=0.0)) == other
 
 
+def test_a_guess_and_a_cut_passage_go_with_their_segment():
+    common = dict(
+        parent=-1, action="retrieve", p_retrieve=0.9, retrieve=[0.1, 0.9, 0.0], text="He plays.",
+        allowed=True, isrel=[0.1, 0.9], isuse=[0.0, 0.0, 0.0, 0.0, 1.0], chosen=False,
+    )  # fmt: skip
+    tree = [
+        common
+        | dict(id=i, passage=dict(id=f"p{i}", title="", text="He plays."))
+        | dict(p_segment=p_segment, issup=[issup, 0.0, 1 - issup])
+        | ({"notices": [cut]} if (cut := "passage p0 was cut") and i == 0 else {})
+        for i, (p_segment, issup) in enumerate([(0.9, 0.1), (0.1, 0.9)])
+    ]
+    row = dict(id="0", question="what?", tree=tree, citations=[], notices=["of the question"])
+    guess = rescored(row, Weights(w_sup=0.0))
+    unsupported = "no passage that was found supports this answer: take it as a guess"
+    assert guess["notices"] == ["of the question", "passage p0 was cut", unsupported]
+    assert rescored(guess, Weights(w_seq=0.0))["notices"] == ["of the question"]
+
+
 def test_the_passages_of_a_question_with_options_vote_again(asked):
     """Two weak branches of one option beat a strong one of the other, as in PaperSearch.elect."""
     row = rows(*asked, mode="always_retrieve")[0]

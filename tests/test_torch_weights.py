@@ -466,5 +466,27 @@ def test_the_hub_is_asked_for_torchs_format_only_without_safetensors(tmp_path, m
     (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
     assert hub.model_folder("owner/model") == tmp_path
     asked.clear()
+    hub.forget_found()
     (tmp_path / "model.safetensors").touch()
     assert hub.model_folder("owner/model") == tmp_path and asked == [first]
+
+
+def test_the_hub_is_asked_once_for_each_set_of_files_and_for_one_commit(tmp_path, monkeypatch):
+    asked = []
+    commits = [tmp_path / (digit * 40) for digit in "ab"]
+    for folder in commits:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+
+    def download(name, allow_patterns, local_files_only, revision=None):
+        asked.append((name, revision))  # somebody pushes a commit after the first answer
+        return commits[len(asked) > 1] if revision is None else tmp_path / revision
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    assert hub.config_folder("owner/model") == commits[0]
+    for _ in range(3):
+        assert hub.model_folder("owner/model") == commits[0]
+    assert asked == [("owner/model", None), ("owner/model", "a" * 40)]
+    assert hub.model_folder("owner/other") == commits[1]
+    assert asked[2:] == [("owner/other", None)]

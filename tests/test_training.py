@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from selfrag_jax import artifacts, cli
+from selfrag_jax import cli, locks
 from selfrag_jax import config as configs
 from selfrag_jax.checkpoints import loading, saving, workdirs
 from selfrag_jax.commands.train import train_model
@@ -108,11 +108,11 @@ def test_a_workdir_in_use_is_not_claimed(data, tmp_path):
     """If two processes start at once, the second changes nothing, not even the workdir's record."""
     c, w = configs.load("tiny:smoke"), tmp_path / "w"
     with (
-        artifacts.exclusive_workdir(w),
+        locks.exclusive_workdir(w),
         pytest.raises(UserError, match="w: another process is writing it"),
     ):
         train_model(c, "generator", data, w, "generator")
-    assert [p.name for p in w.iterdir()] == [artifacts.LOCK]
+    assert [p.name for p in w.iterdir()] == [locks.LOCK]
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):

@@ -67,6 +67,24 @@ def _notice(question: str, passage: Passage) -> str:
     return f"{title} does not mention {missing}" if missing else ""
 
 
+def doubts(path: Sequence[Judged], citations: Sequence[Citation]) -> list[str]:
+    """Why an answer may be a guess, by the passages of its segments and what it cites of them."""
+    found = []
+    with_passage = [n for n in path if n.passage is not None]
+    irrelevant = [i for i, n in enumerate(path, 1) if is_irrelevant(n)]
+    if with_passage and not citations:
+        if len(irrelevant) == len(with_passage):
+            found.append("no passage about this was found: take the answer as a guess")
+        else:
+            found.append("no passage that was found supports this answer: take it as a guess")
+    elif irrelevant:
+        listed = ", ".join(map(str, irrelevant))
+        several = len(irrelevant) > 1
+        which, whose = ("segments", "their passages") if several else ("segment", "its passage")
+        found.append(f"{which} {listed}: the model judges {whose} irrelevant; not cited")
+    return found + citation_notices(citations)
+
+
 def citation_notices(citations: Iterable[Citation]) -> list[str]:
     """The notices of citations as an answer shows them, with the numbers of their passages."""
     numbers: dict[str, dict[int, None]] = {}

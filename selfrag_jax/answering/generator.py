@@ -151,6 +151,20 @@ def unfinished_notice(folder: Path) -> str:
     )
 
 
+def baseline_notice(folder: Path) -> str:
+    """What to say of a model that was trained on data without reflection tokens; else ""."""
+    if not (folder / workdirs.MODEL_FILE).is_file():
+        return ""
+    if _made(folder).get("counts", {}).get("reflection_tokens", True):
+        return ""
+    return (
+        f"{folder}: is no Self-RAG: its training data had no reflection tokens, so it judges "
+        "neither passages nor answers, and the scores here mean nothing. `selfrag evaluate "
+        f"--systems=baselines --plain_model={folder}` answers with it as a baseline; `selfrag "
+        "label` makes data for a Self-RAG"
+    )
+
+
 def knows_only_the_world(tokenizer: Tokenizer) -> bool:
     """Whether a model began as the small base or from scratch: it knows the world's words only."""
     return tokenizer.mode == "words"
@@ -177,6 +191,7 @@ def corpus_notice(tokenizer: Tokenizer, passages: Iterable[Passage], model: str 
 def print_notices(folder: Path, tokenizer: Tokenizer, retriever: Retriever | None) -> None:
     """Prints what to know of a model, and of it with an index."""
     print_notice(unfinished_notice(folder))
+    print_notice(baseline_notice(folder))
     if isinstance(retriever, IndexRetriever):
         size = sum(map(len, retriever.index.segments))
         rows = range(0, size, max(1, size // _SAMPLED))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from selfrag_jax.answering.citations import Citation, citation_notices, cite, is_irrelevant
+from selfrag_jax.answering.citations import Citation, cite, doubts
 from selfrag_jax.answering.printable import printable, shortened
 from selfrag_jax.records import Passage, Question
 from selfrag_jax.search.search import SegmentSearch
@@ -117,6 +117,8 @@ def make_answer(
         [n if search.text(n.tokens) else replace(n, passage=None) for n in path],
         question.question,
     )
+    of_search = [n.text for n in tree.notices if n.parent is None]
+    of_path = [text for n in path for text in _node_notices(tree, n)]
     return Answer(
         id=question.id,
         question=question.question,
@@ -127,8 +129,8 @@ def make_answer(
         retrieved=any(n.action == "retrieve" for n in whole_path),
         p_retrieve=whole_path[0].p_retrieve,
         score=best.score(search.config.accumulate),
-        tree=tuple(_tree_row(search, n, chosen=n in path) for n in tree.nodes),
-        notices=(*notices, *dict.fromkeys(tree.notices), *_doubts(path, citations)),
+        tree=tuple(_tree_row(search, tree, n, chosen=n in path) for n in tree.nodes),
+        notices=tuple(dict.fromkeys([*notices, *of_search, *of_path, *doubts(path, citations)])),
         task=question.task,
         num_tokens=tree.num_tokens,
         num_answer_tokens=sum(n.num_tokens for n in whole_path),
@@ -167,8 +169,13 @@ def answer_segment(search: SegmentSearch, node: Node) -> AnswerSegment:
     )
 
 
-def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]:
-    p = node.passage
+def _node_notices(tree: SearchTree, node: Node) -> list[str]:
+    cut = [] if node.complete else ["a segment was cut at the length limit"]
+    return tree.notices_of(node) + cut
+
+
+def _tree_row(search: SegmentSearch, tree: SearchTree, node: Node, chosen: bool) -> dict[str, Any]:
+    p, notices = node.passage, _node_notices(tree, node)
     passage = None if p is None else {"id": p.id, "title": p.title, "text": p.text}
     return {
         "id": node.id,
@@ -188,7 +195,7 @@ def _tree_row(search: SegmentSearch, node: Node, chosen: bool) -> dict[str, Any]
         "score": round(node.score, 4),
         "total": round(node.total, 4),
         "chosen": chosen,
-    }
+    } | ({"notices": notices} if notices else {})
 
 
 def _by_name(names: Sequence[str], p: Sequence[float]) -> dict[str, float]:
@@ -197,23 +204,3 @@ def _by_name(names: Sequence[str], p: Sequence[float]) -> dict[str, float]:
 
 def _rounded(p: Sequence[float]) -> list[float]:
     return [round(v, 4) for v in p]
-
-
-def _doubts(path: Sequence[Node], citations: Sequence[Citation]) -> list[str]:
-    doubts = []
-    with_passage = [n for n in path if n.passage is not None]
-    irrelevant = [i for i, n in enumerate(path, 1) if is_irrelevant(n)]
-    if with_passage and not citations:
-        if len(irrelevant) == len(with_passage):
-            doubts.append("no passage about this was found: take the answer as a guess")
-        else:
-            doubts.append("no passage that was found supports this answer: take it as a guess")
-    elif irrelevant:
-        listed = ", ".join(map(str, irrelevant))
-        several = len(irrelevant) > 1
-        which, whose = ("segments", "their passages") if several else ("segment", "its passage")
-        doubts.append(f"{which} {listed}: the model judges {whose} irrelevant; not cited")
-    doubts += citation_notices(citations)
-    if not all(n.complete for n in path):
-        doubts.append("a segment was cut at the length limit")
-    return doubts

@@ -9,12 +9,12 @@ a search may choose the other one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from selfrag_jax.answering.citations import Citation, citation_notices, cite
+from selfrag_jax.answering.citations import Citation, cite, doubts
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage
 from selfrag_jax.search import scoring
@@ -51,11 +51,11 @@ def rescored(row: Row, weights: Weights, options: Sequence[str] = ()) -> Row:
         )
     scores = [_score(n, weights) for n in tree]
     tree = [n | {"score": s, "total": s} for n, s in zip(tree, scores, strict=True)]
-    best = _chosen(tree, options)
+    best, before = _chosen(tree, options), [n for n in tree if n.get("chosen")]
     tree = [n | {"chosen": n["id"] == best["id"]} for n in tree]
     answer = _as_answer(best, row["question"])
-    before, now = (citation_notices(Citation(**c) for c in r["citations"]) for r in (row, answer))
-    notices = [n for n in row["notices"] if n not in before] + now
+    old = {text for n in before for text in _notices(n, row["question"])}
+    notices = [n for n in row["notices"] if n not in old] + _notices(best, row["question"])
     return row | answer | {"score": best["score"], "tree": tree, "notices": notices}
 
 
@@ -80,13 +80,28 @@ def _chosen(tree: Sequence[Row], options: Sequence[str]) -> Row:
     return max(winner, key=lambda n: n["score"])
 
 
+def _branch(node: Row) -> _Branch:
+    p = node["passage"]
+    passage = None if p is None else Passage(p["id"], p["title"], p["text"])
+    return _Branch(passage, tuple(node["isrel"]), tuple(node["issup"]))
+
+
+def _cited(node: Row, question: str) -> tuple[list[Passage], list[Citation]]:
+    """What an answer that is this one segment cites; without text, nothing."""
+    branch = _branch(node)
+    return cite([branch if node["text"] else replace(branch, passage=None)], question)
+
+
+def _notices(node: Row, question: str) -> list[str]:
+    """The notices of an answer that is this one segment, as make_answer has them."""
+    _, citations = _cited(node, question)
+    return [*node.get("notices", ()), *doubts([_branch(node)], citations)]
+
+
 def _as_answer(node: Row, question: str) -> Row:
     """The fields of an answer that is this one segment."""
     p = node["passage"]
-    passage = None if p is None else Passage(p["id"], p["title"], p["text"])
-    cited = passage if node["text"] else None
-    branch = _Branch(cited, tuple(node["isrel"]), tuple(node["issup"]))
-    passages, citations = cite([branch], question)
+    passages, citations = _cited(node, question)
     # Answers that were written before tokens were counted have no number.
     counted = {"num_answer_tokens": node["num_tokens"]} if "num_tokens" in node else {}
     segment = {

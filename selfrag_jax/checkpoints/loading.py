@@ -7,6 +7,7 @@ plain model has them: LoRA merged, padding of the vocabulary removed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from selfrag_jax.huggingface import adapters, hub, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params, flatten
+from selfrag_jax.storage.paths import is_remote
 from selfrag_jax.text import gguf_vocabulary
 from selfrag_jax.text.tokenizer import Tokenizer
 
@@ -107,16 +109,27 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 
 
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
-    """Tokenizer.load, whose errors it raises as UserError."""
+    """Tokenizer.load, whose errors it raises as UserError. Unchanged files are read once."""
     folder = adapters.tokenizer_folder(path)
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
         raise _no_model(path)
     try:
         if is_gguf(path):
             return gguf_vocabulary.read_tokenizer(open_llama(path).fields, path, mode)
-        return Tokenizer.load(folder, mode)
+        return _open_tokenizer(folder, mode, None if is_remote(folder) else _small_files(folder))
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e
+
+
+@lru_cache(maxsize=2)  # commands check a model before they load it
+def _open_tokenizer(folder: Path, mode: str | None, _: Any) -> Tokenizer:
+    return Tokenizer.load(folder, mode)
+
+
+def _small_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the files of a folder that may be a tokenizer's."""
+    stats = ((p.name, p.stat()) for p in sorted(folder.iterdir()) if p.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _no_model(path: Path) -> UserError:

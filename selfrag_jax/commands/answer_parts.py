@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import locks
 from selfrag_jax.processes.group import Group
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Question
@@ -44,7 +44,7 @@ class AnswerParts:
         self.own.parent.mkdir(parents=True, exist_ok=True)
         f = open(self.own, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
         try:
-            artifacts.lock_file(f, self._out)
+            locks.lock_file(f, self._out)
         except BaseException:
             f.close()
             raise

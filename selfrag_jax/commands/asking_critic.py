@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.errors import StageFailed
 from selfrag_jax.evaluation.critic_scores import BINS
 from selfrag_jax.files import write_json
@@ -62,7 +62,7 @@ def evaluate_critic(
     if not is_finished or not (out / PREDICTIONS).is_file():
         artifacts.require_own_or_empty(out, "evaluate")
         ask = _open_critic(folder, config)  # before anything is written
-        with artifacts.exclusive_workdir(out):
+        with locks.exclusive_workdir(out):
             artifacts.claim_workdir(out, "evaluate", made, inputs)
             write_jsonl(out / PREDICTIONS, _ask_in_chunks(ask, examples, config.batch, out))
     every = [row for _, row in read_rows(out / PREDICTIONS)]

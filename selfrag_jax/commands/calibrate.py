@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.answer import answers_in_folder
 from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.model_flags import (
@@ -68,7 +68,7 @@ def calibrate_file(
             f"{no_gold[0]!r} first; a threshold is chosen by accuracy"
         )
     artifacts.require_own_or_empty(work, "calibrate")
-    with artifacts.exclusive_workdir(work):
+    with locks.exclusive_workdir(work):
         artifacts.claim_workdir(work, "calibrate", {}, {})
         always = answers_in_folder(rag, input_path, work, {**changes, "mode": ALWAYS})
         never = answers_in_folder(rag, input_path, work, {**changes, "mode": NEVER})

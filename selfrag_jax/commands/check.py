@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_TYPES: dict[type, str] = {int: "a whole number", bool: "True or False", str: "text"}
 # Where a config says to how many tokens a row of each kind is cut; the first that it has.
 _LENGTHS = {
     "critic": ("critic.length",),
@@ -137,7 +138,7 @@ def _settings(path: str, values: dict[str, Any]) -> tuple[CheckSettings, str]:
     tokenizer, name = _tokenizer(values["model"], c)
     length = values["length"]
     if length is None:
-        length = next((n for key in _LENGTHS[kind] if (n := _field(c, key, None))), None)
+        length = _length(c, kind)
     settings = CheckSettings(
         kind,
         released,
@@ -145,21 +146,43 @@ def _settings(path: str, values: dict[str, Any]) -> tuple[CheckSettings, str]:
         values["tokens"],
         tokenizer,
         name,
-        brief=_field(c, "label.critic.brief", False),
-        mask=_field(c, "generator.mask", "each"),
+        brief=_field(c, "label.critic.brief", False, bool) if kind == "critic" else False,
+        mask=_mask(c) if kind == "generator" else "each",
         reading=corpus_config(values) if kind == "corpus" else None,
     )
     return settings, told_by
 
 
-def _field(c: ConfigDict, key: str, default: Any) -> Any:
-    """A field of a config that may lack it; sections are separated by dots."""
+def _field(c: ConfigDict, key: str, default: T, kind: type[T]) -> T:
+    """A field of a config that may lack it; sections are separated by dots.
+
+    Nothing else of the config has to be right. Raises UserError for a value of another type.
+    """
     value: Any = c
     for name in key.split("."):
-        if name not in value:
+        if not isinstance(value, ConfigDict) or name not in value:
             return default
         value = value[name]
-    return value
+    if value is not None and type(value) is not kind:
+        raise UserError(f"config {key}={value!r}: expected {_TYPES[kind]}")
+    return default if value is None else value
+
+
+def _length(c: ConfigDict, kind: str) -> int | None:
+    for key in _LENGTHS[kind]:
+        if (length := _field(c, key, 0, int)) < 0:
+            raise UserError(f"config {key}={length}: must be at least 1")
+        if length:
+            return length
+    return None
+
+
+def _mask(c: ConfigDict) -> str:
+    from selfrag_jax.data.generator_examples import MASKS
+
+    if (mask := _field(c, "generator.mask", "each", str)) not in MASKS:
+        raise UserError(f"config generator.mask={mask!r}: must be one of {', '.join(MASKS)}")
+    return mask
 
 
 def _tokenizer(model: str | None, c: ConfigDict) -> tuple[Tokenizer, str]:
@@ -168,11 +191,12 @@ def _tokenizer(model: str | None, c: ConfigDict) -> tuple[Tokenizer, str]:
     from selfrag_jax.huggingface import hub
     from selfrag_jax.training.starting_model import embedded_base
 
-    base = _field(c, "base", "embedded")
     if model:
         folder, name, mode = hub.model_folder(model), model, None
-    elif base not in ("embedded", "scratch") and Path(str(base)).exists():
-        folder, name, mode = Path(base), str(base), _field(c, "tokenizer", None)
+    elif (base := _field(c, "base", "embedded", str)) not in ("embedded", "scratch") and Path(
+        base
+    ).exists():
+        folder, name, mode = Path(base), base, _field(c, "tokenizer", "", str) or None
     else:
         folder, mode = embedded_base(), None
         name = (

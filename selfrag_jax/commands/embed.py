@@ -12,7 +12,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.command import (
     DISTRIBUTED,
     INPUT,
@@ -97,7 +97,7 @@ def embed_corpus(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; `selfrag embed` writes a folder")
     # Several processes may start at once: the first reads the corpus, the others wait.
-    with _only_if_ours(out), artifacts.exclusive_workdir(out, "reading the corpus"):
+    with _only_if_ours(out), locks.exclusive_workdir(out, "reading the corpus"):
         artifacts.require_own_or_empty(out, "embed")
         if _failed_at_the_start(out):  # what was corrected since may have changed the settings
             (out / artifacts.STARTED).unlink()
@@ -175,14 +175,14 @@ def _failed_at_the_start(out: Path) -> bool:
 @contextmanager
 def _only_if_ours(out: Path) -> Iterator[None]:
     """Removes what the block has begun, if it fails, and nothing of a stranger's folder."""
-    had_lock, existed = (out / artifacts.LOCK).exists(), out.exists()
+    had_lock, existed = (out / locks.LOCK).exists(), out.exists()
     try:
         yield
     except UserError:
         if not existed and _failed_at_the_start(out):
             shutil.rmtree(out)
         elif not had_lock and not (out / artifacts.STARTED).exists():
-            (out / artifacts.LOCK).unlink(missing_ok=True)
+            (out / locks.LOCK).unlink(missing_ok=True)
             if not existed and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
         raise

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.command import (
     INPUT,
     Command,
@@ -65,7 +65,7 @@ def build_index(
         return embedding.num_passages(embeddings)
     _require_free(out)
     unfinished = out.with_name(f".{out.name}.tmp")
-    with artifacts.exclusive_workdir(unfinished):
+    with locks.exclusive_workdir(unfinished):
         segment = unfinished / index.SEGMENTS / "0000"
         if not any((segment / segments.PARTS).glob("[0-9]*")):
             _clear(unfinished)  # no part is finished: other settings may begin anew
@@ -123,7 +123,7 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != artifacts.LOCK:
+        elif path.name != locks.LOCK:
             path.unlink()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.index_plan import PLAN, plan_of
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import open_text, read_json, write_json
@@ -22,6 +22,8 @@ from selfrag_jax.retrieval.plan import IndexConfig
 if TYPE_CHECKING:
     from selfrag_jax.retrieval.index import Index
 
+_LONG_ID = 60  # characters: what is longer is a line of something else
+
 
 def add_passages(
     out: str | Path,
@@ -31,14 +33,19 @@ def add_passages(
 ) -> int:
     """Adds a corpus to a finished index as a new segment; returns the number of new passages.
 
-    reading: how the corpus is read. Raises UserError for ids that the index has already.
+    The corpus is split and read as that of the index was. reading: names of its fields that
+    differ; of an index that does not know how it was read, all of it. Raises UserError for ids that
+    the index has already, and for another `split` than the index has.
     """
     from selfrag_jax.retrieval import index, segments
 
     out = artifacts.require_finished(out, "index")
-    corpus = Corpus(passages, reading)
-    with artifacts.exclusive_workdir(out):
+    reading = reading or CorpusConfig()
+    with locks.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
+        if built := opened.segments[0].store.reading():
+            reading = reading.adding_to(built)
+        corpus = Corpus(passages, reading)
         name = f"{len(opened.segments):04d}"
         folder = out / index.SEGMENTS / name
         shutil.rmtree(folder, ignore_errors=True)  # of an addition killed before it counted
@@ -52,7 +59,7 @@ def add_passages(
         like = opened.segments[0].vectors.layout
         try:
             work = embedding.EmbeddingWork.start_addition(unfinished, corpus, opened.encoder, like)
-            _refuse_known_ids(opened, work)
+            _refuse_known_ids(opened, work, corpus.may_split())
         except UserError:
             shutil.rmtree(unfinished)
             raise
@@ -71,8 +78,12 @@ def add_passages(
         return len(work.store)
 
 
-def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork) -> None:
-    """Raises UserError naming an id that an index has already."""
+def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork, may_split: bool) -> None:
+    """Raises UserError naming an id that an index has already.
+
+    may_split: a document may have become several passages. One that had several before and has one
+    now, or one before and several now, is known, too.
+    """
     for start in range(0, len(work.store), BATCH_ROWS):
         ids = [p.id for p in work.store.read(start, start + BATCH_ROWS)]
         rows = opened.rows_of(ids)
@@ -80,6 +91,18 @@ def _refuse_known_ids(opened: Index, work: embedding.EmbeddingWork) -> None:
             known = ids[int(np.argmax(rows >= 0))]
             raise UserError(
                 f"id {known!r} is in the index already; remove it first (`selfrag index --remove`)"
+            )
+        if not may_split:
+            continue
+        before = [i.removesuffix("#1") if i.endswith("#1") else f"{i}#1" for i in ids]
+        rows = opened.rows_of(before)
+        if (rows >= 0).any():
+            i = int(np.argmax(rows >= 0))
+            document = ids[i].removesuffix("#1")
+            pieces = "in several passages" if before[i].endswith("#1") else "in one passage"
+            raise UserError(
+                f"document {document!r} is in the index already, {pieces}; remove it first "
+                "(`selfrag index --remove`)"
             )
 
 
@@ -98,14 +121,18 @@ def remove_passages(out: str | Path, ids_file: str | Path) -> int:
     ids = [lines[i] for i in numbers]
     if not ids:
         raise UserError(f"{ids_file}: lists no ids; expected one on each line")
-    with artifacts.exclusive_workdir(out):
+    with locks.exclusive_workdir(out):
         opened = index.Index(out, searchable=False)
         rows = opened.rows_of(ids)
         missing = np.flatnonzero(rows < 0)
         pieces = _rows_of_pieces(opened, [ids[i] for i in missing])
         for i, of_document in zip(missing, pieces, strict=True):
             if not of_document:
-                raise UserError(f"{ids_file}:{numbers[i] + 1}: the index has no passage {ids[i]!r}")
+                id_ = ids[i] if len(ids[i]) < _LONG_ID else f"{ids[i][:_LONG_ID]}..."
+                raise UserError(
+                    f"{ids_file}:{numbers[i] + 1}: the index has no passage {id_!r}; --remove "
+                    "takes a file of ids, one on each line"
+                )
         rows = np.concatenate([rows[rows >= 0], *(np.array(p, np.int64) for p in pieces)])
         removed = np.union1d(opened.removed, rows)
         if len(removed) == sum(len(segment) for segment in opened.segments):

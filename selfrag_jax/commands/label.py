@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands import label_chunks
 from selfrag_jax.commands.command import (
     DISTRIBUTED,
@@ -84,7 +84,7 @@ def label_file(
     check_wording(critic_path, config.critic.brief)
     all_parts = out.with_name(out.name + ".parts")
     # A file without a manifest is moved aside, but not from another shard that is writing both.
-    merging = artifacts.exclusive_workdir(all_parts, _MERGING)
+    merging = locks.exclusive_workdir(all_parts, _MERGING)
 
     def is_finished() -> bool:
         with merging if all_parts.is_dir() else nullcontext():
@@ -105,7 +105,7 @@ def label_file(
     n = 0
     if group.count > 1:
         share = group.index, group.count
-        with artifacts.exclusive_workdir(chunks.folder / "shard-{}-of-{}".format(*share)):
+        with locks.exclusive_workdir(chunks.folder / "shard-{}-of-{}".format(*share)):
             left = label_chunks.share_of(chunks, group)
             if left:
                 label(left, left, share)
@@ -121,7 +121,7 @@ def label_file(
                 f"{chunks.number} chunks are missing, from other shards"
             )
             return 0
-        with artifacts.exclusive_workdir(all_parts, _MERGING):
+        with locks.exclusive_workdir(all_parts, _MERGING):
             if not artifacts.manifest_path(out).is_file():
                 n = _finish(chunks, out, made, inputs)
     artifacts.remove_parts(all_parts)
@@ -137,7 +137,7 @@ def _label_shard(
     """Labels the missing chunks of one shard, every n-th of all."""
     mine = [c for c in range(chunks.number) if c % shard[1] == shard[0]]
     # Else two runs of one shard would judge everything twice.
-    with artifacts.exclusive_workdir(chunks.folder / f"shard-{shard[0]}-of-{shard[1]}"):
+    with locks.exclusive_workdir(chunks.folder / f"shard-{shard[0]}-of-{shard[1]}"):
         left = [c for c in mine if not chunks.file(c).is_file()]
         if left and not artifacts.manifest_path(out).is_file():
             label(mine, left, shard)

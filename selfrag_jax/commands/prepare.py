@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.data import prepared
 from selfrag_jax.data.published_files import Faults
@@ -49,7 +49,7 @@ def prepare_sets(
     if artifacts.is_finished(out, prepared.STAGE, config, inputs):
         return _all_counts(out, names)
     artifacts.require_own_or_empty(out, prepared.STAGE)
-    with artifacts.exclusive_workdir(out):
+    with locks.exclusive_workdir(out):
         artifacts.claim_workdir(out, prepared.STAGE, config, inputs)
         try:
             for name in names:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax.artifacts import exclusive_workdir
 from selfrag_jax.commands.command import Command
 from selfrag_jax.errors import StageFailed, UserError
+from selfrag_jax.locks import exclusive_workdir
 from selfrag_jax.processes.group import current
 from selfrag_jax.storage.copies import with_addresses
 from selfrag_jax.storage.mirror import Mirror, NotSent, pushed_regularly

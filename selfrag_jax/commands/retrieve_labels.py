@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.command import Flag
 from selfrag_jax.data.instructions import checked_instructions, require_passages
 from selfrag_jax.errors import UserError
@@ -147,7 +147,7 @@ def self_needs(
     inputs = {**inputs, "self_model": folder}
     parts = Path(out).with_name(Path(out).name + ".parts")
     if not artifacts.is_finished(out, "label", made, inputs):
-        with artifacts.exclusive_workdir(parts, "deciding where retrieval is needed"):
+        with locks.exclusive_workdir(parts, "deciding where retrieval is needed"):
             if not artifacts.is_finished(out, "label", made, inputs):
                 some = rows()
                 check_ids(some)

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.answer import answers_in_folder
 from selfrag_jax.commands.command import Command, Flag
 from selfrag_jax.commands.judging import JUDGE_FLAG, open_judge
@@ -98,7 +98,7 @@ def sweep(
         return read[key]
 
     found = []
-    with artifacts.exclusive_workdir(out):
+    with locks.exclusive_workdir(out):
         artifacts.claim_workdir(out, "sweep", {}, {"input": input_path, **rag.sources})
         for point in points:
             answers = _answers(rag, questions, {**changes, **point}, answer)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts
+from selfrag_jax import artifacts, locks
 from selfrag_jax import config as configs
 from selfrag_jax.commands.command import DISTRIBUTED, INPUT, Command, Flag, config_flag, load_config
 from selfrag_jax.commands.default_config import config_for_base
+from selfrag_jax.commands.training_identity import group_weights, training_identity
 from selfrag_jax.commands.training_rows import (
     HELD_OUT_FLAG,
-    held_out_share,
     hold_out,
     read_source,
 )
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
     from selfrag_jax.data.critic_examples import CriticSource
     from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.training.config import TrainConfig
-
-# Fields of TrainConfig that change where or how fast a model is trained, but not what it learns:
-# a training may continue with other values.
-RUNTIME_ONLY_FIELDS = (
-    "mesh", "save_every", "log_every", "rows_per_device", "loss_chunk", "remat", "attention",
-    "keep_last", "keep_best",
-)  # fmt: skip
 
 FORMATS = ("own", "released")
 PROFILE_FLAG = Flag(
@@ -71,6 +64,7 @@ def train_model(
     import jax
 
     from selfrag_jax.checkpoints import workdirs
+    from selfrag_jax.data.generator_examples import GeneratorSource
     from selfrag_jax.data.published_files import Faults
     from selfrag_jax.training import length
     from selfrag_jax.training.starting_model import starting_model
@@ -79,11 +73,11 @@ def train_model(
     is_main_process = jax.process_index() == 0
 
     # 1. The config.
-    section, weights = _checked_section(c, role), _group_weights(c, role)
+    section, weights = _checked_section(c, role), group_weights(c, role)
 
     # 2. What identifies this training. Finished already, or only made longer?
     with waiting(name, "reads what identifies the base and the data", is_main_process):
-        made, inputs = _identity(c, role, section, data, released, held_out)
+        made, inputs = training_identity(c, role, section, data, released, held_out, workdir)
         change = length.asked_length(workdir, made, inputs)
         if change is None and artifacts.is_finished(workdir, "train", made, inputs):
             return
@@ -102,7 +96,8 @@ def train_model(
         return read_source(c, role, section, path, start.tokenizer, weights, released, faults)
 
     with waiting(name, "reads the rows", is_main_process):
-        source, held_out_rows = hold_out(read(data), held_out, section.seed, read, name)
+        rows = read(data)
+        source, held_out_rows = hold_out(rows, held_out, section.seed, read, name)
     mesh = section.make_mesh()
     section.check(start.model.config, mesh)
     # A host may hold its own copy of the data.
@@ -116,7 +111,7 @@ def train_model(
     length.check_length(role, change, section, source, workdir)
 
     # 4. Train. One process locks the workdir; all check that it holds this same training.
-    with artifacts.exclusive_workdir(workdir) if is_main_process else nullcontext():
+    with locks.exclusive_workdir(workdir) if is_main_process else nullcontext():
         if change is not None:
             length.change_length(name, change, made, inputs, section, source, workdir)
         artifacts.claim_workdir(workdir, "train", made, inputs, write=is_main_process)
@@ -131,55 +126,10 @@ def train_model(
         )  # fmt: skip
     if is_main_process:
         counts = {k: result[k] for k in ("steps", "examples", "truncated")}
+        if isinstance(rows, GeneratorSource):  # by which `selfrag ask` knows a baseline
+            counts["reflection_tokens"] = rows.has_reflection_tokens()
         artifacts.write_manifest(workdir, "train", made, inputs, counts)
     current().barrier("trained")
-
-
-def _identity(
-    c: ConfigDict,
-    role: str,
-    section: TrainConfig,
-    data: str | Path,
-    released: bool,
-    held_out: str | None,
-) -> tuple[dict[str, Any], dict[str, str | Path]]:
-    """What identifies a training: its settings and its inputs."""
-    from selfrag_jax.training.starting_model import base_folder
-
-    made: dict[str, Any] = {
-        "role": role,
-        "train": {
-            k: v for k, v in section.manifest_fields().items() if k not in RUNTIME_ONLY_FIELDS
-        },
-        "weights": _group_weights(c, role),
-        "brief": c.label.critic.brief,
-    }
-    if released:
-        made["format"] = "released"
-    inputs: dict[str, str | Path] = {"data": data}
-    if held_out is not None and (share := held_out_share(held_out)) is not None:
-        made["held_out"] = share
-    elif held_out is not None:
-        inputs["held_out"] = held_out
-    if c.base == "scratch":
-        made["scratch"] = c.scratch.to_dict() | {"seed": c.seed}
-    else:
-        made |= _base_identity(c)
-        inputs["base"] = base_folder(c)
-    return made, inputs
-
-
-def _base_identity(c: ConfigDict) -> dict[str, Any]:
-    """What identifies the base beside its files.
-
-    The tokenizer's mode is recorded where a vocabulary leaves a choice, named in the config or not:
-    trainings from when the shipped configs named llama_fast go on.
-    """
-    from selfrag_jax.training.starting_model import new_row_words, tokenizer_mode
-
-    mode = tokenizer_mode(c)
-    recorded = mode if c.tokenizer or mode.startswith("llama") else None
-    return {"base": str(c.base), "new_rows": new_row_words(c), "tokenizer": recorded}
 
 
 def _require_no_other_model(workdir: Path) -> None:
@@ -229,19 +179,6 @@ def _warn_of_tensor_over_hosts(role: str, mesh) -> None:
             f"devices: lower --config.{role}.mesh.tensor, and put the rest in mesh.fsdp",
             file=sys.stderr,
         )
-
-
-def _group_weights(c: ConfigDict, role: str) -> dict[str, float]:
-    """The loss weight of each group of reflection tokens, checked."""
-    name, weights = f"{role}_weights", dict(c[f"{role}_weights"].items())
-    groups = ", ".join(reflection.GROUPS)
-    if wrong := sorted(set(weights) ^ set(reflection.GROUPS)):
-        fault = "unknown" if wrong[0] in weights else "missing"
-        raise UserError(f"config {name}: {wrong[0]!r} is {fault}; the groups are {groups}")
-    for group, weight in weights.items():
-        if isinstance(weight, (str, bool)) or weight is None or not 0 <= weight < float("inf"):
-            raise UserError(f"config {name}: {group}={weight!r} must be a number, 0 or above")
-    return {k: float(v) for k, v in weights.items()}
 
 
 def is_released(name: str) -> bool:

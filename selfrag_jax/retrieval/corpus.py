@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from selfrag_jax.errors import OnError, UserError, raise_error
 from selfrag_jax.files import atomic_write
 from selfrag_jax.records import Passage
 from selfrag_jax.retrieval.corpus_files import Document, documents
-from selfrag_jax.retrieval.corpus_listing import corpus_files
+from selfrag_jax.retrieval.corpus_listing import DOCUMENTS, corpus_files, kind_of
 from selfrag_jax.text.splitting import sections, split_words
 
 COLUMNS = ("id", "text", "title")
@@ -70,6 +70,22 @@ class CorpusConfig:
         parts = (part.partition("=") for part in (self.fields or "").split(",") if part)
         return {role.strip(): name.strip() for role, _, name in parts}
 
+    def adding_to(self, built: CorpusConfig) -> CorpusConfig:
+        """How what is added to an index is read: as the index was, which was read by `built`.
+
+        A file may call its fields otherwise; `fields` then names those that differ. Raises
+        UserError for another `split`.
+        """
+        if self.split not in (None, built.split):
+            was = "without --split" if built.split is None else f"by --split={built.split}"
+            raise UserError(
+                f"--split={self.split}: the index was made {was}, and what is added is split in "
+                "the same way; leave --split out, or build another index"
+            )
+        names = built.names | self.names
+        fields = ",".join(f"{role}={name}" for role, name in names.items()) or None
+        return replace(built, fields=fields)
+
     def changes(self) -> dict[str, Any]:
         """What was set, for a manifest: {} if nothing was."""
         given = {"split": self.split, "fields": self.fields}
@@ -110,6 +126,12 @@ class Corpus:
             return artifacts.fingerprint(self.path)
         names = "".join(f"{self._name(f)}\0{artifacts.fingerprint(f)}\n" for f in self.files)
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def may_split(self) -> bool:
+        """Whether a document may become several passages, with ids like doc#3."""
+        if self.config.split is None:
+            return any(kind_of(file) in DOCUMENTS for file in self.files)
+        return self.config.split > 0
 
     def state(self) -> list[tuple[str, int, int]]:
         """Name, size and time of each file, by which a change is noticed while they are read."""

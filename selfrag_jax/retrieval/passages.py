@@ -3,6 +3,7 @@
     passages.arrow   columns id, title, text; record batches of BATCH_ROWS rows
     id_hashes.npy    [n] uint64, sorted: hashes of the ids
     id_rows.npy      [n] uint32: the row of each of those hashes
+    reading.json     how the corpus was read: `split` and `fields`
     counts.json      number of passages, of rows left out, and of repeated passages
 
 Arrow's file format is memory-mapped, so an open store takes almost no memory, whatever its size;
@@ -16,20 +17,22 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from selfrag_jax.config import build
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import atomic_write, read_json, read_object, write_json
 from selfrag_jax.progress import progress
 from selfrag_jax.records import Passage
-from selfrag_jax.retrieval.corpus import DEFAULT_WORDS, LONG, Corpus
+from selfrag_jax.retrieval.corpus import DEFAULT_WORDS, LONG, Corpus, CorpusConfig
 
 BATCH_ROWS = 4096
-COUNTS = "counts.json"
+COUNTS, READING = "counts.json", "reading.json"
 _TABLE, _HASHES, _ROWS = "passages.arrow", "id_hashes.npy", "id_rows.npy"
 _MB = 1 << 20
 _SHOWN_DUPLICATES, _LISTED_DUPLICATES = 3, 1000
@@ -83,6 +86,7 @@ def write_passages(corpus: Corpus, folder: Path) -> dict[str, int]:
     sorted_contents = np.sort(np.concatenate(contents))
     repeated = int(np.sum(sorted_contents[1:] == sorted_contents[:-1]))
     counts = {"passages": n, "empty": corpus.num_empty, "repeated": repeated}
+    write_json(folder / READING, asdict(corpus.config))
     write_json(folder / COUNTS, counts)
     for line in _notices(corpus, n, repeated):
         print(line, file=sys.stderr)
@@ -179,6 +183,11 @@ class PassageStore:
         n = sum(b.num_rows for b in self._batches)
         if not n == self.counts["passages"] == len(self._hashes) == len(self._rows):
             raise UserError(f"{self.folder}: is cut off; remove it and make it again")
+
+    def reading(self) -> CorpusConfig | None:
+        """How the corpus was read; None if the store is of a version that did not record it."""
+        path = self.folder / READING
+        return build(CorpusConfig, read_object(path, ()), str(path)) if path.is_file() else None
 
     def __len__(self) -> int:
         return self.counts["passages"]

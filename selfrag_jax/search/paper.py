@@ -115,7 +115,8 @@ class PaperSearch(SegmentSearch):
             if found:
                 e.passages = list(found[: self.config.ndocs])
             else:
-                tree.notice("no passage was found; answered without one")
+                notice = "no passage was found; answered without one"
+                tree.notice_segment(notice, e.beam.node, None)
                 e.action = "no_retrieval"
 
     # ---- 2. generate and score -------------------------------------------------------------------
@@ -127,7 +128,7 @@ class PaperSearch(SegmentSearch):
         keys = np.zeros((num_beams, self.config.num_branches, 2), np.uint32)
         for e in extensions:
             i, position = e.beam.beam_index, e.beam.next_position
-            branches[i] = [self._branch_input(tree, e.action, p, position) for p in e.passages]
+            branches[i] = [self._branch_input(tree, e, p, position) for p in e.passages]
             start[i] = position
             if self.config.temperature:
                 node = e.beam.node.id if e.beam.node else -1
@@ -136,12 +137,12 @@ class PaperSearch(SegmentSearch):
         return Generate(branches, start, self.config.max_new_tokens, keys)
 
     def _branch_input(
-        self, tree: SearchTree, action: str, passage: Passage | None, position: int
+        self, tree: SearchTree, e: _Extension, passage: Passage | None, position: int
     ) -> list[int]:
         """The tokens that a branch is fed: a Retrieve token, and its passage."""
         if passage is not None:
-            return self.passage_input(tree, passage, position)
-        token = reflection.CONTINUE if action == "continue" else reflection.NO_RETRIEVAL
+            return self.passage_input(tree, e.beam.node, passage, position)
+        token = reflection.CONTINUE if e.action == "continue" else reflection.NO_RETRIEVAL
         return [self.retrieve_id[token]]
 
     def _candidate(
@@ -162,7 +163,7 @@ class PaperSearch(SegmentSearch):
         else:
             position = node.fed_position + len(self._without_passage(node))
         beam = Beam(node, np.asarray(segment.retrieve), position)
-        beam.full = not node.finished and not is_last and self.is_full(tree, position)
+        beam.full = not node.finished and not is_last and self.is_full(tree, node, position)
         return _Candidate(beam, parent, parent * self.config.num_branches + i)
 
     def _node(

@@ -159,26 +159,32 @@ class SegmentSearch(ABC):
         room = self.context - self.config.max_new_tokens - MIN_PASSAGE
         return min(self.max_length, room)
 
-    def is_full(self, tree: SearchTree, position: int) -> bool:
-        """Whether no other segment can begin at a position; adds a notice if so."""
+    def is_full(self, tree: SearchTree, node: Node | None, position: int) -> bool:
+        """Whether no other segment can follow a node, at a position; adds a notice if so."""
         if position <= self.context - self.config.max_new_tokens - MIN_PASSAGE:
             return False
-        notice = f"the model's context of {self.context} tokens is full; a path ended there"
-        if notice not in tree.notices:
+        notice = f"the model's context of {self.context} tokens is full; the answer ended there"
+        if node is None:
             tree.notice(notice)
+        else:
+            before = tree.nodes[node.parent] if node.parent >= 0 else None
+            tree.notice_segment(notice, before, node.passage)
         return True
 
-    def passage_input(self, tree: SearchTree, passage: Passage, position: int) -> list[int]:
+    def passage_input(
+        self, tree: SearchTree, before: Node | None, passage: Passage, position: int
+    ) -> list[int]:
         """The tokens that feed a retrieved passage to a branch, from a position on.
 
-        Cut to what is allowed, with a notice.
+        Cut to what is allowed, with a notice. before: the segment before the branch.
         """
         ids = self.tokenizer.encode([Control(reflection.RETRIEVAL), *prompts.passage(passage)])
         limit = min(self.max_length, self.context - self.config.max_new_tokens - position)
         if len(ids) <= limit:
             return ids
         why = "" if limit == self.max_length else f": the model's context has {self.context}"
-        tree.notice(f"passage {passage.id} was cut from {len(ids)} to {limit} tokens{why}")
+        notice = f"passage {passage.id} was cut from {len(ids)} to {limit} tokens{why}"
+        tree.notice_segment(notice, before, passage)
         return [*ids[: limit - 1], ids[-1]]  # cut the text, keep </paragraph>
 
     # ---- tokens as text --------------------------------------------------------------------------

@@ -37,6 +37,21 @@ class Node:
     complete: bool  # False if the length limit cut it
 
 
+@dataclass(frozen=True)
+class SearchNotice:
+    """What a search has to say about itself, or about one segment, which may not be in the answer.
+
+    A segment is told by the id of the one before it (-1: there is none) and by its passage.
+    """
+
+    text: str
+    parent: int | None  # None: about the search
+    passage: Passage | None
+
+    def is_about(self, node: Node) -> bool:
+        return node.parent == self.parent and node.passage == self.passage
+
+
 @dataclass
 class Beam:
     """A path in the tree, ending in `node` (None: before the first segment)."""
@@ -70,7 +85,7 @@ class SearchTree:
 
     beams: list[Beam]  # best first
     nodes: list[Node] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    notices: list[SearchNotice] = field(default_factory=list)
     num_final: int = 0  # segments that all beams share, which nothing can change any more
     num_tokens: int = 0  # generated in all, kept or not
 
@@ -100,7 +115,16 @@ class SearchTree:
         return node
 
     def notice(self, text: str) -> None:
-        self.notices.append(text)
+        """Adds a notice about the search."""
+        self.notices.append(SearchNotice(text, None, None))
+
+    def notice_segment(self, text: str, before: Node | None, passage: Passage | None) -> None:
+        """Adds a notice about the segment that follows `before` and was given a passage."""
+        self.notices.append(SearchNotice(text, before.id if before else -1, passage))
+
+    def notices_of(self, node: Node) -> list[str]:
+        """The notices about one segment."""
+        return list(dict.fromkeys(n.text for n in self.notices if n.is_about(node)))
 
     def best(self) -> Beam:
         return self.beams[0]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import artifacts
+from selfrag_jax import locks
 from selfrag_jax.critic.teachers.cost import Measured
 from selfrag_jax.critic.teachers.teacher import Usage, Verdict
 from selfrag_jax.errors import UserError
@@ -122,7 +122,7 @@ def open_cache(path: str | Path, identity: dict[str, Any], job: str) -> Iterator
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.{teacher}.lock"), "ab") as lock:
         # Else both would ask, and pay for, what neither has an answer to yet.
-        artifacts.lock_file(lock, f"{path} (another run asks the same teacher)")
+        locks.lock_file(lock, f"{path} (another run asks the same teacher)")
         connection = sqlite3.connect(path, timeout=60)
         try:
             connection.execute("pragma journal_mode = wal")

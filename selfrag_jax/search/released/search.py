@@ -125,7 +125,7 @@ class ReleasedSearch(SegmentSearch):
             open_nodes = [
                 o
                 for o in level
-                if o.says_retrieval and not self.is_full(tree, len(o.history) + len(o.text))
+                if o.says_retrieval and not self.is_full(tree, o.node, len(o.history) + len(o.text))
             ]
             if not open_nodes:
                 break
@@ -168,7 +168,7 @@ class ReleasedSearch(SegmentSearch):
         children = []
         for o in open_nodes:
             prefix = o.history + o.text
-            branches = [self.passage_input(tree, p, len(prefix)) for p in passages]
+            branches = [self.passage_input(tree, o.node, p, len(prefix)) for p in passages]
             segments = yield from self._generate(tree, prefix, branches, self.config.max_new_tokens)
             previous = o.text
             for passage, segment in zip(passages, segments, strict=True):
