@@ -24,6 +24,7 @@ from selfrag_jax.search.config import SearchConfig
 
 if TYPE_CHECKING:
     from selfrag_jax.answering.selfrag import SelfRAG
+    from selfrag_jax.retrieval.instant_index import PassageSource
 
 MODEL_FLAGS = (
     Flag(
@@ -167,12 +168,14 @@ def model_and_config(
 
     model, index = values["model"], values["index"]
     if workdir := values["workdir"]:
-        defaults = {"generator": model, "index": index}
+        # Not every command that shares these flags takes --passages.
+        defaults = {"generator": model, "index": index or values.get("passages")}
         needed = [Path(workdir) / name for name, path in defaults.items() if not path]
         # A training that is unfinished can answer, from its last checkpoint on.
         needed = [path for path in needed if not workdirs.saved_steps(path)]
         require_quickstart(workdir, *map(artifacts.manifest_path, needed))
-        model, index = model or Path(workdir) / "generator", index or Path(workdir) / "index"
+        model = model or Path(workdir) / "generator"
+        index = index or (None if values.get("passages") else Path(workdir) / "index")
     if not model:
         raise UserError(
             "give --model (a training workdir, a Hugging Face folder or a hub name) "
@@ -190,15 +193,22 @@ def model_and_config(
     return model, Path(index) if index else None, config
 
 
-def load_from(model: Path, index: Path | None, config: AnswerConfig) -> SelfRAG:
+def load_from(
+    model: Path,
+    index: Path | None,
+    config: AnswerConfig,
+    passages: PassageSource | None = None,
+) -> SelfRAG:
     from selfrag_jax.answering.selfrag import SelfRAG
 
-    return SelfRAG.load(model, index, config)
+    return SelfRAG.load(model, index, config, passages=passages)
 
 
-def load_selfrag(values: dict[str, Any], calibrated: bool = True) -> SelfRAG:
+def load_selfrag(
+    values: dict[str, Any], calibrated: bool = True, passages: PassageSource | None = None
+) -> SelfRAG:
     """The model, index and config that the flags name; calibrated: as for model_and_config."""
-    return load_from(*model_and_config(values, calibrated))
+    return load_from(*model_and_config(values, calibrated), passages)
 
 
 def _threshold_is_given(values: dict[str, Any]) -> bool:
