@@ -162,12 +162,12 @@ def test_the_least_recently_used_indexes_go_first(notes, cache, monkeypatch):
         (notes / "keys.txt").write_text(f"Box {i}.")
         folders.append(open_passages(PassageSource(notes, HASHED)).index.folder)
         os.utime(folders[-1], (i, i))
-    assert {f for f in cache.iterdir()} == set(folders[1:])
+    assert set(cache.iterdir()) == set(folders[1:])
     (notes / "keys.txt").write_text("Box 1.")
     open_passages(PassageSource(notes, HASHED))  # used again, so the other one is older now
     (notes / "keys.txt").write_text("Box 3.")
     newest = open_passages(PassageSource(notes, HASHED)).index.folder
-    assert {f for f in cache.iterdir()} == {folders[1], newest}
+    assert set(cache.iterdir()) == {folders[1], newest}
     monkeypatch.setattr(instant_index, "MOST_BYTES", 1)
     open_passages(PassageSource(notes, HASHED))
     assert list(cache.iterdir()) == [newest], "the one in use stays"

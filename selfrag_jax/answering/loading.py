@@ -1,4 +1,4 @@
-"""Loads a generator as an AnswerConfig asks for it (dtype, quantization, mesh), and its passages."""
+"""Loads a generator as an AnswerConfig asks for it, and opens what it retrieves from."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def open_retriever(
         return IndexRetriever(index)
     if not passages:
         return retriever
-    is_source = isinstance(passages, PassageSource)
-    return open_passages(passages if is_source else PassageSource(passages))
+    if not isinstance(passages, PassageSource):
+        passages = PassageSource(passages)
+    return open_passages(passages)
 
 
 def describe(name: str, loaded: LoadedModel, retriever: Retriever | None, mode: str) -> str:

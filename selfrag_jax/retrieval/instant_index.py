@@ -24,6 +24,7 @@ from typing import Any
 from selfrag_jax import __version__, artifacts
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
+from selfrag_jax.huggingface import hub, packaged
 from selfrag_jax.records import Passage
 from selfrag_jax.retrieval import index, segments
 from selfrag_jax.retrieval.corpus import DEFAULT_WORDS, Corpus, CorpusConfig
@@ -78,7 +79,7 @@ def open_passages(source: PassageSource) -> InstantIndex:
     # A single file has its name in the id and the title of its passages.
     made |= source.reading.changes() | {"file": corpus.path.name * corpus.path.is_file()}
     inputs: dict[str, artifacts.Input] = {"passages": corpus}
-    if Path(encoder.name).is_dir():
+    if encoder.name not in packaged.ENCODERS and Path(encoder.name).is_dir():
         inputs["encoder"] = encoder.name
     root = _writable_root()
     folder = root / artifacts.identity("index", made, inputs)
@@ -92,7 +93,18 @@ def open_passages(source: PassageSource) -> InstantIndex:
 
 
 def default_encoder() -> EncoderConfig:
-    """Returns the hashed encoder."""
+    """MiniLM where it is on this machine, else the hashed encoder, which is said in a line.
+
+    Nothing is downloaded unasked.
+    """
+    minilm = packaged.ENCODERS[packaged.MINILM]
+    if packaged.installed_folder(minilm) or hub.is_downloaded(minilm.hub):
+        return EncoderConfig(packaged.MINILM)
+    print(
+        f"passages are found by their words alone; by their meaning with `{minilm.how_to_get}`, or "
+        f"with --encoder={packaged.MINILM}, which downloads it",
+        file=sys.stderr,
+    )
     return EncoderConfig(HASHED)
 
 
