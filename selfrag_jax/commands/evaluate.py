@@ -215,8 +215,9 @@ def _run_answers(values: dict[str, Any]) -> None:
     out = values["out"] or Path(values["predictions"]).with_suffix(".metrics.json")
     judge = values["judge"] or "none"
     files, mauve = (values["task"], values["predictions"]), values["mauve"] or ""
-    how = values["seed"], mauve, _verifier(values), values["truth"] or ""
-    for row in evaluate_file(*files, judge, out, *how):
+    verifier, teacher = _verifier(values), values["truth"] or ""
+    rows = evaluate_file(*files, judge, out, values["seed"], mauve, verifier, teacher)
+    for row in rows:
         interval = interval_text(row, between="–")
         print(f"{row['metric']:<20} {percent(row)}  ({interval}, n = {row['n']})")
     print(out)
