@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
+from selfrag_jax.huggingface import packaged
 from selfrag_jax.storage.mirror import Mirror
 from selfrag_jax.storage.paths import as_path, explained, is_remote
 
@@ -35,8 +36,19 @@ def model_folder(name: str | Path) -> Path:
 
 
 def encoder_folder(name: str | Path) -> Path:
-    """The same for an encoder of texts, which has other files."""
-    return _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
+    """The same for an encoder of texts, which has other files.
+
+    A short name of packaged.ENCODERS is a model of the hub, too; where the hub is not reached, the
+    package that carries it serves.
+    """
+    if (known := packaged.ENCODERS.get(str(name))) is None:
+        return _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
+    if folder := packaged.installed_folder(known):
+        return folder  # before the hub: it is asked for nothing that is here
+    try:
+        return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
+    except UserError as e:
+        raise packaged.not_found(str(name), known, e) from None
 
 
 def config_folder(name: str | Path) -> Path:
