@@ -397,13 +397,16 @@ def _open_adapter(
 
 
 def _write_adapter(model: StoredModel, out: Path, bar: Progress) -> None:
+    tables = peft_export.BaseTables(model.base)
+
     def tensors():
         for path, _ in flatten(model.shapes):
-            yield from peft_export.adapter_tensors(path, model.config, model.read_parts(path))
+            parts = model.read_parts(path)
+            yield from peft_export.adapter_tensors(path, model.config, parts, tables)
             bar.advance(note="/".join(path))
 
     model.tokenizer.save(out)
-    peft_export.write_adapter(out, model.config, model.base, tensors())
+    peft_export.write_adapter(out, model.config, model.base, tables, tensors())
 
 
 # ---- training workdirs, written ----------------------------------------------------------------

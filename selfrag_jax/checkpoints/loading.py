@@ -108,9 +108,9 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError."""
     folder = adapters.tokenizer_folder(path)
-    if is_gguf(path):
+    if is_gguf(folder):
         try:
-            return gguf_vocabulary.read_tokenizer(open_llama(path).fields, path, mode)
+            return gguf_vocabulary.read_tokenizer(open_llama(folder).fields, folder, mode)
         except ValueError as e:
             raise UserError(str(e)) from e
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):

@@ -15,7 +15,6 @@ from selfrag_jax.artifacts import ADAPTER_BASE as BASE
 from selfrag_jax.artifacts import ADAPTER_CONFIG, local_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
-from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub
 from selfrag_jax.huggingface.config_json import check_counts, positive
 from selfrag_jax.huggingface.weight_files import has_weights
@@ -151,7 +150,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(c: AdapterConfig) -> Path:
-    """The folder of the model that was adapted; downloads it from the hub if needed.
+    """The folder of the model that was adapted, or its GGUF file; downloads it if needed.
 
     Raises UserError naming the adapter's field if there is none, or if it is no plain model.
     """
@@ -168,11 +167,6 @@ def base_folder(c: AdapterConfig) -> Path:
     if (folder / hub.WORKDIR_FILE).is_file():
         raise UserError(
             f"{c.path}: {BASE}: {folder} is a training workdir; make a Hugging Face folder of it "
-            "(`selfrag convert --format=huggingface`), and write that there"
-        )
-    if is_gguf(folder):
-        raise UserError(
-            f"{c.path}: {BASE}: {folder} is a GGUF file; make a Hugging Face folder of it "
             "(`selfrag convert --format=huggingface`), and write that there"
         )
     if is_adapter(folder):

@@ -24,6 +24,9 @@ import numpy as np
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
+from selfrag_jax.gguf_files import architecture
+from selfrag_jax.gguf_files.header import is_gguf
+from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import (
     ADAPTER_FILES,
     base_folder,
@@ -36,6 +39,7 @@ from selfrag_jax.huggingface.weight_files import (
     CONFIG,
     EMBEDDING,
     HEAD,
+    ModelWeights,
     TensorFile,
     WeightFiles,
     open_tensors,
@@ -53,6 +57,14 @@ def tokenizer_folder(folder: Path) -> Path:
     if not is_adapter(folder) or any((folder / n).is_file() for n in TOKENIZER_FILES):
         return folder
     return base_folder(read_adapter_config(folder / ADAPTER_CONFIG))
+
+
+def open_plain(path: Path) -> tuple[LlamaConfig, ModelWeights]:
+    """The config and the weights of a folder that is no adapter, or of a GGUF file."""
+    if is_gguf(path):
+        c = architecture.read_config(path)
+        return c, GgufWeights(architecture.open_llama(path), c)
+    return config_from_json(path / CONFIG), WeightFiles(path)
 
 
 @dataclass
@@ -91,7 +103,7 @@ class AdaptedWeights:
         names = [n for n in ADAPTER_FILES if (folder / n).is_file()]
         if not names:
             raise UserError(f"{folder}: lacks the adapter's weights, {ADAPTER_FILES[0]}")
-        self._base = WeightFiles(base)
+        adapted, self._base = open_plain(base)
         self._path = folder / names[0]
         self._file: TensorFile = open_tensors(self._path, torch_conversion_hint(folder))
         self._pairs: dict[str, _Pair] = {}  # module -> factors
@@ -100,9 +112,9 @@ class AdaptedWeights:
         self._rows: dict[str, str] = {}  # the same of tables of which rows are replaced
         for stored in self._file.names():
             self._sort(stored)
-        self.file_of = {n: str(base.absolute() / file) for n, file in self._base.file_of.items()}
+        where = self._base.folder.absolute()
+        self.file_of = {n: str(where / file) for n, file in self._base.file_of.items()}
         self.file_of |= dict.fromkeys({**self._before, **self._now}, names[0])
-        adapted = config_from_json(base / CONFIG)
         self._base_rows, self._tied = adapted.vocab_size, adapted.tie_embeddings
         self._row_ids = self._checked_rows()
         self.config = self._adapted_config(adapted)
