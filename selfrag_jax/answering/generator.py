@@ -15,7 +15,7 @@ from selfrag_jax import artifacts
 from selfrag_jax.checkpoints import loading, workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
-from selfrag_jax.huggingface import hub
+from selfrag_jax.huggingface import hub, shipped
 from selfrag_jax.huggingface.weights import CONFIG
 from selfrag_jax.processes.group import current
 from selfrag_jax.records import Passage
@@ -173,6 +173,8 @@ def corpus_notice(tokenizer: Tokenizer, passages: Iterable[Passage], model: str 
 
 def print_notices(folder: Path, tokenizer: Tokenizer, retriever: Retriever | None) -> None:
     """Prints what to know of a model, and of it with an index."""
+    if made := shipped.read_made(folder):
+        print_notice(made.describe(folder.name))
     print_notice(unfinished_notice(folder))
     if isinstance(retriever, IndexRetriever):
         size = sum(map(len, retriever.index.segments))

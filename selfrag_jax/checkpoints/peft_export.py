@@ -67,11 +67,11 @@ class BaseTables:
     def __init__(self, base: str):
         """Without a base that can be read, no table has rows in common with it; said in a line."""
         self.replaced: dict[str, list[int]] = {}  # tensor -> ids of the rows that were written
+        self._opened: tuple[LlamaConfig, weights.ModelWeights] | None = None
         try:
             self._opened = weights.open_folder(hub.model_folder(base))
         except UserError as e:
             print(f"{e}; so whole tables of the vocabulary are written", file=sys.stderr)
-            self._opened = None
 
     def changed_rows(self, name: str, table: np.ndarray) -> np.ndarray | None:
         """The ids of the rows that differ from the base's, or are new; None if they are many.

@@ -35,7 +35,8 @@ MODEL_FLAGS = (
     ),
     Flag(
         "model",
-        "a training workdir, a Hugging Face folder, or a hub name (owner/model)",
+        "a training workdir, a Hugging Face folder, a hub name (owner/model), or demo: a small "
+        "model that comes with the package",
         group=MODEL,
         is_folder=True,
         in_place=True,
@@ -165,6 +166,7 @@ def model_and_config(
     """
     from selfrag_jax.answering import generator
     from selfrag_jax.checkpoints import workdirs
+    from selfrag_jax.huggingface import shipped
 
     model, index = values["model"], values["index"]
     if workdir := values["workdir"]:
@@ -183,7 +185,9 @@ def model_and_config(
         )
     model = generator.find_generator(model)
     if values["config"] is None:
-        values = values | {"config": config_for(model, DEFAULT_CONFIG)}
+        made = shipped.read_made(model)
+        otherwise = made.answer_config if made else DEFAULT_CONFIG
+        values = values | {"config": config_for(model, otherwise)}
     config = config_section(values, AnswerConfig, "answer")
     if calibrated and not _threshold_is_given(values):
         threshold = _calibrated_threshold(model)

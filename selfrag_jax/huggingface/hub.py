@@ -12,7 +12,7 @@ from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
 from selfrag_jax.gguf_files import wheels
 from selfrag_jax.gguf_files.header import SUFFIX, is_gguf
-from selfrag_jax.huggingface import packaged
+from selfrag_jax.huggingface import packaged, shipped
 from selfrag_jax.storage.mirror import Mirror
 from selfrag_jax.storage.paths import as_path, explained, is_remote
 
@@ -69,6 +69,8 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
     if is_remote(name):
         return _in_bucket(str(name))
     path = Path(name)
+    if not path.exists() and str(name) in shipped.SHIPPED:
+        return shipped.shipped_folder(str(name))
     if not path.exists() and str(name) in SHORT_NAMES:
         return _find_short(str(name), patterns, needs_weights)
     is_name = re.fullmatch(_HUB_NAME, str(name)) and path.suffix != SUFFIX
