@@ -35,10 +35,10 @@ MODEL_FLAGS = (
     ),
     Flag(
         "model",
-        "a training workdir, a Hugging Face folder, a hub name (owner/model), or demo: a small "
-        "model that comes with the package",
+        "a training workdir, a Hugging Face folder, a GGUF file, a hub name (owner/model), or "
+        "demo: a small model that comes with the package",
         group=MODEL,
-        is_folder=True,
+        is_model=True,
         in_place=True,
     ),
     Flag(
@@ -70,7 +70,7 @@ SYSTEM_FLAGS = (
         "model of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
         "reflection tokens",
         group=_SYSTEMS,
-        is_folder=True,
+        is_model=True,
         in_place=True,
     ),
     Flag(
@@ -180,7 +180,7 @@ def model_and_config(
         index = index or (None if values.get("passages") else Path(workdir) / "index")
     if not model:
         raise UserError(
-            "give --model (a training workdir, a Hugging Face folder or a hub name) "
+            "give --model (a training workdir, a Hugging Face folder, a GGUF file or a hub name) "
             "or --workdir of a finished quickstart"
         )
     model = generator.find_generator(model)
