@@ -35,7 +35,7 @@ What one would change, in the sections `critic` and `generator`:
                       of the embedding and the head; times the factor for the rows of the reflection
                       tokens, which are new and have the farthest to go
     old_rows_factor   the same for all other rows. 0 leaves them as the base has them: an exported
-                      adapter (--format=peft) then has 13 MB in place of 126, in f16
+                      adapter (--format=peft) then has 12 MB in place of 125, in f16
     adam_eps          keeps the rows of words that a batch does not hold where they are. Much lower
                       than 1e-6, and a short training forgets words
     warmup_fraction   of the updates; then the rate falls to 0 in a line

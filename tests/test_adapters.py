@@ -274,6 +274,32 @@ def test_tensors_at_fault_are_named(adapter, change, message):
     assert "\n" not in str(e.value)
 
 
+TABLE = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+HEAD = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("ids", "name", "message"),
+    [
+        ([1, 2, 3], TABLE, "has 2 rows; trainable_token_indices in adapter_config.json names 3"),
+        (None, TABLE, "has 2 rows; trainable_token_indices in adapter_config.json names 0"),
+        ([1, 200], TABLE, "lacks the new row 199"),
+        ({"norm": [1, 2]}, TABLE.replace("embed_tokens", "norm"), "has no place in the model"),
+        ({"lm_head": [1, 2]}, HEAD, "replaces rows of the head alone, of a tied table"),
+    ],
+    ids="more none hole norm head".split(),
+)
+def test_rows_at_fault_are_named(tmp_path, ids, name, message):
+    torch_model(dict(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    adapt(tmp_path / "base", tmp_path / "a", KINDS["attention"])
+    edit(tmp_path / "a", trainable_token_indices=ids)
+    tensors = load_file(tmp_path / "a" / FILE)
+    save_file(tensors | {name: torch.ones(2, 64)}, tmp_path / "a" / FILE)
+    with pytest.raises(UserError, match=message) as e:
+        weights.load_folder(tmp_path / "a")
+    assert "\n" not in str(e.value)
+
+
 def test_folders_that_do_not_fit_are_refused(adapter):
     folder, base = adapter
     shutil.copytree(folder, folder.parent / "chained")
