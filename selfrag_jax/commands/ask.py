@@ -20,7 +20,7 @@ from selfrag_jax.commands.model_flags import (
     load_selfrag,
     search_changes,
 )
-from selfrag_jax.commands.passages_flags import PASSAGES_FLAGS, passage_source
+from selfrag_jax.commands.passages_flags import PASSAGES_FLAGS
 from selfrag_jax.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
     from selfrag_jax.answering.terminal import show
     from selfrag_jax.records import Question
 
-    rag = load_selfrag(values, passages=passage_source(values))
-    changes = search_changes(values)
+    rag, changes = load_selfrag(values), search_changes(values)
     mode = rag.search_config(changes).mode
     if rag.retriever is None and mode != "no_retrieval":
         raise UserError(

@@ -18,6 +18,7 @@ from selfrag_jax.commands.command import (
     flags_of,
     given,
 )
+from selfrag_jax.commands.passages_flags import passage_source
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
 from selfrag_jax.search.config import SearchConfig
@@ -208,10 +209,12 @@ def load_from(
     return SelfRAG.load(model, index, config, passages=passages)
 
 
-def load_selfrag(
-    values: dict[str, Any], calibrated: bool = True, passages: PassageSource | None = None
-) -> SelfRAG:
-    """The model, index and config that the flags name; calibrated: as for model_and_config."""
+def load_selfrag(values: dict[str, Any], calibrated: bool = True) -> SelfRAG:
+    """The model, index or passages, and config that the flags name.
+
+    calibrated: as for model_and_config.
+    """
+    passages = passage_source(values) if "passages" in values else None
     return load_from(*model_and_config(values, calibrated), passages)
 
 
