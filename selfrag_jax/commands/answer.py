@@ -20,6 +20,7 @@ from selfrag_jax.commands.model_flags import (
     model_and_config,
     search_changes,
 )
+from selfrag_jax.commands.passages_flags import PASSAGES_FLAGS, passage_source
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tasks
@@ -263,11 +264,13 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     given_input, out = values["input"], values["out"]
     artifacts.check_output(out, "answer", {"input": given_input})
     # The questions are checked before a model is loaded.
+    passages = passage_source(values)
     model, index, config = model_and_config(values)
     changes = search_changes(values)
     mode = changes.get("mode", config.search.mode)
-    questions = read_checked(given_input, prompt or task, index is not None, mode)
-    rag = load_from(model, index, config)
+    has_retriever = index is not None or passages is not None
+    questions = read_checked(given_input, prompt or task, has_retriever, mode)
+    rag = load_from(model, index, config, passages)
     rag.check(changes)
     print(notice, file=sys.stderr)
     n = answer_file(rag, given_input, out, task, changes, prompt, questions, profile)
@@ -280,6 +283,7 @@ COMMAND = Command(
     "--out=answers.jsonl",
     flags=(
         *MODEL_FLAGS,
+        *PASSAGES_FLAGS,
         Flag("input", "questions in a published format", required=True),
         Flag("out", "answers (JSON lines)", required=True, writes=True, each_sends=PARTIAL_FILES),
         Flag(

@@ -20,6 +20,7 @@ from selfrag_jax.commands.model_flags import (
     load_selfrag,
     search_changes,
 )
+from selfrag_jax.commands.passages_flags import PASSAGES_FLAGS
 from selfrag_jax.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def run(values: dict[str, Any], positional: list[str]) -> None:
     rag, changes = load_selfrag(values), search_changes(values)
     mode = rag.search_config(changes).mode
     if rag.retriever is None and mode != "no_retrieval":
-        raise UserError("give --index, made by `selfrag index`, or --mode=no_retrieval")
+        raise UserError(
+            "give --index, made by `selfrag index`, --passages, a file or folder of your own "
+            "texts, or --mode=no_retrieval"
+        )
     number = itertools.count()
     hint = ":full" if is_typed else "--full"
 
@@ -116,9 +120,11 @@ def _ask(
 
 
 COMMAND = Command(
-    example=f"{_EXAMPLE}\nselfrag ask --workdir=W\nselfrag ask --workdir=W < questions.txt",
+    example=f"{_EXAMPLE}\nselfrag ask --workdir=W\nselfrag ask --workdir=W < questions.txt\n"
+    'selfrag ask --model=demo --passages=notes "Where do the keys hang?"',
     flags=(
         *MODEL_FLAGS,
+        *PASSAGES_FLAGS,
         *SEARCH_FLAGS,
         *LOADING_FLAGS,
         Flag(

@@ -19,6 +19,7 @@ from selfrag_jax.commands.command import (
     flags_of,
     given,
 )
+from selfrag_jax.commands.worlds import read_truth
 from selfrag_jax.critic import collecting
 from selfrag_jax.critic.collecting import CollectConfig
 from selfrag_jax.critic.teachers import asking, chat, cost
@@ -36,7 +37,6 @@ from selfrag_jax.files import read_json
 from selfrag_jax.progress import Progress, progress
 from selfrag_jax.records import write_jsonl
 from selfrag_jax.storage.copies import is_copy
-from selfrag_jax.world.truth import read_truth
 
 _TEACHER = "Teacher"
 ENDPOINT_FLAGS = tuple(
@@ -77,7 +77,7 @@ def collect_critiques(
     if config.teacher == "rule":
         if not truth:
             raise UserError(
-                "--teacher=rule needs --truth, the synthetic world's teacher.jsonl; for your own "
+                "--teacher=rule needs --truth, the teacher.jsonl of `selfrag world`; for your own "
                 "data, give --teacher=openai, openai-batch or local"
             )
         inputs["truth"] = truth
@@ -85,7 +85,7 @@ def collect_critiques(
             raise UserError("--dry_run: the rule teacher costs nothing")
         if artifacts.is_finished(out, "collect", made, inputs, _beside(out)):
             return 0
-        teacher = RuleTeacher(read_truth(truth), config.teacher_error_rate, config.seed)
+        teacher = RuleTeacher(read_truth(truth).judge, config.teacher_error_rate, config.seed)
         requests = _requests(input_path, config)
         verdicts = _ask_rule(teacher, requests, config)
         return _write(out, requests, verdicts, config, made, inputs)

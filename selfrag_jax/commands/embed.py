@@ -25,6 +25,7 @@ from selfrag_jax.commands.command import (
 )
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
+from selfrag_jax.huggingface import packaged
 from selfrag_jax.processes.group import Group, current
 from selfrag_jax.retrieval.corpus import Corpus, CorpusConfig
 from selfrag_jax.retrieval.embedding import (
@@ -45,7 +46,7 @@ _ENCODER = "Encoder"
 ENCODER_FLAGS = (
     Flag(
         "encoder",
-        "hashed, or an encoder model: a folder or a hub name (default: the config's)",
+        "hashed, minilm, or another encoder model: a folder or a hub name (default: the config's)",
         group=_ENCODER,
         is_folder=True,
     ),
@@ -74,7 +75,7 @@ def embed_corpus(
     corpus = Corpus(passages, reading)
     made = asdict(config) | corpus.config.changes()
     inputs: dict[str, artifacts.Input] = {"passages": corpus}
-    if Path(config.name).is_dir():
+    if config.name not in packaged.ENCODERS and Path(config.name).is_dir():
         inputs["encoder"] = config.name
     sources = sorted(map(Path, glob(pickles))) if pickles else []
     if pickles and not sources:
@@ -205,7 +206,7 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
         changes["name"] = changes.pop("encoder")
     config = replace(config, **changes)
     if not config.name:
-        raise UserError("--encoder=: expected hashed, the folder of a model or a hub name")
+        raise UserError("--encoder=: expected hashed, minilm, the folder of a model or a hub name")
     unused = [name for name in changes if name != "name"]
     if config.name == HASHED and unused:
         raise UserError(

@@ -20,7 +20,7 @@ from selfrag_jax.commands.command import (
     config_flag,
     load_config,
 )
-from selfrag_jax.commands.judging import JUDGING_FLAGS, open_judge, open_verifier
+from selfrag_jax.commands.judging import JUDGING_FLAGS, VERIFIERS, open_judge, open_verifier
 from selfrag_jax.commands.model_flags import (
     LOADING_FLAGS,
     MODEL_FLAGS,
@@ -46,7 +46,6 @@ from selfrag_jax.evaluation.scores import (
 from selfrag_jax.evaluation.tables import interval_text, percent
 from selfrag_jax.files import read_json, write_json
 from selfrag_jax.records import write_jsonl
-from selfrag_jax.world import truth
 
 if TYPE_CHECKING:
     from selfrag_jax.commands.task_runs import Scoring
@@ -81,13 +80,14 @@ def evaluate_file(
     out: str | Path,
     seed: int,
     mauve_model: str = "",
-    verifier: FactReader | FactVerifier | None = truth.stated_facts,
+    verifier: FactReader | FactVerifier | None = VERIFIERS["world"],
+    teacher: str = "",
 ) -> list[Row]:
     """Scores a predictions file of `selfrag answer`; returns the rows of metrics.json.
 
     Writes them to `out`, and each question's scores beside it (`scores_path`). judge: a name in
     JUDGES, or the folder of an NLI model; mauve_model: the folder of a language model, "" for none;
-    verifier: see `open_verifier`.
+    verifier: see `open_verifier`. teacher: the world's teacher.jsonl, of the judge "world".
 
     Raises UserError on an unknown judge, and on predictions that lack a field or a question, or are
     of another file.
@@ -104,13 +104,15 @@ def evaluate_file(
     if Path(out).is_dir():
         raise UserError(f"{out}: is a folder; --out is a file, {out}/metrics.json for example")
     inputs: dict[str, str | Path] = {"task": task_file, "predictions": predictions}
+    if teacher:
+        inputs["truth"] = teacher
     artifacts.check_output(out, "evaluate", inputs, [scores_path(out)])
     questions, answered = read_questions(task_file), read_predictions(predictions)
     try:
         pairs = pair(questions, answered)  # before a judge is loaded
     except UserError as e:
         raise UserError(f"{predictions}: {e}") from None
-    asked = open_judge(judge)
+    asked = open_judge(judge, teacher)
     if notice := gold_notice(questions):
         print(f"{task_file}: {notice}", file=sys.stderr)
     if isinstance(verifier, FactVerifier) and (notice := verifier.notice(pairs)):
@@ -189,11 +191,13 @@ def _scoring(values: dict[str, Any]) -> Scoring:
 
     name = values["judge"] or "none"
     mauve_model = values["mauve"] or ""
-    return Scoring(name, open_judge(name), _verifier(values), mauve_model, values["seed"])
+    judge = open_judge(name, values["truth"] or "")
+    return Scoring(name, judge, _verifier(values), mauve_model, values["seed"])
 
 
 def _verifier(values: dict[str, Any]) -> FactReader | FactVerifier | None:
-    return open_verifier(values["verifier"] or "world", values["facts"] or "")
+    name, facts = values["verifier"] or "world", values["facts"] or ""
+    return open_verifier(name, facts, values["truth"] or "")
 
 
 def _run_answers(values: dict[str, Any]) -> None:
@@ -211,7 +215,9 @@ def _run_answers(values: dict[str, Any]) -> None:
     out = values["out"] or Path(values["predictions"]).with_suffix(".metrics.json")
     judge = values["judge"] or "none"
     files, mauve = (values["task"], values["predictions"]), values["mauve"] or ""
-    for row in evaluate_file(*files, judge, out, values["seed"], mauve, _verifier(values)):
+    verifier, teacher = _verifier(values), values["truth"] or ""
+    rows = evaluate_file(*files, judge, out, values["seed"], mauve, verifier, teacher)
+    for row in rows:
         interval = interval_text(row, between="–")
         print(f"{row['metric']:<20} {percent(row)}  ({interval}, n = {row['n']})")
     print(out)
@@ -223,7 +229,7 @@ def _run_critic(values: dict[str, Any]) -> None:
     _refuse(values, ("input", *ANSWERING), "goes with a task's name")
     _refuse(
         values,
-        ("predictions", "judge", "mauve", "verifier", "facts"),
+        ("predictions", "judge", "mauve", "verifier", "facts", "truth"),
         "is of answers; --task=critic asks the critic itself",
     )
     if missing := [f"--{name}" for name in ("critic", "data") if not values[name]]:

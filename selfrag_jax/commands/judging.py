@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfrag_jax.commands.command import Flag
+from selfrag_jax.commands.worlds import read_truth
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation.fact_precision import FactVerifier, read_facts
 from selfrag_jax.evaluation.judges import EntailmentJudge, NliJudge
@@ -17,7 +18,13 @@ _JUDGES = "Judges"
 JUDGE_FLAG = Flag(
     "judge",
     "who judges citations: none (default), the local folder of a Hugging Face NLI model, or world "
-    "(the synthetic world's truth)",
+    "(a world's truth: --truth)",
+    group=_JUDGES,
+)
+TRUTH_FLAG = Flag(
+    "truth",
+    "the teacher.jsonl of the judge `world` (default: the quickstart's fictional encyclopedia, "
+    "whose language says all)",
     group=_JUDGES,
 )
 JUDGING_FLAGS = (
@@ -25,9 +32,10 @@ JUDGING_FLAGS = (
     Flag(
         "verifier",
         "who verifies the facts in answers about a topic: none, the local folder of a Hugging Face "
-        "NLI model, or world (the synthetic world's truth, for its own files; default)",
+        "NLI model, or world (a world's truth, for its own files; default)",
         group=_JUDGES,
     ),
+    TRUTH_FLAG,
     Flag(
         "facts",
         "with --verifier=FOLDER: a file of the answers' atomic facts, rows of id and facts (a "
@@ -43,8 +51,13 @@ JUDGING_FLAGS = (
 )
 
 
-def open_judge(name: str) -> SupportJudge | EntailmentJudge | None:
-    """The judge of citations called so: one of JUDGES, or an NLI model's folder."""
+def open_judge(name: str, teacher: str = "") -> SupportJudge | EntailmentJudge | None:
+    """The judge of citations called so: one of JUDGES, or an NLI model's folder.
+
+    teacher: of "world", the teacher.jsonl of another world than the encyclopedia.
+    """
+    if name == "world" and teacher:
+        return read_truth(teacher).supports
     if name in JUDGES:
         return JUDGES[name]
     if "/" not in name and not Path(name).is_dir():
@@ -54,13 +67,15 @@ def open_judge(name: str) -> SupportJudge | EntailmentJudge | None:
     return NliJudge(name)
 
 
-def open_verifier(name: str, facts: str) -> FactReader | FactVerifier | None:
+def open_verifier(name: str, facts: str, teacher: str = "") -> FactReader | FactVerifier | None:
     """The verifier of facts called so: none, world, or an NLI model's folder.
 
-    facts: a file of the answers' facts; "" takes their sentences.
+    facts: a file of the answers' facts; "" takes their sentences. teacher: as of `open_judge`.
     """
     if facts and name in VERIFIERS:
         raise UserError("--facts: goes with --verifier=FOLDER, the NLI model that verifies them")
+    if name == "world" and teacher:
+        return read_truth(teacher).stated_facts
     if name in VERIFIERS:
         return VERIFIERS[name]
     given = read_facts(facts) if facts else None  # before a model is loaded

@@ -18,12 +18,14 @@ from selfrag_jax.commands.command import (
     flags_of,
     given,
 )
+from selfrag_jax.commands.passages_flags import passage_source
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
 from selfrag_jax.search.config import SearchConfig
 
 if TYPE_CHECKING:
     from selfrag_jax.answering.selfrag import SelfRAG
+    from selfrag_jax.retrieval.instant_index import PassageSource
 
 MODEL_FLAGS = (
     Flag(
@@ -34,7 +36,8 @@ MODEL_FLAGS = (
     ),
     Flag(
         "model",
-        "a training workdir, a Hugging Face folder, a GGUF file, or a hub name (owner/model)",
+        "a training workdir, a Hugging Face folder, a GGUF file, a hub name (owner/model), or "
+        "demo: a small model that comes with the package",
         group=MODEL,
         is_model=True,
         in_place=True,
@@ -164,15 +167,18 @@ def model_and_config(
     """
     from selfrag_jax.answering import generator
     from selfrag_jax.checkpoints import workdirs
+    from selfrag_jax.huggingface import shipped
 
     model, index = values["model"], values["index"]
     if workdir := values["workdir"]:
-        defaults = {"generator": model, "index": index}
+        # Not every command that shares these flags takes --passages.
+        defaults = {"generator": model, "index": index or values.get("passages")}
         needed = [Path(workdir) / name for name, path in defaults.items() if not path]
         # A training that is unfinished can answer, from its last checkpoint on.
         needed = [path for path in needed if not workdirs.saved_steps(path)]
         require_quickstart(workdir, *map(artifacts.manifest_path, needed))
-        model, index = model or Path(workdir) / "generator", index or Path(workdir) / "index"
+        model = model or Path(workdir) / "generator"
+        index = index or (None if values.get("passages") else Path(workdir) / "index")
     if not model:
         raise UserError(
             "give --model (a training workdir, a Hugging Face folder, a GGUF file or a hub name) "
@@ -180,7 +186,9 @@ def model_and_config(
         )
     model = generator.find_generator(model)
     if values["config"] is None:
-        values = values | {"config": config_for(model, DEFAULT_CONFIG)}
+        made = shipped.read_made(model)
+        otherwise = made.answer_config if made else DEFAULT_CONFIG
+        values = values | {"config": config_for(model, otherwise)}
     config = config_section(values, AnswerConfig, "answer")
     if calibrated and not _threshold_is_given(values):
         threshold = _calibrated_threshold(model)
@@ -190,15 +198,24 @@ def model_and_config(
     return model, Path(index) if index else None, config
 
 
-def load_from(model: Path, index: Path | None, config: AnswerConfig) -> SelfRAG:
+def load_from(
+    model: Path,
+    index: Path | None,
+    config: AnswerConfig,
+    passages: PassageSource | None = None,
+) -> SelfRAG:
     from selfrag_jax.answering.selfrag import SelfRAG
 
-    return SelfRAG.load(model, index, config)
+    return SelfRAG.load(model, index, config, passages=passages)
 
 
 def load_selfrag(values: dict[str, Any], calibrated: bool = True) -> SelfRAG:
-    """The model, index and config that the flags name; calibrated: as for model_and_config."""
-    return load_from(*model_and_config(values, calibrated))
+    """The model, index or passages, and config that the flags name.
+
+    calibrated: as for model_and_config.
+    """
+    passages = passage_source(values) if "passages" in values else None
+    return load_from(*model_and_config(values, calibrated), passages)
 
 
 def _threshold_is_given(values: dict[str, Any]) -> bool:

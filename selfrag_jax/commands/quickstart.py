@@ -1,4 +1,4 @@
-"""`selfrag quickstart`: every stage of the flow, in order, in the synthetic world.
+"""`selfrag quickstart`: every stage of the flow, in order, in the world that the config names.
 
 Calls the functions of the other commands; an interrupted run continues where it was.
 """
@@ -28,6 +28,7 @@ from selfrag_jax.commands.plotted_answers import plotted_curves, scored_fields
 from selfrag_jax.commands.retrieve import retrieve_file
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
+from selfrag_jax.commands.worlds import WorldKind, kind_of_config, kind_of_file
 from selfrag_jax.critic.collecting import CollectConfig, critique_queries
 from selfrag_jax.critic.teachers.rule import RuleTeacher
 from selfrag_jax.data.questions import read_questions
@@ -39,16 +40,12 @@ from selfrag_jax.progress import Progress, progress
 from selfrag_jax.records import Question, instruction_from, read_records, read_rows, write_jsonl
 from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.retrieval.plan import IndexConfig
-from selfrag_jax.world import questions, truth
 
 if TYPE_CHECKING:
     from selfrag_jax.evaluation.answerers import Answerers
-    from selfrag_jax.evaluation.systems import System
 
 Row = dict[str, Any]
 TEACHER = "world/teacher.jsonl"
-ABLATION_TASKS = ("long_tail", "well_known")
-LONG_FORM = ("two_part", "biography")  # several segments; other tasks take one, as in the paper
 
 
 @dataclass(frozen=True)
@@ -60,46 +57,49 @@ class WorldRun:
     tasks: tuple[str, ...]
 
 
-def systems() -> tuple[WorldRun, ...]:
-    """The rows of the results table."""
+# The models of systems that are no search, and how many passages they read where systems.py leaves
+# it open or has another number.
+_PLAIN_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no_retrieval": ("closed", {}),
+    "rag_top1": ("rag", {}),
+    "rag_topk": ("rag", {"passages": 5}),
+    "train_no_critic": ("rag", {"passages": EACH_PASSAGE}),
+    "train_no_retriever": ("closed", {"passages": 1}),
+}
 
-    def listed(name: str, folder: str, tasks: tuple[str, ...] = questions.TASKS, **other: Any):
-        return WorldRun(replace(BY_NAME[name], **other), folder, tasks)
 
-    def ablation(name: str) -> WorldRun:
-        changes = {"mode": "always_retrieve", **dict(BY_NAME[name].changes)}
-        return listed(name, "generator", ABLATION_TASKS, changes=tuple(changes.items()))
+def systems(kind: WorldKind) -> tuple[WorldRun, ...]:
+    """The rows of a world's results table."""
 
-    return (
-        listed("no_retrieval", "closed"),
-        listed("rag_top1", "rag"),
-        listed("rag_topk", "rag", passages=5),
-        listed("selfrag_always", "generator"),
-        listed("selfrag_adaptive", "generator", changes=()),
-        listed("selfrag_never", "generator"),
-        *map(ablation, ("ablation_top1", "ablation_no_isrel", "ablation_no_issup")),
-        *map(ablation, ("ablation_no_isuse", "ablation_no_seqscore")),
-        listed("train_no_critic", "rag", ABLATION_TASKS, passages=EACH_PASSAGE),
-        listed("train_no_retriever", "closed", ABLATION_TASKS, passages=1),
-    )
+    def listed(name: str, tasks: tuple[str, ...]) -> WorldRun:
+        system = BY_NAME[name]
+        folder, other = _PLAIN_RUNS.get(name, ("generator", {}))
+        if name.startswith("ablation_"):
+            changes = {"mode": "always_retrieve", **dict(system.changes)}
+            other = {"changes": tuple(changes.items())}
+        elif name == "selfrag_adaptive":  # the config's mode
+            other = {"changes": ()}
+        return WorldRun(replace(system, **other), folder, tasks)
+
+    return tuple(listed(*item) for item in kind.systems.items())
 
 
 def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     """Runs all stages; returns the rows of results.json."""
     from selfrag_jax.critic.labelling import LabelConfig
-    from selfrag_jax.evaluation import report, tables
+    from selfrag_jax.evaluation import report
     from selfrag_jax.evaluation.page.questions import PageLimits
 
-    configs.require_kind(c, "quickstart", "configs/tiny.py")
+    kind = kind_of_config(c)
     w, started = Path(workdir), time.monotonic()
 
-    _announce("1/9  world: a fictional encyclopedia, questions about it, a teacher that knows it")
+    _announce(f"1/9  world: {kind.about}")
     in_main("world", lambda: make_world(c, w / "world"))
 
     _announce("2/9  retriever: embed the passages, index them, retrieve for the instructions")
     encoder = configs.build(EncoderConfig, c.encoder, "encoder")
     embed_corpus(w / "world" / "passages.tsv", encoder, w / "embeddings")
-    in_main("index", lambda: index_and_retrieve(c, w))
+    in_main("index", lambda: index_and_retrieve(c, w, kind))
     instructions = w / "retrieved" / "instructions.jsonl"
 
     _announce("3/9  collect: the teacher's critiques")
@@ -124,20 +124,20 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
         train_model(c, "generator", w / f"{name}_data.jsonl", w / name, name)
 
     _announce("8/9  evaluate: every system on every task")
-    rows = evaluate_systems(c, w)
+    rows = evaluate_systems(c, w, kind)
     if not current().is_main:
         current().barrier("report")
         return []
-    rows += evaluate_critic(c, w)
+    rows += evaluate_critic(c, w, kind)
 
     _announce("9/9  report")
     write_json(w / "report" / "results.json", {"rows": rows})
     report.write_report(
         rows,
-        shown_answers(w),
+        shown_answers(w, kind),
         w / "report",
-        tables.TITLE,
-        paired_differences([w], c.report.seed),
+        kind.title,
+        paired_differences([w], kind, c.report.seed),
         plots=training_plots(w),
         curves=plotted_curves(w),
         limits=PageLimits(c.report.examples),
@@ -156,10 +156,10 @@ def in_main(what: str, make: Callable[[], object]) -> None:
     current().barrier(what)
 
 
-def index_and_retrieve(c: ConfigDict, w: Path) -> None:
+def index_and_retrieve(c: ConfigDict, w: Path, kind: WorldKind) -> None:
     """The index, and the passages of all instructions and questions."""
     build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
-    files = ["instructions.jsonl", *(f"eval/{task}.jsonl" for task in (*questions.TASKS, "critic"))]
+    files = ["instructions.jsonl", *(f"eval/{task}.jsonl" for task in (*kind.tasks, "critic"))]
     for file in files:
         retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
 
@@ -169,7 +169,7 @@ def _announce(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
+def evaluate_systems(c: ConfigDict, w: Path, kind: WorldKind) -> list[Row]:
     """Metrics of every system on every task.
 
     Predictions are kept as files, so that an interrupted evaluation continues. Of several
@@ -185,20 +185,22 @@ def evaluate_systems(c: ConfigDict, w: Path) -> list[Row]:
         configs.build(AnswerConfig, c.answer, "answer"),
         configs.build(PlainConfig, c.plain, "plain"),
     )
-    files = {t: w / "retrieved" / "eval" / f"{t}.jsonl" for t in questions.TASKS}
+    files = {t: w / "retrieved" / "eval" / f"{t}.jsonl" for t in kind.tasks}
     tasks = {t: read_questions(file, t) for t, file in files.items()}
-    group, pairs = current(), [(run, task) for run in systems() for task in run.tasks]
+    group, pairs = current(), [(run, task) for run in systems(kind) for task in run.tasks]
     mine = pairs[group.index :: group.count]
     with progress("evaluate", sum(len(tasks[t]) for _, t in mine), "answers") as bar:
         for run, task in mine:
-            answer_task(c, w, answerers, run, (task, files[task], tasks[task]), bar)
+            one_step = task not in kind.long_form
+            answer_task(c, w, answerers, run, (task, files[task], tasks[task]), one_step, bar)
     group.barrier("predictions")
     if not group.is_main:
         return []
     rows: list[Row] = []
+    truth = kind.read_truth(w / TEACHER)
     for run, task in pairs:
         predictions = [row for _, row in read_rows(predictions_file(w, run.system.name, task))]
-        values = scores.score(tasks[task], predictions, truth.fully_supports, truth.stated_facts)
+        values = scores.score(tasks[task], predictions, truth.supports, truth.stated_facts)
         rows += scores.result_rows(run.system.name, task, values, c.report.seed)
     return rows
 
@@ -213,9 +215,13 @@ def answer_task(
     answerers: Answerers,
     run: WorldRun,
     asked: tuple[str, Path, list[Question]],
+    one_step: bool,
     bar: Progress,
 ) -> None:
-    """Writes a system's answers to a task, if they are not there. asked: task, file, questions."""
+    """Writes a system's answers to a task, if they are not there.
+
+    asked: the task, its file and its questions; one_step: a search makes one segment.
+    """
     task, file, rows = asked
     system, out = run.system, predictions_file(w, run.system.name, task)
     made: dict[str, Any] = {
@@ -229,17 +235,17 @@ def answer_task(
     if artifacts.is_finished(out, "answer", made, inputs):
         bar.skip(len(rows))
         return
-    one_step = {} if task in LONG_FORM else {"max_depth": 1, "beam_width": 1}
-    predictions = answerers.answer(system, run.folder, rows, one_step, bar.advance)
+    changes = {"max_depth": 1, "beam_width": 1} if one_step else {}
+    predictions = answerers.answer(system, run.folder, rows, changes, bar.advance)
     n = write_jsonl(out, predictions)
     artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
 
 
-def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
-    """The critic against the world's truth.
+def evaluate_critic(c: ConfigDict, w: Path, kind: WorldKind) -> list[Row]:
+    """The critic against the world's truth, on the questions of eval/critic.jsonl.
 
-    Asks about held-out entities, and about well-known ones and common knowledge in held-out
-    phrasings.
+    In the encyclopedia they are about held-out entities, and about well-known ones and common
+    knowledge in held-out phrasings.
     """
     from selfrag_jax.checkpoints import loading
     from selfrag_jax.critic.critic import Critic
@@ -248,7 +254,7 @@ def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
     from selfrag_jax.evaluation.critic_scores import BINS
 
     config = configs.build(CollectConfig, c.collect, "collect")
-    teacher = RuleTeacher(truth.read_truth(w / TEACHER), 0.0, config.seed)
+    teacher = RuleTeacher(kind.read_truth(w / TEACHER).judge, 0.0, config.seed)
     asked, kinds = [], []
     for row in read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from):
         for q in critique_queries(row, config, random.Random(f"critic-{row.id}")):
@@ -269,38 +275,22 @@ def evaluate_critic(c: ConfigDict, w: Path) -> list[Row]:
     ]
 
 
-# The differences that the report shows: one system, another, and the task.
-COMPARED = (
-    ("selfrag_always", "rag_top1", "long_tail"),
-    ("selfrag_always", "ablation_top1", "long_tail"),
-    ("selfrag_always", "no_retrieval", "long_tail"),
-    ("selfrag_always", "ablation_no_isrel", "long_tail"),
-    ("selfrag_always", "ablation_no_issup", "long_tail"),
-    ("selfrag_always", "ablation_no_isuse", "long_tail"),
-    ("selfrag_always", "ablation_no_seqscore", "long_tail"),
-    ("selfrag_always", "selfrag_adaptive", "long_tail"),
-    ("selfrag_always", "selfrag_adaptive", "well_known"),
-    ("selfrag_never", "selfrag_adaptive", "no_need"),
-    ("selfrag_adaptive", "rag_top1", "claims"),
-)
-
-
-def paired_differences(workdirs: Sequence[Path], seed: int) -> list[Row]:
-    """Paired differences in accuracy over the questions of all workdirs.
+def paired_differences(workdirs: Sequence[Path], kind: WorldKind, seed: int) -> list[Row]:
+    """Paired differences in accuracy over the questions of all workdirs, one for each comparison.
 
     Their intervals resample by the entity that a question asks about.
     """
     from selfrag_jax.evaluation import metrics
 
-    out = []
-    for one, other, task in COMPARED:
+    out, truths = [], [kind.read_truth(w / TEACHER) for w in workdirs]
+    for one, other, task in kind.compared:
         values: list[float] = []
         entities: list[tuple[int, str]] = []
-        for i, w in enumerate(workdirs):
+        for i, (w, truth) in enumerate(zip(workdirs, truths, strict=True)):
             asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
             a, b = (_accuracies(w, system, task, asked) for system in (one, other))
             values += [x - y for x, y in zip(a, b, strict=True)]
-            entities += [(i, truth.parse_instruction(q.question).name or q.id) for q in asked]
+            entities += [(i, truth.entity_of(q.question) or q.id) for q in asked]
         value, low, high = metrics.paired_interval(values, entities, seed)
         row = {"system": one, "over": other, "task": task}
         out.append(row | {"value": value, "low": low, "high": high, "n": len(values)})
@@ -318,13 +308,13 @@ def _accuracies(w: Path, system: str, task: str, asked) -> list[float]:
 SHOWN_SYSTEMS = ("selfrag_adaptive", "rag_top1", "no_retrieval")
 
 
-def shown_answers(w: Path) -> list[Row]:
+def shown_answers(w: Path, kind: WorldKind) -> list[Row]:
     """The answers of SHOWN_SYSTEMS to all questions, with gold and accuracy, for the report."""
     from selfrag_jax.evaluation import scores
 
     shown = []
     for system in SHOWN_SYSTEMS:
-        for task in questions.TASKS:
+        for task in kind.tasks:
             asked = read_questions(w / "retrieved" / "eval" / f"{task}.jsonl", task)
             answers = [row for _, row in read_rows(predictions_file(w, system, task))]
             scored = {row["id"]: row for row in scores.score_questions(asked, answers)}
@@ -349,7 +339,8 @@ def training_plots(w: Path):
 
 def sample_question(w: Path) -> str:
     """A question that the finished quickstart can be asked."""
-    return read_questions(w / "world" / "eval" / "long_tail.jsonl")[0].question
+    task = kind_of_file(w / TEACHER).sample_task
+    return read_questions(w / "world" / "eval" / f"{task}.jsonl")[0].question
 
 
 def _require_own(workdir: Path) -> None:

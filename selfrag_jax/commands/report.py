@@ -41,24 +41,31 @@ def _folders(values: dict[str, Any], flag: str) -> list[Path]:
 
 def _report_quickstarts(values: dict[str, Any]) -> Path:
     from selfrag_jax.commands.plotted_answers import plotted_curves
-    from selfrag_jax.commands.quickstart import paired_differences, shown_answers, training_plots
+    from selfrag_jax.commands.quickstart import (
+        TEACHER,
+        paired_differences,
+        shown_answers,
+        training_plots,
+    )
+    from selfrag_jax.commands.worlds import common_kind
     from selfrag_jax.evaluation import report, tables
     from selfrag_jax.evaluation.page.questions import PageLimits
 
     workdirs = _folders(values, "workdir")
     for w in workdirs:
-        require_quickstart(w, w / "report" / "results.json")
+        require_quickstart(w, w / "report" / "results.json", w / TEACHER)
     out = Path(values["out"]) if values["out"] else workdirs[0] / "report"
     report.require_own(out)
     runs = [tables.read_results(w / "report" / "results.json") for w in workdirs]
-    rows, title = runs[0], tables.TITLE
+    kind = common_kind([w / TEACHER for w in workdirs])
+    rows, title = runs[0], kind.title
     if len(runs) > 1:
-        rows, title = tables.mean_over_seeds(runs), f"{tables.TITLE}: mean of {len(runs)} runs"
+        rows, title = tables.mean_over_seeds(runs), f"{kind.title}: mean of {len(runs)} runs"
         write_json(out / "results.json", {"rows": rows})
-    differences = paired_differences(workdirs, seed=0)
+    differences = paired_differences(workdirs, kind, seed=0)
     report.write_report(
         rows,
-        shown_answers(workdirs[0]),
+        shown_answers(workdirs[0], kind),
         out,
         title,
         differences,

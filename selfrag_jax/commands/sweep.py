@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from selfrag_jax import artifacts, locks
 from selfrag_jax.commands.answer import answers_in_folder
 from selfrag_jax.commands.command import Command, Flag
-from selfrag_jax.commands.judging import JUDGE_FLAG, open_judge
+from selfrag_jax.commands.judging import JUDGE_FLAG, TRUTH_FLAG, open_judge
 from selfrag_jax.commands.model_flags import (
     ANSWER_CONFIG_FLAG,
     DEFAULT_CONFIG,
@@ -217,7 +217,7 @@ def parse_grid(values: Mapping[str, Any]) -> dict[str, list[Any]]:
 def run(values: dict[str, Any], _: list[str]) -> None:
     grid = parse_grid(values)
     judge_name = values["judge"] or "none"
-    judge = open_judge(judge_name)  # before the model is loaded
+    judge = open_judge(judge_name, values["truth"] or "")  # before the model is loaded
     single = {**values, **dict.fromkeys(SWEPT)}
     rag = load_selfrag(single, calibrated="threshold" not in grid)
     changes = json.loads(json.dumps(search_changes(single)))
@@ -246,6 +246,7 @@ COMMAND = Command(
             for f in SEARCH_FLAGS
         ),
         JUDGE_FLAG,
+        TRUTH_FLAG,
         *LOADING_FLAGS,
         Flag("bootstrap_seed", "seed of the intervals", 0, type=int),
         ANSWER_CONFIG_FLAG,

@@ -1,4 +1,4 @@
-"""`selfrag world`: a seed in, the files of a synthetic world out."""
+"""`selfrag world`: a seed in, the files of a world out (worlds.py has the kinds)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from selfrag_jax import artifacts
-from selfrag_jax import config as configs
 from selfrag_jax.commands.command import Command, Flag, config_flag, load_config
-from selfrag_jax.world import questions
-from selfrag_jax.world.encyclopedia import WorldConfig, build_world
+from selfrag_jax.commands.worlds import kind_of_config
 
 
 def make_world(c: ConfigDict, out: Path) -> None:
-    """Writes the world's files to `out`; does nothing if they are finished."""
-    configs.require_kind(c, "quickstart", "configs/tiny.py")
-    config = configs.build(WorldConfig, c.world, "world")
-    if not artifacts.is_finished(out, "world", config, {}):
-        counts = questions.write_world(build_world(config), out)
-        artifacts.write_manifest(out, "world", config, {}, counts)
+    """Writes the files of the config's world to `out`; does nothing if they are finished."""
+    kind_of_config(c).write(c.world, out)
 
 
 def run(values: dict[str, Any], _: list[str]) -> None:
     config = load_config(values)
+    kind_of_config(config)  # refuses other configs, which have no section `world`
     if values["seed"] is not None:
         config.world.seed = values["seed"]
     make_world(config, Path(values["out"]))

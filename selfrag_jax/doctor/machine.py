@@ -60,6 +60,7 @@ def caches() -> dict[str, dict[str, Any]]:
             os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "selfrag_jax" / "xla"
         ),
         "teachers' replies": home / "selfrag_jax" / "teacher_replies.sqlite3",
+        "indexes of --passages": home / "selfrag_jax" / "passages",
         "hub downloads": Path(os.environ.get("HF_HUB_CACHE") or hub / "hub"),
     }
     return {name: {"path": str(path), **_size(path)} for name, path in places.items()}

@@ -20,7 +20,6 @@ from selfrag_jax.files import read_object
 Row = dict[str, Any]
 INTERVAL = ("value", "low", "high")
 NOT_95 = {"mauve": f"range of {RUNS} seeds"}  # metrics whose ends are something else
-TITLE = "Self-RAG in the synthetic world"
 SYSTEM_TITLES = {
     "selfrag": "Self-RAG",
     "no_retrieval": "No retrieval",

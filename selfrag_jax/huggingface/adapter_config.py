@@ -15,7 +15,6 @@ from selfrag_jax.artifacts import ADAPTER_BASE as BASE
 from selfrag_jax.artifacts import ADAPTER_CONFIG, local_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
-from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub
 from selfrag_jax.huggingface.config_json import check_counts, positive
 from selfrag_jax.huggingface.weight_files import has_weights
@@ -30,7 +29,7 @@ _NEUTRAL = frozenset(
 )
 _HONOURED = frozenset(
     f"r lora_alpha use_rslora rank_pattern alpha_pattern modules_to_save revision peft_type {BASE} "
-    "init_lora_weights bias".split()
+    "init_lora_weights bias trainable_token_indices".split()
 )
 # Other beginnings (pissa, olora, corda, loftq, lora_ga) change the base's weights, too.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -49,6 +48,7 @@ class AdapterConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     modules_to_save: tuple[str, ...]  # whole modules that the adapter replaces
+    token_rows: dict[str, tuple[int, ...]]  # table of the vocabulary -> rows that it replaces
 
     def scale(self, module: str, rank: int) -> float:
         """What A B of a module is multiplied by. rank: of its tensors.
@@ -112,7 +112,21 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         ranks,
         {k: positive(path, f"alpha_pattern.{k}", v) for k, v in alphas.items()},
         tuple(saved),
+        _token_rows(path, row.get("trainable_token_indices")),
     )
+
+
+def _token_rows(path: Path, given: Any) -> dict[str, tuple[int, ...]]:
+    """Rows by table; PEFT takes a list for those of the embedding."""
+    tables = given if isinstance(given, dict) else {"embed_tokens": given or []}
+    for ids in tables.values():
+        is_list = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        if not is_list or len(set(ids)) < len(ids):
+            raise UserError(
+                f"{path}: trainable_token_indices={given!r}: expected different ids of tokens, or "
+                "an object of a list for each table"
+            )
+    return {name: tuple(ids) for name, ids in tables.items() if ids}
 
 
 def _unsupported(path: Path, row: dict[str, Any], field: str) -> UserError:
@@ -136,7 +150,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(c: AdapterConfig) -> Path:
-    """The folder of the model that was adapted; downloads it from the hub if needed.
+    """The folder of the model that was adapted, or its GGUF file; downloads it if needed.
 
     Raises UserError naming the adapter's field if there is none, or if it is no plain model.
     """
@@ -153,11 +167,6 @@ def base_folder(c: AdapterConfig) -> Path:
     if (folder / hub.WORKDIR_FILE).is_file():
         raise UserError(
             f"{c.path}: {BASE}: {folder} is a training workdir; make a Hugging Face folder of it "
-            "(`selfrag convert --format=huggingface`), and write that there"
-        )
-    if is_gguf(folder):
-        raise UserError(
-            f"{c.path}: {BASE}: {folder} is a GGUF file; make a Hugging Face folder of it "
             "(`selfrag convert --format=huggingface`), and write that there"
         )
     if is_adapter(folder):

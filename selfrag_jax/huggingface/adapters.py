@@ -7,6 +7,8 @@ An adapter's folder has adapter_config.json, which names the model, and adapter_
     base_model.model.<module>.lora_B.weight            [outputs, rank]
     base_model.model.<module>.lora_embedding_A, _B     [rank, rows], [columns, rank]
     base_model.model.<module>.weight                   of a module that was trained whole
+    base_model.model.<module>.token_adapter.trainable_tokens_delta   [n, columns]: new values of
+                                                       some rows of a table of the vocabulary
 
 The merged weight is W + B A * scale, in f32: most of an update is smaller than the spacing of
 bfloat16 numbers.
@@ -22,6 +24,9 @@ import numpy as np
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
+from selfrag_jax.gguf_files import architecture
+from selfrag_jax.gguf_files.header import is_gguf
+from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import (
     ADAPTER_FILES,
     base_folder,
@@ -34,6 +39,7 @@ from selfrag_jax.huggingface.weight_files import (
     CONFIG,
     EMBEDDING,
     HEAD,
+    ModelWeights,
     TensorFile,
     WeightFiles,
     open_tensors,
@@ -51,6 +57,14 @@ def tokenizer_folder(folder: Path) -> Path:
     if not is_adapter(folder) or any((folder / n).is_file() for n in TOKENIZER_FILES):
         return folder
     return base_folder(read_adapter_config(folder / ADAPTER_CONFIG))
+
+
+def open_plain(path: Path) -> tuple[LlamaConfig, ModelWeights]:
+    """The config and the weights of a folder that is no adapter, or of a GGUF file."""
+    if is_gguf(path):
+        c = architecture.read_config(path)
+        return c, GgufWeights(architecture.open_llama(path), c)
+    return config_from_json(path / CONFIG), WeightFiles(path)
 
 
 @dataclass
@@ -74,6 +88,8 @@ _FACTORS = {
 }
 # Suffixes of a module that PEFT has wrapped; what the module was, and what it is now.
 _BEFORE, _NOW = (".base_layer.weight", ".original_module.weight"), ".modules_to_save.weight"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_TOKEN_ADAPTER = ".token_adapter.base_layer.weight"
 
 
 class AdaptedWeights:
@@ -87,18 +103,20 @@ class AdaptedWeights:
         names = [n for n in ADAPTER_FILES if (folder / n).is_file()]
         if not names:
             raise UserError(f"{folder}: lacks the adapter's weights, {ADAPTER_FILES[0]}")
-        self._base = WeightFiles(base)
+        adapted, self._base = open_plain(base)
         self._path = folder / names[0]
         self._file: TensorFile = open_tensors(self._path, torch_conversion_hint(folder))
         self._pairs: dict[str, _Pair] = {}  # module -> factors
         self._before: dict[str, str] = {}  # tensor of the model -> of the adapter: before adapting
         self._now: dict[str, str] = {}  # the same of modules that were trained whole
+        self._rows: dict[str, str] = {}  # the same of tables of which rows are replaced
         for stored in self._file.names():
             self._sort(stored)
-        self.file_of = {n: str(base.absolute() / file) for n, file in self._base.file_of.items()}
+        where = self._base.folder.absolute()
+        self.file_of = {n: str(where / file) for n, file in self._base.file_of.items()}
         self.file_of |= dict.fromkeys({**self._before, **self._now}, names[0])
-        adapted = config_from_json(base / CONFIG)
-        self._tied = adapted.tie_embeddings
+        self._base_rows, self._tied = adapted.vocab_size, adapted.tie_embeddings
+        self._row_ids = self._checked_rows()
         self.config = self._adapted_config(adapted)
         self._check_pairs()
 
@@ -109,6 +127,12 @@ class AdaptedWeights:
         if 0 in self._file.shape(stored):
             raise UserError(f"{self._path}: tensor {stored!r} is empty")
         name = stored.removeprefix(PREFIX)
+        if name.endswith(TOKEN_ROWS):
+            self._rows[name.removesuffix(TOKEN_ROWS) + ".weight"] = stored
+            return
+        if name.endswith(_TOKEN_ADAPTER):
+            self._before[name.removesuffix(_TOKEN_ADAPTER) + ".weight"] = stored
+            return
         for suffix, (factor, transposed) in _FACTORS.items():
             if name.endswith(suffix):
                 pair = self._pairs.setdefault(name.removesuffix(suffix), _Pair())
@@ -130,11 +154,51 @@ class AdaptedWeights:
                 raise UserError(f"{self._path}: has only one of the two factors of {module!r}")
 
     # ---- the vocabulary --------------------------------------------------------------------------
+    def _checked_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each table that are replaced. Raises UserError if the weights differ."""
+        given, ids_of = self._adapter.token_rows, {}
+        for name, stored in self._rows.items():
+            module = name.removesuffix(".weight")
+            if name not in (EMBEDDING, HEAD) or name in self._now or module in self._pairs:
+                raise UserError(f"{self._path}: tensor {stored!r} has no place in the model")
+            tables = (module.rpartition(".")[2], "embed_tokens")  # of a tied model, one for both
+            ids = next((given[table] for table in tables if table in given), ())
+            if self._file.shape(stored)[0] != len(ids):
+                raise UserError(
+                    f"{self._path}: tensor {stored!r} has {self._file.shape(stored)[0]} rows; "
+                    f"trainable_token_indices in {ADAPTER_CONFIG} names {len(ids)}"
+                )
+            ids_of[name] = ids
+        known = {name.removesuffix(".weight").rpartition(".")[2] for name in ids_of}
+        if self._tied and EMBEDDING in ids_of:
+            known.add("lm_head")
+        if self._tied and ids_of and EMBEDDING not in ids_of:
+            raise UserError(f"{self._path}: replaces rows of the head alone, of a tied table")
+        if lacking := sorted(set(given) - known):
+            raise UserError(
+                f"{self._path}: lacks the rows of {lacking[0]!r} that trainable_token_indices in "
+                f"{ADAPTER_CONFIG} names"
+            )
+        return ids_of
+
+    def _with_rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A table of which some rows are replaced or new."""
+        stored, ids = self._rows[name], self._row_ids[name]
+        before = self._before.get(name)
+        old = self._file.shape(before)[0] if before else self._base_rows
+        table = np.empty(shape, np.float32)
+        table[:old] = self._unadapted(name, (old, *shape[1:]))
+        table[list(ids)] = self._stored(stored, (len(ids), *shape[1:]))
+        if missing := set(range(old, shape[0])).difference(ids):
+            raise UserError(f"{self._path}: {stored!r} lacks the new row {min(missing)}")
+        return table
+
     def _adapted_config(self, c: LlamaConfig) -> LlamaConfig:
         """The model's config: the adapter may have another vocabulary, or untie its two tables."""
         tables = [self._now.get(n) or self._before.get(n) for n in (EMBEDDING, HEAD)]
-        rows = [self._file.shape(stored)[0] for stored in tables if stored]
-        c = replace(c, vocab_size=rows[0] if rows else c.vocab_size)
+        rows = [self._file.shape(stored)[0] for stored in tables if stored][:1] or [c.vocab_size]
+        rows += [i + 1 for ids in self._row_ids.values() for i in ids]  # tokens that are new
+        c = replace(c, vocab_size=max(rows))
         if not c.tie_embeddings:
             return c
         if EMBEDDING not in self.file_of and HEAD in self.file_of:
@@ -170,6 +234,8 @@ class AdaptedWeights:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor, merged. Raises UserError as WeightFiles.tensor does."""
+        if name in self._rows:
+            return self._with_rows(name, shape)
         if name in self._now:
             return self._stored(self._now[name], shape)
         pair = self._pairs.get(name.removesuffix(".weight"))

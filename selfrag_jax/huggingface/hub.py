@@ -14,6 +14,7 @@ from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
 from selfrag_jax.gguf_files import wheels
 from selfrag_jax.gguf_files.header import SUFFIX, is_gguf
+from selfrag_jax.huggingface import packaged, shipped
 from selfrag_jax.storage.mirror import Mirror
 from selfrag_jax.storage.paths import as_path, explained, is_remote
 
@@ -55,11 +56,22 @@ def model_folder(name: str | Path) -> Path:
 
 
 def encoder_folder(name: str | Path) -> Path:
-    """The same for an encoder of texts, which has other files, and is no GGUF file."""
-    path = _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
-    if is_gguf(path):
-        raise UserError(f"{path}: is a GGUF file; expected the folder of an encoder")
-    return path
+    """The same for an encoder of texts, which has other files, and is no GGUF file.
+
+    A short name of packaged.ENCODERS is a model of the hub, too; where the hub is not reached, the
+    package that carries it serves.
+    """
+    if (known := packaged.ENCODERS.get(str(name))) is None:
+        path = _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
+        if is_gguf(path):
+            raise UserError(f"{path}: is a GGUF file; expected the folder of an encoder")
+        return path
+    if folder := packaged.installed_folder(known):
+        return folder  # before the hub: it is asked for nothing that is here
+    try:
+        return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
+    except UserError as e:
+        raise packaged.not_found(str(name), known, e) from None
 
 
 def config_folder(name: str | Path) -> Path:
@@ -74,6 +86,8 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
     if is_remote(name):
         return _in_bucket(str(name))
     path = Path(name)
+    if not path.exists() and str(name) in shipped.SHIPPED:
+        return shipped.shipped_folder(str(name))
     if not path.exists() and str(name) in SHORT_NAMES:
         return _find_short(str(name), tuple(patterns), needs_weights)
     is_name = re.fullmatch(_HUB_NAME, str(name)) and path.suffix != SUFFIX
@@ -185,6 +199,13 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         reason = "no network" if isinstance(e, LocalEntryNotFoundError) else e
         raise HubUnreachable(name, reason) from None
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether the safetensors of a hub name are on this machine. Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model.safetensors"), str)
 
 
 def _has_any(folder: Path, patterns: list[str]) -> bool:

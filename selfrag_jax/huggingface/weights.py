@@ -23,9 +23,8 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.gguf_files import architecture
 from selfrag_jax.gguf_files.header import is_gguf
-from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import is_adapter
-from selfrag_jax.huggingface.adapters import AdaptedWeights
+from selfrag_jax.huggingface.adapters import AdaptedWeights, open_plain
 from selfrag_jax.huggingface.config_json import config_from_json, config_to_json
 from selfrag_jax.huggingface.weight_files import (
     CONFIG,
@@ -34,7 +33,6 @@ from selfrag_jax.huggingface.weight_files import (
     INDEX,
     WEIGHTS,
     ModelWeights,
-    WeightFiles,
 )
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
@@ -234,14 +232,10 @@ def open_folder(path: str | Path) -> tuple[LlamaConfig, ModelWeights]:
     An adapter's are merged. Raises UserError naming the file, field or tensor at fault.
     """
     path = Path(path)
-    if is_gguf(path):
-        c = architecture.read_config(path)
-        return c, GgufWeights(architecture.open_llama(path), c)
-    if is_adapter(path):
+    if not is_gguf(path) and is_adapter(path):
         adapted = AdaptedWeights(path)
         return adapted.config, adapted
-    c = config_from_json(path / CONFIG)
-    return c, WeightFiles(path)
+    return open_plain(path)
 
 
 def read_config(path: str | Path) -> LlamaConfig:

@@ -177,11 +177,15 @@ class Corpus:
                 f"--fields={self.config.fields}, or leave it out"
             ))  # fmt: skip
 
+    def _words_of(self, d: Document) -> int:
+        """Words of a document's passages, at most; 0: it is not split."""
+        if self.config.split is None:
+            return DEFAULT_WORDS if d.is_file else 0
+        return self.config.split
+
     def _split(self, d: Document) -> list[Passage]:
         """Returns the passages of a document: itself, or its pieces, with ids like doc#3."""
-        words = self.config.split
-        if words is None:
-            words = DEFAULT_WORDS if d.is_file else 0
+        words = self._words_of(d)
         # Most rows are short, and counting words takes longer than all else.
         if words and (d.is_file or len(d.text) > words):
             pieces = _pieces(d, words)

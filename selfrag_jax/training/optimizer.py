@@ -7,7 +7,8 @@ Adam.
 Adam divides by the size of the gradient. A word that is absent from a batch therefore moves as fast
 as the others, driven by the noise of its softmax gradient. A small pretrained model survives a
 short fine-tune only with an `adam_eps` above that noise, and with a low rate for everything but the
-rows of new tokens, which have the farthest to go (`new_rows_factor`). Low-rank adapters want a
+rows of new tokens, which have the farthest to go (`new_rows_factor`); the others may rest
+(`old_rows_factor`). Low-rank adapters want a
 higher rate than the embedding and the head, which are trained in full beside them
 (`embedding_learning_rate`).
 """
@@ -49,6 +50,9 @@ class OptimizerConfig:
     # Peak rate of the embedding and the head. None: that of everything else, with muon
     # adam_learning_rate. Their weight decay follows it.
     embedding_learning_rate: float | None = None
+    # On the rate of the rows of the base's tokens. 0 leaves them as they are, so that an adapter
+    # needs to hold the new rows alone (`selfrag convert --format=peft`).
+    old_rows_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -64,8 +68,10 @@ class OptimizerConfig:
                 f"optimizer.warmup_fraction={self.warmup_fraction!r}: must be a fraction of the "
                 "steps, at least 0 and below 1"
             )
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UserError(f"optimizer.weight_decay={self.weight_decay!r}: must be 0 or above")
+        for field in ("weight_decay", "old_rows_factor"):
+            value = getattr(self, field)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"optimizer.{field}={value!r}: must be 0 or above")
 
     @property
     def embedding_factor(self) -> float:
@@ -127,7 +133,7 @@ def make_optimizer(
     return optax.chain(
         _clip_by_global_norm(config.clip),
         inner,
-        _scale_vocabulary(config.embedding_factor, config.new_rows_factor, new_rows, padding),
+        _scale_vocabulary(config, new_rows, padding),
     )
 
 
@@ -151,21 +157,22 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _scale_vocabulary(
-    factor: float, new_factor: float, new: int, padding: int
-) -> optax.GradientTransformation:
+def _scale_vocabulary(c: OptimizerConfig, new: int, padding: int) -> optax.GradientTransformation:
     """Multiplies the updates of the embedding and the head.
 
-    All rows by `factor`; the last `new` ones before `padding` by `new_factor` besides.
+    All rows by `embedding_factor`; the last `new` ones before `padding` by `new_rows_factor`
+    besides, those before them by `old_rows_factor`.
     """
+    new_rate = c.embedding_factor * c.new_rows_factor
+    old_rate = c.embedding_factor * c.old_rows_factor
 
     def scale(path, update):
         axis = {"embed": 0, "head": 1}.get(path[0].key)
-        if axis is None or (factor == 1.0 and not new):
+        if axis is None or (old_rate == 1.0 and not new):
             return update
         size = update.shape[axis]
         old = jnp.arange(size) < size - padding - new
-        rates = jnp.where(old, factor, factor * new_factor).astype(update.dtype)
+        rates = jnp.where(old, old_rate, new_rate).astype(update.dtype)
         return update * (rates[:, None] if axis == 0 else rates)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
