@@ -1,6 +1,7 @@
 """Shared fixtures: one tiny world, one tiny model, one finished smoke run of the quickstart."""
 
 import gc
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from dataclasses import replace
 
 import bucket as buckets
 import jax
+import longest_first
 import numpy as np
 import pytest
 import repetitions
@@ -43,14 +45,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     repetitions.FULL = config.getoption("full")
+    config.option.loadscopereorder = False  # xdist would start with the files of most tests
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup`, one worker runs all tests that share a slow fixture."""
-    for item in items:
-        for name in {"quickstart", "trained", "measured"}.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(name))
+def pytest_collection_modifyitems(config, items):
+    """Workers of xdist take the longest files first."""
+    if hasattr(config, "workerinput"):
+        longest_first.sort_files(items)
+
+
+_finished = itertools.count(1)  # tests of this process
 
 
 @pytest.fixture(autouse=True)
@@ -63,25 +67,14 @@ def unknown_hub():
 def few_compiled_programs():
     """Lets compiled programs go before they use up the process's memory maps.
 
-    Linux gives a process 65,530; without any left, XLA ends in a segmentation fault.
+    Linux gives a process 65,530; without any left, XLA ends in a segmentation fault. Counting takes
+    up to 20 ms, so it is done after every tenth test.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.is_file() and maps.read_text().count("\n") > 20_000:
+    if next(_finished) % 10 == 0 and maps.is_file() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation(request):
-    """Slow searches of the tiny model are compiled with few optimizations, except with `--full`.
-
-    Most of their time is compilation. The default tests compile as users do.
-    """
-    searches = request.node.get_closest_marker("slow") and "talkative" in request.fixturenames
-    jax.config.update("jax_disable_most_optimizations", bool(searches) and not repetitions.FULL)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +85,22 @@ def same_environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request, same_environment):
+    """Slow tests of the tiny model are compiled with few optimizations, except with `--full`.
+
+    Most of their time is compilation. The processes that they start compile in the same way. The
+    default tests compile as users do.
+    """
+    slow = request.node.get_closest_marker("slow") and "tiny_model" in request.fixturenames
+    quick = bool(slow) and not repetitions.FULL
+    if quick:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes; restored after the test
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -42,12 +42,7 @@ def measured(tmp_path_factory):
     return dict(zip(parts[1::2], parts[2::2], strict=True)), folder
 
 
-# One process measures for all tests of this group.
-in_one_process = pytest.mark.xdist_group("accelerator")
-
-
 @pytest.mark.slow
-@in_one_process
 def test_every_piece_writes_its_figures_and_a_row(measured):
     printed, folder = measured
     assert set(printed) == set(PIECES)
@@ -65,7 +60,6 @@ def test_every_piece_writes_its_figures_and_a_row(measured):
 
 
 @pytest.mark.slow
-@in_one_process
 def test_approximate_search_and_kernels_agree_with_the_exact_ones(measured):
     _, folder = measured
     search, attention = (
@@ -77,14 +71,12 @@ def test_approximate_search_and_kernels_agree_with_the_exact_ones(measured):
 
 
 @pytest.mark.slow
-@in_one_process
 def test_training_is_compared_with_torch(measured):
     out = measured[0]["train_1b_torch"]
     assert re.search(r"torch +[\d.]+ tokens/s\nours +[\d.]+ tokens/s\nratio [\d.]+", out)
 
 
 @pytest.mark.slow
-@in_one_process
 @pytest.mark.parametrize("form", ["short", "long"])
 def test_answering_is_compared_with_the_released_algorithm(measured, form):
     out = measured[0][f"{form}_7b"]
@@ -94,7 +86,6 @@ def test_answering_is_compared_with_the_released_algorithm(measured, form):
 
 
 @pytest.mark.slow
-@in_one_process
 @pytest.mark.parametrize("piece", ["generate_7b", "generate_7b_int8"])
 def test_bandwidth_is_printed_per_number_of_questions(measured, piece):
     pattern = r"tokens/s +[\d.]+ GB +[\d.]+ GB/s, \d+% of copies"
@@ -102,7 +93,6 @@ def test_bandwidth_is_printed_per_number_of_questions(measured, piece):
 
 
 @pytest.mark.slow
-@in_one_process
 def test_judging_is_compared_with_generating(measured):
     out = measured[0]["judge_7b"]
     figures = dict(re.findall(r"\n(shared prefix|whole prompts|generating 3) +([\d.]+)", out))
@@ -112,7 +102,6 @@ def test_judging_is_compared_with_generating(measured):
 
 
 @pytest.mark.slow
-@in_one_process
 def test_slow_retrieval_is_partly_hidden(measured):
     out = measured[0]["retrieval_7b"]
     assert len(re.findall(r"(others wait|others continue|found at once) +[\d.]+ s\n", out)) == 3
