@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfrag_jax import __version__, artifacts
+from selfrag_jax import __version__, artifacts, locks
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
 from selfrag_jax.huggingface import hub, packaged
@@ -205,7 +205,7 @@ def _is_being_written(folder: Path) -> bool:
         return False
     with open(lock, "ab") as f:
         try:
-            artifacts.lock_file(f, folder)
+            locks.lock_file(f, folder)
         except UserError:
             return True
     return False
@@ -225,7 +225,7 @@ def _build(
     """
     before = corpus.fingerprint()
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    with artifacts.exclusive_workdir(unfinished, "embedding the same passages"):
+    with locks.exclusive_workdir(unfinished, "embedding the same passages"):
         if folder.is_dir():  # the other process has finished it
             shutil.rmtree(unfinished, ignore_errors=True)
             return
