@@ -1,4 +1,4 @@
-"""The order of the test files for pytest-xdist: the longest first, so that no worker waits at the end.
+"""The order of the test files for pytest-xdist: the longest first; no worker waits at the end.
 
 A worker takes a file whole (`--dist loadfile`), so what its tests share is made once.
 """

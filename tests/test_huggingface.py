@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from selfrag_jax import cli
 from selfrag_jax.checkpoints import loading
 from selfrag_jax.errors import UserError
-from selfrag_jax.huggingface import weights
+from selfrag_jax.huggingface import weight_files, weights
 from selfrag_jax.models.llama import Cache, Model
 
 TOKENIZER = Path(__file__).parent / "data" / "llama_tokenizer"
@@ -134,7 +134,7 @@ def test_a_round_trip_changes_no_tensor(pair, tokenizer, tmp_path, dtype):
     theirs, _, model, _ = pair
     copy.deepcopy(theirs).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
     config = weights.config_from_json(tmp_path / "in" / "config.json")
-    files = weights.WeightFiles(tmp_path / "in")
+    files = weight_files.WeightFiles(tmp_path / "in")
     params = weights.read_params(files, config, model.shapes(), dtype)
     weights.save_folder(tmp_path / "out", config, params, tokenizer, dtype)
     assert_same_bytes(*(load_file(tmp_path / d / weights.WEIGHTS) for d in ("in", "out")))
