@@ -167,6 +167,8 @@ class Reader:
 
         In each place the longest one counts: "New York" is not "York".
         """
+        if value_type == "code":  # in capitals: "per" and "man" are words
+            text = " ".join(re.findall(r"\b[A-Z]{3}\b", text))
         words, known = normalise(text).split(), self._values[value_type]
         found, i = [], 0
         while i < len(words):
