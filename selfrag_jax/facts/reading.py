@@ -20,7 +20,7 @@ from selfrag_jax.text.normalising import normalise
 
 _PRONOUNS = {"it", "he", "she", "they", "this film", "this city", "this country"}
 _END = re.compile(r"[.!?](?=\s|$)")
-_CHOICES = re.compile(r"(?<=\?) (?=A: )")
+_CHOICES = re.compile(r"(?<=[?.]) (?=A: )")
 
 
 @dataclass(frozen=True)
