@@ -309,11 +309,11 @@ def rows_about_towns():
 
 @pytest.mark.slow
 def test_a_real_model_is_trained_exported_and_answers(tmp_path, monkeypatch, capsys):
-    """SmolLM2 with configs/small.py: 12 steps, transformers' logits, an answer from a passage."""
+    """SmolLM2 with configs/small.py: 20 steps, transformers' logits, an answer from a passage."""
     monkeypatch.chdir(tmp_path)
     base = smollm2.gguf(tmp_path)
     write_jsonl("rows.jsonl", rows_about_towns())
-    shorter = dict(epochs="none", steps=12, rows=1, length=256, max_targets=96)
+    shorter = dict(epochs="none", steps=20, rows=1, length=256, max_targets=96)
     flags = [f"--config.generator.{k}={v}" for k, v in shorter.items()]
     command = ["train", f"--config.base={base}", "--role=generator", "--data=rows.jsonl", *flags]
     assert cli.main([*command, "--workdir=generator"]) == 0
