@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from selfrag_jax import artifacts, cli, config
-from selfrag_jax.commands import judging, quickstart, worlds
+from selfrag_jax.commands import judging, quickstart, world_evaluation, worlds
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.systems import BY_NAME
+from selfrag_jax.evaluation.systems import BY_NAME, FEW_SHOT
 from selfrag_jax.text.prompts import CritiqueQuery
 from selfrag_jax.world import questions, truth
 
@@ -27,12 +27,12 @@ def test_a_kinds_systems_tasks_and_comparisons_fit(name):
     kind = worlds.KINDS[name]()
     assert kind.name == name
     assert {kind.sample_task, *kind.long_form} <= set(kind.tasks)
-    assert set(kind.systems) <= set(BY_NAME)
+    assert set(kind.systems) <= {*BY_NAME, *(s.name for s in FEW_SHOT)}
     for tasks in kind.systems.values():
         assert tasks and set(tasks) <= set(kind.tasks)
     for one, other, task in kind.compared:
         assert one != other and task in kind.systems[one] and task in kind.systems[other]
-    assert [run.system.name for run in quickstart.systems(kind)] == list(kind.systems)
+    assert [run.system.name for run in world_evaluation.systems(kind)] == list(kind.systems)
     for system in quickstart.SHOWN_SYSTEMS:  # their answers to all tasks are in the report
         assert kind.systems[system] == kind.tasks
 

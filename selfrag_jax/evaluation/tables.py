@@ -22,6 +22,8 @@ INTERVAL = ("value", "low", "high")
 NOT_95 = {"mauve": f"range of {RUNS} seeds"}  # metrics whose ends are something else
 SYSTEM_TITLES = {
     "selfrag": "Self-RAG",
+    "base_few_shot": "Base, few-shot",
+    "base_few_shot_rag": "Base with the top passage, few-shot",
     "no_retrieval": "No retrieval",
     "rag_top1": "Standard RAG, top 1",
     "rag_topk": "Standard RAG, top K",
@@ -39,6 +41,8 @@ SYSTEM_TITLES = {
     "train_no_retriever": "trained without retriever",
 }
 TASKS = ("long_tail", "well_known", "no_need", "claims", "multiple_choice", "two_part", "biography")
+# Of any world, in the order of the tables.
+_TASK_ORDER = ("facts", "unanswerable", *TASKS, "comparison", "description")
 SYSTEMS = tuple(SYSTEM_TITLES)
 METRIC_TITLES = {
     "accuracy": "Accuracy",
@@ -122,7 +126,7 @@ def metric_table(
 ) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
     """Returns the systems and tasks that have results, and the row of each (system, task).
 
-    Those of the synthetic world come in its order, others after them as in `rows`.
+    Those of quickstarts come in their order, others after them as in `rows`.
     """
     found = {
         (r["system"], r["task"]): r
@@ -130,7 +134,7 @@ def metric_table(
         if r["metric"] == metric and r["system"] != "critic"
     }
     systems = _in_order([s for s, _ in found], SYSTEMS)
-    return systems, _in_order([t for _, t in found], TASKS), found
+    return systems, _in_order([t for _, t in found], _TASK_ORDER), found
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -237,7 +241,7 @@ def _critic_by_kind(rows: Sequence[Row]) -> str:
         for r in rows
         if r["system"] == "critic" and r["task"] != "critic"
     }
-    tasks = [t for t in TASKS if any(t == task for _, task in found)]
+    tasks = _in_order([t for _, t in found], _TASK_ORDER)
     body = [
         (m.removesuffix("_accuracy"), *(percent(found.get((m, t))) for t in tasks))
         for m in dict.fromkeys(m for m, _ in found)
