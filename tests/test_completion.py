@@ -40,6 +40,7 @@ def completions(line, folder):
         ("selfrag answer --mode=al", {"always_retrieve"}),
         ("selfrag train --config=gen", {"generator_7b", "generator_13b"}),
         ("selfrag ask --model=fo", {"folder/"}),
+        ("selfrag ask --model=mo", {"model.gguf"}),
         ("selfrag answer --input=fi", {"file.jsonl"}),
         ("selfrag ask --config.answer.search.nd", {"--config.answer.search.ndocs="}),
         ("selfrag completion z", {"zsh"}),
@@ -51,6 +52,8 @@ def test_commands_flags_and_values_complete(tmp_path, line, expected):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file.jsonl").touch()
     (tmp_path / "forms.txt").touch()  # no folder
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.txt").touch()
     assert set(completions(line, tmp_path)) == expected
 
 

@@ -15,6 +15,7 @@ from selfrag_jax import artifacts
 from selfrag_jax.checkpoints import loading, workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
+from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub
 from selfrag_jax.huggingface.weights import CONFIG
 from selfrag_jax.processes.group import current
@@ -23,7 +24,7 @@ from selfrag_jax.retrieval.retriever import IndexRetriever, Retriever
 from selfrag_jax.text.reflection import MissingReflectionTokens
 from selfrag_jax.text.tokenizer import Tokenizer
 
-_WANTED = "a generator: a training workdir, a Hugging Face folder or a hub name"
+_WANTED = "a generator: a training workdir, a Hugging Face folder, a GGUF file or a hub name"
 # What a folder of these stages holds.
 _CONTENTS = {
     "embed": "embeddings",
@@ -46,6 +47,8 @@ def find_generator(model: str | Path) -> Path:
     checkpoint. Reflection tokens are not asked for: baselines need none.
     """
     folder = hub.model_folder(model)
+    if is_gguf(folder):
+        return folder
     if (folder / workdirs.MODEL_FILE).is_file():
         _check_workdir(folder)
     elif (folder / CONFIG).is_file():
@@ -97,7 +100,7 @@ def _other_contents(folder: Path) -> str:
         if (parent / workdirs.MODEL_FILE).is_file():
             return f"is a part of a training workdir; give all of it, {parent}"
     if not any(folder.glob("*config.json")):  # adapters have an adapter_config.json
-        return f"no model here; expected {_WANTED}"
+        return f"no model here; expected {_WANTED}{hub.gguf_hint(folder)}"
     return ""
 
 

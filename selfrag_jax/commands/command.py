@@ -36,6 +36,7 @@ class Flag:
     group: str = ""  # the heading of --help under which it stands; see `heading`
     choices: tuple[str, ...] = ()  # for shell completion; the command itself checks the value
     is_folder: bool = False  # for shell completion
+    is_model: bool = False  # the same: a folder, or a GGUF file
     field: str = ""  # the config's field that it replaces: there is its default
     field_default: Any = None  # where the config lacks the field
     is_url: bool = False  # an address of the web, not a file

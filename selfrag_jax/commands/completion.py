@@ -92,6 +92,8 @@ def _completer(flag: Flag) -> Any:
         return _configs
     if flag.type in (int, float) or flag.is_url:
         return _nothing
+    if flag.is_model:
+        return FilesCompleter(("gguf",))  # folders, too
     return DirectoriesCompleter() if flag.is_folder else FilesCompleter()
 
 

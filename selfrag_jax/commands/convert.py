@@ -1,4 +1,4 @@
-"""`selfrag convert`: a Hugging Face folder in, a training workdir out, or the other way round."""
+"""`selfrag convert`: a Hugging Face folder or a GGUF file in, a training workdir out, or back."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def run(values: dict[str, Any], _: list[str]) -> None:
 
 
 COMMAND = Command(
-    example="selfrag convert --from=W/generator --to=my_model --format=huggingface",
+    example="selfrag convert --from=W/generator --to=my_model --format=huggingface\n"
+    "selfrag convert --from=model.gguf --to=my_model --format=huggingface",
     flags=(
         Flag(
             "from",
-            "a Hugging Face folder, that of a PEFT adapter, a hub name (owner/model), or a "
-            "training workdir",
+            "a Hugging Face folder, that of a PEFT adapter, a GGUF file, a hub name (owner/model; "
+            "smollm2 for SmolLM2-135M-Instruct), or a training workdir",
             required=True,
-            is_folder=True,
+            is_model=True,
             in_place=True,
         ),
         Flag("to", "folder to write", required=True, writes=True, is_folder=True),

@@ -34,9 +34,9 @@ MODEL_FLAGS = (
     ),
     Flag(
         "model",
-        "a training workdir, a Hugging Face folder, or a hub name (owner/model)",
+        "a training workdir, a Hugging Face folder, a GGUF file, or a hub name (owner/model)",
         group=MODEL,
-        is_folder=True,
+        is_model=True,
         in_place=True,
     ),
     Flag(
@@ -68,7 +68,7 @@ SYSTEM_FLAGS = (
         "model of the baselines no_retrieval, rag_top1 and rag_topk (default: --model); needs no "
         "reflection tokens",
         group=_SYSTEMS,
-        is_folder=True,
+        is_model=True,
         in_place=True,
     ),
     Flag(
@@ -175,7 +175,7 @@ def model_and_config(
         model, index = model or Path(workdir) / "generator", index or Path(workdir) / "index"
     if not model:
         raise UserError(
-            "give --model (a training workdir, a Hugging Face folder or a hub name) "
+            "give --model (a training workdir, a Hugging Face folder, a GGUF file or a hub name) "
             "or --workdir of a finished quickstart"
         )
     model = generator.find_generator(model)

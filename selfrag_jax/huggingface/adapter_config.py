@@ -15,6 +15,7 @@ from selfrag_jax.artifacts import ADAPTER_BASE as BASE
 from selfrag_jax.artifacts import ADAPTER_CONFIG, local_base
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import read_json
+from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub
 from selfrag_jax.huggingface.config_json import check_counts, positive
 from selfrag_jax.huggingface.weight_files import has_weights
@@ -152,6 +153,11 @@ def base_folder(c: AdapterConfig) -> Path:
     if (folder / hub.WORKDIR_FILE).is_file():
         raise UserError(
             f"{c.path}: {BASE}: {folder} is a training workdir; make a Hugging Face folder of it "
+            "(`selfrag convert --format=huggingface`), and write that there"
+        )
+    if is_gguf(folder):
+        raise UserError(
+            f"{c.path}: {BASE}: {folder} is a GGUF file; make a Hugging Face folder of it "
             "(`selfrag convert --format=huggingface`), and write that there"
         )
     if is_adapter(folder):

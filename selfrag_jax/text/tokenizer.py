@@ -292,7 +292,7 @@ class PublishedTokenizer(Tokenizer):
         if source.is_file() and not tiktoken:
             vocabulary = SentencePiece(source)
         elif (source := folder / JSON_FILE).is_file():
-            vocabulary = Bpe(source)
+            vocabulary = Bpe.read(source)
         elif tiktoken:
             raise ValueError(
                 f"{folder / MODEL_FILE}: is tiktoken's, as Llama 3 is published by its authors; "
@@ -302,13 +302,7 @@ class PublishedTokenizer(Tokenizer):
             raise FileNotFoundError(
                 f"{folder}: no tokenizer here; expected {MODEL_FILE} or {JSON_FILE}"
             )
-        mode = mode or ("llama_fast" if vocabulary.llama else "json")
-        possible = ("llama_slow", "llama_fast") if vocabulary.llama else ("json",)
-        if mode not in possible:
-            raise ValueError(
-                f"{source}: this vocabulary cannot be read as {mode!r}, "
-                f"but as {' or '.join(possible)}"
-            )
+        mode = cls.checked_mode(vocabulary, mode, source)
         if record is None:
             controls, names = tokenizer_files.read_control_tokens(folder, vocabulary)
         else:
@@ -320,6 +314,17 @@ class PublishedTokenizer(Tokenizer):
         else:
             passthrough = record.get("beside") or {}
         return cls(vocabulary, mode, controls, names, str(source), passthrough)
+
+    @staticmethod
+    def checked_mode(vocabulary: Vocabulary, mode: str | None, source: Path) -> str:
+        """The mode, or the default of a vocabulary. Raises ValueError for one that does not fit."""
+        possible = ("llama_slow", "llama_fast") if vocabulary.llama else ("json",)
+        if mode not in (None, *possible):
+            raise ValueError(
+                f"{source}: this vocabulary cannot be read as {mode!r}, "
+                f"but as {' or '.join(possible)}"
+            )
+        return mode or possible[-1]
 
     def save(self, folder: str | Path) -> None:
         folder = as_path(folder)

@@ -14,6 +14,8 @@ from selfrag_jax.files import write_text
 from selfrag_jax.text.vocabularies import JSON_FILE, Vocabulary
 
 BOS, EOS, PAD = "<s>", "</s>", "[PAD]"  # our names; a vocabulary may use others
+# Our names -> the fields that say what a vocabulary calls them
+NAME_FIELDS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token"}
 CONFIG_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 
@@ -64,20 +66,33 @@ def _control_names(
     folder: Path, config: dict[str, Any], controls: dict[str, int]
 ) -> dict[str, str]:
     settings = {**config, **_read_object(folder / "special_tokens_map.json")}
-    names: dict[str, str] = {}
-    for ours, field in ((BOS, "bos_token"), (EOS, "eos_token"), (PAD, "pad_token")):
+    tokens: dict[str, str | None] = {}
+    for ours, field in NAME_FIELDS.items():
         name = settings.get(field)
         name = name.get("content") if isinstance(name, dict) else name
         if not isinstance(name, (str, type(None))):
             raise ValueError(f"{folder}: {field}={name!r} is not a token")
-        if name and name != ours and name in controls and ours not in controls:
-            names[ours] = name
-    for ours, field in ((BOS, "bos_token"), (EOS, "eos_token")):
+        tokens[ours] = name
+    names = differing_names(tokens, controls)
+    for ours in (BOS, EOS):
         if names.get(ours, ours) not in controls:
             raise ValueError(
-                f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no {field}"
+                f"{folder}: the tokenizer has no token {ours!r}, and {CONFIG_FILE} names no "
+                f"{NAME_FIELDS[ours]}"
             )
     return names
+
+
+def differing_names(tokens: dict[str, str | None], controls: dict[str, int]) -> dict[str, str]:
+    """Returns a vocabulary's names for BOS, EOS and PAD where it lacks ours.
+
+    tokens: its names by ours. controls: the ids of its control tokens.
+    """
+    return {
+        ours: name
+        for ours, name in tokens.items()
+        if name and name != ours and name in controls and ours not in controls
+    }
 
 
 def read_passthrough(folder: Path) -> dict[str, Any]:

@@ -91,41 +91,31 @@ class SentencePiece:
         pieces = [self._sp.id_to_piece(i) for i in range(self.size)]
         scores = [self._sp.get_score(i) for i in range(self.size)]
         ids = {piece: i for i, piece in enumerate(pieces)}
-        merges: list[tuple[float, list[str]]] = []
-        for i, piece in enumerate(pieces):
-            if self._sp.is_byte(i) or piece in self.controls:
-                continue
-            splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-            # If a piece can be merged in several ways, lower ids come first, as in transformers.
-            known = sorted(
-                (s for s in splits if s[0] in ids and s[1] in ids),
-                key=lambda s: (ids[s[0]], ids[s[1]]),
-            )
-            merges += [(scores[i], list(split)) for split in known]
-        merges.sort(key=lambda merge: -merge[0])  # stable
-        model = {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": [pair for _, pair in merges],
-        }
-        return _llama_spec({"model": model}, added)
+        learned = [i for i in range(self.size) if not self._sp.is_byte(i)]
+        learned = [i for i in learned if pieces[i] not in self.controls]
+        return llama_spec_of_pieces(ids, {pieces[i]: scores[i] for i in learned}, added)
 
 
 class Bpe:
-    """A byte-pair `tokenizer.json`. Llama-2's follows the original's rules, others their own.
+    """A byte-pair vocabulary as `tokenizer.json` has it.
 
-    Raises ValueError if it cannot be read, or is of another type.
+    Llama-2's follows the original's rules, others their own. Raises ValueError if it cannot be
+    read, or is of another type.
     """
 
-    def __init__(self, path: Path):
+    @classmethod
+    def read(cls, path: Path) -> Bpe:
+        try:
+            spec = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise _not_readable(path, e) from None
+        return cls(spec, path)
+
+    def __init__(self, spec: Any, path: Path):
+        """spec: the content of a tokenizer.json. path: where it comes from, for messages."""
         from tokenizers import Tokenizer as Backend
 
         try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
             kind, vocabulary = spec["model"]["type"], spec["model"].get("vocab", {})
             added = spec.get("added_tokens") or []
             self.controls = {str(t["content"]): _checked_id(t["id"]) for t in added}
@@ -135,9 +125,7 @@ class Bpe:
             )
             self.size = max(self._names, default=-1) + 1
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(
-                f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?"
-            ) from None
+            raise _not_readable(path, e) from None
         if kind != "BPE":
             raise ValueError(f"{path}: a vocabulary of type {kind!r}; only BPE is supported")
         self._spec = spec
@@ -174,6 +162,12 @@ class Bpe:
         return self._spec | {"added_tokens": tokens}
 
 
+def _not_readable(path: Path, e: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: not readable as a tokenizer ({type(e).__name__}: {e}); is it truncated?"
+    )
+
+
 def _checked_id(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not a token id")
@@ -189,6 +183,36 @@ def _adds_leading_space(spec: dict[str, Any]) -> bool:
         part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never"
         for part in [pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())]
     )
+
+
+def llama_spec_of_pieces(
+    ids: dict[str, int], scores: dict[str, float], added: dict[str, int]
+) -> dict[str, Any]:
+    """The content of a tokenizer.json for a vocabulary of sentencepiece's: pieces with scores.
+
+    ids: of all pieces. scores: of the learned ones, neither bytes nor control tokens; the higher
+    one is merged first. added: control tokens.
+    """
+    merges: list[tuple[float, list[str]]] = []
+    for piece, score in scores.items():
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        # If a piece can be merged in several ways, lower ids come first, as in transformers.
+        known = sorted(
+            (s for s in splits if s[0] in ids and s[1] in ids),
+            key=lambda s: (ids[s[0]], ids[s[1]]),
+        )
+        merges += [(score, list(split)) for split in known]
+    merges.sort(key=lambda merge: -merge[0])  # stable
+    model = {
+        "type": "BPE",
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": ids,
+        "merges": [pair for _, pair in merges],
+    }
+    return _llama_spec({"model": model}, added)
 
 
 def _llama_spec(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
@@ -217,21 +241,21 @@ def _llama_spec(spec: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
         "added_tokens": [_added_token(t, i) for t, i in _by_id(added)],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": _bos_template(added["<s>"]) if "<s>" in added else None,
+        "post_processor": bos_template("<s>", added["<s>"]) if "<s>" in added else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": spec["model"] | {"merges": merges, "dropout": None},
     }
 
 
-def _bos_template(bos_id: int) -> dict[str, Any]:
-    """The post-processor that puts <s> in front of a text if `transformers` asks for it."""
-    first, second = ({"SpecialToken": {"id": "<s>", "type_id": kind}} for kind in (0, 1))
+def bos_template(token: str, i: int) -> dict[str, Any]:
+    """The post-processor that puts BOS in front of a text if `transformers` asks for it."""
+    first, second = ({"SpecialToken": {"id": token, "type_id": kind}} for kind in (0, 1))
     a, b = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
     return {
         "type": "TemplateProcessing",
         "single": [first, a],
         "pair": [first, a, second, b],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos_id], "tokens": ["<s>"]}},
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
     }
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from selfrag_jax.checkpoints.workdirs import MODEL_FILE, read_architecture
 from selfrag_jax.errors import UserError
+from selfrag_jax.gguf_files.header import is_gguf
 from selfrag_jax.huggingface import hub, weights
 from selfrag_jax.huggingface.adapter_config import is_adapter
 from selfrag_jax.models.architectures import ARCHITECTURES, architecture
@@ -52,12 +53,12 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
 def model_architecture(model: str | Path) -> LlamaConfig:
     """Returns the architecture of a model; of the hub's, its config.json alone is downloaded.
 
-    model: a config.json, a Hugging Face folder, that of a PEFT adapter (whose tensors tell the size
+    model: a config.json, a Hugging Face folder, a GGUF file, that of a PEFT adapter (whose tensors tell the size
     of the vocabulary, so it is downloaded), a training workdir, a name on the hub, or "embedded".
     Raises UserError if there is none, or a field of it is not supported.
     """
     path = Path(model)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         return weights.config_from_json(path)
     folder = embedded_base() if model == "embedded" else hub.config_folder(model)
     if (folder / MODEL_FILE).is_file():

@@ -22,14 +22,14 @@ def embedded_base() -> Path:
 
 
 def base_folder(c: ConfigDict) -> Path:
-    """Returns the folder of the base model `c.base`; downloads it from the hub if needed.
+    """Returns the folder or GGUF file of the base model `c.base`; downloads a model of the hub.
 
     Raises UserError if there is none.
     """
     if not c.base:
         raise UserError(
-            "config: base is none; it must be a folder, a model of the Hugging Face hub, embedded "
-            "or scratch"
+            "config: base is none; it must be a folder, a GGUF file, a model of the Hugging Face "
+            "hub, embedded or scratch"
         )
     return embedded_base() if c.base == "embedded" else hub.model_folder(c.base)
 
@@ -40,7 +40,7 @@ def starting_model(c: ConfigDict, load_params: bool = True) -> tuple[loading.Loa
     load_params: False leaves the base's parameters on disk; those of the result are None.
 
     c.base: "embedded", "scratch" (the embedded tokenizer and random weights of the architecture
-        c.scratch), a folder, or a model of the Hugging Face hub.
+        c.scratch), a folder, a GGUF file, or a model of the Hugging Face hub.
     c.new_rows: reflection tokens and the words whose embedding rows they start from. Other new
         tokens start at the mean of all rows. Tokens that the base already has keep their rows; from
         scratch all rows are random.

@@ -1,0 +1,1 @@
+"""Models in GGUF, the format of llama.cpp: one file with metadata, tokenizer and tensors."""
