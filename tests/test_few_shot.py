@@ -1,6 +1,7 @@
 """Demonstrations: training questions with right answers, in front of the question of a base."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,29 +15,25 @@ OTHER = Passage("p2", "Oslo", "Oslo is in Norway.")
 
 
 class Atlas:
-    """Knows that an answer is right if it names Italy, and supported by what says so."""
-
-    def judge(self, query):
-        assert query.group == "isuse" and query.evidence is None
-        return "[Utility:5]" if "Italy" in query.output else "[Utility:2]"
+    """Knows that a passage about Italy supports any answer that names Italy."""
 
     def supports(self, instruction, passage, segment):
-        return "Italy" in passage.text
+        return "Italy" in passage.text and "Italy" in segment
 
-    def stated_facts(self, text):
-        return []
 
-    def entity_of(self, question):
-        return ""
+KIND = SimpleNamespace(right_rows={"unanswerable": lambda truth, row: row.output == "No idea."})
 
 
 def row(i, output="Italy.", task="facts", ctxs=(OTHER, ROMES)):
     return Instruction(f"r{i}", f"Where is Rome {i}?", output, dataset_name=task, ctxs=ctxs)
 
 
-def shown(task, rows, shots=2, seed=0):
-    prompt = few_shot_prompt(task, rows, Atlas(), FewShotConfig(seed, shots))
-    return list(prompt.demonstrations)
+def prompt_of(task, rows, shots=2, seed=0):
+    return few_shot_prompt(task, rows, KIND, Atlas(), FewShotConfig(seed, shots))
+
+
+def shown(*arguments, **settings):
+    return list(prompt_of(*arguments, **settings).demonstrations)
 
 
 def test_only_right_answers_are_shown_with_the_passage_that_supports_them():
@@ -46,25 +43,28 @@ def test_only_right_answers_are_shown_with_the_passage_that_supports_them():
     assert all(d.passages == (ROMES,) and d.answer == "Italy." for d in found)
 
 
-def test_rows_of_the_task_come_first_and_the_seed_decides():
+def test_rows_are_of_the_task_and_drawn_by_the_seed():
     rows = [row(i, task="claims" if i % 2 else "facts") for i in range(40)]
     found = shown("claims", rows, 4)
     assert len(found) == 4 and all(int(d.question.id[1:]) % 2 for d in found)
     assert found == shown("claims", rows, 4) != shown("claims", rows, 4, seed=1)
-    assert len(shown("unanswerable", rows, 4)) == 4  # without rows of its own: of all tasks
-    with pytest.raises(UserError, match="no training row with a right output to show for 'claims'"):
-        shown("claims", [row(1, "Peru.")])
+    for task, others in (("claims", [row(1, "Peru.", "claims")]), ("unanswerable", rows)):
+        with pytest.raises(UserError, match=f"no training row with a right output .* '{task}'"):
+            shown(task, others)
     with pytest.raises(UserError, match="shots=0: must be at least 1"):
         FewShotConfig(0, 0)
 
 
-def test_where_no_passage_supports_an_answer_the_first_one_is_shown():
-    assert shown("facts", [row(1, ctxs=(OTHER, OTHER))])[0].passages == (OTHER,)
-    assert shown("facts", [row(1, ctxs=())])[0].passages == ()
+def test_where_no_passage_supports_a_right_answer_the_first_one_is_shown():
+    rows = [row(1, "Italy.", "unanswerable"), row(2, "No idea.", "unanswerable")]
+    [found] = shown("unanswerable", rows)
+    assert found.question.id == "r2" and found.passages == (OTHER,)
+    [found] = shown("unanswerable", [row(1, "No idea.", "unanswerable", ctxs=())])
+    assert found.passages == ()
 
 
 def test_the_prompt_is_the_demonstrations_and_then_the_question():
-    prompt = few_shot_prompt("facts", [row(1)], Atlas(), FewShotConfig(0, 1))
+    prompt = prompt_of("facts", [row(1)], 1)
     asked = Question("q", "Where is Oslo?", choices=(("A", "Peru"), ("B", "Norway")))
     assert "".join(prompt.parts(asked, ())) == (
         "Question: Where is Rome 1?\nAnswer: Italy.\n\n"

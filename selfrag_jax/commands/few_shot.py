@@ -6,12 +6,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from selfrag_jax.commands.worlds import Truth
+from selfrag_jax.commands.worlds import WorldKind, WorldTruth
 from selfrag_jax.errors import UserError
-from selfrag_jax.records import Instruction, Passage, Question
-from selfrag_jax.text import plain_prompts, reflection
+from selfrag_jax.records import Instruction, Question
+from selfrag_jax.text import plain_prompts
 from selfrag_jax.text.plain_prompts import Demonstration, PlainPrompt
-from selfrag_jax.text.prompts import CritiqueQuery
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,19 @@ class FewShotConfig:
 
 
 def few_shot_prompt(
-    task: str, rows: Sequence[Instruction], truth: Truth, config: FewShotConfig
+    task: str,
+    rows: Sequence[Instruction],
+    kind: WorldKind,
+    truth: WorldTruth,
+    config: FewShotConfig,
 ) -> PlainPrompt:
     """Returns the prompt of a task: `shots` training rows of it, drawn by the seed.
 
-    rows: with passages. Their outputs may be wrong; those shown are right by the world's truth, and
-    supported by the passage shown, but where no row of the task is. Without rows of the task, those
-    of all tasks serve. Raises UserError if no output of `rows` is right.
+    rows: with passages. Their outputs may be wrong; those shown are right by the world's truth.
+    Each is shown with the passage that supports it or, in tasks of kind.right_rows, with its first
+    one. Raises UserError if no output of the task is right.
     """
-    found = _useful([r for r in rows if r.dataset_name == task], truth) or _useful(rows, truth)
+    found = [shown for r in rows if r.dataset_name == task if (shown := _shown(r, kind, truth))]
     if not found:
         raise UserError(f"few_shot: no training row with a right output to show for {task!r}")
     rng = random.Random(f"few-shot-{config.seed}-{task}")
@@ -41,22 +44,15 @@ def few_shot_prompt(
     return replace(plain_prompts.FEW_SHOT, demonstrations=tuple(drawn))
 
 
-def _useful(rows: Sequence[Instruction], truth: Truth) -> list[Demonstration]:
-    supported: list[Demonstration] = []
-    others: list[Demonstration] = []
-    for row in rows:
-        query = CritiqueQuery("isuse", row.full_instruction, output=row.output)
-        if truth.judge(query) != reflection.ISUSE[-1]:
-            continue
-        evidence = _supporting(row, truth)
-        q = Question(row.id, row.instruction, input=row.input)
-        shown = Demonstration(q, evidence or row.ctxs[:1], row.output.strip())
-        (supported if evidence else others).append(shown)
-    return supported or others
-
-
-def _supporting(row: Instruction, truth: Truth) -> tuple[Passage, ...]:
-    """The first of the row's passages that supports its output; () if none does."""
-    instruction = row.full_instruction
-    good = (p for p in row.ctxs if truth.supports(instruction, p, row.output))
-    return tuple(p for p in [next(good, None)] if p is not None)
+def _shown(row: Instruction, kind: WorldKind, truth: WorldTruth) -> Demonstration | None:
+    """The row as a demonstration; None if its output is wrong."""
+    if is_right := kind.right_rows.get(row.dataset_name):
+        passages = row.ctxs[:1] if is_right(truth, row) else None
+    else:
+        instruction = row.full_instruction
+        good = (p for p in row.ctxs if truth.supports(instruction, p, row.output))
+        passages = next(((p,) for p in good), None)
+    if passages is None:
+        return None
+    q = Question(row.id, row.instruction, input=row.input)
+    return Demonstration(q, passages, row.output.strip())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,14 @@ def in_main(what: str, make: Callable[[], object]) -> None:
 
 def index_and_retrieve(c: ConfigDict, w: Path, kind: WorldKind) -> None:
     """The index, and the passages of all instructions and questions."""
+    from selfrag_jax.retrieval.retriever import IndexRetriever
+
     build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
     files = ["instructions.jsonl", *(f"eval/{task}.jsonl" for task in (*kind.tasks, "critic"))]
+    opened = cache(lambda: IndexRetriever(w / "index"))  # once for all files that need it
     for file in files:
-        retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
+        source, out = w / "world" / file, w / "retrieved" / file
+        retrieve_file(w / "index", source, out, c.retrieve_k, open_index=opened)
 
 
 def retrieval_needs(c: ConfigDict, w: Path, config: LabelConfig) -> dict[str, str] | None:
@@ -251,7 +255,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         return
     print(tables.markdown(rows))
     print(f"Results: {w}/report/results.json and {w}/report/index.html")
-    print(f'Ask: selfrag ask --workdir={w} "{sample_question(Path(w))}"')
+    config = "" if values["config"].startswith("tiny") else f" --config={values['config']}"
+    print(f'Ask: selfrag ask --workdir={w}{config} "{sample_question(Path(w))}"')
 
 
 COMMAND = Command(

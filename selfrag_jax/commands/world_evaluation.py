@@ -186,7 +186,7 @@ class Runner:
             rows = read_instructions(self.w / INSTRUCTIONS)
             truth = self.kind.read_truth(self.w / TEACHER)
             config = configs.build(FewShotConfig, self.c.few_shot, "few_shot")
-            self._prompts[task] = few_shot_prompt(task, rows, truth, config)
+            self._prompts[task] = few_shot_prompt(task, rows, self.kind, truth, config)
         return self._prompts[task]
 
 
