@@ -45,7 +45,7 @@ def test_a_kinds_systems_tasks_and_comparisons_fit(name):
         assert kind.systems[system] == kind.tasks
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:smoke"])
+@pytest.mark.parametrize("name", ["tiny", "tiny:smoke", "facts", "facts:table", "facts:smoke"])
 def test_every_section_of_a_quickstarts_config_is_complete(name):
     c = config.load(name)
     kind = worlds.kind_of_config(c)

@@ -23,7 +23,7 @@ from selfrag_jax.text import reflection
 from selfrag_jax.text.prompts import CritiqueQuery
 from selfrag_jax.text.sentences import split_sentences
 
-ENCYCLOPEDIA = "encyclopedia"
+ENCYCLOPEDIA, FACTS = "encyclopedia", "facts"
 _KIND_FIELD = "world"  # of the first row of teacher.jsonl
 
 
@@ -157,7 +157,54 @@ def _encyclopedia() -> WorldKind:
     )
 
 
-KINDS: dict[str, Callable[[], WorldKind]] = {ENCYCLOPEDIA: _encyclopedia}
+@cache
+def _facts() -> WorldKind:
+    from selfrag_jax.facts import world
+    from selfrag_jax.facts.usefulness import is_refusal
+
+    everywhere = (
+        "base_few_shot", "base_few_shot_rag", "no_retrieval", "rag_top1", "rag_topk",
+        "selfrag_always", "selfrag_adaptive", "selfrag_never",
+    )  # fmt: skip
+    ablations = (
+        "ablation_top1", "ablation_no_isrel", "ablation_no_issup", "ablation_no_isuse",
+        "ablation_no_seqscore",
+    )  # fmt: skip
+    return WorldKind(
+        name=FACTS,
+        title="Self-RAG on real facts",
+        about="passages that state real facts, questions about them, a teacher with a table",
+        tasks=world.TASKS,
+        long_form=world.LONG_FORM,
+        sample_task="facts",
+        right_rows={
+            "no_need": is_useful,
+            "unanswerable": lambda _, row: is_refusal(row.output),
+            "comparison": states_supported_facts,
+        },
+        systems=dict.fromkeys(everywhere, world.TASKS) | dict.fromkeys(ablations, ("facts",)),
+        compared=(
+            ("selfrag_always", "base_few_shot_rag", "facts"),
+            ("selfrag_always", "rag_top1", "facts"),
+            ("selfrag_always", "rag_topk", "facts"),
+            ("selfrag_always", "no_retrieval", "facts"),
+            ("selfrag_always", "ablation_top1", "facts"),
+            ("selfrag_always", "ablation_no_isrel", "facts"),
+            ("selfrag_always", "ablation_no_issup", "facts"),
+            ("selfrag_always", "ablation_no_isuse", "facts"),
+            ("selfrag_always", "ablation_no_seqscore", "facts"),
+            ("selfrag_always", "selfrag_adaptive", "facts"),
+            ("selfrag_adaptive", "rag_top1", "unanswerable"),
+            ("selfrag_adaptive", "rag_top1", "claims"),
+            ("selfrag_never", "selfrag_adaptive", "no_need"),
+        ),
+        config=world.FactsConfig,
+        write_files=world.write_world,
+        read_truth=world.read_truth,
+    )
+
+
+KINDS: dict[str, Callable[[], WorldKind]] = {ENCYCLOPEDIA: _encyclopedia, FACTS: _facts}
 
 
 # ---- which one -----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ SYSTEM_TITLES = {
 TASKS = ("long_tail", "well_known", "no_need", "claims", "multiple_choice", "two_part", "biography")
 # Of any world, in the order of the tables.
 _TASK_ORDER = ("facts", "unanswerable", *TASKS, "comparison", "description")
+_WITH_INTERVAL = ("facts", "long_tail")  # of the tasks of quickstarts
 SYSTEMS = tuple(SYSTEM_TITLES)
 METRIC_TITLES = {
     "accuracy": "Accuracy",
@@ -209,7 +210,8 @@ def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
 def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
     """Returns all tables as Markdown, in per cent.
 
-    Long-tail results, and those of tasks outside the synthetic world, show their 95% interval.
+    Results of a quickstart's main task, and of tasks outside of quickstarts, show their 95%
+    interval.
 
     `differences` holds rows with system, over (the other system), task, value, low, high and n.
     """
@@ -228,7 +230,7 @@ def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
 
 
 def _cell(row: Row | None, task: str) -> str:
-    if row is None or (task in TASKS and task != "long_tail"):
+    if row is None or (task in _TASK_ORDER and task not in _WITH_INTERVAL):
         return percent(row)
     digits = 1 if row["metric"] in AMOUNTS else 0
     ends = interval_text(row, digits, "–")
