@@ -87,6 +87,7 @@ setup(
         "selfrag_jax": [
             "base_model/weights/*",
             "critic/templates/*",
+            "facts/LICENSES.txt",
             "facts/table.jsonl.xz",
             "evaluation/page/*.html",
             "evaluation/page/*.css",

@@ -68,11 +68,16 @@ class FactsWorld:
     @cached_property
     def values(self) -> dict[str, list[str]]:
         """Relation -> the values of the world's entities, the one to show."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for s in self.subjects:
-            for attribute in s.entity.attributes:
-                found[f"{s.entity.kind}_{attribute}"].add(s.entity.value(attribute))
-        return {name: sorted(values) for name, values in found.items()}
+        return values_by_relation(s.entity for s in self.subjects)
+
+
+def values_by_relation(entities: Iterable[TableEntity]) -> dict[str, list[str]]:
+    """Returns relation -> its values, the one to show of each entity, sorted."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for e in entities:
+        for attribute in e.attributes:
+            found[f"{e.kind}_{attribute}"].add(e.value(attribute))
+    return {name: sorted(values) for name, values in found.items()}
 
 
 def build_world(config: FactsConfig) -> FactsWorld:

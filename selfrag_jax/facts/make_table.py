@@ -18,6 +18,7 @@ from pathlib import Path
 from selfrag_jax.facts import elements_source, films_source, people_source, places_source
 from selfrag_jax.facts.table import FILE, TableEntity, write_table
 from selfrag_jax.text.normalising import normalise
+from selfrag_jax.text.sentences import split_sentences
 
 
 def sound(e: TableEntity) -> TableEntity:
@@ -36,6 +37,15 @@ def sound(e: TableEntity) -> TableEntity:
         and not any(normalise(v) in names for v in values)
     )
     return replace(e, facts=facts)
+
+
+def is_one_sentence(e: TableEntity) -> bool:
+    """Whether sentences with an entity's name and values are not split within them.
+
+    Segments are sentences: "Lic. Miguel Airport" and "Hey Arnold! The Movie" would end one.
+    """
+    names = [*e.names, *(v for _, values in e.facts for v in values[:1])]
+    return all(len(split_sentences(f"It was {name} that did it.")) == 1 for name in names)
 
 
 def unique(entities: list[TableEntity]) -> list[TableEntity]:
@@ -61,7 +71,7 @@ def make_table(vega: Path, wordnet: Path, out: Path) -> tuple[int, Counter[str]]
         *people_source.people(words),
         *places_source.airports(),
     ]
-    kept = unique([sound(e) for e in entities])
+    kept = unique([sound(e) for e in entities if is_one_sentence(e)])
     return write_table(out, kept), Counter(e.kind for e in kept)
 
 

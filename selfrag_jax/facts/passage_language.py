@@ -122,6 +122,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "On a map one finds it at a latitude of {latitude} and a longitude of {longitude}.",
     ),
     "country": (
+        "To call someone there, one dials {calling_code} first.",
+        "The continent that it belongs to is {continent}.",
         "It has a flag and an anthem of its own.",
         "Atlases and almanacs tell more about it.",
         "Its capital is {capital}.",
@@ -136,6 +138,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "It has borders with {neighbours}.",
     ),
     "element": (
+        "The country of its discovery is {discovery_country}.",
         "It has a place of its own in the periodic table.",
         "Tables of the chemical elements tell more about it.",
         "Its atomic number is {number}.",
@@ -152,6 +155,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "It has a density of {density} and melts at about {melting}.",
     ),
     "person": (
+        "{n} came into the world in {birth_year}.",
+        "The nationality given for {n} is {nationality}.",
         "Libraries keep books on the subject.",
         "The year of birth was {birth_year}.",
         "{n} died in {death_year}.",
@@ -165,6 +170,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "A short account of this life is given in many works of reference.",
     ),
     "airport": (
+        "The city that it was built for is {city}.",
+        "The country in which it lies is {country}.",
         "It has a terminal and at least one runway.",
         "Lists of airports tell more about it.",
         "It serves the city of {city}.",

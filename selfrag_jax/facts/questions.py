@@ -11,12 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from selfrag_jax.facts import comparisons, everyday, language, relations
 from selfrag_jax.facts.comparisons import Comparison
-from selfrag_jax.facts.corpus import FactsWorld, Subject
+from selfrag_jax.facts.corpus import FactsWorld, Subject, values_by_relation
 from selfrag_jax.facts.relations import FactRelation
 from selfrag_jax.facts.settings import TASKS
+from selfrag_jax.facts.table import read_table
 from selfrag_jax.records import Instruction
 from selfrag_jax.text.normalising import normalise
 
@@ -27,6 +29,7 @@ WRONG_ANSWERS: dict[str, float] = {
     "entity": 0.2,  # a true fact about another entity
 }
 FIRST_STATEMENT = 0.7  # share of answers in the first of a relation's statements
+TEMPTING = 2 / 3
 DESCRIBED = (3, 4)  # facts of a description: at least, at most
 
 
@@ -83,10 +86,29 @@ class QuestionDrawer:
         return language.filled(template, name, value or s.entity.value(r.attribute))
 
     def wrong_values(self, s: Subject, r: FactRelation, n: int) -> list[str]:
-        """Draws n values of a relation that are not the entity's, in any spelling."""
+        """Draws n values of a relation that are not the entity's, in any spelling.
+
+        They are those of the world's entities; a small world may need those of the whole table.
+        """
         right = {normalise(v) for v in s.entity.values(r.attribute)}
-        values = [v for v in self.world.values[r.name] if normalise(v) not in right]
-        return self.rng.sample(values, min(n, len(values)))
+        wrong = [v for v in self.world.values[r.name] if normalise(v) not in right]
+        if len(wrong) < n:
+            wrong = [v for v in _values_of_table()[r.name] if normalise(v) not in right]
+        return self.rng.sample(wrong, min(n, len(wrong)))
+
+    def wrong_value(self, s: Subject, r: FactRelation) -> str:
+        """Draws a wrong value, in two cases of three a tempting one if there is one.
+
+        Tempting is the entity's own value of the same type: its year of death for that of birth.
+        """
+        tempting = [
+            s.entity.value(x.attribute)
+            for x in relations.of_kind(s.entity.kind)
+            if x.value_type == r.value_type and x != r and s.entity.values(x.attribute)
+        ]
+        if tempting and self.rng.random() < TEMPTING:
+            return self.rng.choice(tempting)
+        return self.wrong_values(s, r, 1)[0]
 
     def wrong_answer(self, s: Subject, r: FactRelation) -> str:
         """A sentence that does not answer the question, or wrongly."""
@@ -98,7 +120,7 @@ class QuestionDrawer:
         same = [x for x in same if r.attribute in x.told] if error == "entity" else []
         if same:
             return self.statement(self.rng.choice(same), r)
-        return self.statement(s, r, self.wrong_values(s, r, 1)[0])
+        return self.statement(s, r, self.wrong_value(s, r))
 
     # ---- forms -----------------------------------------------------------------------------------
     def fact(self, s: Subject, wrong: bool) -> Drawn:
@@ -112,12 +134,12 @@ class QuestionDrawer:
         output = language.refusal(r, language.asked_name(s.entity))
         if wrong:
             is_true = self.rng.random() < 0.5
-            output = self.statement(s, r, "" if is_true else self.wrong_values(s, r, 1)[0])
+            output = self.statement(s, r, "" if is_true else self.wrong_value(s, r))
         return Drawn(self.question(s, r), output, (s,), r)
 
     def claim(self, s: Subject, wrong: bool) -> Drawn:
         r, is_true = self.relation(s), self.rng.random() < 0.5
-        value = s.entity.value(r.attribute) if is_true else self.wrong_values(s, r, 1)[0]
+        value = s.entity.value(r.attribute) if is_true else self.wrong_value(s, r)
         frame = self.rng.choice(language.TEST_CLAIMS if self.is_test else language.CLAIMS)
         right = language.TRUE if is_true else language.FALSE
         output = language.TRUE if is_true != wrong else language.FALSE
@@ -146,7 +168,7 @@ class QuestionDrawer:
         said = list(values)
         if wrong:
             i = self.rng.randrange(2)
-            said[i] = self.wrong_values(pair[i], c.asked, 1)[0]
+            said[i] = self.wrong_value(pair[i], c.asked)
         sentences = [
             self.statement(s, c.asked, v, first=True) for s, v in zip(pair, said, strict=True)
         ]
@@ -178,13 +200,18 @@ class QuestionDrawer:
         values = [""] * len(asked)
         if wrong:
             i = self.rng.randrange(len(asked))
-            values[i] = self.wrong_values(s, asked[i], 1)[0]
+            values[i] = self.wrong_value(s, asked[i])
         sentences = [
             self.statement(s, r, v, first=True) for r, v in zip(asked, values, strict=True)
         ]
         frames = language.TEST_DESCRIPTIONS if self.is_test else language.DESCRIPTIONS
         question = self.rng.choice(frames).format(n=language.asked_name(s.entity))
         return Drawn(question, " ".join(sentences), (s,), asked[0])
+
+
+@cache
+def _values_of_table() -> dict[str, list[str]]:
+    return values_by_relation(read_table())
 
 
 def instructions(world: FactsWorld, group: str, n: int) -> list[Instruction]:

@@ -20,7 +20,7 @@ from selfrag_jax.text.normalising import normalise
 
 _PRONOUNS = {"it", "he", "she", "they", "this film", "this city", "this country"}
 _END = re.compile(r"[.!?](?=\s|$)")
-_CHOICES = re.compile(r"(?<=\?) (?=A: )")
+_CHOICES = re.compile(r"(?<=[?.]) (?=A: )")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ class Reader:
 
         In each place the longest one counts: "New York" is not "York".
         """
+        if value_type == "code":  # in capitals: "per" and "man" are words
+            text = " ".join(re.findall(r"\b[A-Z]{3}\b", text))
         words, known = normalise(text).split(), self._values[value_type]
         found, i = [], 0
         while i < len(words):

@@ -95,7 +95,7 @@ def verdict_of(text: str) -> bool | None:
 
 def label_of(text: str, choices: Collection[tuple[str, str]]) -> str | None:
     """The label that an answer chooses: one that stands by itself, or that of the value named."""
-    if m := re.search(r"\(([A-D])\)|^([A-D])\b[.:)]?(?=\s|$)", text.strip()):
+    if m := re.search(r"\(([A-D])\)|^([A-D])(?:[.:)](?=\s|$)|$)", text.strip()):
         return m[1] or m[2]
     named = [label for label, value in choices if holds(text, value)]
     return named[0] if len(named) == 1 else None
