@@ -5,8 +5,7 @@ A worker takes a file whole (`--dist loadfile`), so what its tests share is made
 
 # CPU seconds that single tests take, their fixtures included; those without a line take little.
 # Only their order matters. From `pytest -n0 --durations=0`, of the default and the slow tests.
-SECONDS = {
-}
+SECONDS = {}
 OTHERS = 0.2
 
 
