@@ -31,7 +31,7 @@ def torch_model(vocab_size, **fields):
     config = transformers.LlamaConfig(**SIZES | fields, vocab_size=vocab_size)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.ndim == 1:  # all norms are 1 and all biases 0, else
                 value += 0.1 * torch.randn_like(value)
     return model

@@ -47,15 +47,22 @@ CONTROLS = ("<|begin|>", "<|end|>")
 EPSILON = "llama.attention.layer_norm_rms_epsilon"
 
 
+def digits_first():
+    """How the published tokenizer of SmolLM2 splits text, and llama.cpp's `smollm`."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
 @pytest.fixture(scope="module")
 def backend():
     """A byte-level BPE with merges of letters and of spaces, none of digits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    backend.pre_tokenizer = digits_first()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
@@ -218,15 +225,11 @@ def test_linear_scaling_is_read(file):
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_ids_are_those_of_transformers(file, pre):
     """smollm, starcoder and refact are not known to transformers, which then splits as gpt-2."""
-    from tokenizers import pre_tokenizers
-
     path = file(pre=pre)
     ours = loading.read_tokenizer(path)
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if pre in ("smollm", "starcoder", "refact"):
-        theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        theirs.backend_tokenizer.pre_tokenizer = digits_first()
     for row in TEXTS:
         text = row["text"]
         ids = ours.encode(text)
@@ -245,7 +248,7 @@ def test_llamas_pieces_give_the_stored_ids(tmp_path, mode):
     for row in TEXTS:
         assert tokenizer.encode(row["text"]) == original.encode(row["text"]), row
     plain = [r for r in TEXTS if not re.search(r"</?s>|<unk>|\[.*\]|paragraph>", r["text"])]
-    assert len(plain) > 200
+    assert len(plain) > 150
     for row in plain:
         assert [1, *tokenizer.encode(row["text"])] == row[mode], row
 
@@ -353,7 +356,7 @@ FAULTS = {
     "uneven heads": ({"llama.attention.head_count_kv": 3}, "num_heads=4 is not a multiple of"),
     "part of a head": ({"llama.rope.dimension_count": 32}, r"dimension_count=32.*only.*64"),
     "vocabulary": ({"llama.vocab_size": 7}, r"vocab_size=7, but 'token_embd.weight' has 500 rows"),
-    "shape": ({"llama.feed_forward_length": 64}, r"has shape \(512, 256\).*should be \(64, 256\)"),
+    "shape": ({"llama.feed_forward_length": 64}, r"has shape \(256, 512\); by .*be \(256, 64\)"),
     "layers": ({"llama.block_count": 1}, r"'blk.1.\w+.weight' has no place in a Llama of 1 layers"),
     "missing layer": ({"llama.block_count": 3}, r"tensor 'blk.2.attn_norm.weight' is missing"),
     "a part": ({"split.count": 3}, r"is one of 3 parts \(split.count\); join them"),
@@ -387,7 +390,7 @@ def test_a_tensor_that_a_llama_lacks_is_named(file, capsys):
     extra = file(tensors={"blk.0.attn_q_norm.weight": ones})
     assert "tensor 'blk.0.attn_q_norm.weight' has no place" in refused(extra, capsys)
     some_bias = file(tensors={"blk.0.attn_q.bias": ones})  # and no others
-    assert "tensor 'blk.1.attn_q.bias' is missing" in refused(some_bias, capsys)
+    assert "tensor 'blk.0.attn_k.bias' is missing" in refused(some_bias, capsys)
     without = file(without=["model.embed_tokens.weight"])
     assert "tensor 'token_embd.weight' is missing" in refused(without, capsys)
     strange = file(tensors={"rope_freqs.weight": np.linspace(1, 2, 32, dtype=np.float32)})
@@ -587,16 +590,19 @@ def test_smollm2_has_the_tensors_logits_and_ids_of_transformers(tmp_path):
     np.testing.assert_allclose(found, torch_logits(theirs.double(), ids), rtol=0, atol=1e-4)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    same = {
-        row["text"]: ours.tokenizer.encode(row["text"])
-        == tokenizer(row["text"], add_special_tokens=False).input_ids
-        for row in TEXTS
-    }
+    texts = [row["text"] for row in TEXTS]
+    encoded = [ours.tokenizer.encode(text) for text in texts]
+
+    def differing():
+        theirs = tokenizer(texts, add_special_tokens=False).input_ids
+        return [t for t, a, b in zip(texts, encoded, theirs, strict=True) if a != b]
+
     # smollm takes digits out one by one first, so that the white space before one is a piece of its
     # own. transformers does not know smollm, and leaves the last space to the digit.
-    differing = [text for text, is_same in same.items() if not is_same]
-    assert len(same) - len(differing) > 500 and len(differing) == 6
-    assert all(re.search(r"\s\s\d|\s[^\W\d_]*[½²]", text) for text in differing), differing
+    assert len(texts) == 515 and len(differing()) == 6
+    assert all(re.search(r"\s\s\d|\s[½²]", text) for text in differing())
+    tokenizer.backend_tokenizer.pre_tokenizer = digits_first()
+    assert not differing()
     spelled = "<|im_end|>"  # text, and not the end of a message
     assert len(ours.tokenizer.encode(spelled)) > 1
     assert tokenizer(spelled, add_special_tokens=False).input_ids == [ours.tokenizer.eos_id]

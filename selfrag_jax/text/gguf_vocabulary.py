@@ -111,9 +111,7 @@ def read_tokenizer(fields: dict[str, Any], path: Path, mode: str | None) -> Publ
     return PublishedTokenizer(vocabulary, mode, controls, renamed, str(path), passthrough)
 
 
-def _field(
-    fields: dict[str, Any], path: Path, name: str, kind: type, otherwise: Any = ...
-) -> Any:
+def _field(fields: dict[str, Any], path: Path, name: str, kind: type, otherwise: Any = ...) -> Any:
     """A field of the tokenizer. Raises ValueError if it is missing or of another type."""
     value = fields.get(f"{_PREFIX}{name}", otherwise)
     if value is ...:

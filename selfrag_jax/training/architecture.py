@@ -53,8 +53,9 @@ def config_architecture(c: ConfigDict, dtype: str | None) -> LlamaConfig:
 def model_architecture(model: str | Path) -> LlamaConfig:
     """Returns the architecture of a model; of the hub's, its config.json alone is downloaded.
 
-    model: a config.json, a Hugging Face folder, a GGUF file, that of a PEFT adapter (whose tensors tell the size
-    of the vocabulary, so it is downloaded), a training workdir, a name on the hub, or "embedded".
+    model: a config.json, a GGUF file, a Hugging Face folder, that of a PEFT adapter (whose tensors
+    tell the size of the vocabulary, so it is downloaded), a training workdir, a name on the hub, or
+    "embedded".
     Raises UserError if there is none, or a field of it is not supported.
     """
     path = Path(model)
