@@ -88,6 +88,8 @@ setup(
             "base_model/weights/*",
             "critic/templates/*",
             "demo/*",
+            "facts/LICENSES.txt",
+            "facts/table.jsonl.xz",
             "evaluation/page/*.html",
             "evaluation/page/*.css",
             "evaluation/page/*.js",

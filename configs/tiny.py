@@ -166,6 +166,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     # The baselines are trained with the generator's section.
     c.generator = _train(pick(280, 6), rows=8, max_targets=480, seed=2, save_every=pick(100, 2))
     c.generator.mask = "each"  # passages have no loss
+    c.baseline_steps = dict(rag=None, closed=None)  # None: as the generator's
     c.label = dict(
         seed=0,
         critic=dict(batch=64, length_bucket=32, brief=True, min_shared=16),
@@ -191,5 +192,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.plain = dict(
         batch=pick(50, 12), max_length=224, max_new_tokens=pick(64, 16), length_bucket=64
     )
+    # True: answers of one segment under other weights, and of adaptive retrieval, are made from
+    # those that always and never retrieve, without a model. Here each system searches by itself.
+    c.rescore = False
     c.report = dict(seed=0, examples=2000)  # answers in the page, the wrong ones first
     return c

@@ -91,6 +91,11 @@ def test_only_commands_and_the_base_model_import_the_world():
     assert importing - {"world"} <= {"commands", "base_model"}
 
 
+def test_only_commands_import_the_facts():
+    importing = {part(m) for m, imported in imports() if part(imported) == "facts"}
+    assert importing - {"facts"} <= {"commands"}
+
+
 def test_no_two_classes_share_a_name():
     trees = [ast.parse(file.read_text()) for file in modules().values()]
     names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]

@@ -16,7 +16,11 @@ import pytest
 from selfrag_jax import artifacts, cli, config
 from selfrag_jax.checkpoints import loading
 from selfrag_jax.commands import quickstart as flow
-from selfrag_jax.commands import worlds
+from selfrag_jax.commands import world_evaluation, worlds
+from selfrag_jax.commands.world_evaluation import predictions_file
+from selfrag_jax.critic.labelling import LabelConfig
+from selfrag_jax.data.instructions import read_instructions
+from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
 from selfrag_jax.evaluation import tables
 from selfrag_jax.records import read_rows
@@ -36,7 +40,7 @@ SMOKE = "--config=tiny:smoke"
 def test_every_system_has_its_results(quickstart):
     workdir, rows = quickstart
     kind = worlds.kind_of_file(workdir / flow.TEACHER)
-    assert {r["system"] for r in rows} == {*(s.system.name for s in flow.systems(kind)), "critic"}
+    assert {r["system"] for r in rows} == {*kind.systems, "critic"}
     assert {r["task"] for r in rows} == {*tables.TASKS, "critic"}
     assert all(0 <= r["low"] <= r["value"] <= r["high"] <= 1 and r["n"] > 0 for r in rows)
     assert json.loads((workdir / "report" / "results.json").read_text())["rows"] == rows
@@ -178,6 +182,68 @@ def test_a_killed_evaluation_ends_with_the_same_report(quickstart, tmp_path):
     assert equal_but_for_rounding(*metrics)
     for folder in (out, whole):
         assert cli.main(["report", f"--run={folder}"]) == 0
+
+
+def test_who_decides_on_retrieval_is_the_configs_choice(quickstart):
+    workdir, _ = quickstart
+    instructions = read_instructions(workdir / flow.INSTRUCTIONS)
+
+    def needs(choice):
+        c = config.override(config.load("tiny:smoke"), [f"label.retrieve_labels={choice}"])
+        return flow.retrieval_needs(c, workdir, config.build(LabelConfig, c.label, "label"))
+
+    assert needs("critic") is None
+    by_teacher = needs("teacher")
+    assert by_teacher.keys() == {r.id for r in instructions}
+    assert set(by_teacher.values()) == {"[Retrieval]", "[No Retrieval]"}
+    c = config.override(config.load("tiny:smoke"), ["label.retrieve_labels=self", "base=scratch"])
+    with pytest.raises(UserError, match="a base from scratch knows nothing"):
+        flow.retrieval_needs(c, workdir, config.build(LabelConfig, c.label, "label"))
+
+
+@pytest.mark.slow
+def test_the_base_itself_decides_on_retrieval(quickstart, tmp_path):
+    workdir, _ = quickstart
+    shutil.copytree(workdir / "retrieved", tmp_path / "retrieved")
+    c = config.override(config.load("tiny:smoke"), ["label.retrieve_labels=self"])
+    labelling = config.build(LabelConfig, c.label, "label")
+    found = flow.retrieval_needs(c, tmp_path, labelling)
+    rows = {row["id"]: row["token"] for _, row in read_rows(tmp_path / "needs.jsonl")}
+    assert found == rows and set(rows.values()) <= {"[Retrieval]", "[No Retrieval]"}
+    assert rows.keys() == {r.id for r in read_instructions(tmp_path / flow.INSTRUCTIONS)}
+
+
+# ---- answers that need no model ------------------------------------------------------------------
+def test_rescored_answers_are_those_of_searches(quickstart, tmp_path):
+    """Adaptive retrieval and other weights, from what always and never retrieve generated."""
+    workdir, _ = quickstart
+    c = config.override(config.load("tiny:smoke"), ["rescore=true"])
+    kind, made = worlds.kind_of_config(c), tmp_path / "W"
+    for name in ("selfrag_always", "selfrag_never"):
+        shutil.copytree(workdir / "predictions" / name, made / "predictions" / name)
+    found = []
+    for run in world_evaluation.systems(kind):
+        for task in run.tasks:
+            file = workdir / "retrieved" / "eval" / f"{task}.jsonl"
+            one_step = task not in kind.long_form
+            asked = world_evaluation.Asked(task, file, read_questions(file, task), one_step)
+            if not world_evaluation.is_rescored(c, run, asked):
+                continue
+            world_evaluation.rescore(c, made, run, asked)
+            found.append((run.system.name, task))
+            own, searched = (
+                [row for _, row in read_rows(predictions_file(w, run.system.name, task))]
+                for w in (made, workdir)
+            )
+            for a, b in zip(own, searched, strict=True):
+                same = ("id", "answer", "retrieved", "citations")
+                assert {k: a[k] for k in same} == {k: b[k] for k in same}
+                one, other = ([p["id"] for p in row["passages"]] for row in (a, b))
+                assert one == other
+    ablations = {f"ablation_no_{name}" for name in ("isrel", "issup", "isuse", "seqscore")}
+    assert {name for name, _ in found} == {"selfrag_adaptive", *ablations}
+    short = [task for task in kind.tasks if task not in kind.long_form]
+    assert [task for name, task in found if name == "selfrag_adaptive"] == short
 
 
 # ---- stage by stage ------------------------------------------------------------------------------

@@ -464,7 +464,7 @@ def test_other_decisions_do_not_pass_for_finished_data(files, capsys):
 
 
 def test_only_label_knows_who_decides_besides_the_critic(files):
-    with pytest.raises(UserError, match="is for `selfrag label`"):
+    with pytest.raises(UserError, match="'self' wants decisions, and none were given"):
         label_command.label_file(
             files / "critic", files / "input.jsonl", replace(LABEL, retrieve_labels="self"),
             files / "x.jsonl",

@@ -6,10 +6,18 @@ from dataclasses import replace
 import pytest
 
 from selfrag_jax import artifacts, cli, config
-from selfrag_jax.commands import judging, quickstart, worlds
+from selfrag_jax.answering.config import AnswerConfig
+from selfrag_jax.answering.plain import PlainConfig
+from selfrag_jax.commands import judging, quickstart, world_evaluation, worlds
+from selfrag_jax.commands.few_shot import FewShotConfig
+from selfrag_jax.critic.collecting import CollectConfig
+from selfrag_jax.critic.labelling import LabelConfig
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.systems import BY_NAME
+from selfrag_jax.evaluation.systems import BASE, BY_NAME, FEW_SHOT
+from selfrag_jax.retrieval.encoders import EncoderConfig
+from selfrag_jax.retrieval.plan import IndexConfig
 from selfrag_jax.text.prompts import CritiqueQuery
+from selfrag_jax.training.config import TrainConfig
 from selfrag_jax.world import questions, truth
 
 
@@ -27,14 +35,34 @@ def test_a_kinds_systems_tasks_and_comparisons_fit(name):
     kind = worlds.KINDS[name]()
     assert kind.name == name
     assert {kind.sample_task, *kind.long_form} <= set(kind.tasks)
-    assert set(kind.systems) <= set(BY_NAME)
+    assert set(kind.systems) <= {*BY_NAME, *(s.name for s in FEW_SHOT)}
     for tasks in kind.systems.values():
         assert tasks and set(tasks) <= set(kind.tasks)
     for one, other, task in kind.compared:
         assert one != other and task in kind.systems[one] and task in kind.systems[other]
-    assert [run.system.name for run in quickstart.systems(kind)] == list(kind.systems)
+    assert [run.system.name for run in world_evaluation.systems(kind)] == list(kind.systems)
     for system in quickstart.SHOWN_SYSTEMS:  # their answers to all tasks are in the report
         assert kind.systems[system] == kind.tasks
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:smoke", "facts", "facts:table", "facts:smoke"])
+def test_every_section_of_a_quickstarts_config_is_complete(name):
+    c = config.load(name)
+    kind = worlds.kind_of_config(c)
+    sections = dict(
+        world=kind.config, encoder=EncoderConfig, index=IndexConfig, collect=CollectConfig,
+        label=LabelConfig, critic=TrainConfig, generator=TrainConfig, answer=AnswerConfig,
+        plain=PlainConfig,
+    )  # fmt: skip
+    if any(run.folder == BASE for run in world_evaluation.systems(kind)):
+        sections["few_shot"] = FewShotConfig
+    for section, cls in sections.items():
+        config.build(cls, c[section], section)
+    for name in ("rag", "closed"):  # of both sections, only the number of updates differs
+        trained = quickstart.with_steps(c, "generator", c.baseline_steps[name]).generator
+        assert trained.steps == (c.baseline_steps[name] or c.generator.steps)
+        assert trained.to_dict() | {"steps": 0} == c.generator.to_dict() | {"steps": 0}
+    assert c.baseline_steps.rag is None  # as many as Self-RAG
 
 
 def test_the_truth_of_a_file_is_that_of_its_world(encyclopedia):

@@ -29,7 +29,7 @@ from selfrag_jax.text.plain_prompts import SELFRAG, PlainPrompt
 from selfrag_jax.text.reflection import MissingReflectionTokens
 
 MIN_PROMPT = 32  # tokens
-_CHANGEABLE = {"passages": int, "max_new_tokens": int}
+_CHANGEABLE = {"passages": int, "max_new_tokens": int, "prompt": PlainPrompt}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class PlainModel:
         """Returns the answers in the order of the questions.
 
         on_answer: as in SelfRAG.answer. total: unused, since all slots are used for any number.
-        changes: `passages` and `max_new_tokens`. A question that fails has its error in its answer.
+        changes: `passages`, `max_new_tokens` and `prompt`. A question that fails has its error in
+        its answer.
         """
         config = self.search_config(changes)
         answers: dict[int, Answer] = {}

@@ -112,8 +112,8 @@ def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
         raise _no_model(path)
     try:
-        if is_gguf(path):
-            return gguf_vocabulary.read_tokenizer(open_llama(path).fields, path, mode)
+        if is_gguf(folder):  # an adapter without a tokenizer has that of its base
+            return gguf_vocabulary.read_tokenizer(open_llama(folder).fields, folder, mode)
         return Tokenizer.load(folder, mode)
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e

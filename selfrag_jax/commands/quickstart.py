@@ -5,12 +5,10 @@ Calls the functions of the other commands; an interrupted run continues where it
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,62 +23,31 @@ from selfrag_jax.commands.index import build_index
 from selfrag_jax.commands.label import label_file
 from selfrag_jax.commands.plain_data import baseline_data
 from selfrag_jax.commands.retrieve import retrieve_file
+from selfrag_jax.commands.retrieve_labels import self_needs
 from selfrag_jax.commands.train import train_model
 from selfrag_jax.commands.world import make_world
+from selfrag_jax.commands.world_evaluation import (
+    INSTRUCTIONS,
+    TEACHER,
+    evaluate_critic,
+    evaluate_systems,
+    predictions_file,
+)
 from selfrag_jax.commands.worlds import WorldKind, kind_of_config, kind_of_file
-from selfrag_jax.critic.collecting import CollectConfig, critique_queries
-from selfrag_jax.critic.teachers.rule import RuleTeacher
+from selfrag_jax.critic.collecting import CollectConfig
+from selfrag_jax.data.instructions import read_instructions
 from selfrag_jax.data.questions import read_questions
 from selfrag_jax.errors import UserError
-from selfrag_jax.evaluation.systems import BY_NAME, EACH_PASSAGE, System
 from selfrag_jax.files import read_json, read_object, write_json
 from selfrag_jax.processes.group import current
-from selfrag_jax.progress import Progress, progress
-from selfrag_jax.records import Question, instruction_from, read_records, read_rows, write_jsonl
+from selfrag_jax.records import read_rows
 from selfrag_jax.retrieval.encoders import EncoderConfig
 from selfrag_jax.retrieval.plan import IndexConfig
 
 if TYPE_CHECKING:
-    from selfrag_jax.evaluation.answerers import Answerers
+    from selfrag_jax.critic.labelling import LabelConfig
 
 Row = dict[str, Any]
-TEACHER = "world/teacher.jsonl"
-
-
-@dataclass(frozen=True)
-class WorldRun:
-    """A system of the results table: the folder of its model in the workdir, and its tasks."""
-
-    system: System
-    folder: str
-    tasks: tuple[str, ...]
-
-
-# The models of systems that are no search, and how many passages they read where systems.py leaves
-# it open or has another number.
-_PLAIN_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "no_retrieval": ("closed", {}),
-    "rag_top1": ("rag", {}),
-    "rag_topk": ("rag", {"passages": 5}),
-    "train_no_critic": ("rag", {"passages": EACH_PASSAGE}),
-    "train_no_retriever": ("closed", {"passages": 1}),
-}
-
-
-def systems(kind: WorldKind) -> tuple[WorldRun, ...]:
-    """The rows of a world's results table."""
-
-    def listed(name: str, tasks: tuple[str, ...]) -> WorldRun:
-        system = BY_NAME[name]
-        folder, other = _PLAIN_RUNS.get(name, ("generator", {}))
-        if name.startswith("ablation_"):
-            changes = {"mode": "always_retrieve", **dict(system.changes)}
-            other = {"changes": tuple(changes.items())}
-        elif name == "selfrag_adaptive":  # the config's mode
-            other = {"changes": ()}
-        return WorldRun(replace(system, **other), folder, tasks)
-
-    return tuple(listed(*item) for item in kind.systems.items())
 
 
 def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
@@ -99,7 +66,7 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     encoder = configs.build(EncoderConfig, c.encoder, "encoder")
     embed_corpus(w / "world" / "passages.tsv", encoder, w / "embeddings")
     in_main("index", lambda: index_and_retrieve(c, w, kind))
-    instructions = w / "retrieved" / "instructions.jsonl"
+    instructions = w / INSTRUCTIONS
 
     _announce("3/9  collect: the teacher's critiques")
     collecting, teacher = configs.build(CollectConfig, c.collect, "collect"), w / TEACHER
@@ -111,7 +78,8 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
 
     _announce("5/9  label: the critic labels the generator's training data")
     labelling = configs.build(LabelConfig, c.label, "label")
-    label_file(w / "critic", instructions, labelling, w / "generator_data.jsonl")
+    needs = retrieval_needs(c, w, labelling)
+    label_file(w / "critic", instructions, labelling, w / "generator_data.jsonl", needs=needs)
 
     _announce("6/9  generator: learns to retrieve, answer and criticise itself")
     train_model(c, "generator", w / "generator_data.jsonl", w / "generator", "generator")
@@ -120,7 +88,8 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     for name in ("rag", "closed"):
         made = partial(baseline_data, instructions, name, c.seed, w / f"{name}_data.jsonl")
         in_main(name, made)
-        train_model(c, "generator", w / f"{name}_data.jsonl", w / name, name)
+        settings = with_steps(c, "generator", c.baseline_steps[name])
+        train_model(settings, "generator", w / f"{name}_data.jsonl", w / name, name)
 
     _announce("8/9  evaluate: every system on every task")
     rows = evaluate_systems(c, w, kind)
@@ -156,121 +125,46 @@ def in_main(what: str, make: Callable[[], object]) -> None:
 
 def index_and_retrieve(c: ConfigDict, w: Path, kind: WorldKind) -> None:
     """The index, and the passages of all instructions and questions."""
+    from selfrag_jax.retrieval.retriever import IndexRetriever
+
     build_index(w / "embeddings", configs.build(IndexConfig, c.index, "index"), w / "index")
     files = ["instructions.jsonl", *(f"eval/{task}.jsonl" for task in (*kind.tasks, "critic"))]
+    opened = cache(lambda: IndexRetriever(w / "index"))  # once for all files that need it
     for file in files:
-        retrieve_file(w / "index", w / "world" / file, w / "retrieved" / file, c.retrieve_k)
+        source, out = w / "world" / file, w / "retrieved" / file
+        retrieve_file(w / "index", source, out, c.retrieve_k, open_index=opened)
+
+
+def retrieval_needs(c: ConfigDict, w: Path, config: LabelConfig) -> dict[str, str] | None:
+    """[Retrieval] or [No Retrieval] by the instruction's id, as label.retrieve_labels asks.
+
+    None: the critic decides. Raises UserError as `teacher_needs` and `self_needs` do, and for a
+    base from scratch, which knows nothing.
+    """
+    from selfrag_jax.critic.needs import CRITIC, SELF, teacher_needs
+
+    if config.retrieve_labels == CRITIC:
+        return None
+    rows = partial(read_instructions, w / INSTRUCTIONS)
+    if config.retrieve_labels != SELF:
+        return teacher_needs(w / "critic_data.jsonl", rows())
+    if c.base == "scratch":
+        raise UserError("config label.retrieve_labels=self: a base from scratch knows nothing")
+    return self_needs(c.base, rows, config, w / "needs.jsonl", {"input": w / INSTRUCTIONS})
+
+
+def with_steps(c: ConfigDict, role: str, steps: int | None) -> ConfigDict:
+    """Returns the config with another number of updates of `role`; None: as it is."""
+    if steps is None:
+        return c
+    changed = c.copy_and_resolve_references()
+    changed[role].update(steps=steps)
+    return changed
 
 
 def _announce(text: str) -> None:
     if current().is_main:
         print(text, file=sys.stderr, flush=True)
-
-
-def evaluate_systems(c: ConfigDict, w: Path, kind: WorldKind) -> list[Row]:
-    """Metrics of every system on every task.
-
-    Predictions are kept as files, so that an interrupted evaluation continues. Of several
-    processes, each answers every n-th file, and process 0 alone scores them.
-    """
-    from selfrag_jax.answering.config import AnswerConfig
-    from selfrag_jax.answering.plain import PlainConfig
-    from selfrag_jax.evaluation import scores
-    from selfrag_jax.evaluation.answerers import Answerers
-
-    answerers = Answerers(
-        w,
-        configs.build(AnswerConfig, c.answer, "answer"),
-        configs.build(PlainConfig, c.plain, "plain"),
-    )
-    files = {t: w / "retrieved" / "eval" / f"{t}.jsonl" for t in kind.tasks}
-    tasks = {t: read_questions(file, t) for t, file in files.items()}
-    group, pairs = current(), [(run, task) for run in systems(kind) for task in run.tasks]
-    mine = pairs[group.index :: group.count]
-    with progress("evaluate", sum(len(tasks[t]) for _, t in mine), "answers") as bar:
-        for run, task in mine:
-            one_step = task not in kind.long_form
-            answer_task(c, w, answerers, run, (task, files[task], tasks[task]), one_step, bar)
-    group.barrier("predictions")
-    if not group.is_main:
-        return []
-    rows: list[Row] = []
-    truth = kind.read_truth(w / TEACHER)
-    for run, task in pairs:
-        predictions = [row for _, row in read_rows(predictions_file(w, run.system.name, task))]
-        values = scores.score(tasks[task], predictions, truth.supports, truth.stated_facts)
-        rows += scores.result_rows(run.system.name, task, values, c.report.seed)
-    return rows
-
-
-def predictions_file(w: Path, system: str, task: str) -> Path:
-    return w / "predictions" / system / f"{task}.jsonl"
-
-
-def answer_task(
-    c: ConfigDict,
-    w: Path,
-    answerers: Answerers,
-    run: WorldRun,
-    asked: tuple[str, Path, list[Question]],
-    one_step: bool,
-    bar: Progress,
-) -> None:
-    """Writes a system's answers to a task, if they are not there.
-
-    asked: the task, its file and its questions; one_step: a search makes one segment.
-    """
-    task, file, rows = asked
-    system, out = run.system, predictions_file(w, run.system.name, task)
-    made: dict[str, Any] = {
-        "system": system.name,
-        "changes": dict(system.changes),
-        "passages": system.passages or 0,
-    }
-    section = "answer" if system.is_search else "plain"
-    made[section] = c[section].to_dict()
-    inputs = {"model": w / run.folder, "questions": file}
-    if artifacts.is_finished(out, "answer", made, inputs):
-        bar.skip(len(rows))
-        return
-    changes = {"max_depth": 1, "beam_width": 1} if one_step else {}
-    predictions = answerers.answer(system, run.folder, rows, changes, bar.advance)
-    n = write_jsonl(out, predictions)
-    artifacts.write_manifest(out, "answer", made, inputs, {"answers": n})
-
-
-def evaluate_critic(c: ConfigDict, w: Path, kind: WorldKind) -> list[Row]:
-    """The critic against the world's truth, on the questions of eval/critic.jsonl.
-
-    In the encyclopedia they are about held-out entities, and about well-known ones and common
-    knowledge in held-out phrasings.
-    """
-    from selfrag_jax.checkpoints import loading
-    from selfrag_jax.critic.critic import Critic
-    from selfrag_jax.critic.labelling import LabelConfig
-    from selfrag_jax.evaluation import critic_evaluation, critic_scores
-    from selfrag_jax.evaluation.critic_scores import BINS
-
-    config = configs.build(CollectConfig, c.collect, "collect")
-    teacher = RuleTeacher(kind.read_truth(w / TEACHER).judge, 0.0, config.seed)
-    asked, kinds = [], []
-    for row in read_records(w / "retrieved" / "eval" / "critic.jsonl", instruction_from):
-        for q in critique_queries(row, config, random.Random(f"critic-{row.id}")):
-            asked.append(q)
-            kinds.append(row.dataset_name)
-    labelling = configs.build(LabelConfig, c.label, "label")
-    critic = Critic(loading.load(w / "critic"), labelling.critic)
-    judged = [q.group for q in asked], [teacher.truth(q) for q in asked], critic.judge(asked)
-    verdicts, seed = critic_evaluation.by_group(*judged), c.report.seed
-    bins = {
-        v.group: critic_scores.reliability_bins(v.confidence, v.correct, BINS).to_rows()
-        for v in verdicts.values()
-    }
-    write_json(w / "report" / "reliability.json", bins)
-    return [
-        *critic_evaluation.accuracy_by_kind(*judged, kinds, seed),
-        *critic_evaluation.calibration_rows(verdicts, "critic", seed, BINS),
-    ]
 
 
 def paired_differences(workdirs: Sequence[Path], kind: WorldKind, seed: int) -> list[Row]:
@@ -361,7 +255,8 @@ def run(values: dict[str, Any], _: list[str]) -> None:
         return
     print(tables.markdown(rows))
     print(f"Results: {w}/report/results.json and {w}/report/index.html")
-    print(f'Ask: selfrag ask --workdir={w} "{sample_question(Path(w))}"')
+    config = "" if values["config"].startswith("tiny") else f" --config={values['config']}"
+    print(f'Ask: selfrag ask --workdir={w}{config} "{sample_question(Path(w))}"')
 
 
 COMMAND = Command(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfrag_jax import artifacts
 from selfrag_jax.commands.command import SEARCH, Command, Flag
@@ -14,6 +15,9 @@ from selfrag_jax.data.questions import question_and_input
 from selfrag_jax.errors import UserError
 from selfrag_jax.progress import progress
 from selfrag_jax.records import to_json, write_jsonl
+
+if TYPE_CHECKING:
+    from selfrag_jax.retrieval.retriever import IndexRetriever
 
 _BATCH = 256  # queries searched at once
 
@@ -25,10 +29,12 @@ def retrieve_file(
     k: int,
     mix: str | None = None,
     backend: str = "scann",
+    open_index: Callable[[], IndexRetriever] | None = None,
 ) -> int:
     """Adds `ctxs`, the k best passages, to each row; returns the number of rows, 0 if already done.
 
-    A k above the corpus size gives the whole corpus. mix, backend: as in IndexRetriever. Raises
+    A k above the corpus size gives the whole corpus. mix, backend: as in IndexRetriever.
+    open_index: returns the retriever to use; for several files, one that is opened once. Raises
     UserError for k < 1 and for a row without a question.
     """
     from selfrag_jax.retrieval.retriever import IndexRetriever
@@ -42,7 +48,7 @@ def retrieve_file(
     if not rows:
         raise UserError(f"{input_path}: holds no rows")
     queries = [_query(where, row) for where, row in rows]
-    retriever = IndexRetriever(index, backend, mix)
+    retriever = open_index() if open_index else IndexRetriever(index, backend, mix)
     n = len(retriever.index)
     if k > n:
         print(f"--k={k}: the corpus has {n} passages; every row gets all of them", file=sys.stderr)

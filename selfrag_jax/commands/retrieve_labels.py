@@ -244,8 +244,8 @@ def label_settings(config: LabelConfig, needs: Mapping[str, str] | None) -> dict
 
     if needs is None and config.retrieve_labels != "critic":
         raise UserError(
-            f"config label: retrieve_labels={config.retrieve_labels!r} is for `selfrag label`; "
-            "here the critic decides"
+            f"config label: retrieve_labels={config.retrieve_labels!r} wants decisions, and none "
+            "were given"
         )
     made = asdict(config)
     made["critic"] = {n: v for n, v in made["critic"].items() if n not in _RUNTIME_ONLY}

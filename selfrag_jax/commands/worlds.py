@@ -18,14 +18,16 @@ from ml_collections import ConfigDict
 from selfrag_jax import artifacts
 from selfrag_jax import config as configs
 from selfrag_jax.errors import UserError
-from selfrag_jax.records import Passage, read_rows
+from selfrag_jax.records import Instruction, Passage, read_rows
+from selfrag_jax.text import reflection
 from selfrag_jax.text.prompts import CritiqueQuery
+from selfrag_jax.text.sentences import split_sentences
 
 ENCYCLOPEDIA, FACTS = "encyclopedia", "facts"
 _KIND_FIELD = "world"  # of the first row of teacher.jsonl
 
 
-class Truth(Protocol):
+class WorldTruth(Protocol):
     """What is true in a world, as its teacher.jsonl has it."""
 
     def judge(self, query: CritiqueQuery) -> str:
@@ -55,11 +57,13 @@ class WorldKind:
     tasks: tuple[str, ...]
     long_form: tuple[str, ...]  # several segments; other tasks take one, as in the paper
     sample_task: str  # the user is offered one of its questions to ask
+    # Of tasks whose right outputs no single passage supports: which training rows are right.
+    right_rows: Mapping[str, Callable[[Any, Instruction], bool]]
     systems: Mapping[str, tuple[str, ...]]  # the rows of the results table: system -> its tasks
     compared: tuple[tuple[str, str, str], ...]  # differences: one system, another, and the task
     config: type[Any]  # the dataclass of the section `world`
     write_files: Callable[[Any, Path], dict[str, int]]  # (config, folder) -> counts
-    read_truth: Callable[[str | Path], Truth]
+    read_truth: Callable[[str | Path], WorldTruth]
 
     def write(self, section: ConfigDict, out: Path) -> None:
         """Writes the world's files to `out`; does nothing if they are finished."""
@@ -67,6 +71,22 @@ class WorldKind:
         if not artifacts.is_finished(out, "world", config, {}):
             counts = self.write_files(config, out)
             artifacts.write_manifest(out, "world", config, {}, counts)
+
+
+# ---- right outputs of training rows --------------------------------------------------------------
+def is_useful(truth: WorldTruth, row: Instruction) -> bool:
+    """Whether an output answers all that was asked, which says enough where answers are simple."""
+    query = CritiqueQuery("isuse", row.full_instruction, output=row.output)
+    return truth.judge(query) == reflection.ISUSE[-1]
+
+
+def states_supported_facts(truth: WorldTruth, row: Instruction) -> bool:
+    """Whether each sentence before the last, the conclusion, is what one of the passages says."""
+    facts = [s.strip() for s in split_sentences(row.output.strip())[:-1]]
+    instruction = row.full_instruction
+    return bool(facts) and all(
+        any(truth.supports(instruction, p, fact) for p in row.ctxs) for fact in facts
+    )
 
 
 # ---- the kinds -----------------------------------------------------------------------------------
@@ -115,6 +135,7 @@ def _encyclopedia() -> WorldKind:
         tasks=questions.TASKS,
         long_form=("two_part", "biography"),
         sample_task="long_tail",
+        right_rows={"no_need": is_useful},
         systems=dict.fromkeys(everywhere, questions.TASKS)
         | dict.fromkeys(ablations, ("long_tail", "well_known")),
         compared=(
@@ -136,7 +157,54 @@ def _encyclopedia() -> WorldKind:
     )
 
 
-KINDS: dict[str, Callable[[], WorldKind]] = {ENCYCLOPEDIA: _encyclopedia}
+@cache
+def _facts() -> WorldKind:
+    from selfrag_jax.facts import world
+    from selfrag_jax.facts.usefulness import is_refusal
+
+    everywhere = (
+        "base_few_shot", "base_few_shot_rag", "no_retrieval", "rag_top1", "rag_topk",
+        "selfrag_always", "selfrag_adaptive", "selfrag_never",
+    )  # fmt: skip
+    ablations = (
+        "ablation_top1", "ablation_no_isrel", "ablation_no_issup", "ablation_no_isuse",
+        "ablation_no_seqscore",
+    )  # fmt: skip
+    return WorldKind(
+        name=FACTS,
+        title="Self-RAG on real facts",
+        about="passages that state real facts, questions about them, a teacher with a table",
+        tasks=world.TASKS,
+        long_form=world.LONG_FORM,
+        sample_task="facts",
+        right_rows={
+            "no_need": is_useful,
+            "unanswerable": lambda _, row: is_refusal(row.output),
+            "comparison": states_supported_facts,
+        },
+        systems=dict.fromkeys(everywhere, world.TASKS) | dict.fromkeys(ablations, ("facts",)),
+        compared=(
+            ("selfrag_always", "base_few_shot_rag", "facts"),
+            ("selfrag_always", "rag_top1", "facts"),
+            ("selfrag_always", "rag_topk", "facts"),
+            ("selfrag_always", "no_retrieval", "facts"),
+            ("selfrag_always", "ablation_top1", "facts"),
+            ("selfrag_always", "ablation_no_isrel", "facts"),
+            ("selfrag_always", "ablation_no_issup", "facts"),
+            ("selfrag_always", "ablation_no_isuse", "facts"),
+            ("selfrag_always", "ablation_no_seqscore", "facts"),
+            ("selfrag_always", "selfrag_adaptive", "facts"),
+            ("selfrag_adaptive", "rag_top1", "unanswerable"),
+            ("selfrag_adaptive", "rag_top1", "claims"),
+            ("selfrag_never", "selfrag_adaptive", "no_need"),
+        ),
+        config=world.FactsConfig,
+        write_files=world.write_world,
+        read_truth=world.read_truth,
+    )
+
+
+KINDS: dict[str, Callable[[], WorldKind]] = {ENCYCLOPEDIA: _encyclopedia, FACTS: _facts}
 
 
 # ---- which one -----------------------------------------------------------------------------------
@@ -155,7 +223,7 @@ def kind_of_file(teacher: str | Path) -> WorldKind:
     raise UserError(f"{teacher}: holds no rows; expected the teacher.jsonl of `selfrag world`")
 
 
-def read_truth(teacher: str | Path) -> Truth:
+def read_truth(teacher: str | Path) -> WorldTruth:
     """Returns what is true in the world whose teacher.jsonl this is. Raises UserError."""
     return kind_of_file(teacher).read_truth(teacher)
 

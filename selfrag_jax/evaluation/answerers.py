@@ -12,20 +12,25 @@ from selfrag_jax.answering.plain import PlainConfig, PlainModel
 from selfrag_jax.answering.records import Answer
 from selfrag_jax.answering.selfrag import SelfRAG
 from selfrag_jax.checkpoints import loading
-from selfrag_jax.evaluation.systems import EACH_PASSAGE, System
+from selfrag_jax.evaluation.systems import BASE, EACH_PASSAGE, System
 from selfrag_jax.records import Question
+from selfrag_jax.text.plain_prompts import PlainPrompt
 
 Row = dict[str, Any]
 GENERATOR = "generator"
 
 
 class Answerers:
-    """The models of a workdir."""
+    """The models of a workdir, and their untrained base."""
 
-    def __init__(self, workdir: Path, search: AnswerConfig, plain: PlainConfig):
+    def __init__(
+        self, workdir: Path, search: AnswerConfig, plain: PlainConfig, base: Path | None = None
+    ):
+        """base: the folder of the model that systems.BASE names."""
         self.workdir, self.search_config, self.plain_config = workdir, search, plain
+        self.base = base
         self._rag: SelfRAG | None = None
-        self._plain: dict[str, PlainModel] = {}
+        self._plain: tuple[str, PlainModel] | None = None  # the last one: more may not fit
 
     def answer(
         self,
@@ -34,12 +39,13 @@ class Answerers:
         questions: Sequence[Question],
         changes: dict[str, Any],
         advance: Callable[[], None],
+        prompt: PlainPrompt | None = None,
     ) -> list[Row]:
         """Rows of the `answer` format. changes: of the task's search, on top of the system's own.
 
-        folder: of the model, in the workdir. Calls `advance` after each question. Self-RAG
-        retrieves from the index; baselines are given the questions' own passages. Raises
-        RuntimeError if a baseline fails on a question.
+        folder: of the model, in the workdir. prompt: of a baseline (default: the config's). Calls
+        `advance` after each question. Self-RAG retrieves from the index; baselines are given the
+        questions' own passages. Raises RuntimeError if a baseline fails on a question.
         """
         if system.is_search:
             asked = [replace(q, ctxs=()) for q in questions]
@@ -50,7 +56,9 @@ class Answerers:
             ]
         model = self._baseline(folder)
         if isinstance(system.passages, int):
-            return _rows(model.answer(questions, lambda _: advance(), passages=system.passages))
+            how: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+            how["passages"] = system.passages
+            return _rows(model.answer(questions, lambda _: advance(), **how))
         assert system.passages == EACH_PASSAGE
         per_passage = []
         for i in range(max(len(q.ctxs) for q in questions)):
@@ -67,11 +75,12 @@ class Answerers:
         return self._rag
 
     def _baseline(self, name: str) -> PlainModel:
-        if name not in self._plain:
-            self._plain[name] = PlainModel(
-                loading.load(self.workdir / name), None, self.plain_config
-            )
-        return self._plain[name]
+        if self._plain is None or self._plain[0] != name:
+            self._plain = None
+            folder = self.base if name == BASE else self.workdir / name
+            assert folder is not None
+            self._plain = name, PlainModel(loading.load(folder), None, self.plain_config)
+        return self._plain[1]
 
 
 def _most_probable(per_passage: Sequence[Sequence[Row]]) -> list[Row]:

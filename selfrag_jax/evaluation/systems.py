@@ -21,6 +21,7 @@ MODEL, PLAIN, NO_RETRIEVER, NO_CRITIC = (
     "no_retriever_model",
     "no_critic_model",
 )
+BASE = "base"  # the model of FEW_SHOT
 NDOCS = "ndocs"  # as many passages as the task retrieves
 EACH_PASSAGE = "each"  # answers from each passage; the most probable answer is taken
 WEIGHTS = ("w_rel", "w_sup", "w_use", "w_seq")
@@ -117,6 +118,12 @@ SYSTEMS = (
     System("rag_topk", "baselines", model=PLAIN, passages=NDOCS, table2=_WITH_PASSAGES),
 )  # fmt: skip
 BY_NAME = {s.name: s for s in SYSTEMS}
+# The base as it is before any training, shown a few answers. Run by the quickstart, which has
+# training questions to draw them from.
+FEW_SHOT = (
+    System("base_few_shot", model=BASE, passages=0),
+    System("base_few_shot_rag", model=BASE, passages=1),
+)
 GROUPS = {
     group: tuple(s.name for s in SYSTEMS if s.group == group)
     for group in ("modes", "ablations", "baselines")

@@ -22,6 +22,8 @@ INTERVAL = ("value", "low", "high")
 NOT_95 = {"mauve": f"range of {RUNS} seeds"}  # metrics whose ends are something else
 SYSTEM_TITLES = {
     "selfrag": "Self-RAG",
+    "base_few_shot": "Base, few-shot",
+    "base_few_shot_rag": "Base with the top passage, few-shot",
     "no_retrieval": "No retrieval",
     "rag_top1": "Standard RAG, top 1",
     "rag_topk": "Standard RAG, top K",
@@ -39,6 +41,9 @@ SYSTEM_TITLES = {
     "train_no_retriever": "trained without retriever",
 }
 TASKS = ("long_tail", "well_known", "no_need", "claims", "multiple_choice", "two_part", "biography")
+# Of any world, in the order of the tables.
+_TASK_ORDER = ("facts", "unanswerable", *TASKS, "comparison", "description")
+_WITH_INTERVAL = ("facts", "long_tail")  # of the tasks of quickstarts
 SYSTEMS = tuple(SYSTEM_TITLES)
 METRIC_TITLES = {
     "accuracy": "Accuracy",
@@ -122,7 +127,7 @@ def metric_table(
 ) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
     """Returns the systems and tasks that have results, and the row of each (system, task).
 
-    Those of the synthetic world come in its order, others after them as in `rows`.
+    Those of quickstarts come in their order, others after them as in `rows`.
     """
     found = {
         (r["system"], r["task"]): r
@@ -130,7 +135,7 @@ def metric_table(
         if r["metric"] == metric and r["system"] != "critic"
     }
     systems = _in_order([s for s, _ in found], SYSTEMS)
-    return systems, _in_order([t for _, t in found], TASKS), found
+    return systems, _in_order([t for _, t in found], _TASK_ORDER), found
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -205,7 +210,8 @@ def difference_rows(differences: Sequence[Row]) -> list[tuple[str, ...]]:
 def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
     """Returns all tables as Markdown, in per cent.
 
-    Long-tail results, and those of tasks outside the synthetic world, show their 95% interval.
+    Results of a quickstart's main task, and of tasks outside of quickstarts, show their 95%
+    interval.
 
     `differences` holds rows with system, over (the other system), task, value, low, high and n.
     """
@@ -224,7 +230,7 @@ def markdown(rows: Sequence[Row], differences: Sequence[Row] = ()) -> str:
 
 
 def _cell(row: Row | None, task: str) -> str:
-    if row is None or (task in TASKS and task != "long_tail"):
+    if row is None or (task in _TASK_ORDER and task not in _WITH_INTERVAL):
         return percent(row)
     digits = 1 if row["metric"] in AMOUNTS else 0
     ends = interval_text(row, digits, "–")
@@ -237,7 +243,7 @@ def _critic_by_kind(rows: Sequence[Row]) -> str:
         for r in rows
         if r["system"] == "critic" and r["task"] != "critic"
     }
-    tasks = [t for t in TASKS if any(t == task for _, task in found)]
+    tasks = _in_order([t for _, t in found], _TASK_ORDER)
     body = [
         (m.removesuffix("_accuracy"), *(percent(found.get((m, t))) for t in tasks))
         for m in dict.fromkeys(m for m, _ in found)

@@ -56,20 +56,19 @@ def model_folder(name: str | Path) -> Path:
 def encoder_folder(name: str | Path) -> Path:
     """The same for an encoder of texts, which has other files, and is no GGUF file.
 
-    A short name of packaged.ENCODERS is a model of the hub, too; where the hub is not reached, the
-    package that carries it serves.
+    A short name of packaged.ENCODERS is that of a package's model or, without it, of the hub's.
     """
-    if (known := packaged.ENCODERS.get(str(name))) is None:
-        path = _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
-        if is_gguf(path):
-            raise UserError(f"{path}: is a GGUF file; expected the folder of an encoder")
-        return path
-    if folder := packaged.installed_folder(known):
-        return folder  # before the hub: it is asked for nothing that is here
-    try:
-        return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
-    except UserError as e:
-        raise packaged.not_found(str(name), known, e) from None
+    if (known := packaged.ENCODERS.get(str(name))) is not None:
+        if folder := packaged.installed_folder(known):
+            return folder  # before the hub: it is asked for nothing that is here
+        try:
+            return _find(known.hub, _DOWNLOADED_FILES_OF_ENCODERS)
+        except UserError as e:
+            raise packaged.not_found(str(name), known, e) from None
+    path = _find(name, _DOWNLOADED_FILES_OF_ENCODERS)
+    if is_gguf(path):
+        raise UserError(f"{path}: is a GGUF file; expected the folder of an encoder")
+    return path
 
 
 def config_folder(name: str | Path) -> Path:

@@ -26,20 +26,39 @@ _KEYS = {"no_retrieval", "retrieval", "stop"}
 
 
 @dataclass(frozen=True)
+class Demonstration:
+    """A question with its answer, to show a model what is asked of it."""
+
+    question: Question
+    passages: tuple[Passage, ...]  # shown where the prompt has passages
+    answer: str
+
+
+@dataclass(frozen=True)
 class PlainPrompt:
     """Two templates: of questions alone, and of questions with passages.
 
     Without templates it is the generator's own prompt, with the passages after the response
-    heading. stop: the answer ends before this text; "" for the end of text alone.
+    heading. stop: the answer ends before this text; "" for the end of text alone. demonstrations:
+    come before the question, in the same template, each followed by a space, its answer and an
+    empty line.
     """
 
     name: str
     no_retrieval: str = ""
     retrieval: str = ""
     stop: str = ""
+    demonstrations: tuple[Demonstration, ...] = ()
 
     def parts(self, q: Question, passages: Sequence[Passage]) -> list[Part]:
         """The prompt, for Tokenizer.encode. The template's headings are controls, no text is."""
+        shown: list[Part] = []
+        for d in self.demonstrations:
+            own = d.passages[: len(passages)]
+            shown += [*self._question_parts(d.question, own), f" {d.answer}\n\n"]
+        return [*shown, *self._question_parts(q, passages)]
+
+    def _question_parts(self, q: Question, passages: Sequence[Passage]) -> list[Part]:
         if not self.no_retrieval:
             parts = prompts.question_prompt(q)
             return [*parts, *(part for p in passages for part in prompts.passage(p))]
@@ -66,6 +85,13 @@ def _literal(text: str) -> list[Part]:
 
 
 SELFRAG = PlainPrompt("selfrag")
+# For a base that was trained on text alone: the demonstrations say what an answer looks like.
+FEW_SHOT = PlainPrompt(
+    "few_shot",
+    "Question: {instruction}\nAnswer:",
+    "{paragraph}\nQuestion: {instruction}\nAnswer:",
+    "\n",
+)
 # PROMPT_DICT of the released repository's retrieval_lm/utils.py, at commit a4d75d1; the second of
 # each pair is called NAME_retrieval there. Its run_baseline_lm.py cuts answers at a blank line.
 RELEASED = (
