@@ -4,6 +4,7 @@ transformers reads the same file, by a path of its own; models that it reads wro
 rotary embedding) are compared with the model that the file was written from.
 """
 
+import copy
 import json
 import re
 import struct
@@ -309,6 +310,29 @@ def test_a_training_starts_from_it(file, capsys):
     assert added == len(reflection.ALL) + 1
     assert config_architecture(c, None).vocab_size == start.model.config.vocab_size
     assert artifacts.fingerprint(path) != artifacts.fingerprint(file("Q4_0"))
+
+
+def test_an_adapter_may_adapt_it(file, model, tmp_path):
+    """With PEFT's logits, and the file's tokenizer where the adapter has none."""
+    import peft
+
+    path = file()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(copy.deepcopy(model), config, "default").eval()
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_" in name:
+                value += 0.1 * torch.randn(value.shape)
+    adapted.save_pretrained(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(path)
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    loaded, ids = loading.load(tmp_path / "a"), list(range(20))
+    expected = torch_logits(adapted, ids)
+    np.testing.assert_allclose(logits(loaded, ids), expected, atol=1e-4)
+    assert np.abs(expected - torch_logits(model, ids)).max() > 0.1
+    assert loaded.tokenizer.encode(["a b"]) == loading.read_tokenizer(path).encode(["a b"])
 
 
 def test_answering_needs_reflection_tokens_of_it_too(file, capsys):

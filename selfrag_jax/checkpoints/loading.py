@@ -111,14 +111,11 @@ def load_without_params(path: str | Path, mode: str | None = None) -> LoadedMode
 def read_tokenizer(path: Path, mode: str | None = None) -> Tokenizer:
     """Tokenizer.load, whose errors it raises as UserError. Unchanged files are read once."""
     folder = adapters.tokenizer_folder(path)
-    if is_gguf(folder):
-        try:
-            return gguf_vocabulary.read_tokenizer(open_llama(folder).fields, folder, mode)
-        except ValueError as e:
-            raise UserError(str(e)) from e
     if not (Tokenizer.is_in(folder) or (path / MODEL_FILE).is_file() or weights.is_model(path)):
         raise _no_model(path)
     try:
+        if is_gguf(folder):  # an adapter without a tokenizer has that of its base
+            return gguf_vocabulary.read_tokenizer(open_llama(folder).fields, folder, mode)
         return _open_tokenizer(folder, mode, None if is_remote(folder) else _small_files(folder))
     except (FileNotFoundError, ValueError) as e:
         raise UserError(str(e)) from e

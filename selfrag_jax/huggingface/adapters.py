@@ -16,7 +16,7 @@ bfloat16 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,24 +24,18 @@ import numpy as np
 
 from selfrag_jax.artifacts import ADAPTER_CONFIG
 from selfrag_jax.errors import UserError
-from selfrag_jax.gguf_files import architecture
-from selfrag_jax.gguf_files.header import is_gguf
-from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import (
     ADAPTER_FILES,
     base_folder,
     is_adapter,
     read_adapter_config,
 )
-from selfrag_jax.huggingface.config_json import config_from_json
 from selfrag_jax.huggingface.hub import torch_conversion_hint
 from selfrag_jax.huggingface.weight_files import (
-    CONFIG,
     EMBEDDING,
     HEAD,
     ModelWeights,
     TensorFile,
-    WeightFiles,
     open_tensors,
     read_tensor,
 )
@@ -57,14 +51,6 @@ def tokenizer_folder(folder: Path) -> Path:
     if not is_adapter(folder) or any((folder / n).is_file() for n in TOKENIZER_FILES):
         return folder
     return base_folder(read_adapter_config(folder / ADAPTER_CONFIG))
-
-
-def open_plain(path: Path) -> tuple[LlamaConfig, ModelWeights]:
-    """The config and the weights of a folder that is no adapter, or of a GGUF file."""
-    if is_gguf(path):
-        c = architecture.read_config(path)
-        return c, GgufWeights(architecture.open_llama(path), c)
-    return config_from_json(path / CONFIG), WeightFiles(path)
 
 
 @dataclass
@@ -95,15 +81,18 @@ _TOKEN_ADAPTER = ".token_adapter.base_layer.weight"
 class AdaptedWeights:
     """The weights of an adapted model by tensor name, as WeightFiles has them."""
 
-    def __init__(self, folder: Path):
-        """Raises UserError if the adapter or the adapted model is missing or not supported."""
+    def __init__(self, folder: Path, open_base: Callable[[Path], tuple[LlamaConfig, ModelWeights]]):
+        """open_base: opens the adapted model, a folder or a GGUF file.
+
+        Raises UserError if the adapter or the adapted model is missing or not supported.
+        """
         self.folder = folder
         self._adapter = read_adapter_config(folder / ADAPTER_CONFIG)
         base = base_folder(self._adapter)
         names = [n for n in ADAPTER_FILES if (folder / n).is_file()]
         if not names:
             raise UserError(f"{folder}: lacks the adapter's weights, {ADAPTER_FILES[0]}")
-        adapted, self._base = open_plain(base)
+        adapted, self._base = open_base(base)
         self._path = folder / names[0]
         self._file: TensorFile = open_tensors(self._path, torch_conversion_hint(folder))
         self._pairs: dict[str, _Pair] = {}  # module -> factors

@@ -23,8 +23,9 @@ from selfrag_jax.errors import UserError
 from selfrag_jax.files import write_json
 from selfrag_jax.gguf_files import architecture
 from selfrag_jax.gguf_files.header import is_gguf
+from selfrag_jax.gguf_files.weights import GgufWeights
 from selfrag_jax.huggingface.adapter_config import is_adapter
-from selfrag_jax.huggingface.adapters import AdaptedWeights, open_plain
+from selfrag_jax.huggingface.adapters import AdaptedWeights
 from selfrag_jax.huggingface.config_json import config_from_json, config_to_json
 from selfrag_jax.huggingface.weight_files import (
     CONFIG,
@@ -33,6 +34,7 @@ from selfrag_jax.huggingface.weight_files import (
     INDEX,
     WEIGHTS,
     ModelWeights,
+    WeightFiles,
 )
 from selfrag_jax.models.llama import LlamaConfig, Model
 from selfrag_jax.models.params import Params, flatten, unflatten
@@ -233,9 +235,17 @@ def open_folder(path: str | Path) -> tuple[LlamaConfig, ModelWeights]:
     """
     path = Path(path)
     if not is_gguf(path) and is_adapter(path):
-        adapted = AdaptedWeights(path)
+        adapted = AdaptedWeights(path, _open_plain)
         return adapted.config, adapted
-    return open_plain(path)
+    return _open_plain(path)
+
+
+def _open_plain(path: Path) -> tuple[LlamaConfig, ModelWeights]:
+    """The config and the weights of a folder that is no adapter, or of a GGUF file."""
+    if is_gguf(path):
+        c = architecture.read_config(path)
+        return c, GgufWeights(architecture.open_llama(path), c)
+    return config_from_json(path / CONFIG), WeightFiles(path)
 
 
 def read_config(path: str | Path) -> LlamaConfig:
@@ -244,7 +254,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     if is_gguf(path):
         return architecture.read_config(path)
     if is_adapter(path):
-        return AdaptedWeights(path).config
+        return AdaptedWeights(path, _open_plain).config
     return config_from_json(path / CONFIG)
 
 
