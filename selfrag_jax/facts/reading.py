@@ -33,7 +33,7 @@ class Stated:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FactAsked:
     """What an instruction asks: form is fact, claim, choice, comparison, description, everyday or
     unknown."""
 
@@ -181,47 +181,47 @@ class Reader:
         return found
 
     # ---- instructions ----------------------------------------------------------------------------
-    def _instruction(self, instruction: str) -> Asked:
+    def _instruction(self, instruction: str) -> FactAsked:
         """Returns what an instruction asks."""
         text = " ".join(instruction.split())
         if row := everyday.expected(text):
-            return Asked("everyday", everyday=row)
+            return FactAsked("everyday", everyday=row)
         question, *options = _CHOICES.split(text, maxsplit=1)
         if options and (asked := self._fact(question)):
             labelled = re.findall(r"([A-D]): (.*?)(?= [A-D]: |$)", options[0])
-            return Asked("choice", asked.names, asked.relation, choices=tuple(labelled))
+            return FactAsked("choice", asked.names, asked.relation, choices=tuple(labelled))
         for found in (self._claim(text), self._comparison(text), self._fact(text)):
             if found and self.entities.keys() >= set(found.names):
                 return found
         for frame in _descriptions():
             if (gap := _gap(frame, text)) and (name := self.name(gap)):
-                return Asked("description", (name,))
-        return self._fact(text) or Asked("unknown")
+                return FactAsked("description", (name,))
+        return self._fact(text) or FactAsked("unknown")
 
-    def _fact(self, text: str) -> Asked | None:
+    def _fact(self, text: str) -> FactAsked | None:
         """A question about one fact; of a name that nothing has, if no frame fits a known one."""
         unknown = None
         for frame in _questions():
             if gap := _gap(frame, text):
                 assert frame.relation is not None
                 if name := self.name(gap, frame.relation.kind):
-                    return Asked("fact", (name,), frame.relation)
-                unknown = unknown or Asked("fact", (gap,), frame.relation)
+                    return FactAsked("fact", (name,), frame.relation)
+                unknown = unknown or FactAsked("fact", (gap,), frame.relation)
         return unknown
 
-    def _claim(self, text: str) -> Asked | None:
+    def _claim(self, text: str) -> FactAsked | None:
         for frame in _claims():
             if (gap := _gap(frame, text)) and (found := self._statement(gap, needs_name=True)):
                 r = relations.by_name()[found.relation]
-                return Asked("claim", (found.name,), r, claimed=found.value)
+                return FactAsked("claim", (found.name,), r, claimed=found.value)
         return None
 
-    def _comparison(self, text: str) -> Asked | None:
+    def _comparison(self, text: str) -> FactAsked | None:
         for frame, c in _comparisons():
             for a, b in _gaps(frame, text):
                 names = self.name(a, c.asked.kind), self.name(b, c.asked.kind)
                 if all(names):
-                    return Asked("comparison", names, c.asked, comparison=c)
+                    return FactAsked("comparison", names, c.asked, comparison=c)
         return None
 
     # ---- statements ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 
 from selfrag_jax.errors import UserError
 from selfrag_jax.facts import relations, usefulness
-from selfrag_jax.facts.reading import Asked, Reader, Stated
+from selfrag_jax.facts.reading import FactAsked, Reader, Stated
 from selfrag_jax.facts.table import TableEntity, from_row
 from selfrag_jax.records import Passage, read_rows
 from selfrag_jax.text import reflection
@@ -91,7 +91,7 @@ class Truth:
         return next(iter(self.reader.instruction(question).names), "")
 
     # ---- passages --------------------------------------------------------------------------------
-    def content(self, p: Passage, asked: Asked) -> Content:
+    def content(self, p: Passage, asked: FactAsked) -> Content:
         """What a passage states; of one that is not the world's, about the asked entities alone."""
         if found := self.contents.get(passage_key(p)):
             return found
@@ -130,7 +130,7 @@ class Truth:
         return _level(sum(shares) / len(shares)) if shares else reflection.NO_SUPPORT
 
     def _share(
-        self, asked: Asked, content: Content, fact: Stated | None, sentence: str
+        self, asked: FactAsked, content: Content, fact: Stated | None, sentence: str
     ) -> float | None:
         """How much of a sentence a passage states, 0 to 1; None if it states nothing."""
         if fact is None:
@@ -140,7 +140,7 @@ class Truth:
         is_stated = (fact.name, attribute) in content.states
         return float(is_stated and self.reader.matches(fact.name, attribute, fact.value))
 
-    def _checks_of_values(self, asked: Asked, content: Content, text: str) -> Iterator[bool]:
+    def _checks_of_values(self, asked: FactAsked, content: Content, text: str) -> Iterator[bool]:
         """Whether the passage states them, of each value in a text that no template fits.
 
         A value of the asked relation's type must be the value asked for. Another one must be any
@@ -164,7 +164,7 @@ class Truth:
                               relations.of_kind(e.kind))
                 )  # fmt: skip
 
-    def _verdict_support(self, asked: Asked, content: Content, text: str) -> str:
+    def _verdict_support(self, asked: FactAsked, content: Content, text: str) -> str:
         """Of the answer to a claim or a choice: by what the passage states of the attribute."""
         assert asked.relation is not None
         name, attribute = asked.names[0], asked.relation.attribute
@@ -179,7 +179,7 @@ class Truth:
             is_right = bool(chosen) and self.reader.matches(name, attribute, chosen)
         return reflection.FULLY if is_right else reflection.NO_SUPPORT
 
-    def _conclusion_share(self, asked: Asked, content: Content, text: str) -> float | None:
+    def _conclusion_share(self, asked: FactAsked, content: Content, text: str) -> float | None:
         """Of the last sentence of a comparison: the share of the two values that are stated."""
         if normalise(text) not in map(normalise, usefulness.conclusions(self.reader, asked)):
             return None
@@ -213,7 +213,7 @@ class Truth:
         held = {(n, f"{kinds[n]}_{attribute}") for n, attribute in has if n in kinds}
         return reflection.CONTINUE if left & held else reflection.RETRIEVAL
 
-    def _wanted(self, asked: Asked) -> set[tuple[str, str]]:
+    def _wanted(self, asked: FactAsked) -> set[tuple[str, str]]:
         """The (name, relation) pairs that an answer states."""
         if asked.relation is not None:
             return {(name, asked.relation.name) for name in asked.names}

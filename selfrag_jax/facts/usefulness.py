@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from selfrag_jax.facts import comparisons, everyday, language
-from selfrag_jax.facts.reading import Asked, Reader
+from selfrag_jax.facts.reading import FactAsked, Reader
 from selfrag_jax.text import reflection
 from selfrag_jax.text.normalising import normalise
 
@@ -40,7 +40,9 @@ def utility(reader: Reader, instruction: str, output: str) -> str:
     return _utility(_answer_utility(reader, asked, own, text))
 
 
-def _description_utility(reader: Reader, asked: Asked, own: set[tuple[str, str]], text: str) -> int:
+def _description_utility(
+    reader: Reader, asked: FactAsked, own: set[tuple[str, str]], text: str
+) -> int:
     e = reader.entities[asked.names[0]]
     n = len(own)
     if not own:  # no template fits: by the values
@@ -48,7 +50,7 @@ def _description_utility(reader: Reader, asked: Asked, own: set[tuple[str, str]]
     return 5 if n >= min(FULL_DESCRIPTION, len(e.facts)) else 3 if n else 1
 
 
-def _answer_utility(reader: Reader, asked: Asked, own: set[tuple[str, str]], text: str) -> int:
+def _answer_utility(reader: Reader, asked: FactAsked, own: set[tuple[str, str]], text: str) -> int:
     assert asked.relation is not None
     wanted = {(name, asked.relation.name) for name in asked.names}
     answered = len(wanted & own)
@@ -63,14 +65,14 @@ def _answer_utility(reader: Reader, asked: Asked, own: set[tuple[str, str]], tex
 
 
 # ---- what answers say ---------------------------------------------------------------------------
-def conclusions(reader: Reader, asked: Asked) -> list[str]:
+def conclusions(reader: Reader, asked: FactAsked) -> list[str]:
     """All conclusions that a comparison can have."""
     assert asked.comparison is not None
     names = [language.asked_name(reader.entities[n]) for n in asked.names]
     return [c.format(x=x) for c in asked.comparison.conclusions for x in names]
 
 
-def right_conclusion(reader: Reader, asked: Asked) -> str | None:
+def right_conclusion(reader: Reader, asked: FactAsked) -> str | None:
     """Returns the true last sentence of a comparison; None if a value is unknown."""
     assert asked.comparison is not None and asked.relation is not None
     a, b = (reader.entities[n] for n in asked.names)
