@@ -174,10 +174,10 @@ def test_the_least_recently_used_indexes_go_first(notes, cache, monkeypatch):
 
 
 def test_an_index_that_is_being_made_is_not_evicted(notes, cache, monkeypatch):
-    from selfrag_jax import artifacts
+    from selfrag_jax import locks
 
     monkeypatch.setattr(instant_index, "MOST_INDEXES", 1)
-    with artifacts.exclusive_workdir(cache / ".key.tmp"):
+    with locks.exclusive_workdir(cache / ".key.tmp"):
         (cache / ".key.tmp" / "half").touch()
         os.utime(cache / ".key.tmp", (1, 1))
         open_passages(PassageSource(notes, HASHED))

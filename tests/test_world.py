@@ -102,7 +102,8 @@ def test_held_out_phrasings_do_not_reveal_known_entities(variant):
 
 def test_the_readme_asks_about_an_entity_of_the_default_world():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    asked = set(re.findall(r'"(\w[^"\n]+\?)"', readme))
+    others = re.compile(r"^.*--passages=.*$", re.MULTILINE)  # questions to one's own files
+    asked = set(re.findall(r'"(\w[^"\n]+\?)"', others.sub("", readme)))
     names = {e.name for e in default_world().entities}
     assert asked and {truth.parse_instruction(question).name for question in asked} <= names
 
