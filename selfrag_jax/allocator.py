@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from typing import Any
 
 from selfrag_jax import accelerators
@@ -12,8 +13,22 @@ from selfrag_jax import accelerators
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _SLACK = 2**20  # bytes that small allocations may take before a program takes the rest
+_PATIENCE = 1.0  # seconds until a program that has given its results has freed its temporaries
+
 
 _glibc: Any = None  # once freed memory is kept
+
+
+class _HeapInfo(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    )  # fmt: skip
 
 
 def keep_freed_memory() -> bool:
@@ -42,6 +57,8 @@ def keep_freed_memory() -> bool:
     glibc.malloc.argtypes, glibc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     glibc.free.argtypes, glibc.free.restype = [ctypes.c_void_p], None
     glibc.malloc_trim.argtypes = [ctypes.c_size_t]
+    if hasattr(glibc, "mallinfo2"):  # from glibc 2.33 on
+        glibc.mallinfo2.restype = _HeapInfo
     _glibc = glibc
     return True
 
@@ -53,6 +70,13 @@ def return_freed_memory() -> None:
     """
     if _glibc is not None:
         _glibc.malloc_trim(0)
+
+
+def _bytes_in_use() -> int | None:
+    """The bytes of the heap that are allocated; None if the library does not tell."""
+    if not hasattr(_glibc, "mallinfo2"):
+        return None
+    return _glibc.mallinfo2().uordblks
 
 
 class KeptBlock:
@@ -72,11 +96,15 @@ class KeptBlock:
         self._size = size + _SLACK if size else 0
         self._address: int | None = None
         self._last: int | None = None
+        self._in_use: int | None = None  # bytes of the heap, before the call
+        self._patience = _PATIENCE
 
     def __enter__(self) -> None:
         if self._address is not None and _glibc is not None:
             _glibc.free(self._address)
             self._address = None
+        if self._size and _glibc is not None:
+            self._in_use = _bytes_in_use()
 
     def __exit__(self, *_) -> None:
         pass
@@ -89,10 +117,25 @@ class KeptBlock:
             return_freed_memory()
 
     def hold(self) -> None:
-        """Takes the place again. If something is in it, that of before goes back to the system."""
+        """Takes the place again. If something is in it, that of before goes back to the system.
+
+        Results are there a moment before the temporaries are freed, whose place this is: it waits
+        for that. Else the block would lie elsewhere, and the next call take memory there, too.
+        """
         if not self._size or _glibc is None or self._address is not None:
             return
+        self._wait_until_freed()
         self._address = _glibc.malloc(self._size)
         if self._address != self._last:
             return_freed_memory()
         self._last = self._address
+
+    def _wait_until_freed(self) -> None:
+        if self._in_use is None:
+            return
+        most, end = self._in_use + self._size // 2, time.monotonic() + self._patience
+        while (in_use := _bytes_in_use()) is not None and in_use > most:
+            if time.monotonic() > end:
+                self._patience /= 2  # something else has come to stay: wait less for it
+                return
+            time.sleep(0.001)
