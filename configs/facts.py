@@ -28,8 +28,8 @@ SHARES = (
 )
 
 
-def _world(questions: int, smoke: bool) -> dict:
-    """questions: of each of the seven evaluation files."""
+def _world(variant: str) -> dict:
+    smoke = variant == "smoke"
     return dict(
         seed=0,
         # The share of each kind among the entities that are asked about.
@@ -42,7 +42,7 @@ def _world(questions: int, smoke: bool) -> dict:
             ("airport", 0.1),
         ),
         train=40 if smoke else 500,
-        test=20 if smoke else 150,
+        test={"full": 150, "table": 400, "smoke": 20}[variant],
         distractors=40 if smoke else 2500,
         lacking_rate=0.1,
         absent_rate=0.05,
@@ -52,7 +52,9 @@ def _world(questions: int, smoke: bool) -> dict:
         shares=SHARES,
         wrong_output_rate=0.25,
         known_from=10,  # no entity is taken to be known; 9: the most popular tenth of each kind
-        test_questions=questions,
+        # With six tasks beside `facts`: 200 and 600 questions.
+        fact_questions={"full": 80, "table": 240, "smoke": 2}[variant],
+        test_questions={"full": 20, "table": 60, "smoke": 2}[variant],
         critic_questions=8 if smoke else 40,
     )
 
@@ -155,7 +157,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.kind = "quickstart"
     c.seed = 0
     c.world_kind = "facts"
-    c.world = _world({"full": 29, "table": 86, "smoke": 2}[variant], smoke)
+    c.world = _world(variant)
     c.encoder = dict(name="minilm", vector_dtype="float32")
     c.index = dict(structure="exact")
     c.retrieve_k = 5

@@ -56,6 +56,7 @@ CONFIG = FactsConfig(
     ),
     wrong_output_rate=0.3,
     known_from=10,
+    fact_questions=40,
     test_questions=40,
     critic_questions=60,
 )  # fmt: skip

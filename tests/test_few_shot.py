@@ -15,7 +15,14 @@ OTHER = Passage("p2", "Oslo", "Oslo is in Norway.")
 
 
 class Atlas:
-    """Knows that a passage about Italy supports any answer that names Italy."""
+    """Knows that a passage about Italy supports any answer that names Italy.
+
+    Such answers are useful if they are short.
+    """
+
+    def judge(self, query):
+        assert query.group == "isuse" and query.evidence is None
+        return "[Utility:5]" if len(query.output) < 20 else "[Utility:2]"
 
     def supports(self, instruction, passage, segment):
         return "Italy" in passage.text and "Italy" in segment
@@ -38,6 +45,7 @@ def shown(*arguments, **settings):
 
 def test_only_right_answers_are_shown_with_the_passage_that_supports_them():
     rows = [row(1, "Norway."), row(2), row(3, "Peru."), row(4), row(5, ctxs=(OTHER,))]
+    rows.append(row(6, "It is said that Italy has volcanoes."))  # supported, but no answer
     found = shown("facts", rows, shots=5)
     assert sorted(d.question.id for d in found) == ["r2", "r4"]
     assert all(d.passages == (ROMES,) and d.answer == "Italy." for d in found)
@@ -53,6 +61,18 @@ def test_rows_are_of_the_task_and_drawn_by_the_seed():
             shown(task, others)
     with pytest.raises(UserError, match="shots=0: must be at least 1"):
         FewShotConfig(0, 0)
+
+
+def test_demonstrations_are_unlike_each_other():
+    """Whatever is drawn first, the second is about something else."""
+    alike = [
+        Instruction(n, f"Where is {n}?", "It is in Italy.", "", "facts", (ROMES,))
+        for n in ("Rome", "Milan", "Turin")
+    ]
+    other = Instruction("x", "Which land has Rome as capital?", "Italy.", "", "facts", (ROMES,))
+    for seed in range(10):
+        found = {d.question.id for d in shown("facts", [*alike, other], 2, seed)}
+        assert "x" in found and len(found) == 2
 
 
 def test_where_no_passage_supports_a_right_answer_the_first_one_is_shown():

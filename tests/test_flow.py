@@ -226,7 +226,7 @@ def test_rescored_answers_are_those_of_searches(quickstart, tmp_path):
         for task in run.tasks:
             file = workdir / "retrieved" / "eval" / f"{task}.jsonl"
             one_step = task not in kind.long_form
-            asked = world_evaluation.FactAsked(task, file, read_questions(file, task), one_step)
+            asked = world_evaluation.TaskQuestions(task, file, read_questions(file, task), one_step)
             if not world_evaluation.is_rescored(c, run, asked):
                 continue
             world_evaluation.rescore(c, made, run, asked)

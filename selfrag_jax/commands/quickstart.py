@@ -58,6 +58,7 @@ def run_quickstart(c: ConfigDict, workdir: str | Path) -> list[Row]:
     from selfrag_jax.evaluation.page.questions import PageLimits
 
     kind = kind_of_config(c)
+    configs.require(c, "baseline_steps.rag", "baseline_steps.closed", "rescore")
     w, started = Path(workdir), time.monotonic()
 
     _announce(f"1/9  world: {kind.about}")

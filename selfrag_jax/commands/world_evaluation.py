@@ -74,7 +74,7 @@ def systems(kind: WorldKind) -> tuple[WorldRun, ...]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskQuestions:
     """A task: its file, its questions, and whether a search makes one segment of an answer."""
 
     task: str
@@ -95,7 +95,9 @@ def evaluate_systems(c: ConfigDict, w: Path, kind: WorldKind) -> list[Row]:
     tasks = {}
     for task in kind.tasks:
         file = w / "retrieved" / "eval" / f"{task}.jsonl"
-        tasks[task] = Asked(task, file, read_questions(file, task), task not in kind.long_form)
+        tasks[task] = TaskQuestions(
+            task, file, read_questions(file, task), task not in kind.long_form
+        )
     group, pairs = current(), [(r, tasks[task]) for r in systems(kind) for task in r.tasks]
     answered = [pair for pair in pairs if not is_rescored(c, *pair)]
     mine = answered[group.index :: group.count]
@@ -143,7 +145,7 @@ class Runner:
         self._prompts: dict[str, PlainPrompt] = {}  # of the base, by task
         self._answerers: Answerers | None = None
 
-    def answer(self, run: WorldRun, asked: Asked, bar: Progress) -> None:
+    def answer(self, run: WorldRun, asked: TaskQuestions, bar: Progress) -> None:
         """Writes a system's answers to a task, if they are not there."""
         c, w, system = self.c, self.w, run.system
         out = predictions_file(w, system.name, asked.task)
@@ -191,7 +193,7 @@ class Runner:
 
 
 # ---- answers that need no model ------------------------------------------------------------------
-def is_rescored(c: ConfigDict, run: WorldRun, asked: Asked) -> bool:
+def is_rescored(c: ConfigDict, run: WorldRun, asked: TaskQuestions) -> bool:
     """Whether a system's answers are made from those of others (answering/rescoring.py).
 
     With c.rescore: other weights, and adaptive retrieval, of answers of one segment.
@@ -207,7 +209,7 @@ def is_rescored(c: ConfigDict, run: WorldRun, asked: Asked) -> bool:
     return is_always and bool(changes) and changes.keys() <= {*WEIGHTS}
 
 
-def rescore(c: ConfigDict, w: Path, run: WorldRun, asked: Asked) -> None:
+def rescore(c: ConfigDict, w: Path, run: WorldRun, asked: TaskQuestions) -> None:
     """Writes a system's answers to a task, if they are not there, from those of other systems."""
     from selfrag_jax.answering.rescoring import at_threshold, rescored
     from selfrag_jax.search.scoring import Weights

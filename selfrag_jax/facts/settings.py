@@ -28,11 +28,13 @@ class FactsConfig:
     shares: tuple[tuple[str, float], ...]  # task -> its share of the instructions
     wrong_output_rate: float  # share of wrong outputs among rows that can have one
     known_from: int  # the decile of popularity from which facts need no retrieval; 10: none
-    test_questions: int  # of each evaluation file, as far as there are entities for them
+    fact_questions: int  # of eval/facts.jsonl, the task of ablations and narrow intervals
+    test_questions: int  # of each other evaluation file, as far as there are entities for them
     critic_questions: int  # rows of eval/critic.jsonl
 
     def __post_init__(self):
-        for name in ("train", "test", "instructions", "test_questions", "critic_questions"):
+        counts = "train", "test", "instructions", "fact_questions", "test_questions"
+        for name in (*counts, "critic_questions"):
             if getattr(self, name) < 1:
                 raise self._error(name, "must be at least 1")
         for name in ("distractors", "list_passages"):

@@ -66,7 +66,7 @@ def teacher_rows(world: FactsWorld) -> Iterator[Row]:
 def evaluation_rows(world: FactsWorld) -> dict[str, list[Row]]:
     """Returns the rows of each evaluation task, about test entities in the test's phrasings."""
     rng = random.Random(f"evaluation-{world.config.seed}")
-    drawer, n = QuestionDrawer(world, "test", rng), world.config.test_questions
+    drawer, config = QuestionDrawer(world, "test", rng), world.config
     makers: dict[str, tuple[list[Subject], Callable[[Subject], Row]]] = {
         "facts": (drawer.answerable, lambda s: _fact_row(drawer.fact(s, False))),
         "unanswerable": (drawer.unanswerable, lambda s: _refused_row(drawer.unanswered(s, False))),
@@ -79,7 +79,8 @@ def evaluation_rows(world: FactsWorld) -> dict[str, list[Row]]:
         ),
         "no_need": (drawer.subjects, lambda _: _everyday_row(everyday.draw(rng, True))),
     }
-    return {task: _rows(rng, task, *makers[task], n) for task in TASKS}
+    asked = dict.fromkeys(TASKS, config.test_questions) | {"facts": config.fact_questions}
+    return {task: _rows(rng, task, *makers[task], asked[task]) for task in TASKS}
 
 
 def _rows(

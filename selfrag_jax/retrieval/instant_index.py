@@ -200,7 +200,7 @@ def _evict(root: Path) -> None:
 
 
 def _is_being_written(folder: Path) -> bool:
-    lock = folder / artifacts.LOCK
+    lock = folder / locks.LOCK
     if not lock.is_file():
         return False
     with open(lock, "ab") as f:
@@ -246,7 +246,7 @@ def _build(
         _share_files(unfinished / ENCODER, folder.parent)
         index.write_index(unfinished, [segment.name], settings.candidates)
         artifacts.remove_temporary_files(unfinished)
-        names = sorted(f for f in unfinished.rglob("*") if f.is_file() and f.name != artifacts.LOCK)
+        names = sorted(f for f in unfinished.rglob("*") if f.is_file() and f.name != locks.LOCK)
         files = {str(f.relative_to(unfinished)): artifacts.fingerprint(f) for f in names}
         artifacts.write_manifest(
             unfinished, "index", made, inputs, work.counts() | {"files": files}
