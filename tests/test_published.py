@@ -104,7 +104,7 @@ def test_the_default_search_depends_on_the_kind_of_model(
         weights.save_folder(folder, tiny_model.model.config, params, tiny_model.tokenizer)
     configs = []
 
-    def record_and_stop(model, index, config):
+    def record_and_stop(model, index, config, passages=None):
         configs.append(config)
         raise UserError("stopped here")
 

@@ -107,8 +107,8 @@ def test_it_answers_from_ones_own_text_and_says_what_it_is(
 def test_its_config_answers_unless_one_is_given(installed, monkeypatch):
     # This test's model has the synthetic world's vocabulary, whose config would come first.
     monkeypatch.setattr(model_flags, "config_for", lambda model, otherwise: otherwise)
-    names = "index workdir config threshold scorer mode dtype quantization tensor".split()
-    values = dict.fromkeys(names) | {"model": "demo", "overrides": []}
+    names = "index workdir config threshold scorer mode dtype quantization tensor product_dtype"
+    values = dict.fromkeys(names.split()) | {"model": "demo", "overrides": []}
     expected = AnswerConfig.load("short_form:7b")
     assert model_flags.model_and_config(values) == (installed, None, expected)
     assert model_flags.model_and_config(values | {"config": "long_form:7b"})[2] != expected
