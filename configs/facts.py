@@ -9,7 +9,12 @@ come from the Hugging Face hub or from packages (docs/facts.md, which also says 
 smoke run, which has to fit into three minutes, takes the small base that ships with the package,
 and mostly compiles.
 
-Hardware: two CPU cores. TIME
+Hardware: two CPU cores, 4 GB (3.5 at most, in training). Time on two idle cores: about 50 minutes,
+85 with `table`, under one with `smoke`. The first two are estimates from the CPU time of single
+stages on a busy machine (2026-11-29), in minutes of both cores: retriever 1, critic 6, label 6,
+generator 7, baselines 10, evaluation 16; no whole run was timed. --config.world.fact_questions and
+test_questions set how many questions are asked, --config.generator.steps how long both the
+generator and standard RAG are trained.
 """
 
 from ml_collections import ConfigDict
@@ -48,7 +53,7 @@ def _world(variant: str) -> dict:
         absent_rate=0.05,
         second_passage_rate=0.3,
         list_passages=4 if smoke else 100,
-        instructions=40 if smoke else 400,
+        instructions=40 if smoke else 360,
         shares=SHARES,
         wrong_output_rate=0.25,
         known_from=10,  # no entity is taken to be known; 9: the most popular tenth of each kind
@@ -127,13 +132,13 @@ def _answer(smoke: bool) -> dict:
             threshold=0.2,
             normalise="yes_no",
             weights=dict(w_rel=1.0, w_sup=1.0, w_use=0.5, w_seq=1.0),
-            beam_width=2,
+            beam_width=1,  # two beams double the time of answers with several segments
             max_depth=2 if smoke else 3,
             ndocs=5,
             accumulate="mean",
             constraints=(),
             keep_passages=True,
-            max_new_tokens=8 if smoke else 32,
+            max_new_tokens=8 if smoke else 24,
             length_bucket=192 if smoke else 32,  # few shapes: the smoke run mostly compiles
             scorer="paper",
             temperature=0.0,
@@ -181,13 +186,13 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.new_rows = ()  # reflection tokens start at the mean of all rows
     c.critic_weights = dict(retrieve=1.0, isrel=1.0, issup=1.0, isuse=1.0)
     c.generator_weights = dict(retrieve=2.0, isrel=2.0, issup=2.0, isuse=1.0)
-    c.critic = _train(2 if smoke else 130, max_targets=64, seed=1, save_every=1 if smoke else 25)
+    c.critic = _train(2 if smoke else 120, max_targets=64, seed=1, save_every=1 if smoke else 25)
     c.generator = _train(
         2 if smoke else 150, max_targets=256, seed=2, save_every=1 if smoke else 25
     )
     c.generator.mask = "each"  # passages have no loss
     # As many updates with passages as the generator has; without them, rows are a third as long.
-    c.baseline_steps = dict(rag=None, closed=2 if smoke else 50)
+    c.baseline_steps = dict(rag=None, closed=2 if smoke else 40)
     c.label = _label(smoke)
     c.answer = _answer(smoke)
     c.plain = dict(
