@@ -53,7 +53,7 @@ def _world(variant: str) -> dict:
         absent_rate=0.05,
         second_passage_rate=0.3,
         list_passages=4 if smoke else 100,
-        instructions=40 if smoke else 360,
+        instructions=40 if smoke else 600,
         shares=SHARES,
         wrong_output_rate=0.25,
         known_from=10,  # no entity is taken to be known; 9: the most popular tenth of each kind
@@ -186,13 +186,13 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.new_rows = ()  # reflection tokens start at the mean of all rows
     c.critic_weights = dict(retrieve=1.0, isrel=1.0, issup=1.0, isuse=1.0)
     c.generator_weights = dict(retrieve=2.0, isrel=2.0, issup=2.0, isuse=1.0)
-    c.critic = _train(2 if smoke else 120, max_targets=64, seed=1, save_every=1 if smoke else 25)
+    c.critic = _train(2 if smoke else 140, max_targets=64, seed=1, save_every=1 if smoke else 25)
     c.generator = _train(
-        2 if smoke else 150, max_targets=256, seed=2, save_every=1 if smoke else 25
+        2 if smoke else 170, max_targets=256, seed=2, save_every=1 if smoke else 25
     )
     c.generator.mask = "each"  # passages have no loss
     # As many updates with passages as the generator has; without them, rows are a third as long.
-    c.baseline_steps = dict(rag=None, closed=2 if smoke else 40)
+    c.baseline_steps = dict(rag=None, closed=2 if smoke else 60)
     c.label = _label(smoke)
     c.answer = _answer(smoke)
     c.plain = dict(
