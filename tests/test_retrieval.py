@@ -536,7 +536,7 @@ def test_the_example_of_a_custom_retriever_runs(quickstart):
     answer = names["answer"]
     assert [p.id for p in answer.passages] and not answer.error
     assert {p.title for p in answer.passages} <= {"Otters", "Beavers"}
-    with pytest.raises(UserError, match="either an index or a retriever"):
+    with pytest.raises(UserError, match="give only one of index and retriever"):
         SelfRAG.load(generator, index="i", retriever=names["WordOverlap"]([]))
     with pytest.raises(UserError, match="has no method search"):
         SelfRAG.load(generator, retriever=object())

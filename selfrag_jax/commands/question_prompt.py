@@ -31,24 +31,41 @@ def converse(ask: Ask, show_whole: Callable[[Any], None], loaded: str) -> None:
     show_whole: prints an answer that `ask` returned, uncut. loaded: what was loaded, in one line.
     """
     print(f"{loaded}\nAsk a question. :help explains more, Ctrl-D leaves.", file=sys.stderr)
-    last = None
-    for line in _typed_lines():
-        if line == ":help":
-            print(_HELP, file=sys.stderr)
-        elif line == ":full" and last is not None:
-            show_whole(last)
-        elif line.startswith(":"):
-            what = "nothing was answered yet" if line == ":full" else f"no command {line!r}"
-            print(f"{what}; :help lists the commands", file=sys.stderr)
-        else:
-            try:
-                last = ask(line)
-            except KeyboardInterrupt:
-                print("\nstopped", file=sys.stderr)
-            except BrokenPipeError:
-                raise
-            except Exception as e:
-                print(_message(e), file=sys.stderr)
+    remember, last = _open_history(), None
+    while True:
+        stopped = ""
+        try:  # around all of it: Ctrl-C may come just before or after the answer, too
+            line = " ".join(_read_line().split())
+            if line in _LEAVE:
+                return
+            if line:
+                stopped = "\nstopped"
+                remember(line)
+                last = _obey(line, ask, show_whole, last)
+        except KeyboardInterrupt:
+            print(stopped, file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return
+
+
+def _obey(line: str, ask: Ask, show_whole: Callable[[Any], None], last: Any) -> Any:
+    """Answers a question, or does what a command says; returns the last answer."""
+    if line == ":help":
+        print(_HELP, file=sys.stderr)
+    elif line == ":full" and last is not None:
+        show_whole(last)
+    elif line.startswith(":"):
+        what = "nothing was answered yet" if line == ":full" else f"no command {line!r}"
+        print(f"{what}; :help lists the commands", file=sys.stderr)
+    else:
+        try:
+            return ask(line)
+        except BrokenPipeError:
+            raise
+        except Exception as e:
+            print(_message(e), file=sys.stderr)
+    return last
 
 
 def answer_lines(ask: Ask, lines: Iterator[str]) -> None:
@@ -84,25 +101,6 @@ def _message(e: Exception) -> str:
 
 
 # ---- typing --------------------------------------------------------------------------------------
-def _typed_lines() -> Iterator[str]:
-    """What is typed, until Ctrl-D or :quit; Ctrl-C discards a line, empty lines do nothing."""
-    remember = _open_history()
-    while True:
-        try:
-            line = " ".join(_read_line().split())
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            continue
-        if line in _LEAVE:
-            return
-        if line:
-            remember(line)
-            yield line
-
-
 def _read_line() -> str:
     if sys.stdout.isatty():
         return input(PROMPT)
